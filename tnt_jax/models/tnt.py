@@ -1,0 +1,271 @@
+"""Transformer in Transformer (arXiv 2103.00112), in forward order: words, words to sentence, block, the network.
+
+Two networks go by this name. "official" is huawei-noah/Efficient-AI-Backbones tnt_pytorch/tnt.py, which is timm's
+`tnt_s_patch16_224`
+since version 1.0.16. "legacy" is contrastive/pytorch-image-models, which was timm's until then, is
+`tnt_s_legacy_patch16_224` now, and is
+mmpretrain's `tnt-small-p16`. They differ in the stem and in the word-to-sentence projection of every block, and nowhere
+else.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from tnt_jax.config import InputError, ModelConfig
+from tnt_jax.models.inner import InnerTransformer
+from tnt_jax.models.layers import (
+    LayerNorm,
+    Linear,
+    TransformerLayer,
+    dropout,
+    fan_in_uniform,
+    normal_init,
+    split_key,
+)
+
+
+def words_per_side(config: ModelConfig) -> int:
+    """Words along one side of a patch."""
+    return -(-config.patch_size // config.word_stride)
+
+
+def grid_size(config: ModelConfig) -> tuple[int, int]:
+    """Rows and columns of patches."""
+    height, width = config.image_size
+    return height // config.patch_size, width // config.patch_size
+
+
+def to_patches(
+    x: Float[Array, "batch height width channels"], size: int
+) -> Float[Array, "sentences size size channels"]:
+    """Cuts maps into squares, row by row, images one after the other."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // size, size, width // size, size, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, size, size, channels)
+
+
+class WordEmbedding(nnx.Module):
+    """Image to words: a 7x7 convolution whose outputs are the words, row by row in each patch (equation 5).
+
+    "official" cuts the image first and pads every patch with zeros, so that no word sees another patch;
+    "legacy" convolves the whole image and cuts the result.
+    """
+
+    kernel_size = 7
+
+    def __init__(self, *, config: ModelConfig, rngs: nnx.Rngs):
+        self.patch_size, self.words_per_side = config.patch_size, words_per_side(config)
+        self.cut_first = config.architecture == "official"
+        init = fan_in_uniform(config.in_channels * self.kernel_size**2)
+        self.conv = nnx.Conv(
+            config.in_channels,
+            config.inner_dim,
+            (self.kernel_size, self.kernel_size),
+            strides=config.word_stride,
+            padding=self.kernel_size // 2,
+            kernel_init=init,
+            bias_init=init,
+            dtype=jnp.dtype(config.dtype),
+            param_dtype=jnp.dtype(config.param_dtype),
+            rngs=rngs,
+        )
+
+    def __call__(self, images: Float[Array, "batch height width channels"]) -> Float[Array, "sentences words inner"]:
+        if self.cut_first:
+            words = self.conv(to_patches(images, self.patch_size))
+        else:
+            words = to_patches(self.conv(images), self.words_per_side)
+        return words.reshape(words.shape[0], -1, words.shape[-1])
+
+
+class WordsToSentence(nnx.Module):
+    """All words of a patch to one vector of the outer width: norm, flatten, linear, norm (equation 8).
+
+    The embedding and the official blocks normalise the flattened words and the result; the linear map of an official
+    block has no bias.
+    A legacy block normalises each word by itself, has the bias, and does not normalise the result.
+    """
+
+    def __init__(self, *, in_legacy_block: bool = False, use_bias: bool, config: ModelConfig, rngs: nnx.Rngs):
+        flat_dim = words_per_side(config) ** 2 * config.inner_dim
+        self.norm_each_word = in_legacy_block
+        self.norm1 = LayerNorm(config.inner_dim if in_legacy_block else flat_dim, config=config, rngs=rngs)
+        self.proj = Linear(flat_dim, config.outer_dim, use_bias=use_bias, config=config, rngs=rngs)
+        self.norm2 = None if in_legacy_block else LayerNorm(config.outer_dim, config=config, rngs=rngs)
+
+    def __call__(self, words: Float[Array, "sentences words inner"], batch: int) -> Float[Array, "batch patches outer"]:
+        if self.norm_each_word:
+            words = self.norm1(words)
+        flat = words.reshape(batch, words.shape[0] // batch, -1)
+        if not self.norm_each_word:
+            flat = self.norm1(flat)
+        sentences = self.proj(flat)
+        return sentences if self.norm2 is None else self.norm2(sentences)
+
+
+class Block(nnx.Module):
+    """One TNT block: words talk within their patch, are added to their sentence, and sentences talk (equations 6 to
+    10).
+
+    The class token gets no words, and the words-to-sentence branch is never dropped.
+    """
+
+    def __init__(self, drop_path_rate: float, *, config: ModelConfig, rngs: nnx.Rngs):
+        legacy = config.architecture == "legacy"
+        self.inner = InnerTransformer(config.inner_dim, config.inner_heads, drop_path_rate, config=config, rngs=rngs)
+        self.words_to_sentence = WordsToSentence(in_legacy_block=legacy, use_bias=legacy, config=config, rngs=rngs)
+        self.outer = TransformerLayer(config.outer_dim, config.outer_heads, drop_path_rate, config=config, rngs=rngs)
+
+    def add_words(
+        self, words: Float[Array, "sentences words inner"], sentences: Float[Array, "batch 1+patches outer"]
+    ) -> Float[Array, "batch 1+patches outer"]:
+        """Adds the projected words to their sentences."""
+        return sentences.at[:, 1:].add(self.words_to_sentence(words, batch=sentences.shape[0]))
+
+    def __call__(
+        self,
+        words: Float[Array, "sentences words inner"],
+        sentences: Float[Array, "batch 1+patches outer"],
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "sentences words inner"], Float[Array, "batch 1+patches outer"]]:
+        inner_key, outer_key = split_key(key, 2)
+        words = self.inner(words, inner_key)
+        sentences = self.add_words(words, sentences)
+        sentences = self.outer(sentences, outer_key)
+        return words, sentences
+
+
+class TNT(nnx.Module):
+    """The network. `TNT(config, rngs=...)` takes a resolved configuration; `tnt_jax.create_model` makes one from a
+    name.
+
+    Calling it without a key evaluates. With a key it trains: dropout and stochastic depth are on and drawn from the
+    key.
+    Modules hold parameters and sizes, no random state.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        rows, columns = grid_size(config)
+        param_dtype = jnp.dtype(config.param_dtype)
+        self.word_embedding = WordEmbedding(config=config, rngs=rngs)
+        self.word_positions = nnx.Param(
+            normal_init(rngs.params(), (1, words_per_side(config) ** 2, config.inner_dim), param_dtype)
+        )
+        self.sentence_embedding = WordsToSentence(use_bias=True, config=config, rngs=rngs)
+        self.class_token = nnx.Param(normal_init(rngs.params(), (1, 1, config.outer_dim), param_dtype))
+        self.sentence_positions = nnx.Param(
+            normal_init(rngs.params(), (1, 1 + rows * columns, config.outer_dim), param_dtype)
+        )
+        rates = [config.drop_path_rate * i / max(config.depth - 1, 1) for i in range(config.depth)]
+        self.blocks = nnx.List([Block(rate, config=config, rngs=rngs) for rate in rates])
+        self.norm = LayerNorm(config.outer_dim, config=config, rngs=rngs)
+        if config.num_classes:
+            # Logits are float32 whatever the rest is computed in.
+            self.head = Linear(
+                config.outer_dim, config.num_classes, config=dataclasses.replace(config, dtype="float32"), rngs=rngs
+            )
+        else:
+            self.head = None
+
+    def __call__(
+        self, images: Float[Array, "batch height width channels"], key: PRNGKeyArray | None = None
+    ) -> Float[Array, "batch classes"]:
+        """Logits of normalised images in float32; with `num_classes=0`, the normalised class token.
+
+        Raises:
+            InputError: the images have another shape than the model was made for.
+        """
+        class_token = self.forward_features(images, key)[:, 0].astype(jnp.float32)
+        return class_token if self.head is None else self.head(class_token)
+
+    def forward_features(
+        self, images: Float[Array, "batch height width channels"], key: PRNGKeyArray | None = None
+    ) -> Float[Array, "batch 1+patches outer"]:
+        """All tokens after the last norm, the class token first."""
+        embed_key, *block_keys = split_key(key, 1 + len(self.blocks))
+        words, sentences = self.embed(images, embed_key)
+        run = jax.checkpoint(Block.__call__) if self.config.remat else Block.__call__
+        for block, block_key in zip(self.blocks, block_keys, strict=True):
+            words, sentences = run(block, words, sentences, block_key)
+        return self.norm(sentences)
+
+    def embed(
+        self, images: Float[Array, "batch height width channels"], key: PRNGKeyArray | None = None
+    ) -> tuple[Float[Array, "sentences words inner"], Float[Array, "batch 1+patches outer"]]:
+        """The words and sentences that enter the first block, with their positions."""
+        expected = (*self.config.image_size, self.config.in_channels)
+        if images.ndim != 4 or images.shape[1:] != expected:
+            raise InputError(
+                f"images have shape {images.shape}, and this model takes (batch, {', '.join(map(str, expected))})"
+            )
+        dtype = jnp.dtype(self.config.dtype)
+        batch = images.shape[0]
+        words = self.word_embedding(images) + self.word_positions[...].astype(dtype)
+        class_tokens = jnp.broadcast_to(self.class_token[...].astype(dtype), (batch, 1, self.config.outer_dim))
+        sentences = jnp.concatenate([class_tokens, self.sentence_embedding(words, batch)], axis=1)
+        sentences = sentences + self.sentence_positions[...].astype(dtype)
+        return words, dropout(sentences, self.config.drop_rate, key)
+
+    def forward_intermediates(
+        self,
+        images: Float[Array, "batch height width channels"],
+        blocks: tuple[int, ...] | None = None,
+        *,
+        words: bool = False,
+    ) -> list:
+        """The sentences that the blocks with these indices return (all by default), as maps, in the order of the
+        blocks.
+
+        Returns:
+            A list of (batch, rows, columns, outer). With `words=True`, a list of pairs: that map and the words of each
+            patch,
+            (batch, rows, columns, words, inner). Neither is normalised, and the class token is left out.
+
+        Raises:
+            InputError: an index that is not a block; -1 is the last one.
+        """
+        depth = len(self.blocks)
+        wanted = range(depth) if blocks is None else blocks
+        if outside := [index for index in wanted if not -depth <= index < depth]:
+            raise InputError(f"blocks {outside} are out of range: this model has blocks 0 to {depth - 1}")
+        wanted = {index % depth for index in wanted}
+        outputs = []
+        inner, sentences = self.embed(images)
+        grid = (images.shape[0], *grid_size(self.config))
+        for index, block in enumerate(self.blocks):
+            if index > max(wanted, default=-1):
+                break
+            inner, sentences = block(inner, sentences)
+            if index in wanted:
+                maps = sentences[:, 1:].reshape(*grid, -1)
+                outputs.append((maps, inner.reshape(*grid, *inner.shape[1:])) if words else maps)
+        return outputs
+
+    def extract_feat(self, images: Float[Array, "batch height width channels"]) -> tuple[Float[Array, "batch outer"]]:
+        """The normalised class token, in a tuple of one, as mmpretrain's `extract_feat` returns it."""
+        return (self.forward_features(images)[:, 0],)
+
+    def attention_maps(self, images: Float[Array, "batch height width channels"]) -> tuple[list[Array], list[Array]]:
+        """What attends to what, in every block.
+
+        Returns:
+            inner: per block (batch, rows, columns, heads, words, words); outer: per block (batch, heads, 1 + patches, 1
+            + patches),
+            class token first. float32, rows sum to one. Computed here alone: a plain call never makes them twice.
+        """
+        inner, outer = [], []
+        words, sentences = self.embed(images)
+        grid = (images.shape[0], *grid_size(self.config))
+        for block in self.blocks:
+            weights = block.inner.attention_weights(words)
+            inner.append(weights.reshape(*grid, *weights.shape[1:]))
+            words = block.inner(words)
+            sentences = block.add_words(words, sentences)
+            outer.append(block.outer.attention_weights(sentences))
+            sentences = block.outer(sentences)
+        return inner, outer

@@ -1,0 +1,177 @@
+"""The table of published models: sizes, how to feed them, and what was published of them."""
+
+import dataclasses
+import difflib
+import fnmatch
+
+from flax import nnx
+
+from tnt_jax.config import InputError, ModelConfig
+from tnt_jax.models.tnt import TNT
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One published model. `parameters` and `macs` (multiply-accumulates per image) are exact and asserted by tests.
+
+    Accuracies are in percent on the ImageNet-1k validation set, as the paper's table 4 or timm's results list publish
+    them;
+    none of them was measured by this project.
+    """
+
+    config: ModelConfig
+    parameters: int
+    macs: int
+    published_top1: float | None
+    published_top5: float | None
+    crop: float = 0.9
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+
+_TNT_S = ModelConfig(
+    name="tnt_s_patch16_224",
+    image_size=(224, 224),
+    in_channels=3,
+    num_classes=1000,
+    architecture="official",
+    patch_size=16,
+    word_stride=4,
+    depth=12,
+    inner_dim=24,
+    inner_heads=4,
+    outer_dim=384,
+    outer_heads=6,
+    mlp_ratio=4.0,
+    drop_rate=0.0,
+    attn_drop_rate=0.0,
+    drop_path_rate=0.1,
+    dtype="float32",
+    param_dtype="float32",
+    remat=False,
+)
+_TNT_TI = dataclasses.replace(
+    _TNT_S, name="tnt_ti_patch16_224", inner_dim=12, inner_heads=2, outer_dim=192, outer_heads=3
+)
+_TNT_B = dataclasses.replace(
+    _TNT_S, name="tnt_b_patch16_224", inner_dim=40, inner_heads=4, outer_dim=640, outer_heads=10
+)
+
+
+def _legacy(config: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(config, name=config.name.replace("_patch", "_legacy_patch"), architecture="legacy")
+
+
+_S_MACS, _TI_MACS, _B_MACS = 5_216_875_008, 1_403_721_984, 14_049_082_880
+
+VARIANTS = {
+    variant.config.name: variant
+    for variant in (
+        Variant(_TNT_TI, 6_076_408, _TI_MACS, published_top1=73.9, published_top5=91.9),
+        Variant(_TNT_S, 23_768_584, _S_MACS, published_top1=81.5, published_top5=95.7),
+        Variant(_TNT_B, 65_428_680, _B_MACS, published_top1=82.9, published_top5=96.3),
+        Variant(_legacy(_TNT_TI), 6_069_784, _TI_MACS, published_top1=None, published_top5=None),
+        Variant(_legacy(_TNT_S), 23_755_336, _S_MACS, published_top1=81.512, published_top5=95.742),
+        Variant(_legacy(_TNT_B), 65_406_600, _B_MACS, published_top1=None, published_top5=None),
+    )
+}
+
+ALIASES = {"tnt-small-p16_3rdparty_in1k": "tnt_s_legacy_patch16_224"}
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """The names that `create_model` takes and that match a shell wildcard such as `tnt_*`, sorted."""
+    return sorted(fnmatch.filter([*VARIANTS, *ALIASES], pattern))
+
+
+def get_variant(name: str) -> Variant:
+    """The published model called `name`.
+
+    Raises:
+        InputError: no model is called so; the message has the nearest names.
+    """
+    name = ALIASES.get(name, name)
+    if name not in VARIANTS:
+        nearest = difflib.get_close_matches(name, list_models(), n=3, cutoff=0.4) or list_models()
+        raise InputError(f"there is no model {name!r}; the nearest names are {', '.join(nearest)}")
+    return VARIANTS[name]
+
+
+def resolve(config: ModelConfig) -> ModelConfig:
+    """Fills every field that is None from the published model of that name and checks the whole.
+
+    Raises:
+        InputError: an unknown name, or sizes that contradict each other.
+    """
+    published = get_variant(config.name).config
+    changes = {
+        field.name: value
+        for field in dataclasses.fields(config)
+        if (value := getattr(config, field.name)) is not None and field.name != "name"
+    }
+    if isinstance(changes.get("image_size"), int):
+        changes["image_size"] = (changes["image_size"],) * 2
+    resolved = dataclasses.replace(published, **changes)
+    _check(resolved)
+    return resolved
+
+
+def _check(config: ModelConfig) -> None:
+    for field, least in {
+        "in_channels": 1,
+        "num_classes": 0,
+        "patch_size": 1,
+        "word_stride": 1,
+        "depth": 1,
+        "inner_dim": 1,
+        "inner_heads": 1,
+        "outer_dim": 1,
+        "outer_heads": 1,
+    }.items():
+        if getattr(config, field) < least:
+            raise InputError(f"{field} is {getattr(config, field)}, and must be at least {least}")
+    for field in ("drop_rate", "attn_drop_rate", "drop_path_rate"):
+        if not 0 <= getattr(config, field) < 1:
+            raise InputError(f"{field} is {getattr(config, field)}, and must be at least 0 and below 1")
+    if min(config.image_size) < config.patch_size or any(side % config.patch_size for side in config.image_size):
+        nearest = tuple(max(1, round(side / config.patch_size)) * config.patch_size for side in config.image_size)
+        raise InputError(
+            f"image_size {config.image_size} is not a multiple of the patch size {config.patch_size}; "
+            f"the nearest is {nearest}"
+        )
+    if config.word_stride > config.patch_size:
+        raise InputError(f"word_stride {config.word_stride} is larger than the patch size {config.patch_size}")
+    if config.architecture == "legacy" and config.patch_size % config.word_stride:
+        raise InputError(
+            f"word_stride {config.word_stride} does not divide the patch size {config.patch_size}, "
+            "which the legacy architecture needs, since it cuts the convolved image into patches"
+        )
+    for branch in ("inner", "outer"):
+        dim, heads = getattr(config, f"{branch}_dim"), getattr(config, f"{branch}_heads")
+        if dim % heads:
+            raise InputError(f"{branch}_dim {dim} cannot be divided among {branch}_heads {heads}")
+
+
+def create_model(name: str, *, seed: int = 0, **changes) -> TNT:
+    """A freshly initialised model, for example `create_model("tnt_s_patch16_224", num_classes=10, image_size=(192,
+    320))`.
+
+    Args:
+        name: one of `list_models()`.
+        seed: of the initial parameters; the same seed gives the same model.
+        changes: fields of `ModelConfig` that are to differ from the published model.
+
+    Raises:
+        InputError: an unknown name, an unknown field, or sizes that contradict each other.
+    """
+    fields = [field.name for field in dataclasses.fields(ModelConfig)]
+    for field in changes:
+        if field not in fields:
+            nearest = difflib.get_close_matches(field, fields, n=1) or fields
+            raise InputError(f"create_model has no argument {field!r}; did you mean {' or '.join(nearest)}?")
+    return build_model(ModelConfig(name=name, **changes), rngs=nnx.Rngs(seed))
+
+
+def build_model(config: ModelConfig, *, rngs: nnx.Rngs) -> TNT:
+    """The module that a configuration describes, resolved or not."""
+    return TNT(resolve(config), rngs=rngs)
