@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import fnmatch
+import typing
 
 from flax import nnx
 
@@ -133,6 +134,10 @@ def _check(config: ModelConfig) -> None:
     for field in ("drop_rate", "attn_drop_rate", "drop_path_rate"):
         if not 0 <= getattr(config, field) < 1:
             raise InputError(f"{field} is {getattr(config, field)}, and must be at least 0 and below 1")
+    for field, kind in typing.get_type_hints(ModelConfig).items():
+        allowed = [value for part in typing.get_args(kind) for value in typing.get_args(part)]
+        if allowed and isinstance(allowed[0], str) and getattr(config, field) not in allowed:
+            raise InputError(f"{field} is {getattr(config, field)!r}, and must be one of {', '.join(allowed)}")
     if min(config.image_size) < config.patch_size or any(side % config.patch_size for side in config.image_size):
         nearest = tuple(max(1, round(side / config.patch_size)) * config.patch_size for side in config.image_size)
         raise InputError(
