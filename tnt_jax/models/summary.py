@@ -10,7 +10,7 @@ from flax import nnx
 
 from tnt_jax.config import ModelConfig
 from tnt_jax.models.tnt import WordEmbedding, grid_size, words_per_side
-from tnt_jax.models.variants import build_model, resolve
+from tnt_jax.models.variants import abstract_model, resolve
 
 PARTS = {
     "words": ("word_embedding", "word_positions"),
@@ -50,7 +50,7 @@ def count_macs(config: ModelConfig) -> dict[str, int]:
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:
     """Parameters of each part, counted on the module itself without allocating it."""
-    model = nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0)))
+    model = abstract_model(config)
     part_of = {name: part for part, names in PARTS.items() for name in names}
     counts = dict.fromkeys(PARTS, 0)
     for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model))):

@@ -8,6 +8,7 @@ import typing
 from flax import nnx
 
 from tnt_jax.config import InputError, ModelConfig
+from tnt_jax.models.layers import InitKeys
 from tnt_jax.models.tnt import TNT
 
 
@@ -174,9 +175,14 @@ def create_model(name: str, *, seed: int = 0, **changes) -> TNT:
         if field not in fields:
             nearest = difflib.get_close_matches(field, fields, n=1) or fields
             raise InputError(f"create_model has no argument {field!r}; did you mean {' or '.join(nearest)}?")
-    return build_model(ModelConfig(name=name, **changes), rngs=nnx.Rngs(seed))
+    return build_model(ModelConfig(name=name, **changes), seed)
 
 
-def build_model(config: ModelConfig, *, rngs: nnx.Rngs) -> TNT:
-    """The module that a configuration describes, resolved or not."""
-    return TNT(resolve(config), rngs=rngs)
+def build_model(config: ModelConfig, seed: int = 0) -> TNT:
+    """The freshly initialised module that a configuration describes, resolved or not."""
+    return TNT(resolve(config), rngs=InitKeys(seed))
+
+
+def abstract_model(config: ModelConfig) -> TNT:
+    """The module that a configuration describes with shapes in the place of parameters. Nothing is allocated."""
+    return nnx.eval_shape(lambda: build_model(config))

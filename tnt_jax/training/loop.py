@@ -13,7 +13,7 @@ from tnt_jax.config import InputError, TrainConfig
 from tnt_jax.data.pipeline import Batch, eval_batches, train_batches
 from tnt_jax.data.sources import open_source
 from tnt_jax.evaluation import evaluate, make_eval_step
-from tnt_jax.models.variants import build_model, resolve
+from tnt_jax.models.variants import abstract_model, build_model, resolve
 from tnt_jax.training.checkpoint import Checkpoints, claim_run_dir
 from tnt_jax.training.mesh import check_batch_size, make_mesh, replicated, to_devices
 from tnt_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -91,7 +91,7 @@ class Run:
         self.steps_between_evaluations = config.eval_every_epochs * self.steps_per_epoch
         schedule = learning_rate_schedule(config.optimizer, steps_per_epoch=self.steps_per_epoch, epochs=config.epochs)
         self._optimizer = make_optimizer(config.optimizer, schedule)
-        graphdef, _ = nnx.split(nnx.eval_shape(self._new_model))
+        graphdef, _ = nnx.split(abstract_model(self.config.model))
         self._eval_step = make_eval_step(graphdef, self.config.data)
         train_step = make_train_step(graphdef, self._optimizer, schedule, self.config)
         self._train_step = jax.jit(train_step, donate_argnums=0, out_shardings=replicated(self.mesh))
@@ -101,16 +101,12 @@ class Run:
             "batch_size": config.batch_size,
         }
 
-    def _new_model(self) -> nnx.Module:
-        return build_model(self.config.model, rngs=nnx.Rngs(self.config.seed))
-
     def initial_state(self) -> TrainState:
         """The state before the first step, on all devices."""
-
-        def make() -> TrainState:
-            return init_state(nnx.to_pure_dict(nnx.state(self._new_model())), self._optimizer)
-
-        return jax.jit(make, out_shardings=replicated(self.mesh))()
+        # Made op by op and then placed: to compile the whole initialisation takes longer than the first step.
+        params = nnx.to_pure_dict(nnx.state(build_model(self.config.model, self.config.seed)))
+        make = jax.jit(lambda params: init_state(params, self._optimizer), out_shardings=replicated(self.mesh))
+        return make(params)
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         """One step on all devices. The memory of `state` is used again: it cannot be read afterwards."""
@@ -132,7 +128,7 @@ class Run:
     def describe(self, start: int) -> str:
         """The run in a sentence or two, for people."""
         model = self.config.model
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.eval_shape(self._new_model)))
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_model(model)))
         device = jax.devices()[0]
         return (
             f"{'Going on with' if start else 'Training'} {model.name}, {parameters:,} parameters, on "
