@@ -4,6 +4,8 @@ A config file returns one `TrainConfig`, the command line changes its fields.
 """
 
 import dataclasses
+import json
+import typing
 from typing import Literal
 
 
@@ -61,3 +63,97 @@ class ModelConfig:
     """What parameters are stored in."""
     remat: bool | None = None
     """Compute each block again in the backward pass instead of keeping its activations: less memory, more time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where images come from, what training does to them, and how the network is fed."""
+
+    source: str = "digits"
+    """`digits` (1,797 handwritten digits of scikit-learn) or `idx:FOLDER` (the four files of MNIST's format)."""
+    random_shift: float = 0.0
+    """Training images move by up to this fraction of their side in each direction; the edge is repeated."""
+    random_flip: float = 0.0
+    """Probability that a training image is mirrored left to right."""
+    label_smoothing: float = 0.1
+    """Probability that the target spreads evenly over all classes."""
+    mean: float = 0.5
+    """Subtracted from pixels that are scaled to [0, 1]."""
+    std: float = 0.5
+    """What is left is divided by this."""
+    crop: float = 1.0
+    """Share of the shorter side that evaluation keeps after resizing: images are resized to size / crop, then cut."""
+    num_threads: int = 2
+    """Threads that prepare batches in every process. The batches do not depend on it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a linear warm-up and a cosine to the end, and an average of the weights."""
+
+    learning_rate: float = 1e-3
+    """The peak, for the batch size of the run; it is not scaled by it."""
+    warmup_epochs: float = 5
+    """Epochs of linear warm-up from `warmup_learning_rate`."""
+    warmup_learning_rate: float = 1e-6
+    """Learning rate of the very first step."""
+    min_learning_rate: float = 1e-5
+    """Learning rate of the last step."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay; vectors, biases, positions and the class token are left out, as upstream does."""
+    beta1: float = 0.9
+    """Decay of the average of gradients."""
+    beta2: float = 0.999
+    """Decay of the average of squared gradients."""
+    epsilon: float = 1e-8
+    """Added to the root of the average of squared gradients."""
+    ema_decay: float = 0.99996
+    """Decay of the average of weights, once warmed up."""
+    ema_warmup: bool = True
+    """At update t the decay is at most (1 + t) / (10 + t): short runs are not held back by their initial weights."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A run. `python train.py --help` lists every field as a flag."""
+
+    run_dir: str = "runs/digits"
+    """Where the run lies: configuration, checkpoints, metrics. A run that is started again goes on from there."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    batch_size: int = 64
+    """Images of a step over all devices."""
+    epochs: int = 20
+    """Passes over the training images; the last incomplete batch of each is left out."""
+    eval_every_epochs: int = 1
+    """Epochs between evaluations; each is followed by a checkpoint, and the last step always has both."""
+    keep_checkpoints: int = 2
+    """Latest checkpoints that are kept, beside the best one."""
+    log_every_steps: int = 10
+    """Steps between lines of metrics.jsonl and TensorBoard."""
+    seed: int = 0
+    """Of everything random: initial weights, order of the images, augmentation, dropout, stochastic depth."""
+
+
+def to_json(config: TrainConfig) -> dict:
+    """The configuration as JSON holds it: nested dictionaries, tuples as lists."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_json(values: dict, kind: type = TrainConfig):
+    """The configuration that `to_json` gave.
+
+    Raises:
+        InputError: a field that this version does not have.
+    """
+    types = typing.get_type_hints(kind)
+    if unknown := sorted(values.keys() - types.keys()):
+        raise InputError(f"{kind.__name__} has no field {', '.join(unknown)}; it was written by another version")
+
+    def read(value, field_type):
+        if dataclasses.is_dataclass(field_type):
+            return from_json(value, field_type)
+        return tuple(value) if isinstance(value, list) else value
+
+    return kind(**{name: read(value, types[name]) for name, value in values.items()})
