@@ -4,19 +4,12 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import small_model
 
-from tnt_jax.config import InputError, ModelConfig
+from tnt_jax.config import InputError
 from tnt_jax.models import saving
 
 NAMES = ("ant", "bee", "cat")
-
-
-def small_model(**changes):
-    sizes = {"image_size": 32, "num_classes": 3, "depth": 1, "inner_dim": 4, "inner_heads": 2}
-    config = ModelConfig(name="tnt_ti_patch16_224", **sizes, outer_dim=12, outer_heads=3, **changes)
-    rng = np.random.default_rng(0)
-    shapes = saving.parameter_shapes(config)
-    return saving.model_from_parameters(config, {path: rng.normal(size=of.shape) for path, of in shapes.items()})
 
 
 @pytest.fixture(scope="module")
