@@ -38,7 +38,7 @@ def train(config: TrainConfig) -> dict[str, float]:
         StoppedError: Ctrl-C was pressed. The step that was under way is finished and saved first.
     """
     run = Run(config)
-    claim_run_dir(run.config)
+    claim_run_dir(run.config, run.train_source.class_names)
     console = rich.console.Console(highlight=False, soft_wrap=True)
     with contextlib.closing(Checkpoints(config.run_dir, keep=config.keep_checkpoints)) as checkpoints:
         start = checkpoints.latest_step or 0
