@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import rich.console
@@ -17,12 +17,14 @@ from tnt_jax.models.variants import abstract_model, build_model, resolve
 from tnt_jax.training.checkpoint import Checkpoints, claim_run_dir
 from tnt_jax.training.mesh import check_batch_size, make_mesh, replicated, to_devices
 from tnt_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from tnt_jax.training.report import Report
+from tnt_jax.training.report import NonFiniteLossError, Report
 from tnt_jax.training.step import TrainState, init_state, make_train_step
 
 
 class StoppedError(RuntimeError):
     """The run was asked to stop, and has saved where it was."""
+
+    exit_code = 128 + signal.SIGINT
 
 
 def train(config: TrainConfig) -> dict[str, float]:
@@ -50,21 +52,38 @@ def train(config: TrainConfig) -> dict[str, float]:
             state = checkpoints.restore(start, like=state)
         console.print(run.describe(start))
         with Report(run.config, console, start, run.steps_per_epoch) as report, stop_request(console) as stopping:
-            for step, batch in zip(range(start + 1, run.total_steps + 1), run.batches(start), strict=False):
-                state, metrics = run.train_step(state, batch)
-                report.train(step, metrics)
-                evaluates = step % run.steps_between_evaluations == 0 or step == run.total_steps
-                if not (evaluates or stopping()):
-                    continue
-                # Nothing of a step is saved before its loss is known to be finite.
-                report.flush()
-                scores = run.evaluate(state) if evaluates else None
-                if scores:
-                    report.test(step, scores)
-                checkpoints.save(step, state, scores)
-                if stopping() and step < run.total_steps:
-                    raise StoppedError(f"stopped after step {step} of {run.total_steps}, which is saved")
+            try:
+                _take_steps(run, state, start, checkpoints, report, stopping)
+            except NonFiniteLossError as error:
+                raise NonFiniteLossError(
+                    f"{error}; the last good checkpoint is step {checkpoints.latest_step}"
+                ) from None
         return _conclude(checkpoints, run, console)
+
+
+def _take_steps(
+    run: "Run",
+    state: TrainState,
+    start: int,
+    checkpoints: Checkpoints,
+    report: Report,
+    stopping: Callable[[], bool],
+) -> None:
+    for step, batch in zip(range(start + 1, run.total_steps + 1), run.batches(start), strict=False):
+        state, metrics = run.train_step(state, batch)
+        report.train(step, metrics)
+        evaluates = step % run.steps_between_evaluations == 0 or step == run.total_steps
+        if evaluates or stopping():
+            # Nothing of a step is saved before its loss is known to be finite.
+            report.flush()
+            scores = run.evaluate(state) if evaluates else None
+            if scores:
+                report.test(step, scores)
+            checkpoints.save(step, state, scores)
+        if stopping() and step < run.total_steps:
+            raise StoppedError(
+                f"stopped after step {step} of {run.total_steps}, which is saved; the same command goes on from there"
+            )
 
 
 class Run:
