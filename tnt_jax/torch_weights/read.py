@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -70,13 +71,13 @@ def _read_torch(path: Path) -> Any:
             f"PyTorch is needed to read {path.name}, and is not installed: pip install torch "
             "--index-url https://download.pytorch.org/whl/cpu. A .safetensors file is read without it"
         ) from error
-    zipped = zipfile.is_zipfile(path)
     try:
-        if zipped and (damaged := zipfile.ZipFile(path).testzip()):  # PyTorch does not look at the checksums
+        # PyTorch does not look at the checksums in its files.
+        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
             raise InputError(f"{path} is damaged: the checksum of {damaged} in it is wrong")
         # timm's and huawei's training scripts put their arguments into a checkpoint, as a Namespace of plain values.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if unsafe := re.search(r"GLOBAL (\S+)", str(error)):
             raise InputError(
@@ -162,14 +163,16 @@ def _image_size(patches: int, patch_size: int, wanted: tuple[int, int] | None) -
     raise InputError(f"{patches} sentence positions are no square: give the image size that they were trained for")
 
 
-def to_parameters(tensors: Mapping[str, np.ndarray], layout: str, config: ModelConfig) -> dict[str, np.ndarray]:
-    """All tensors of a state dict as all parameters of a configuration, in float32.
+def to_parameters(tensors: dict[str, np.ndarray], layout: str, config: ModelConfig) -> dict[str, jax.Array]:
+    """All tensors of a state dict as all parameters of a configuration.
+
+    They are taken out of `tensors` one after the other, so that no more than one of them is in memory twice.
 
     Raises:
         InputError: a tensor is left over, missing, of the wrong shape, or not finite; the message lists every one.
     """
-    paths = {path: shape.shape for path, shape in parameter_shapes(config).items()}
-    expected = layout_shapes(paths, layout)
+    shapes = parameter_shapes(config)
+    expected = layout_shapes({path: of.shape for path, of in shapes.items()}, layout)
     faults = [f"{name} {tensors[name].shape} is not in this model" for name in tensors if name not in expected]
     for name, shape in expected.items():
         if name not in tensors:
@@ -184,5 +187,4 @@ def to_parameters(tensors: Mapping[str, np.ndarray], layout: str, config: ModelC
         raise InputError(
             f"this is no {config.name} as {layout} names it; nothing was converted:\n  " + "\n  ".join(faults)
         )
-    parameters = from_layout(tensors, paths, layout)
-    return {path: value.astype(np.float32, copy=False) for path, value in parameters.items()}
+    return {path: jnp.asarray(from_layout(tensors.pop, path, layout), of.dtype) for path, of in shapes.items()}
