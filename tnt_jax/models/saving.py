@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import shutil
+import types
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -103,9 +104,11 @@ def model_from_parameters(config: ModelConfig, parameters: Mapping[str, Any]) ->
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
-@functools.lru_cache(maxsize=4)  # tracing the initialisation of a model takes seconds
+@functools.lru_cache(maxsize=4)
 def _structure(config: ModelConfig) -> tuple[nnx.GraphDef, list]:
-    graph, state = nnx.split(nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0))))
+    # Nothing is drawn, so one key does for all; tracing the counters of nnx.Rngs takes seconds with JAX 0.10.
+    rngs = types.SimpleNamespace(params=lambda: jax.random.key(0))
+    graph, state = nnx.split(nnx.eval_shape(lambda: build_model(config, rngs=rngs)))
     return graph, list(nnx.to_flat_state(state))
 
 

@@ -25,7 +25,7 @@ from tnt_jax.models.tnt import TNT, grid_size
 from tnt_jax.models.variants import resolve
 from tnt_jax.torch_weights.hub import download, is_hub_name
 from tnt_jax.torch_weights.layouts import ARCHITECTURES, UNUSED, to_layout
-from tnt_jax.torch_weights.read import METADATA_KEY, read_file, recognise, to_parameters
+from tnt_jax.torch_weights.read import METADATA_KEY, read_file, recognise_config, recognise_layout, to_parameters
 
 IMAGENET_CLASSES = 1000
 
@@ -68,8 +68,9 @@ def convert(
     hub_name = str(source) if not os.path.exists(source) and is_hub_name(str(source)) else None
     path = download(hub_name) if hub_name else Path(source)
     tensors, known = read_file(path, weights)
-    layout, config = recognise({name: tensor.shape for name, tensor in tensors.items()}, image_size)
-    config = resolve(known.config if known else config)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    layout = recognise_layout(shapes)
+    config = resolve(known.config if known else recognise_config(layout, shapes, image_size))
     count = len(tensors)
     parameters = to_parameters(tensors, layout, config)
 
@@ -182,7 +183,7 @@ def _torch_writer():
         raise InputError(
             "PyTorch is needed to write .pth, and is not installed: .safetensors is written without"
         ) from error
-    return lambda tensors, path: torch.save({name: torch.from_numpy(tensor) for name, tensor in tensors.items()}, path)
+    return lambda tensors, path: torch.save({name: torch.tensor(tensor) for name, tensor in tensors.items()}, path)
 
 
 def file_sha256(path: Path) -> str:
