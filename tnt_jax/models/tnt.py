@@ -58,7 +58,11 @@ class WordEmbedding(nnx.Module):
     kernel_size = 7
 
     def __init__(self, *, config: ModelConfig, rngs: nnx.Rngs):
-        self.patch_size, self.words_per_side, self.stride = config.patch_size, words_per_side(config), config.word_stride
+        self.patch_size, self.words_per_side, self.stride = (
+            config.patch_size,
+            words_per_side(config),
+            config.word_stride,
+        )
         self.cut_first = config.architecture == "official"
         init = fan_in_uniform(config.in_channels * self.kernel_size**2)
         self.conv = nnx.Conv(
