@@ -8,7 +8,6 @@ import functools
 import json
 import os
 import shutil
-import types
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tnt_jax.config import InputError, ModelConfig
 from tnt_jax.models.tnt import TNT
-from tnt_jax.models.variants import build_model, get_variant, resolve
+from tnt_jax.models.variants import abstract_model, get_variant, resolve
 
 FORMAT = 1
 DESCRIPTION = "model.json"
@@ -106,9 +105,7 @@ def model_from_parameters(config: ModelConfig, parameters: Mapping[str, Any]) ->
 
 @functools.lru_cache(maxsize=4)
 def _structure(config: ModelConfig) -> tuple[nnx.GraphDef, list]:
-    # Nothing is drawn, so one key does for all; tracing the counters of nnx.Rngs takes seconds with JAX 0.10.
-    rngs = types.SimpleNamespace(params=lambda: jax.random.key(0))
-    graph, state = nnx.split(nnx.eval_shape(lambda: build_model(config, rngs=rngs)))
+    graph, state = nnx.split(abstract_model(config))
     return graph, list(nnx.to_flat_state(state))
 
 
