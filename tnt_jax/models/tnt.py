@@ -99,7 +99,7 @@ def unfold(
     x: Float[Array, "n height width channels"], size: int, stride: int
 ) -> Float[Array, "n rows columns size*size*channels"]:
     """The square windows that a convolution with padding size // 2 sees, in the order of its kernel."""
-    n, height, width, channels = x.shape
+    _, height, width, _ = x.shape
     x = jnp.pad(x, ((0, 0), (size // 2, size // 2), (size // 2, size // 2), (0, 0)))
     rows, columns = -(-height // stride), -(-width // stride)
     views = [
