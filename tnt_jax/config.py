@@ -123,6 +123,10 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     batch_size: int = 64
     """Images of a step over all devices."""
+    accumulation_steps: int = 1
+    """Parts that a step's batch is computed in, one after the other: less memory, the same result."""
+    fsdp: int = 1
+    """Devices that share one copy of parameters and optimizer state; 1 keeps a copy on each."""
     epochs: int = 20
     """Passes over the training images; the last incomplete batch of each is left out."""
     eval_every_epochs: int = 1

@@ -4,9 +4,11 @@ import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 from orbax.checkpoint import checkpoint_managers
@@ -19,6 +21,7 @@ from tnt_jax.training.step import TrainState
 
 CONFIG_FILE = "config.json"
 BEST_METRIC = "ema_top1"
+ITEMS = ("params", "ema", "opt_state")
 
 
 def read_config(run_dir: str | os.PathLike) -> TrainConfig:
@@ -92,7 +95,8 @@ def load_run(run_dir: str | os.PathLike, *, weights: str = "ema", step: int | No
         if step not in checkpoints.steps:
             kept = f"it has {checkpoints.steps}" if checkpoints.steps else "it has none yet"
             raise InputError(f"the run in {run_dir} has no checkpoint of step {step}; {kept}")
-        params = checkpoints.restore_params(step, nnx.to_pure_dict(state), item={"raw": "params"}.get(weights, weights))
+        item = {"ema": "ema", "raw": "params"}[weights]
+        params = checkpoints.restore_item(step, item, nnx.to_pure_dict(state))
     model = nnx.merge(graphdef, params)
     model.description = description
     return model
@@ -113,8 +117,9 @@ class Checkpoints:
 
     def __init__(self, run_dir: str, *, keep: int = 1):
         policies = checkpoint_managers.preservation_policy
+        self._folder = pathlib.Path(run_dir).resolve() / "checkpoints"
         self._manager = ocp.CheckpointManager(
-            pathlib.Path(run_dir).resolve() / "checkpoints",
+            self._folder,
             options=ocp.CheckpointManagerOptions(
                 # best_fn makes best_step() the best; alone, it would also throw the newest away.
                 best_fn=_score,
@@ -126,7 +131,7 @@ class Checkpoints:
                 ),
                 enable_async_checkpointing=True,
             ),
-            item_names=("params", "ema", "opt_state"),
+            item_names=(*ITEMS, "checksums"),
         )
 
     @property
@@ -145,23 +150,49 @@ class Checkpoints:
         return self._manager.best_step()
 
     def save(self, step: int, state: TrainState, scores: dict[str, float] | None) -> None:
-        """Begins to write a checkpoint; `scores` are those of this step, if it was evaluated."""
-        items = {name: ocp.args.StandardSave(getattr(state, name)) for name in ("params", "ema", "opt_state")}
-        self._manager.save(step, args=ocp.args.Composite(**items), metrics=scores)
+        """Begins to write a checkpoint; `scores` are those of this step, if it was evaluated.
 
-    def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state of a step, with the shapes and shardings of `like`."""
-        targets = {name: jax.tree.map(ocp.utils.to_shape_dtype_struct, getattr(like, name)) for name in vars(like)}
-        step_target = targets.pop("step")
-        items = self._manager.restore(
-            step,
-            args=ocp.args.Composite(**{name: ocp.args.StandardRestore(target) for name, target in targets.items()}),
-        )
-        return TrainState(step=jax.device_put(jax.numpy.int32(step), step_target.sharding), **items)
+        Raises:
+            Exception: the checkpoint before this one could not be written.
+        """
+        self._manager.check_for_errors()
+        items = {name: ocp.args.StandardSave(getattr(state, name)) for name in ITEMS}
+        sums = {name: checksums(getattr(state, name)) for name in ITEMS}
+        self._manager.save(step, args=ocp.args.Composite(**items, checksums=ocp.args.JsonSave(sums)), metrics=scores)
 
-    def restore_params(self, step: int, like: dict, *, item: str = "ema") -> dict:
-        """The parameters of a step, or their average, with the shapes of `like`."""
-        return self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(like)}))[item]
+    def restore_latest(self, like: TrainState, *, warn: Callable[[str], None]) -> TrainState | None:
+        """The newest state that is sound, with the shapes and shardings of `like`; None where there is none.
+
+        A damaged checkpoint is reported to `warn` and put aside as `damaged-STEP`.
+        """
+        for step in reversed(self.steps):
+            try:
+                items = {name: self.restore_item(step, name, getattr(like, name)) for name in ITEMS}
+            except InputError as error:
+                fallback = max((other for other in self.steps if other < step), default=None)
+                warn(f"{error}. Going back to {'the beginning' if fallback is None else f'step {fallback}'}")
+                (self._folder / str(step)).rename(self._folder / f"damaged-{step}")
+                self._manager.reload()
+            else:
+                return TrainState(step=jax.device_put(np.int32(step), like.step.sharding), **items)
+        return None
+
+    def restore_item(self, step: int, item: str, like: dict) -> dict:
+        """One of params, ema and opt_state of a step, with the shapes and shardings of `like`, verified.
+
+        Raises:
+            InputError: it cannot be read, or is not what was saved.
+        """
+        what = f"the checkpoint of step {step} in {self._folder.parent}"
+        args = {item: ocp.args.StandardRestore(like), "checksums": ocp.args.JsonRestore()}
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+        except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
+            raise InputError(f"{what} is damaged ({type(error).__name__} in {item})") from error
+        saved, found = restored["checksums"][item], checksums(restored[item])
+        if damaged := [name for name in found if found[name] != saved.get(name)]:
+            raise InputError(f"{what} is damaged (wrong checksum in {item}: {', '.join(damaged[:3])})")
+        return restored[item]
 
     def scores(self, step: int) -> dict[str, float]:
         """The scores that were saved with a step."""
@@ -175,6 +206,28 @@ class Checkpoints:
         """Waits until everything is on the disk."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def checksums(tree) -> dict[str, int]:
+    """A 32-bit checksum of every array by its path, computed where the array lies, the same on any number of devices.
+
+    The bits of each element times an odd number of its own, summed modulo 2^32: no change of one element goes unseen.
+    """
+    sums = jax.device_get(_checksums(tree))
+    return {jax.tree_util.keystr(path): int(value) for path, value in jax.tree_util.tree_leaves_with_path(sums)}
+
+
+@jax.jit
+def _checksums(tree):
+    def checksum(leaf: jax.Array) -> jax.Array:
+        unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
+        bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
+        place = jnp.zeros(leaf.shape, jnp.uint32)
+        for axis, length in enumerate(leaf.shape):
+            place = place * jnp.uint32(length) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+
+    return jax.tree.map(checksum, tree)
 
 
 def _score(scores: dict[str, float]) -> float:

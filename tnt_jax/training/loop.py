@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Iterator
 
 import jax
+import numpy as np
 import rich.console
 from flax import nnx
 
@@ -15,7 +16,7 @@ from tnt_jax.data.sources import open_source
 from tnt_jax.evaluation import evaluate, make_eval_step
 from tnt_jax.models.variants import abstract_model, build_model, resolve
 from tnt_jax.training.checkpoint import Checkpoints, claim_run_dir
-from tnt_jax.training.mesh import check_batch_size, make_mesh, replicated, to_devices
+from tnt_jax.training.mesh import check_batch_size, make_mesh, replicated, shardings_of, to_devices
 from tnt_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from tnt_jax.training.report import NonFiniteLossError, Report
 from tnt_jax.training.step import TrainState, init_state, make_train_step
@@ -43,13 +44,11 @@ def train(config: TrainConfig) -> dict[str, float]:
     claim_run_dir(run.config, run.train_source.class_names)
     console = rich.console.Console(highlight=False, soft_wrap=True)
     with contextlib.closing(Checkpoints(config.run_dir, keep=config.keep_checkpoints)) as checkpoints:
-        start = checkpoints.latest_step or 0
-        if start == run.total_steps:
+        if checkpoints.latest_step == run.total_steps:
             console.print(f"The run in {config.run_dir} is finished. Another --run-dir starts another one.")
             return _conclude(checkpoints, run, console)
-        state = run.initial_state()
-        if start:
-            state = checkpoints.restore(start, like=state)
+        state = checkpoints.restore_latest(run.abstract_state, warn=console.print) or run.initial_state()
+        start = int(state.step)
         console.print(run.describe(start))
         with Report(run.config, console, start, run.steps_per_epoch) as report, stop_request(console) as stopping:
             try:
@@ -96,8 +95,8 @@ class Run:
     def __init__(self, config: TrainConfig):
         self.train_source, self.test_source = (open_source(config.data.source, split) for split in ("train", "test"))
         self.config = _with_classes(config, len(self.train_source.class_names))
-        self.mesh = make_mesh()
-        check_batch_size(config.batch_size, self.mesh)
+        self.mesh = make_mesh(config.fsdp)
+        check_batch_size(config.batch_size, self.mesh, config.accumulation_steps)
         self.steps_per_epoch = len(self.train_source) // config.batch_size
         for field in ("epochs", "eval_every_epochs", "log_every_steps", "keep_checkpoints"):
             if getattr(config, field) < 1:
@@ -110,10 +109,16 @@ class Run:
         self.steps_between_evaluations = config.eval_every_epochs * self.steps_per_epoch
         schedule = learning_rate_schedule(config.optimizer, steps_per_epoch=self.steps_per_epoch, epochs=config.epochs)
         self._optimizer = make_optimizer(config.optimizer, schedule)
-        graphdef, _ = nnx.split(abstract_model(self.config.model))
+        graphdef, params = nnx.split(abstract_model(self.config.model))
         self._eval_step = make_eval_step(graphdef, self.config.data)
         train_step = make_train_step(graphdef, self._optimizer, schedule, self.config)
-        self._train_step = jax.jit(train_step, donate_argnums=0, out_shardings=replicated(self.mesh))
+        abstract = jax.eval_shape(lambda params: init_state(params, self._optimizer), nnx.to_pure_dict(params))
+        shardings = shardings_of(abstract, self.mesh)
+        self.abstract_state = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
+        )
+        self._init = jax.jit(lambda params: init_state(params, self._optimizer), out_shardings=shardings)
+        self._train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated(self.mesh)))
         self._feed = {
             "image_size": self.config.model.image_size,
             "channels": self.config.model.in_channels,
@@ -124,8 +129,7 @@ class Run:
         """The state before the first step, on all devices."""
         # Made op by op and then placed: to compile the whole initialisation takes longer than the first step.
         params = nnx.to_pure_dict(nnx.state(build_model(self.config.model, self.config.seed)))
-        make = jax.jit(lambda params: init_state(params, self._optimizer), out_shardings=replicated(self.mesh))
-        return make(params)
+        return self._init(jax.tree.map(np.asarray, params))
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         """One step on all devices. The memory of `state` is used again: it cannot be read afterwards."""

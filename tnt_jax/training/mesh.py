@@ -1,4 +1,4 @@
-"""Devices and where things lie on them."""
+"""Devices, and where things lie on them."""
 
 import jax
 import numpy as np
@@ -6,19 +6,34 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tnt_jax.config import InputError
 
+# Smaller arrays lie whole on every device: to fetch them from others takes longer than it saves memory.
+LEAST_SHARDED_SIZE = 2**14
 
-def make_mesh() -> Mesh:
-    """All devices of all processes along one axis, "data"."""
+
+def make_mesh(fsdp: int = 1) -> Mesh:
+    """All devices of all processes, `fsdp` of them side by side sharing one copy of parameters and optimizer state.
+
+    Raises:
+        InputError: the devices cannot be divided so.
+    """
+    devices = jax.device_count()
+    if fsdp < 1 or devices % fsdp:
+        raise InputError(f"fsdp is {fsdp}, and must divide the number of devices, {devices}")
     # Auto, because JAX's default is Explicit, where the model's reshapes would need shardings of their own.
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    return jax.make_mesh((devices // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Raises InputError unless every device gets the same number of images."""
-    devices = mesh.devices.size
-    if batch_size < 1 or batch_size % devices:
-        nearest = max(1, round(batch_size / devices)) * devices
-        raise InputError(f"batch_size {batch_size} cannot be divided among {devices} devices; the nearest is {nearest}")
+def check_batch_size(batch_size: int, mesh: Mesh, accumulation_steps: int = 1) -> None:
+    """Raises InputError unless every device gets the same number of images in every part of a step."""
+    parts = mesh.devices.size * accumulation_steps
+    if accumulation_steps < 1:
+        raise InputError(f"accumulation_steps is {accumulation_steps}, and must be at least 1")
+    if batch_size < 1 or batch_size % parts:
+        steps = f" in {accumulation_steps} accumulation steps" if accumulation_steps > 1 else ""
+        nearest = max(1, round(batch_size / parts)) * parts
+        raise InputError(
+            f"batch_size {batch_size} cannot be divided among {mesh.devices.size} devices{steps}; the nearest is {nearest}"
+        )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -27,8 +42,22 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:
-    """The first axis cut among the devices."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    """The first axis cut among all devices."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def shardings_of(state, mesh: Mesh):
+    """For every array of a state, its sharding: its longest axis that can be divided is cut over "fsdp"."""
+    size = mesh.shape["fsdp"]
+
+    def sharding(leaf) -> NamedSharding:
+        divisible = [axis for axis, length in enumerate(leaf.shape) if length % size == 0]
+        if size == 1 or leaf.size < LEAST_SHARDED_SIZE or not divisible:
+            return replicated(mesh)
+        cut = max(divisible, key=lambda axis: leaf.shape[axis])
+        return NamedSharding(mesh, PartitionSpec(*("fsdp" if axis == cut else None for axis in range(leaf.ndim))))
+
+    return jax.tree.map(sharding, state)
 
 
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -45,32 +45,57 @@ def make_train_step(
     """The function (state, batch) -> (state, metrics), for a configuration whose model is resolved.
 
     The batch holds image uint8 (batch, height, width, channels) and label int32 (batch,). Metrics are float32 scalars:
-    loss and
-    grad_norm before the update, accuracy of the training batch against the likelier class of each target,
+    loss and grad_norm before the update, accuracy of the training batch against the likelier class of each target,
     learning_rate.
     """
+
+    def loss_and_accuracy(params: dict, images: jax.Array, targets: jax.Array, key: jax.Array):
+        logits = nnx.merge(graphdef, params)(images, key)
+        return soft_cross_entropy(logits, targets), (logits.argmax(-1) == targets.argmax(-1)).mean()
+
+    value_and_grad = jax.value_and_grad(loss_and_accuracy, has_aux=True)
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         mix_key, model_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
         images, targets = prepare_training(
             batch["image"], batch["label"], data=config.data, num_classes=config.model.num_classes, key=mix_key
         )
-
-        def loss_fn(params):
-            logits = nnx.merge(graphdef, params)(images, key=model_key)
-            return soft_cross_entropy(logits, targets), logits
-
-        (loss, logits), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        grad = accumulated(value_and_grad, config.accumulation_steps)
+        (loss, accuracy), grads = grad(state.params, images, targets, model_key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = ema_decay(config.optimizer, state.step + 1)
         ema = jax.tree.map(lambda average, new: decay * average + (1 - decay) * new, state.ema, params)
         metrics = {
             "loss": loss,
-            "accuracy": (logits.argmax(-1) == targets.argmax(-1)).mean(),
+            "accuracy": accuracy,
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": schedule(state.step),
         }
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
     return train_step
+
+
+def accumulated(value_and_grad: Callable, steps: int) -> Callable:
+    """The same values and gradients, computed for a `steps`-th of the images at a time and averaged."""
+    if steps == 1:
+        return value_and_grad
+
+    def parts(x: jax.Array) -> jax.Array:
+        # Every part takes images from every device, so that none has to move.
+        return x.reshape(-1, steps, *x.shape[1:]).swapaxes(0, 1)
+
+    def of_all_parts(params: dict, images: jax.Array, targets: jax.Array, key: jax.Array):
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, value_and_grad(params, *part)), None
+
+        each = (parts(images), parts(targets), jax.random.split(key, steps))
+        zeros = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+            jax.eval_shape(value_and_grad, params, *jax.tree.map(lambda leaf: leaf[0], each)),
+        )
+        total, _ = jax.lax.scan(add, zeros, each)
+        return jax.tree.map(lambda leaf: leaf / steps, total)
+
+    return of_all_parts
