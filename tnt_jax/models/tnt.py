@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from tnt_jax.config import InputError, ModelConfig
 from tnt_jax.models.inner import InnerTransformer
 from tnt_jax.models.layers import (
+    InitialRngs,
     LayerNorm,
     Linear,
     TransformerLayer,
@@ -57,7 +58,7 @@ class WordEmbedding(nnx.Module):
 
     kernel_size = 7
 
-    def __init__(self, *, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, *, config: ModelConfig, rngs: InitialRngs):
         self.patch_size, self.words_per_side, self.stride = (
             config.patch_size,
             words_per_side(config),
@@ -118,7 +119,7 @@ class WordsToSentence(nnx.Module):
     A legacy block normalises each word by itself, has the bias, and does not normalise the result.
     """
 
-    def __init__(self, *, in_legacy_block: bool = False, use_bias: bool, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, *, in_legacy_block: bool = False, use_bias: bool, config: ModelConfig, rngs: InitialRngs):
         flat_dim = words_per_side(config) ** 2 * config.inner_dim
         self.norm_each_word = in_legacy_block
         self.norm1 = LayerNorm(config.inner_dim if in_legacy_block else flat_dim, config=config, rngs=rngs)
@@ -142,7 +143,7 @@ class Block(nnx.Module):
     The class token gets no words, and the words-to-sentence branch is never dropped.
     """
 
-    def __init__(self, drop_path_rate: float, *, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, drop_path_rate: float, *, config: ModelConfig, rngs: InitialRngs):
         legacy = config.architecture == "legacy"
         self.inner = InnerTransformer(config.inner_dim, config.inner_heads, drop_path_rate, config=config, rngs=rngs)
         self.words_to_sentence = WordsToSentence(in_legacy_block=legacy, use_bias=legacy, config=config, rngs=rngs)
@@ -169,15 +170,14 @@ class Block(nnx.Module):
 
 
 class TNT(nnx.Module):
-    """The network. `TNT(config, rngs=...)` takes a resolved configuration; `tnt_jax.create_model` makes one from a
-    name.
+    """The network. `tnt_jax.create_model` makes one from a name.
 
     Calling it without a key evaluates. With a key it trains: dropout and stochastic depth are on and drawn from the
     key.
     Modules hold parameters and sizes, no random state.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: InitialRngs):
         self.config = config
         rows, columns = grid_size(config)
         param_dtype = jnp.dtype(config.param_dtype)

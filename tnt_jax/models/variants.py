@@ -5,10 +5,8 @@ import difflib
 import fnmatch
 import typing
 
-from flax import nnx
-
 from tnt_jax.config import InputError, ModelConfig
-from tnt_jax.models.layers import InitKeys
+from tnt_jax.models.layers import InitialRngs
 from tnt_jax.models.tnt import TNT
 
 
@@ -209,9 +207,9 @@ def create_model(name: str, *, seed: int = 0, **changes) -> TNT:
 
 def build_model(config: ModelConfig, seed: int = 0) -> TNT:
     """The freshly initialised module that a configuration describes, resolved or not."""
-    return TNT(resolve(config), rngs=InitKeys(seed))
+    return TNT(resolve(config), rngs=InitialRngs(seed))
 
 
 def abstract_model(config: ModelConfig) -> TNT:
     """The module that a configuration describes with shapes in the place of parameters. Nothing is allocated."""
-    return nnx.eval_shape(lambda: build_model(config))
+    return TNT(resolve(config), rngs=InitialRngs(None))

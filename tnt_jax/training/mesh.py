@@ -31,9 +31,8 @@ def check_batch_size(batch_size: int, mesh: Mesh, accumulation_steps: int = 1) -
     if batch_size < 1 or batch_size % parts:
         steps = f" in {accumulation_steps} accumulation steps" if accumulation_steps > 1 else ""
         nearest = max(1, round(batch_size / parts)) * parts
-        raise InputError(
-            f"batch_size {batch_size} cannot be divided among {mesh.devices.size} devices{steps}; the nearest is {nearest}"
-        )
+        devices = f"{mesh.devices.size} devices{steps}"
+        raise InputError(f"batch_size {batch_size} cannot be divided among {devices}; the nearest is {nearest}")
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
