@@ -7,8 +7,8 @@ from tnt_jax.models.saving import model_from_parameters, parameter_shapes
 
 
 def small_model(**changes):
-    sizes = {"image_size": 32, "num_classes": 3, "depth": 1, "inner_dim": 4, "inner_heads": 2, "outer_dim": 12}
-    config = ModelConfig(name="tnt_ti_patch16_224", **{**sizes, "outer_heads": 3, **changes})
+    sizes = {"depth": 1, "inner_dim": 4, "inner_heads": 2, "outer_dim": 12, "outer_heads": 3}
+    config = ModelConfig(**{"name": "tnt_ti_patch16_224", "image_size": 32, "num_classes": 3, **sizes, **changes})
     rng = np.random.default_rng(0)
     shapes = parameter_shapes(config)
     return model_from_parameters(config, {path: rng.normal(size=of.shape) for path, of in shapes.items()})

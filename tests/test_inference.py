@@ -3,6 +3,7 @@ import json
 import commands
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 from small_models import small_model
 
@@ -38,7 +39,8 @@ def photos(tmp_path_factory):
 
 def test_inference_is_the_softmax_of_the_normalised_evaluation_crop(model, folder, photos):
     pixels = evaluation_crop(Image.open(photos / "3.png"), (32, 32), 0.9)
-    logits = np.asarray(model((pixels[None].astype(np.float32) / 255 - 0.5) / 0.5), np.float64)[0]
+    normalised = (pixels[None].astype(np.float32) / 255 - 0.5) / 0.5
+    logits = np.asarray(nnx.jit(lambda model, images: model(images))(model, normalised), np.float64)[0]
     expected = np.exp(logits) / np.exp(logits).sum()
     for source in (photos / "3.png", str(photos / "3.png"), (photos / "3.png").read_bytes()):
         result = tnt_jax.inference_model(model, source)
@@ -88,8 +90,11 @@ def test_a_published_name_says_how_to_get_its_weights(name, variant, tmp_path, m
     command = rf"python convert_torch_weights\.py timm/{variant}\.in1k weights/{variant}"
     with pytest.raises(InputError, match=command):
         tnt_jax.inference_model(name, "bird.jpg")
-    tnt_jax.save_model(small_model(), f"weights/{variant}", class_names=NAMES)
+    tnt_jax.save_model(small_model(name=variant), f"weights/{variant}", class_names=NAMES)
     assert tnt_jax.load_model(name).description.class_names == NAMES
+    tnt_jax.save_model(small_model(), f"weights/{variant}", overwrite=True)
+    with pytest.raises(InputError, match=f"holds tnt_ti_patch16_224, and {name} is {variant}"):
+        tnt_jax.load_model(name)
 
 
 def test_what_is_no_model_is_refused_with_what_to_do(tmp_path):

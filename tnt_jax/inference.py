@@ -47,7 +47,10 @@ def load_model(path: str | os.PathLike, *, weights: Literal["ema", "raw"] = "ema
         raise InputError(f"there is no folder {path}, and {error}") from error
     folder = WEIGHTS_FOLDER / variant.config.name
     if folder.is_dir():
-        return load_folder(folder)
+        model = load_folder(folder)
+        if model.config.name != variant.config.name:
+            raise InputError(f"{folder} holds {model.config.name}, and {path} is {variant.config.name}")
+        return model
     if not variant.weights:
         raise InputError(f"nobody has published weights of {path}, and there are none in {folder}")
     raise InputError(

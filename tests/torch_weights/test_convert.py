@@ -253,7 +253,7 @@ def _faulty_files(folder, small):
     yield "cut.pth", "is damaged or no PyTorch file"
     torch.save(as_torch(small), folder / "flipped.pth")
     _damage_tensor(folder / "flipped.pth")
-    yield "flipped.pth", "is damaged: the checksum of .* in it is wrong"
+    yield "flipped.pth", r"flipped\.pth is damaged: the checksum of .* in it is wrong"
     (folder / "text.pt").write_text("no checkpoint")
     yield "text.pt", "is damaged or no PyTorch file"
     torch.save([1, 2], folder / "list.pth")
@@ -266,6 +266,11 @@ def _faulty_files(folder, small):
     (folder / "weights.h5").touch()
     yield "weights.h5", "is none of"
     yield "nowhere.pth", "there is no file"
+    (folder / "folder").mkdir()
+    yield "folder", "is a folder, and a checkpoint is a file"
+    metadata = {"tnt_jax": "{"}
+    safetensors.numpy.save_file({"norm.bias": huge}, folder / "description.safetensors", metadata=metadata)
+    yield "description.safetensors", "the description of the model in .* is damaged"
 
 
 def test_bad_files_give_one_message_and_leave_nothing(small, tmp_path, monkeypatch):
@@ -327,6 +332,12 @@ def test_image_sizes_are_numbers_or_height_x_width():
     for text in ("big", "256x", "0", "1x2x3", "-16"):
         with pytest.raises(InputError, match="should be a number such as 384"):
             parse_image_size(text)
+
+
+def test_a_destination_that_cannot_be_written_is_an_input_error(checkpoint, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="model cannot be written"):
+        convert(checkpoint, tmp_path / "file" / "model", num_classes=10)
 
 
 def test_options_for_reading_are_refused_when_writing(tmp_path):

@@ -165,21 +165,30 @@ def check_destination(path: str | os.PathLike, *, overwrite: bool) -> None:
 
 
 def write_whole(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
-    """Has `write` make a file or folder beside `path`, which takes its place when it is complete."""
+    """Has `write` make a file or folder beside `path`, which takes its place when it is complete.
+
+    Raises:
+        InputError: it cannot be written there.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(unfinished)
         if path.exists():
             _remove(path)
         unfinished.rename(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error}") from error
     finally:
         _remove(unfinished)
 
 
 def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif path.exists():
+        path.unlink()
 
 
 def tensor_checksums(parameters: Mapping[str, Any]) -> dict[str, str]:

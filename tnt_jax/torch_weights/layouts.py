@@ -45,7 +45,6 @@ blocks.*                    blocks.*                    blocks.*                
 # A parameter of huawei's model that no forward pass uses: always zero, never trained.
 UNUSED = {"huawei": ("outer_tokens",), "timm": (), "mmpretrain": ()}
 ARCHITECTURES = {"huawei": ("official",), "timm": ("official", "legacy"), "mmpretrain": ("legacy",)}
-LAYOUTS = tuple(ARCHITECTURES)
 
 
 def _columns() -> dict[str, dict[str, str]]:

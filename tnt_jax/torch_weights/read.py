@@ -37,14 +37,13 @@ def read_file(
     Raises:
         InputError: the file is missing, damaged or no checkpoint, would run code, or PyTorch is needed and missing.
     """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, and a checkpoint is a file; --to makes one from the folder of a model")
     if not path.is_file():
         raise InputError(f"there is no file {path}")
     if path.suffix == ".safetensors":
         tensors, metadata = _read_safetensors(path)
-        checkpoint, description = _unwrap(path, tensors, weights), None
-        if METADATA_KEY in metadata:
-            description = description_from_dict(json.loads(metadata[METADATA_KEY]))
-        return checkpoint, description
+        return _unwrap(path, tensors, weights), _description(path, metadata)
     if not path.name.endswith(TORCH_SUFFIXES):
         raise InputError(f"{path} is none of .safetensors, {', '.join(TORCH_SUFFIXES)}")
     tensors = _unwrap(path, _read_torch(path), weights)
@@ -61,6 +60,15 @@ def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
         raise InputError(f"{path} is damaged or no safetensors file: {error}") from error
+
+
+def _description(path: Path, metadata: Mapping[str, str]) -> ModelDescription | None:
+    if METADATA_KEY not in metadata:
+        return None
+    try:
+        return description_from_dict(json.loads(metadata[METADATA_KEY]))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"the description of the model in {path} is damaged: {error}") from error
 
 
 def _read_torch(path: Path) -> Any:
@@ -85,8 +93,12 @@ def _read_torch(path: Path) -> Any:
                 "Whoever trusts it can save its state dict alone, with torch.save(model.state_dict(), ...)"
             ) from error
         raise InputError(f"{path} is damaged or no PyTorch file") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is damaged or no PyTorch file: {str(error).splitlines()[0]}") from error
+    except InputError:
+        raise
+    except Exception as error:  # nearly everything is raised for a damaged file
+        raise InputError(
+            f"{path} is damaged or no PyTorch file: {(str(error) or repr(error)).splitlines()[0]}"
+        ) from error
 
 
 def _to_numpy(tensor) -> np.ndarray:
