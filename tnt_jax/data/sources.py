@@ -44,7 +44,7 @@ def open_source(spec: str, split: str) -> ArraySource:
 
 
 def _digits(split: str) -> ArraySource:
-    """The 1,797 scans of 8x8 pixels that scikit-learn ships, as dark ink on white paper: 1,437 to train, 360 to test."""
+    """The 1,797 scans of 8x8 pixels that scikit-learn ships, as dark ink on white paper, 1,437 for training."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
