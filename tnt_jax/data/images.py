@@ -1,0 +1,117 @@
+"""An image file to pixels, and pixels to what evaluation feeds: timm's evaluation, pixel for pixel."""
+
+import io
+import math
+import os
+import re
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+
+from tnt_jax.config import InputError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
+ImageSource = str | os.PathLike | bytes | BinaryIO | np.ndarray | Image.Image
+
+
+def open_image(source: ImageSource, channels: int = 3) -> Image.Image:
+    """An image in RGB (3 channels) or grey (1), turned upright as its EXIF orientation says.
+
+    What is not RGB is made so by PIL's `convert`, as in timm: grey and palettes are written out, CMYK is converted, and
+    alpha is left away, which shows the colour that lies beneath it. Of 16-bit samples the high byte is taken, where
+    `convert` would cut off everything above 255. Of an animation it is the first picture.
+
+    Args:
+        source: path, bytes of a file, open binary file, PIL image, or uint8 array (height, width[, channels]).
+
+    Raises:
+        InputError: there is no such file, or it cannot be read as an image; the message says which and why.
+    """
+    name = source if isinstance(source, str | os.PathLike) else getattr(source, "name", None) or "the image"
+    if isinstance(source, np.ndarray):
+        source = _from_array(source)
+    elif isinstance(source, bytes):
+        source = io.BytesIO(source)
+    try:
+        image = source if isinstance(source, Image.Image) else Image.open(source)
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+        return image.convert("L" if channels == 1 else "RGB")
+    except FileNotFoundError as error:
+        raise InputError(f"there is no image {name}") from error
+    except Exception as error:  # decoders raise nearly everything for a damaged file
+        raise InputError(f"{name} cannot be read as an image: {_reason(error, source)}") from error
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (1, 3, 4))):
+        raise InputError(
+            f"an image of shape {array.shape} and dtype {array.dtype} was given, and should be uint8 "
+            "(height, width) or (height, width, channels) with 1, 3 or 4 channels"
+        )
+    return Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
+
+
+def _reason(error: Exception, source: ImageSource) -> str:
+    if isinstance(source, str | os.PathLike) and os.path.isfile(source) and not os.path.getsize(source):
+        return "it is empty"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "it is not in a format that Pillow knows"
+    return str(error) or type(error).__name__
+
+
+def evaluation_crop(
+    image: Image.Image, size: tuple[int, int], crop: float
+) -> UInt8[np.ndarray, "height width channels"]:
+    """What evaluation shows of an image: resized (bicubic, antialiased) until it covers size / crop, cut at its centre.
+
+    Source: timm/data/transforms_factory.py, transforms_imagenet_eval with its default crop mode, and the Resize and
+    CenterCrop of torchvision, rounding included.
+
+    Args:
+        size: height and width of the result.
+        crop: share of the shorter side that is kept, above 0 and at most 1.
+    """
+    resized = image.resize(_resized_size(image.size, size, crop), Image.Resampling.BICUBIC)
+    height, width = size
+    left, top = round((resized.width - width) / 2), round((resized.height - height) / 2)
+    pixels = np.asarray(resized.crop((left, top, left + width, top + height)))
+    return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def _resized_size(image_size: tuple[int, int], size: tuple[int, int], crop: float) -> tuple[int, int]:
+    """Width and height, as PIL orders them."""
+    width, height = image_size
+    to_height, to_width = (math.floor(side / crop) for side in size)
+    if to_height != to_width:
+        ratio = min(height / to_height, width / to_width)
+        return round(width / ratio), round(height / ratio)
+    if width <= height:
+        return to_width, int(to_width * height / width)
+    return int(to_height * width / height), to_height
+
+
+def list_images(folder: str | os.PathLike) -> list[Path]:
+    """All images in a folder and the folders in it, by their suffix, numbers in names ordered as numbers.
+
+    Raises:
+        InputError: there is no such folder, or no image is in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder}")
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
+    images = sorted((path for path in files if path.is_file()), key=lambda path: natural_key(str(path)))
+    if not images:
+        raise InputError(f"there is no image in {folder}; known are {', '.join(SUFFIXES)}")
+    return images
+
+
+def natural_key(name: str) -> list:
+    """Sorts `b2` before `b10`."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
