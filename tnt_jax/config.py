@@ -4,6 +4,8 @@ A config file returns one `TrainConfig`, the command line changes its fields.
 """
 
 import dataclasses
+import json
+import typing
 from typing import Literal
 
 
@@ -181,3 +183,26 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl and TensorBoard."""
     seed: int = 0
     """Of everything random: initial weights, order of the images, augmentation, dropout, stochastic depth."""
+
+
+def to_json(config: TrainConfig) -> dict:
+    """The configuration as JSON holds it: nested dictionaries, tuples as lists."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_json(values: dict, kind: type = TrainConfig):
+    """The configuration that `to_json` gave.
+
+    Raises:
+        InputError: a field that this version does not have.
+    """
+    types = typing.get_type_hints(kind)
+    if unknown := sorted(values.keys() - types.keys()):
+        raise InputError(f"{kind.__name__} has no field {', '.join(unknown)}; it was written by another version")
+
+    def read(value, field_type):
+        if dataclasses.is_dataclass(field_type):
+            return from_json(value, field_type)
+        return tuple(value) if isinstance(value, list) else value
+
+    return kind(**{name: read(value, types[name]) for name, value in values.items()})

@@ -86,7 +86,9 @@ def test_another_seed_gives_other_batches(source, reference):
 
 
 def test_each_epoch_has_an_order_of_its_own(reference):
-    first, second = ([label for batch in part for label in batch["label"]] for part in (reference[:32], reference[32:64]))
+    first, second = (
+        [label for batch in part for label in batch["label"]] for part in (reference[:32], reference[32:64])
+    )
     assert first != second
 
 
@@ -141,9 +143,7 @@ def test_evaluation_reads_every_image_exactly_once(count, processes, workers):
     seen, lengths = [], set()
     for index in range(processes):
         batches = list(
-            eval_batches(
-                numbered(count), data, **FEED, batch_size=BATCH, process_index=index, process_count=processes
-            )
+            eval_batches(numbered(count), data, **FEED, batch_size=BATCH, process_index=index, process_count=processes)
         )
         lengths.add(len(batches))
         for batch in batches:

@@ -8,13 +8,10 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import UInt8
 from PIL import Image, ImageEnhance, ImageOps
 
 from tnt_jax.config import DataConfig
-from tnt_jax.data.resample import affine, resize
-
-Pixels = UInt8[np.ndarray, "height width channels"]
+from tnt_jax.data.resample import Pixels, affine, resize
 
 
 def augment(image: Pixels, data: DataConfig, size: tuple[int, int], rng: np.random.Generator) -> Pixels:

@@ -2,11 +2,12 @@
 
 import io
 
+import numpy as np
 import simplejpeg
 from PIL import Image
 
-from tnt_jax.data.augment import Pixels, from_pillow
 from tnt_jax.data.images import open_image
+from tnt_jax.data.resample import Pixels
 
 ORIENTATION = 0x0112
 LARGEST = 100_000_000
@@ -33,7 +34,7 @@ def decode(content: bytes, name: str) -> Pixels:
             pass  # Pillow reads it too, or says what is wrong
     file = io.BytesIO(content)
     file.name = name
-    return from_pillow(open_image(file))
+    return np.asarray(open_image(file))
 
 
 def _is_turned(content: bytes) -> bool:

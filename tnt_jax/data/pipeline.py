@@ -8,11 +8,10 @@ import math
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image
 
 from tnt_jax.config import DataConfig, InputError
 from tnt_jax.data.augment import Pixels, augment, from_pillow, to_pillow
-from tnt_jax.data.resample import resize
+from tnt_jax.data.images import evaluation_crop
 from tnt_jax.data.sources import Source
 from tnt_jax.data.workers import Filled, prepare
 
@@ -203,22 +202,3 @@ def to_channels(image: Pixels, channels: int) -> Pixels:
     if image.shape[2] == channels:
         return image
     return np.repeat(image, 3, axis=2) if channels == 3 else from_pillow(to_pillow(image).convert("L"))
-
-
-def evaluation_crop(image: Pixels, size: tuple[int, int], crop: float) -> Pixels:
-    """Resizes so that the image just covers size / crop, and cuts `size` (height, width) out of the middle.
-
-    Source: timm's transforms_imagenet_eval.
-    """
-    target = [math.floor(side / crop) for side in size]
-    height, width = image.shape[:2]
-    if height * target[1] <= width * target[0]:
-        resized = (target[0], int(target[0] * width / height))
-    else:
-        resized = (int(target[1] * height / width), target[1])
-    return resize(image, resized, Image.Resampling.BICUBIC)[_middle(resized, size)]
-
-
-def _middle(outer: tuple[int, int], inner: tuple[int, int]) -> tuple[slice, slice]:
-    starts = [round((large - small) / 2) for large, small in zip(outer, inner, strict=True)]
-    return tuple(slice(start, start + small) for start, small in zip(starts, inner, strict=True))

@@ -10,9 +10,9 @@ from typing import Protocol
 import numpy as np
 
 from tnt_jax.config import InputError
-from tnt_jax.data.augment import Pixels
 from tnt_jax.data.decode import decode
 from tnt_jax.data.images import SUFFIXES
+from tnt_jax.data.resample import Pixels
 
 
 class Source(Protocol):
@@ -65,7 +65,10 @@ class ArraySource:
 
 
 def _digits(split: str) -> ArraySource:
-    """The 1,797 scans of 8x8 pixels that scikit-learn ships, as dark ink on white paper, 1,437 for training."""
+    """The 1,797 scans of 8x8 pixels that scikit-learn ships, as dark ink on white paper.
+
+    1,437 to train, 360 to test.
+    """
     if split not in ("train", "test"):
         raise _no_split(split, ("train", "test"))
     from sklearn.datasets import load_digits

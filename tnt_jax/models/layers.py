@@ -162,3 +162,17 @@ class TransformerLayer(nnx.Module):
     def attention_weights(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch heads queries keys"]:
         """The attention weights that this layer uses on input `x`, in float32."""
         return self.attn.weights(self.norm1(x))
+
+
+def resize_positions(
+    positions: Float[Array, "1 1+patches dim"], grid: tuple[int, int], new_grid: tuple[int, int]
+) -> Float[Array, "1 1+new_patches dim"]:
+    """Sentence positions for another number of rows and columns: bicubic with antialiasing, the class token's kept.
+
+    Source: timm/layers/pos_embed.py, resample_abs_pos_embed.
+    """
+    class_token, patches = positions[:, :1], positions[:, 1:]
+    dim = positions.shape[-1]
+    maps = patches.reshape(1, *grid, dim)
+    maps = jax.image.resize(maps, (1, *new_grid, dim), "cubic", antialias=True)
+    return jnp.concatenate([class_token, maps.reshape(1, -1, dim)], axis=1)

@@ -24,6 +24,8 @@ class Variant:
     macs: int
     published_top1: float | None
     published_top5: float | None
+    weights: tuple[str, ...] = ()
+    """Where published weights are: names on the Hugging Face hub, and addresses."""
     crop: float = 0.9
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -63,20 +65,45 @@ def _legacy(config: ModelConfig) -> ModelConfig:
 
 
 _S_MACS, _TI_MACS, _B_MACS = 5_216_875_008, 1_403_721_984, 14_049_082_880
+_HUAWEI = "https://github.com/huawei-noah/Efficient-AI-Backbones/releases/download/tnt"
+_CONTRASTIVE = "https://github.com/contrastive/pytorch-image-models/releases/download/TNT/tnt_s_patch16_224.pth.tar"
+_MMPRETRAIN = "https://download.openmmlab.com/mmclassification/v0/tnt/tnt-small-p16_3rdparty_in1k_20210903-c56ee7df.pth"
 
 VARIANTS = {
     variant.config.name: variant
     for variant in (
         Variant(_TNT_TI, 6_076_408, _TI_MACS, published_top1=73.9, published_top5=91.9),
-        Variant(_TNT_S, 23_768_584, _S_MACS, published_top1=81.5, published_top5=95.7),
-        Variant(_TNT_B, 65_428_680, _B_MACS, published_top1=82.9, published_top5=96.3),
+        Variant(
+            _TNT_S,
+            23_768_584,
+            _S_MACS,
+            published_top1=81.5,
+            published_top5=95.7,
+            weights=("timm/tnt_s_patch16_224.in1k", f"{_HUAWEI}/tnt_s_81.5.pth.tar"),
+        ),
+        Variant(
+            _TNT_B,
+            65_428_680,
+            _B_MACS,
+            published_top1=82.9,
+            published_top5=96.3,
+            weights=("timm/tnt_b_patch16_224.in1k", f"{_HUAWEI}/tnt_b_82.9.pth.tar"),
+        ),
         Variant(_legacy(_TNT_TI), 6_069_784, _TI_MACS, published_top1=None, published_top5=None),
-        Variant(_legacy(_TNT_S), 23_755_336, _S_MACS, published_top1=81.512, published_top5=95.742),
+        Variant(
+            _legacy(_TNT_S),
+            23_755_336,
+            _S_MACS,
+            published_top1=81.512,
+            published_top5=95.742,
+            weights=("timm/tnt_s_legacy_patch16_224.in1k", _MMPRETRAIN, _CONTRASTIVE),
+        ),
         Variant(_legacy(_TNT_B), 65_406_600, _B_MACS, published_top1=None, published_top5=None),
     )
 }
 
 ALIASES = {"tnt-small-p16_3rdparty_in1k": "tnt_s_legacy_patch16_224"}
+"""mmpretrain's names. timm's names with the tag of their weights, `[timm/]NAME.in1k`, are understood as well."""
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -91,6 +118,8 @@ def get_variant(name: str) -> Variant:
         InputError: no model is called so; the message has the nearest names.
     """
     name = ALIASES.get(name, name)
+    if name.endswith(".in1k"):
+        name = name.removeprefix("timm/").removesuffix(".in1k")
     if name not in VARIANTS:
         nearest = difflib.get_close_matches(name, list_models(), n=3, cutoff=0.4) or list_models()
         raise InputError(f"there is no model {name!r}; the nearest names are {', '.join(nearest)}")

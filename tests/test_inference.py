@@ -1,0 +1,140 @@
+import json
+
+import commands
+import numpy as np
+import pytest
+from PIL import Image
+from small_models import small_model
+
+import tnt_jax
+from tnt_jax.config import InputError
+from tnt_jax.data.images import evaluation_crop
+from tnt_jax.inference import predict_images
+
+NAMES = ("ant", "bee", "cat [spotted]")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "small"
+    tnt_jax.save_model(small_model(), folder, class_names=NAMES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return tnt_jax.load_model(folder)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(1)
+    for index in range(5):
+        pixels = rng.integers(0, 60 * index + 15, (40 + index, 50, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    return folder
+
+
+def test_inference_is_the_softmax_of_the_normalised_evaluation_crop(model, folder, photos):
+    pixels = evaluation_crop(Image.open(photos / "3.png"), (32, 32), 0.9)
+    logits = np.asarray(model((pixels[None].astype(np.float32) / 255 - 0.5) / 0.5), np.float64)[0]
+    expected = np.exp(logits) / np.exp(logits).sum()
+    for source in (photos / "3.png", str(photos / "3.png"), (photos / "3.png").read_bytes()):
+        result = tnt_jax.inference_model(model, source)
+        assert list(result) == ["pred_label", "pred_class", "pred_score", "pred_scores"]
+        assert result["pred_scores"].dtype == np.float32
+        np.testing.assert_allclose(result["pred_scores"], expected, atol=1e-6)
+        assert result["pred_label"] == expected.argmax()
+        assert result["pred_class"] == NAMES[expected.argmax()]
+        assert result["pred_score"] == result["pred_scores"].max()
+    assert tnt_jax.inference_model(folder, photos / "3.png")["pred_score"] == result["pred_score"]
+
+
+def test_an_array_gives_what_its_file_gives(model, photos):
+    array = np.asarray(Image.open(photos / "1.png"))
+    np.testing.assert_array_equal(
+        tnt_jax.inference_model(model, array)["pred_scores"],
+        tnt_jax.inference_model(model, photos / "1.png")["pred_scores"],
+    )
+
+
+def test_batches_give_what_single_images_give_in_their_order(model, photos):
+    sources = [photos / "0.png", photos / "none.png", *(photos / f"{index}.png" for index in range(1, 5))]
+    results = list(predict_images(model, sources, batch_size=2))
+    assert isinstance(results.pop(1), InputError)
+    for index, result in enumerate(results):
+        alone = tnt_jax.inference_model(model, photos / f"{index}.png")
+        np.testing.assert_allclose(result["pred_scores"], alone["pred_scores"], rtol=1e-5)
+
+
+def test_a_model_without_names_names_numbers_and_one_without_classes_is_refused(photos):
+    result = tnt_jax.inference_model(small_model(), photos / "0.png")
+    assert result["pred_class"] == str(result["pred_label"])
+    with pytest.raises(InputError, match="num_classes=0"):
+        tnt_jax.inference_model(small_model(num_classes=0), photos / "0.png")
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [
+        ("tnt-small-p16_3rdparty_in1k", "tnt_s_legacy_patch16_224"),
+        ("timm/tnt_s_patch16_224.in1k", "tnt_s_patch16_224"),
+        ("tnt_b_patch16_224.in1k", "tnt_b_patch16_224"),
+    ],
+)
+def test_a_published_name_says_how_to_get_its_weights(name, variant, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = rf"python convert_torch_weights\.py timm/{variant}\.in1k weights/{variant}"
+    with pytest.raises(InputError, match=command):
+        tnt_jax.inference_model(name, "bird.jpg")
+    tnt_jax.save_model(small_model(), f"weights/{variant}", class_names=NAMES)
+    assert tnt_jax.load_model(name).description.class_names == NAMES
+
+
+def test_what_is_no_model_is_refused_with_what_to_do(tmp_path):
+    (tmp_path / "a.pth").touch()
+    with pytest.raises(InputError, match=r"python convert_torch_weights\.py .*a\.pth"):
+        tnt_jax.load_model(tmp_path / "a.pth")
+    with pytest.raises(InputError, match=r"no folder tnt_s_patch16, and .* nearest names are tnt_s_patch16_224"):
+        tnt_jax.load_model("tnt_s_patch16")
+    with pytest.raises(InputError, match="nobody has published weights of tnt_ti_patch16_224"):
+        tnt_jax.load_model("tnt_ti_patch16_224")
+
+
+def test_predict_prints_the_likeliest_classes(folder, photos):
+    code, out, _ = commands.run("predict.py", folder, photos / "2.png", "--top-k", "2")
+    assert code == 0
+    assert str(photos / "2.png") in out
+    assert sum(name in out for name in NAMES) == 2
+
+
+def test_predict_goes_on_after_bad_images_and_says_which(folder, photos, model, tmp_path):
+    (tmp_path / "cut.png").write_bytes((photos / "4.png").read_bytes()[:300])
+    code, out, err = commands.run("predict.py", folder, tmp_path, "nowhere.jpg", photos, "--json", "--batch-size", "2")
+    assert code == 2
+    assert "cut.png cannot be read as an image" in err
+    assert "there is no image nowhere.jpg" in err
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["image"] for line in lines] == [str(photos / f"{index}.png") for index in range(5)]
+    for line in lines:
+        result = tnt_jax.inference_model(model, line["image"])
+        assert line["pred_class"] == result["pred_class"] == line["top"][0]["class"]
+        assert line["top"][0]["score"] == pytest.approx(result["pred_score"], rel=1e-5)
+        assert len(line["top"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "a.jpg"], "there is no folder nowhere"),
+        (["nowhere"], "no images were given"),
+        (["nowhere", "a.jpg", "--top-k", "0"], "top_k must be at least 1"),
+        (["nowhere", "a.jpg", "--colour"], "--colour"),
+    ],
+)
+def test_predict_refuses_bad_arguments(arguments, message):
+    code, out, err = commands.run("predict.py", *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert "Traceback" not in err

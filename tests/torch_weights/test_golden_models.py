@@ -1,0 +1,67 @@
+"""Every layout, read into the model, computes what the published code computes: every block and the logits.
+
+The bound of 1e-5 of the record's largest value is the golden README's; PyTorch's own float32 is within 1e-6.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+import published
+import pytest
+from flax import nnx
+
+from tnt_jax.models import tnt
+from tnt_jax.models.saving import model_from_parameters
+from tnt_jax.torch_weights.read import recognise, to_parameters
+
+RECORDS = {
+    "huawei_tnt_s": ("huawei", "tnt_s_patch16_224"),
+    "timm_tnt_s": ("timm", "tnt_s_patch16_224"),
+    "timm_tnt_s_legacy": ("timm", "tnt_s_legacy_patch16_224"),
+    "mmpretrain_tnt_s": ("mmpretrain", "tnt_s_legacy_patch16_224"),
+}
+
+
+compiled_block = nnx.jit(tnt.Block.__call__)
+
+
+@pytest.fixture(autouse=True)
+def _blocks_share_one_compilation(monkeypatch):
+    monkeypatch.setattr(tnt.Block, "__call__", compiled_block)
+
+
+@functools.cache
+def converted(name):
+    arrays, manifest = published.record(name)
+    tensors = published.state_dict(manifest)
+    layout, config = recognise({name: tensor.shape for name, tensor in tensors.items()})
+    # The blocks are one program only if they have one rate of stochastic depth, which evaluation does not use.
+    config = dataclasses.replace(config, drop_path_rate=0.0)
+    return arrays, published.images(manifest), layout, config, to_parameters(tensors, layout, config)
+
+
+def relative_error(actual, expected):
+    return np.abs(np.asarray(actual, np.float64) - expected).max() / np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_every_block_and_the_logits_are_those_of_the_published_code(name):
+    arrays, images, layout, config, parameters = converted(name)
+    assert (layout, config.name) == RECORDS[name]
+    model = model_from_parameters(config, parameters)
+    errors = {"logits": relative_error(model(images), arrays["logits"])}
+    words, sentences = model.embed(images)
+    for index, block in enumerate(model.blocks):
+        words, sentences = block(words, sentences)
+        errors[f"block{index:02}_words"] = relative_error(words[:3], arrays[f"block{index:02}_words"])
+        errors[f"block{index:02}_sentences"] = relative_error(sentences[:, :3], arrays[f"block{index:02}_sentences"])
+    assert errors.keys() == arrays.keys()
+    assert max(errors.values()) < 1e-5, {name: error for name, error in errors.items() if error >= 1e-5}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_bfloat16_has_the_same_most_likely_class(name):
+    arrays, images, _, config, parameters = converted(name)
+    logits = model_from_parameters(dataclasses.replace(config, dtype="bfloat16"), parameters)(images)
+    assert (logits.argmax(-1) == arrays["logits"].argmax(-1)).all()

@@ -1,0 +1,55 @@
+"""What the commands share: a configuration from a file and flags, and errors as messages."""
+
+import argparse
+import pathlib
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+
+import tyro
+
+from tnt_jax.config import InputError, TrainConfig
+
+DEFAULT_CONFIG = "configs/digits.py"
+
+
+def training_config(arguments: Sequence[str] | None = None) -> TrainConfig:
+    """The configuration that `--config FILE` returns, changed by the other flags.
+
+    Raises:
+        InputError: the file is missing or returns no configuration.
+    """
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files.add_argument("--config", default=DEFAULT_CONFIG)
+    chosen, rest = files.parse_known_args(arguments)
+    path = pathlib.Path(chosen.config)
+    if not path.is_file():
+        raise InputError(f"there is no configuration file {path}; configs/ holds {_names(path.parent)}")
+    get_config = runpy.run_path(str(path)).get("get_config")
+    config = get_config() if callable(get_config) else None
+    if not isinstance(config, TrainConfig):
+        raise InputError(f"{path} has no function get_config() that returns a TrainConfig")
+    return tyro.cli(
+        TrainConfig,
+        default=config,
+        args=rest,
+        prog="train.py [--config FILE]",
+        description=f"Trains what {path} describes; every flag changes one of its fields.",
+    )
+
+
+def _names(folder: pathlib.Path) -> str:
+    return ", ".join(sorted(path.name for path in folder.glob("*.py"))) or "no files"
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Runs a command. What the user got wrong is one message on standard error and exit code 2, without a traceback."""
+    try:
+        main()
+    except InputError as error:
+        sys.exit(_say(f"error: {error}", code=2))
+
+
+def _say(message: str, *, code: int) -> int:
+    print(message, file=sys.stderr)
+    return code

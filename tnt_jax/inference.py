@@ -1,0 +1,142 @@
+"""Classes of images from a model: pixels on the host, normalising and everything after it on the device."""
+
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+
+from tnt_jax.config import InputError
+from tnt_jax.data.images import ImageSource, evaluation_crop, open_image
+from tnt_jax.models.saving import ModelDescription, Preprocessing, description_of, load_folder
+from tnt_jax.models.tnt import TNT
+from tnt_jax.models.variants import get_variant
+
+WEIGHTS_FOLDER = Path("weights")
+
+
+def load_model(path: str | os.PathLike) -> TNT:
+    """A model from its folder, or by its published name from `weights/NAME`.
+
+    Raises:
+        InputError: it is not there, or it is damaged; for a published name the message says how to get the weights.
+    """
+    if Path(path).is_dir():
+        return load_folder(path)
+    if Path(path).is_file():
+        raise InputError(
+            f"{path} is a file, and a model is a folder; make one with: "
+            f"python convert_torch_weights.py {path} {WEIGHTS_FOLDER}/NAME"
+        )
+    try:
+        variant = get_variant(str(path))
+    except InputError as error:
+        raise InputError(f"there is no folder {path}, and {error}") from error
+    folder = WEIGHTS_FOLDER / variant.config.name
+    if folder.is_dir():
+        return load_folder(folder)
+    if not variant.weights:
+        raise InputError(f"nobody has published weights of {path}, and there are none in {folder}")
+    raise InputError(
+        f"the weights of {path} are not in {folder}. To get them:\n"
+        + "\n".join(f"  python convert_torch_weights.py {place} {folder}" for place in variant.weights[:1])
+        + "\nor download one of these and give its file instead:\n"
+        + "\n".join(f"  {place}" for place in variant.weights[1:])
+    )
+
+
+def inference_model(model: TNT | str | os.PathLike, image: ImageSource) -> dict[str, Any]:
+    """The class of one image. The keys are those of mmpretrain's `inference_model`.
+
+    Args:
+        model: a model, its folder, or a published name. To classify many images, load it once.
+        image: path, bytes, open binary file, PIL image, or uint8 array (height, width, channels) in RGB.
+
+    Returns:
+        pred_label (int), pred_class (its name, or the number as text where no names are known), pred_score (its
+        probability), pred_scores (float32 (classes,), of all).
+
+    Raises:
+        InputError: the image cannot be read, or the model cannot be loaded or has no classes.
+    """
+    model = model if isinstance(model, nnx.Module) else load_model(model)
+    (result,) = predict_images(model, [image], batch_size=1)
+    if isinstance(result, InputError):
+        raise result
+    return result
+
+
+def predict_images(
+    model: TNT, images: Sequence[ImageSource], *, batch_size: int = 32
+) -> Iterator[dict[str, Any] | InputError]:
+    """For each image in turn what `inference_model` returns, or the error that says why it cannot be read.
+
+    Batches have one size, so that the model is compiled once; the last is filled up with black images.
+
+    Raises:
+        InputError: the model has no classes, or the batch size is not positive.
+    """
+    description = description_of(model)
+    if not description.config.num_classes:
+        raise InputError(f"{description.config.name} was made with num_classes=0: it has features, and no classes")
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}, and must be at least 1")
+    graph, state = nnx.split(model)
+    batch_size = min(batch_size, len(images))
+    for start in range(0, len(images), batch_size or 1):
+        pixels = [_pixels(image, description) for image in images[start : start + batch_size]]
+        readable = [image for image in pixels if not isinstance(image, InputError)]
+        scores = iter(())
+        if readable:
+            batch = np.zeros((batch_size, *readable[0].shape), np.uint8)
+            batch[: len(readable)] = readable
+            scores = iter(np.asarray(_probabilities(graph, description.preprocessing, state, batch)))
+        for image in pixels:
+            yield image if isinstance(image, InputError) else _result(next(scores), description.class_names)
+
+
+def _pixels(image: ImageSource, description: ModelDescription) -> np.ndarray | InputError:
+    feeding = description.preprocessing
+    try:
+        return evaluation_crop(open_image(image, description.config.in_channels), feeding.image_size, feeding.crop)
+    except InputError as error:
+        return error
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _probabilities(
+    graph: nnx.GraphDef, feeding: Preprocessing, state: nnx.State, images: UInt8[Array, "batch height width channels"]
+) -> Float[Array, "batch classes"]:
+    normalised = (images.astype(jnp.float32) / 255 - jnp.array(feeding.mean)) / jnp.array(feeding.std)
+    return jax.nn.softmax(nnx.merge(graph, state)(normalised), axis=-1)
+
+
+def _result(scores: np.ndarray, class_names: Sequence[str] | None) -> dict[str, Any]:
+    label = int(scores.argmax())
+    return {
+        "pred_label": label,
+        "pred_class": class_name(label, class_names),
+        "pred_score": float(scores[label]),
+        "pred_scores": scores,
+    }
+
+
+def class_name(label: int, class_names: Sequence[str] | None) -> str:
+    """What a class is called, or its number where no names are known."""
+    return str(label) if class_names is None else class_names[label]
+
+
+def most_likely(result: dict[str, Any], class_names: Sequence[str] | None, count: int) -> list[dict[str, Any]]:
+    """The `count` most likely classes of a result as label, class and score, the likeliest first."""
+    labels = np.argsort(-result["pred_scores"], kind="stable")[:count]
+    scores = result["pred_scores"]
+    return [
+        {"label": int(label), "class": class_name(int(label), class_names), "score": float(scores[label])}
+        for label in labels
+    ]

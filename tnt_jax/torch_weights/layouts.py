@@ -1,0 +1,134 @@
+"""The published layouts of TNT state dicts, as one table that is used in both directions.
+
+Sources: tnt_pytorch/tnt.py of huawei-noah/Efficient-AI-Backbones; timm/models/tnt.py, whose names the contrastive fork
+has too; mmpretrain/models/backbones/tnt.py. huawei has the official architecture, mmpretrain the legacy one, timm both.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+# A row is one tensor, or a module whose `kernel` or `scale` is called `weight` there and whose `bias` is called `bias`.
+# {qk,v}: the rows of two tensors, one after the other, are those of ours. -: the layout has no such module.
+TABLE = """
+ours                        huawei                      timm                       mmpretrain
+
+class_token                 cls_token                   cls_token                  backbone.cls_token
+word_positions              inner_pos                   pixel_pos                  backbone.pixel_pos
+sentence_positions          outer_pos                   patch_pos                  backbone.patch_pos
+word_embedding.conv         patch_embed.proj            pixel_embed.proj           backbone.pixel_embed.proj
+sentence_embedding.norm1    proj_norm1                  norm1_proj                 backbone.norm1_proj
+sentence_embedding.proj     proj                        proj                       backbone.projection
+sentence_embedding.norm2    proj_norm2                  norm2_proj                 backbone.norm2_proj
+norm                        norm                        norm                       backbone.norm
+head                        head                        head                       head.fc
+
+blocks.*                    blocks.*                    blocks.*                   backbone.layers.*
+.inner.norm1                .inner_norm1                .norm_in                   .inner_block.norm_attn
+.inner.attn.qkv.kernel      .inner_attn.{qk,v}.weight   .attn_in.{qk,v}.weight     .inner_block.attn.attn.in_proj_weight
+.inner.attn.proj            .inner_attn.proj            .attn_in.proj              .inner_block.attn.attn.out_proj
+.inner.norm2                .inner_norm2                .norm_mlp_in               .inner_block.norm_ffn
+.inner.mlp.fc1              .inner_mlp.fc1              .mlp_in.fc1                .inner_block.ffn.layers.0.0
+.inner.mlp.fc2              .inner_mlp.fc2              .mlp_in.fc2                .inner_block.ffn.layers.1
+.words_to_sentence.norm1    .proj_norm1                 .norm1_proj                .norm_proj
+.words_to_sentence.proj     .proj                       .proj                      .projection
+.words_to_sentence.norm2    .proj_norm2                 .norm2_proj                -
+.outer.norm1                .outer_norm1                .norm_out                  .outer_block.norm_attn
+.outer.attn.qkv.kernel      .outer_attn.{qk,v}.weight   .attn_out.{qk,v}.weight    .outer_block.attn.attn.in_proj_weight
+.outer.attn.proj            .outer_attn.proj            .attn_out.proj             .outer_block.attn.attn.out_proj
+.outer.norm2                .outer_norm2                .norm_mlp                  .outer_block.norm_ffn
+.outer.mlp.fc1              .outer_mlp.fc1              .mlp.fc1                   .outer_block.ffn.layers.0.0
+.outer.mlp.fc2              .outer_mlp.fc2              .mlp.fc2                   .outer_block.ffn.layers.1
+"""
+
+# A parameter of huawei's model that no forward pass uses: always zero, never trained.
+UNUSED = {"huawei": ("outer_tokens",), "timm": (), "mmpretrain": ()}
+ARCHITECTURES = {"huawei": ("official",), "timm": ("official", "legacy"), "mmpretrain": ("legacy",)}
+LAYOUTS = tuple(ARCHITECTURES)
+
+
+def _columns() -> dict[str, dict[str, str]]:
+    """layout -> our name -> name there, with block names written out as `blocks.*...`."""
+    header, *rows = [line.split() for line in TABLE.splitlines() if line]
+    columns = {layout: {} for layout in header[1:]}
+    prefixes = [""] * len(header)
+    for row in rows:
+        if row[0] == "blocks.*":
+            prefixes = row
+            continue
+        ours, *theirs = [prefix + name for prefix, name in zip(prefixes, row, strict=True)]
+        for layout, name in zip(header[1:], theirs, strict=True):
+            columns[layout][ours] = name
+    return columns
+
+
+_NAMES = _columns()
+_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+
+
+def tensor_names(path: str, layout: str) -> tuple[str, ...]:
+    """What the tensors are called in a layout that make up our parameter `path`, such as `blocks.0.inner.norm1.scale`.
+
+    One name, or the names of the tensors whose rows follow each other in ours.
+    """
+    names = _NAMES[layout]
+    block = re.match(r"blocks\.(\d+)\.", path)
+    pattern = re.sub(r"^blocks\.\d+\.", "blocks.*.", path)
+    if pattern in names:
+        name = names[pattern]
+    else:
+        module, leaf = pattern.rsplit(".", 1)
+        name = f"{names[module]}.{_LEAVES[leaf]}"
+    if block:
+        name = name.replace("*", block[1], 1)
+    before, braces, after = re.fullmatch(r"([^{]*)(?:\{(.*)\})?(.*)", name).groups()
+    return (name,) if braces is None else tuple(before + part + after for part in braces.split(","))
+
+
+def to_layout(parameters: Mapping[str, np.ndarray], layout: str) -> dict[str, np.ndarray]:
+    """Our parameters under the names and in the shapes of a layout: (out, in) for linear maps, OIHW for convolutions.
+
+    The arrays are views where they can be. What the layout has and nothing uses (huawei's `outer_tokens`) is added.
+    """
+    tensors = {}
+    for path, value in parameters.items():
+        names = tensor_names(path, layout)
+        tensors.update(zip(names, _to_torch(path, value, layout, len(names)), strict=True))
+    if layout == "huawei":
+        _, sentences, dim = parameters["sentence_positions"].shape
+        tensors["outer_tokens"] = np.broadcast_to(np.float32(0), (1, sentences - 1, dim))
+    return tensors
+
+
+def from_layout(tensors: Mapping[str, np.ndarray], paths: Iterable[str], layout: str) -> dict[str, np.ndarray]:
+    """The other way: our parameters `paths` from tensors that have the names and shapes of a layout."""
+    return {path: _from_torch(path, [tensors[name] for name in tensor_names(path, layout)], layout) for path in paths}
+
+
+def layout_shapes(shapes: Mapping[str, tuple[int, ...]], layout: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes that a state dict in a layout has, from the shapes of our parameters."""
+    stand_ins = {path: np.broadcast_to(np.float32(0), shape) for path, shape in shapes.items()}
+    return {name: tensor.shape for name, tensor in to_layout(stand_ins, layout).items()}
+
+
+def _to_torch(path: str, value: np.ndarray, layout: str, count: int) -> list[np.ndarray]:
+    if path == "word_positions" and layout != "huawei":  # (1, words, inner) to a map, (1, inner, rows, columns)
+        _, words, inner = value.shape
+        side = round(words**0.5)
+        return [value.transpose(0, 2, 1).reshape(1, inner, side, side)]
+    if path.endswith("kernel"):
+        value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
+    if count == 2:  # query and key in one, value in the other
+        value, last = np.split(value, [2 * len(value) // 3])
+        return [value, last]
+    return [value]
+
+
+def _from_torch(path: str, values: list[np.ndarray], layout: str) -> np.ndarray:
+    value = values[0] if len(values) == 1 else np.concatenate(values)
+    if path == "word_positions" and layout != "huawei":
+        return value.reshape(*value.shape[:2], -1).transpose(0, 2, 1)
+    if path.endswith("kernel"):
+        value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+    return value

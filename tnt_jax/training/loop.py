@@ -1,0 +1,181 @@
+"""A run from its configuration to its last step."""
+
+import contextlib
+import dataclasses
+import signal
+from collections.abc import Iterator
+
+import jax
+import rich.console
+from flax import nnx
+
+from tnt_jax.config import InputError, TrainConfig
+from tnt_jax.data.pipeline import Batch, eval_batches, train_batches
+from tnt_jax.data.sources import open_source
+from tnt_jax.evaluation import evaluate, make_eval_step
+from tnt_jax.models.variants import build_model, resolve
+from tnt_jax.training.checkpoint import Checkpoints, claim_run_dir
+from tnt_jax.training.mesh import check_batch_size, make_mesh, replicated, to_devices
+from tnt_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from tnt_jax.training.report import Report
+from tnt_jax.training.step import TrainState, init_state, make_train_step
+
+
+class StoppedError(RuntimeError):
+    """The run was asked to stop, and has saved where it was."""
+
+
+def train(config: TrainConfig) -> dict[str, float]:
+    """Trains from where the run's folder stands to the last step.
+
+    Returns:
+        The scores of the last step: count, and top1, top5 (shares of 1) and loss for the averaged weights (`ema_`) and
+        for the raw ones (`raw_`).
+
+    Raises:
+        InputError: something in the configuration is wrong. Raised before anything is written.
+        NonFiniteLossError: the loss was infinite or not a number. The last checkpoint before it is kept.
+        StoppedError: Ctrl-C was pressed. The step that was under way is finished and saved first.
+    """
+    run = Run(config)
+    claim_run_dir(run.config)
+    console = rich.console.Console(highlight=False, soft_wrap=True)
+    with contextlib.closing(Checkpoints(config.run_dir, keep=config.keep_checkpoints)) as checkpoints:
+        start = checkpoints.latest_step or 0
+        if start == run.total_steps:
+            console.print(f"The run in {config.run_dir} is finished. Another --run-dir starts another one.")
+            return _conclude(checkpoints, run, console)
+        state = run.initial_state()
+        if start:
+            state = checkpoints.restore(start, like=state)
+        console.print(run.describe(start))
+        with Report(run.config, console, start, run.steps_per_epoch) as report, stop_request(console) as stopping:
+            for step, batch in zip(range(start + 1, run.total_steps + 1), run.batches(start), strict=False):
+                state, metrics = run.train_step(state, batch)
+                report.train(step, metrics)
+                evaluates = step % run.steps_between_evaluations == 0 or step == run.total_steps
+                if not (evaluates or stopping()):
+                    continue
+                # Nothing of a step is saved before its loss is known to be finite.
+                report.flush()
+                scores = run.evaluate(state) if evaluates else None
+                if scores:
+                    report.test(step, scores)
+                checkpoints.save(step, state, scores)
+                if stopping() and step < run.total_steps:
+                    raise StoppedError(f"stopped after step {step} of {run.total_steps}, which is saved")
+        return _conclude(checkpoints, run, console)
+
+
+class Run:
+    """What a configuration determines and no step changes: data, devices, and the functions of a step.
+
+    Raises:
+        InputError: something in the configuration is wrong.
+    """
+
+    def __init__(self, config: TrainConfig):
+        self.train_source, self.test_source = (open_source(config.data.source, split) for split in ("train", "test"))
+        self.config = _with_classes(config, len(self.train_source.class_names))
+        self.mesh = make_mesh()
+        check_batch_size(config.batch_size, self.mesh)
+        self.steps_per_epoch = len(self.train_source) // config.batch_size
+        for field in ("epochs", "eval_every_epochs", "log_every_steps", "keep_checkpoints"):
+            if getattr(config, field) < 1:
+                raise InputError(f"{field} is {getattr(config, field)}, and must be at least 1")
+        if not self.steps_per_epoch:
+            raise InputError(
+                f"batch_size {config.batch_size} is larger than the {len(self.train_source)} training images"
+            )
+        self.total_steps = config.epochs * self.steps_per_epoch
+        self.steps_between_evaluations = config.eval_every_epochs * self.steps_per_epoch
+        schedule = learning_rate_schedule(config.optimizer, steps_per_epoch=self.steps_per_epoch, epochs=config.epochs)
+        self._optimizer = make_optimizer(config.optimizer, schedule)
+        graphdef, _ = nnx.split(nnx.eval_shape(self._new_model))
+        self._eval_step = make_eval_step(graphdef, self.config.data)
+        train_step = make_train_step(graphdef, self._optimizer, schedule, self.config)
+        self._train_step = jax.jit(train_step, donate_argnums=0, out_shardings=replicated(self.mesh))
+        self._feed = {
+            "image_size": self.config.model.image_size,
+            "channels": self.config.model.in_channels,
+            "batch_size": config.batch_size,
+        }
+
+    def _new_model(self) -> nnx.Module:
+        return build_model(self.config.model, rngs=nnx.Rngs(self.config.seed))
+
+    def initial_state(self) -> TrainState:
+        """The state before the first step, on all devices."""
+
+        def make() -> TrainState:
+            return init_state(nnx.to_pure_dict(nnx.state(self._new_model())), self._optimizer)
+
+        return jax.jit(make, out_shardings=replicated(self.mesh))()
+
+    def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One step on all devices. The memory of `state` is used again: it cannot be read afterwards."""
+        return self._train_step(state, to_devices(batch, self.mesh))
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """Training batches after `start` steps."""
+        return train_batches(self.train_source, self.config.data, **self._feed, seed=self.config.seed, start_step=start)
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """Scores on every test image, of the averaged and of the raw weights."""
+        scores = {}
+        for weights, params in (("ema", state.ema), ("raw", state.params)):
+            part = evaluate(self._eval_step, params, eval_batches(self.test_source, **self._feed), self.mesh)
+            scores["count"] = part.pop("count")
+            scores |= {f"{weights}_{name}": value for name, value in part.items()}
+        return scores
+
+    def describe(self, start: int) -> str:
+        """The run in a sentence or two, for people."""
+        model = self.config.model
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.eval_shape(self._new_model)))
+        device = jax.devices()[0]
+        return (
+            f"{'Going on with' if start else 'Training'} {model.name}, {parameters:,} parameters, on "
+            f"{jax.device_count()} {device.device_kind} device(s), from step {start} to {self.total_steps}: "
+            f"{len(self.train_source):,} training and {len(self.test_source):,} test images of "
+            f"{len(self.train_source.class_names)} classes. Everything of the run lies in {self.config.run_dir}"
+        )
+
+
+def _with_classes(config: TrainConfig, num_classes: int) -> TrainConfig:
+    """The configuration with every field of the model filled, and as many classes as the data has."""
+    asked = config.model.num_classes
+    if asked not in (None, num_classes):
+        raise InputError(f"model.num_classes is {asked}, and {config.data.source} has {num_classes} classes")
+    return dataclasses.replace(config, model=resolve(dataclasses.replace(config.model, num_classes=num_classes)))
+
+
+def _conclude(checkpoints: Checkpoints, run: Run, console: rich.console.Console) -> dict[str, float]:
+    checkpoints.wait()
+    scores, best = checkpoints.scores(run.total_steps), checkpoints.best_step
+    folder = run.config.run_dir
+    console.print(
+        f"test accuracy {scores['ema_top1']:.2%} with averaged weights, {scores['raw_top1']:.2%} with raw ones, over "
+        f"{scores['count']:,} images (best: {checkpoints.scores(best)['ema_top1']:.2%} after epoch "
+        f"{best / run.steps_per_epoch:.4g})\nThe run lies in {folder}. Next:\n"
+        f"  python eval.py {folder}\n  python predict.py {folder} IMAGE"
+    )
+    return scores
+
+
+@contextlib.contextmanager
+def stop_request(console: rich.console.Console) -> Iterator:
+    """Gives a function that says whether Ctrl-C was pressed. A second Ctrl-C interrupts at once."""
+    pressed = []
+
+    def handle(signum, frame):
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(signum)
+        console.print("Stopping after this step; Ctrl-C again stops at once, without saving.")
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,55 @@
+"""Learning rate, AdamW, and which parameters decay."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tnt_jax.config import OptimizerConfig
+
+NOT_DECAYED = {"class_token", "word_positions", "sentence_positions"}
+
+
+def learning_rate_schedule(config: OptimizerConfig, *, steps_per_epoch: int, epochs: int) -> optax.Schedule:
+    """Step (from 0) to learning rate: a line up, which replaces the first part of a cosine that spans the whole run.
+
+    Source: timm 0.3's CosineLRScheduler with `warmup_prefix=False`, which the published recipe runs.
+    """
+    total, warmup = epochs * steps_per_epoch, round(config.warmup_epochs * steps_per_epoch)
+    peak, least, first = config.learning_rate, config.min_learning_rate, config.warmup_learning_rate
+
+    def schedule(step):
+        rising = first + (peak - first) * step / max(warmup, 1)
+        falling = least + 0.5 * (peak - least) * (1 + jnp.cos(jnp.pi * step / max(total - 1, 1)))
+        return jnp.where(step < warmup, rising, falling)
+
+    return schedule
+
+
+def decay_mask(params: dict) -> dict:
+    """True where weight decay applies: everything but vectors (norms, biases), positions and the class token."""
+
+    def decays(path, leaf) -> bool:
+        return leaf.ndim > 1 and path[-1].key not in NOT_DECAYED
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """AdamW as PyTorch defines it: decay is scaled by the learning rate and applied beside the adaptive step."""
+    return optax.adamw(
+        schedule,
+        b1=config.beta1,
+        b2=config.beta2,
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
+        mask=decay_mask,
+    )
+
+
+def ema_decay(config: OptimizerConfig, update: jax.Array) -> jax.Array:
+    """Decay of the average of weights at its `update`-th update (from 1).
+
+    A constant decay near one leaves the average of a short run at its random initial weights.
+    """
+    warmed_up = jnp.float32(config.ema_decay)
+    return jnp.minimum(warmed_up, (1 + update) / (10 + update)) if config.ema_warmup else warmed_up
