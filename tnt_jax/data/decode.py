@@ -6,6 +6,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from tnt_jax.config import InputError
 from tnt_jax.data.images import open_image
 from tnt_jax.data.resample import Pixels
 
@@ -24,6 +25,8 @@ def decode(content: bytes, name: str) -> Pixels:
     Raises:
         InputError: this is no image, or a damaged one; the message names it and says why.
     """
+    if not content:
+        raise InputError(f"{name} cannot be read as an image: it is empty")
     if content.startswith(b"\xff\xd8\xff") and not _is_turned(content):
         try:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(content)

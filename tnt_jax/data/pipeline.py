@@ -2,9 +2,9 @@
 
 import dataclasses
 import functools
-import itertools
 import logging
 import math
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -139,7 +139,7 @@ def train_batches(
     """
     steps_per_epoch(len(source), data, batch_size)
     recipe = TrainRecipe(source, data, (*image_size, channels), batch_size, seed)
-    filled = _prepare(recipe, itertools.count(start_step), process_index, process_count)
+    filled = _prepare(recipe, range(start_step, sys.maxsize), process_index, process_count)
     return _without_unreadable(filled, recipe)
 
 
@@ -160,13 +160,14 @@ def _without_unreadable(filled: Iterator[Filled], recipe: TrainRecipe) -> Iterat
     unreadable: dict[int, str] = {}
     for images, labels, reports in filled:
         for index, reason in reports:
-            if index not in unreadable:
-                unreadable[index] = reason
-                logger.warning(
-                    "skipped unreadable image %d of at most %d: %s", len(unreadable), most_unreadable(recipe), reason
-                )
-        if len(unreadable) > most_unreadable(recipe):
-            raise _too_many(recipe, unreadable)
+            if index in unreadable:
+                continue
+            unreadable[index] = reason
+            if len(unreadable) > most_unreadable(recipe):
+                raise _too_many(recipe, unreadable)
+            logger.warning(
+                "skipped unreadable image %d of at most %d: %s", len(unreadable), most_unreadable(recipe), reason
+            )
         yield {"image": images, "label": labels}
 
 

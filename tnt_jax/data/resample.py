@@ -1,7 +1,8 @@
 """Resizing, and affine maps: where the host spends its time. Pixel for pixel what Pillow does.
 
 For RGB images, resample.c does it several times faster. It is compiled once, when it is first needed, with the
-machine's C compiler, into `~/.cache/tnt_jax`. Where there is no compiler Pillow itself is called: the pixels are the same.
+machine's C compiler, into `~/.cache/tnt_jax`. Where there is no compiler Pillow itself is called: the pixels are the
+same.
 """
 
 import ctypes

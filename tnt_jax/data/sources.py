@@ -12,6 +12,7 @@ import numpy as np
 from tnt_jax.config import InputError
 from tnt_jax.data.decode import decode
 from tnt_jax.data.images import SUFFIXES
+from tnt_jax.data.records import open_array_record, open_tfds
 from tnt_jax.data.resample import Pixels
 
 
@@ -106,6 +107,10 @@ def _idx(argument: str, split: str) -> ArraySource:
         class_names = FASHION_MNIST_CLASSES
     else:
         class_names = tuple(str(label) for label in range(int(labels.max()) + 1))
+    if labels.max() >= len(class_names):
+        raise InputError(
+            f"{folder} ({split}): label {labels.max()} is out of range, there are {len(class_names)} classes"
+        )
     return ArraySource(images[..., None], labels.astype(np.int64), class_names)
 
 
@@ -236,4 +241,11 @@ def _synthetic(split: str) -> SyntheticSource:
     return SyntheticSource(counts[split])
 
 
-SOURCES = {"digits": _digits, "idx": _idx, "folder": _folder, "synthetic": _synthetic}
+SOURCES = {
+    "digits": _digits,
+    "idx": _idx,
+    "folder": _folder,
+    "tfds": open_tfds,
+    "array_record": open_array_record,
+    "synthetic": _synthetic,
+}

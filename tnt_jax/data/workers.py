@@ -16,7 +16,8 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -44,9 +45,7 @@ ROWS_PER_TASK = 4
 STEPS_AHEAD = 2
 
 
-def prepare(
-    recipe: Recipe, rows: range, steps: Iterable[int], *, num_workers: int, num_threads: int
-) -> Iterator[Filled]:
+def prepare(recipe: Recipe, rows: range, steps: range, *, num_workers: int, num_threads: int) -> Iterator[Filled]:
     """These rows of the batch of each step: images uint8, labels int32, reports.
 
     Raises:
@@ -57,7 +56,7 @@ def prepare(
     return _in_threads(recipe, rows, steps, num_threads)
 
 
-def _in_threads(recipe: Recipe, rows: range, steps: Iterable[int], num_threads: int) -> Iterator[Filled]:
+def _in_threads(recipe: Recipe, rows: range, steps: range, num_threads: int) -> Iterator[Filled]:
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="data")
     pending = collections.deque()
 
@@ -82,16 +81,13 @@ def _in_threads(recipe: Recipe, rows: range, steps: Iterable[int], num_threads: 
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _in_processes(
-    recipe: Recipe, rows: range, steps: Iterable[int], num_workers: int, num_threads: int
-) -> Iterator[Filled]:
+def _in_processes(recipe: Recipe, rows: range, steps: range, num_workers: int, num_threads: int) -> Iterator[Filled]:
     bounds = [round(worker * len(rows) / num_workers) for worker in range(num_workers + 1)]
     shares = [slice(*pair) for pair in itertools.pairwise(bounds) if pair[0] < pair[1]]
-    with contextlib.ExitStack() as stack:
-        workers = []
+    workers = []
+    try:
         for share in shares:
             workers.append(Worker(recipe, rows[share], steps, num_threads))
-            stack.callback(workers[-1].close)
         for _ in steps:
             images = np.empty((len(rows), *recipe.row_shape), np.uint8)
             labels = np.empty(len(rows), np.int32)
@@ -99,6 +95,9 @@ def _in_processes(
             for worker, share in zip(workers, shares, strict=True):
                 reports += worker.receive(images[share], labels[share])
             yield images, labels, reports
+    finally:
+        for worker in workers:
+            worker.close()
 
 
 HEADER = struct.Struct("?Q")  # whether a message or an exception follows, and its length in bytes
@@ -107,7 +106,7 @@ HEADER = struct.Struct("?Q")  # whether a message or an exception follows, and i
 class Worker:
     """A worker process, as the training process sees it."""
 
-    def __init__(self, recipe: Recipe, rows: range, steps: Iterable[int], num_threads: int):
+    def __init__(self, recipe: Recipe, rows: range, steps: range, num_threads: int):
         self._socket, theirs = socket.socketpair()
         # Without this package's __init__, which imports JAX: 0.2 GB and two seconds in every worker.
         package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -122,6 +121,8 @@ class Worker:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
             )
+        # Also when the interpreter ends before the iterator was closed.
+        self.close = weakref.finalize(self, _end, self._socket, self._process)
         self._send(pickle.dumps((recipe, rows, steps, num_threads)))
 
     def _send(self, order: bytes) -> None:
@@ -150,10 +151,11 @@ class Worker:
             return f"was killed by {signal.Signals(-code).name}; if that was SIGKILL, memory may have run out"
         return f"ended with exit status {code}; what it printed stands above"
 
-    def close(self) -> None:
-        self._socket.close()
-        self._process.kill()
-        self._process.wait()
+
+def _end(connection: socket.socket, process: subprocess.Popen) -> None:
+    connection.close()
+    process.kill()
+    process.wait()
 
 
 def _receive(connection: socket.socket, length: int) -> bytearray:
@@ -195,5 +197,6 @@ def serve(descriptor: int) -> None:
 
 
 def _exit_with_parent(connection: socket.socket) -> None:
-    connection.recv(1)  # returns when the other end is closed, since nothing more is ever sent
+    with contextlib.suppress(OSError):
+        connection.recv(1)  # returns when the other end is closed, since nothing more is ever sent
     os._exit(0)
