@@ -232,3 +232,8 @@ int affine(const uint8_t *image, int height, int width, uint8_t *out, const doub
     free(padded);
     return 1;
 }
+
+void mirror(const uint8_t *image, int64_t pixels, int width, uint8_t *out) {
+    for (const uint8_t *row = image; row < image + pixels * CHANNELS; row += (int64_t)width * CHANNELS)
+        for (int x = width - 1; x >= 0; x--, out += CHANNELS) memcpy(out, row + x * CHANNELS, CHANNELS);
+}

@@ -71,6 +71,18 @@ def affine(image: Pixels, matrix: tuple[float, ...], interpolation: Image.Resamp
     return _checked(done, out)
 
 
+def mirror(image: Pixels) -> Pixels:
+    """Left to right."""
+    library = _library() if image.shape[2] == 3 else None
+    if library is None:
+        return np.ascontiguousarray(image[:, ::-1])
+    image = np.ascontiguousarray(image)
+    out = np.empty_like(image)
+    pixels = ctypes.c_int64(image.shape[0] * image.shape[1])
+    library.mirror(ctypes.c_void_p(image.ctypes.data), pixels, image.shape[1], ctypes.c_void_p(out.ctypes.data))
+    return out
+
+
 def _to_pillow(image: Pixels) -> Image.Image:
     return Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
 
