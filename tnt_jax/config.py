@@ -129,8 +129,8 @@ class DataConfig:
     num_threads: int = 2
     """Threads that prepare images in every such process. The batches do not depend on it."""
     fast_decode: bool = False
-    """Decode JPEGs that are more than twice as large as needed at a half, a quarter or an eighth of their size. Much
-    faster for photographs of many megapixels, but the pixels differ a little from those of the published recipe."""
+    """Decode JPEGs at a half, a quarter or an eighth of their size where that leaves twice the size of the input. Much
+    faster for photographs of many megapixels, but the pixels are not quite those of the published recipe."""
     skip_unreadable: float = 0.0
     """Share of the training images that may turn out to be unreadable. Each is logged, and the next image takes its
     place. Evaluation never skips."""

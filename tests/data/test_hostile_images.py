@@ -234,3 +234,27 @@ def test_splits_must_have_the_same_classes(tmp_path):
         (tmp_path / name).write_bytes(JPEG)
     with pytest.raises(InputError, match="do not have the same class folders: bee"):
         open_source(f"folder:{tmp_path}", "test")
+
+
+@pytest.mark.parametrize("name", ["upright.jpg", "turned.jpg"])
+def test_fast_decoding_gives_nearly_the_same_image_at_a_fraction_of_the_size(name, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6 if name == "turned.jpg" else 1
+    large = encoded(PICTURE.resize((1920, 1280)), "JPEG", quality=95, exif=exif)
+    source = open_source(folder_of(tmp_path, {name: large}), "test")
+    whole, small = source[0][0], source.read(0, (100, 200))[0]
+    assert sorted(whole.shape[:2]) == [1280, 1920]
+    assert sorted(small.shape[:2]) in ([160, 240], [320, 480])
+    feed = {"image_size": (64, 64), "channels": 3, "batch_size": 1}
+    exact, fast = (
+        next(eval_batches(source, dataclasses.replace(DataConfig(), fast_decode=quick), **feed))["image"].astype(int)
+        for quick in (False, True)
+    )
+    assert np.abs(exact - fast).mean() < 2
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_fast_decoding_refuses_the_same_files(name, tmp_path):
+    content, reason = REFUSED[name]
+    with pytest.raises(InputError, match=f"{name} cannot be read as an image: .*({reason})"):
+        open_source(folder_of(tmp_path, {name: content}), "train").read(0, (8, 8))

@@ -22,13 +22,17 @@ class RecordSource:
         return len(self.records)
 
     def __getitem__(self, index: int) -> tuple[Pixels, int]:
+        return self.read(index)
+
+    def read(self, index: int, at_least: tuple[int, int] | None = None) -> tuple[Pixels, int]:
+        """With `at_least`, large images come at a fraction of their size; see `decode`."""
         record = self.records[index]
         file_name = record.get("file_name", b"").decode()
         name = f"record {index} of {self.name}" + (f" ({file_name})" if file_name else "")
         label = int(record["label"])
         if not 0 <= label < len(self.class_names):
             raise InputError(f"{name} has label {label}, and there are {len(self.class_names)} classes")
-        return decode(record["image"], name), label
+        return decode(record["image"], name, at_least), label
 
 
 def open_tfds(name: str, split: str) -> RecordSource:

@@ -148,13 +148,17 @@ class FolderSource:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Pixels, int]:
+        return self.read(index)
+
+    def read(self, index: int, at_least: tuple[int, int] | None = None) -> tuple[Pixels, int]:
+        """With `at_least`, large images come at a fraction of their size; see `decode`."""
         path = f"{self.folder}/{self.files[index]}"
         try:
             with open(path, "rb") as file:
                 content = file.read()
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}") from error
-        return decode(content, path), int(self.labels[index])
+        return decode(content, path, at_least), int(self.labels[index])
 
 
 SPLIT_NAMES = {"train": ("train",), "test": ("test", "val", "validation")}
