@@ -43,13 +43,11 @@ def _names(folder: pathlib.Path) -> str:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Runs a command. What the user got wrong is one message on standard error and exit code 2, without a traceback."""
+    """Runs a command. An error that is meant for the user, which has an exit code, is a message without a traceback."""
     try:
         main()
-    except InputError as error:
-        sys.exit(_say(f"error: {error}", code=2))
-
-
-def _say(message: str, *, code: int) -> int:
-    print(message, file=sys.stderr)
-    return code
+    except Exception as error:
+        if not hasattr(error, "exit_code"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -10,10 +10,9 @@ from typing import Literal
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong.
+    """Something the user gave is wrong. The message names the value and what would be right."""
 
-    The message names the value and what would be right; commands print it and exit with 2.
-    """
+    exit_code = 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Accuracy over every image exactly once."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,14 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from tnt_jax.config import DataConfig
+from tnt_jax.config import DataConfig, InputError
 from tnt_jax.data.mixing import normalise
-from tnt_jax.training.mesh import to_devices
+from tnt_jax.data.pipeline import eval_batches
+from tnt_jax.data.sources import open_source
+from tnt_jax.inference import load_model
+from tnt_jax.models.saving import description_of
+from tnt_jax.training.checkpoint import is_run, read_config
+from tnt_jax.training.mesh import check_batch_size, make_mesh, to_devices
 
 
 def make_eval_step(graphdef: nnx.GraphDef, data: DataConfig) -> Callable[[dict, dict], dict]:
@@ -41,3 +46,34 @@ def evaluate(eval_step: Callable, params: dict, batches: Iterable[dict], mesh: M
     totals = {name: float(total) for name, total in totals.items()}
     count = totals.pop("count")
     return {"count": int(count)} | {name: total / count for name, total in totals.items()}
+
+
+def evaluate_model(path: str, source: str | None = None, *, batch_size: int = 64) -> Iterator[tuple[str, dict]]:
+    """Evaluates what lies in a folder: the averaged and the raw weights of a training run, or the one set of a model.
+
+    Args:
+        source: as in `DataConfig.source`; None takes that of the training run.
+
+    Yields:
+        What the weights are, and their scores as `evaluate` gives them.
+
+    Raises:
+        InputError: there is no such model, no source is known, or its classes are not those of the model.
+    """
+    data = read_config(path).data if is_run(path) else None
+    if data is None and source is None:
+        raise InputError(f"{path} is not a training run, so --source must say what to evaluate it on")
+    mesh = make_mesh()
+    check_batch_size(batch_size, mesh)
+    for weights in ("ema", "raw") if is_run(path) else ("ema",):
+        model = load_model(path, weights=weights)
+        description = description_of(model)
+        feeding, config = description.preprocessing, model.config
+        data = DataConfig(source or data.source, crop=feeding.crop, mean=feeding.mean[0], std=feeding.std[0])
+        images = open_source(data.source, "test")
+        if len(images.class_names) != config.num_classes:
+            raise InputError(f"{path} has {config.num_classes} classes, and {source} has {len(images.class_names)}")
+        batches = eval_batches(images, image_size=config.image_size, channels=config.in_channels, batch_size=batch_size)
+        graphdef, params = nnx.split(model)
+        scores = evaluate(make_eval_step(graphdef, data), nnx.to_pure_dict(params), batches, mesh)
+        yield {"ema": "averaged", "raw": "raw"}[weights] if is_run(path) else "as loaded", scores

@@ -4,7 +4,7 @@ import functools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +17,23 @@ from tnt_jax.data.images import ImageSource, evaluation_crop, open_image
 from tnt_jax.models.saving import ModelDescription, Preprocessing, description_of, load_folder
 from tnt_jax.models.tnt import TNT
 from tnt_jax.models.variants import get_variant
+from tnt_jax.training.checkpoint import is_run, load_run
 
 WEIGHTS_FOLDER = Path("weights")
 
 
-def load_model(path: str | os.PathLike) -> TNT:
-    """A model from its folder, or by its published name from `weights/NAME`.
+def load_model(path: str | os.PathLike, *, weights: Literal["ema", "raw"] = "ema", step: int | None = None) -> TNT:
+    """A model from its folder, from a training run's folder, or by its published name from `weights/NAME`.
+
+    Args:
+        weights: of a training run: the average of the parameters over the steps, or the parameters themselves.
+        step: of a training run: one whose checkpoint is kept; by default the best on the test images.
 
     Raises:
         InputError: it is not there, or it is damaged; for a published name the message says how to get the weights.
     """
+    if is_run(path):
+        return load_run(path, weights=weights, step=step)
     if Path(path).is_dir():
         return load_folder(path)
     if Path(path).is_file():

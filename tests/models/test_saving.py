@@ -104,7 +104,7 @@ def test_nothing_half_written_stays(model, tmp_path, monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(saving.ocp.StandardCheckpointer, "save", fail)
+    monkeypatch.setattr(saving.ocp.Checkpointer, "save", fail)
     with pytest.raises(KeyboardInterrupt):
         saving.save_model(model, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []

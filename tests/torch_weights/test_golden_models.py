@@ -13,7 +13,7 @@ from flax import nnx
 
 from tnt_jax.models import tnt
 from tnt_jax.models.saving import model_from_parameters
-from tnt_jax.torch_weights.read import recognise, to_parameters
+from tnt_jax.torch_weights.read import recognise_config, recognise_layout, to_parameters
 
 RECORDS = {
     "huawei_tnt_s": ("huawei", "tnt_s_patch16_224"),
@@ -35,7 +35,9 @@ def _blocks_share_one_compilation(monkeypatch):
 def converted(name):
     arrays, manifest = published.record(name)
     tensors = published.state_dict(manifest)
-    layout, config = recognise({name: tensor.shape for name, tensor in tensors.items()})
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    layout = recognise_layout(shapes)
+    config = recognise_config(layout, shapes)
     # The blocks are one program only if they have one rate of stochastic depth, which evaluation does not use.
     config = dataclasses.replace(config, drop_path_rate=0.0)
     return arrays, published.images(manifest), layout, config, to_parameters(tensors, layout, config)

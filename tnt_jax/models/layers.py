@@ -16,6 +16,22 @@ LAYER_NORM_EPSILON = 1e-5  # PyTorch's default, which every published TNT uses; 
 normal_init = nnx.initializers.normal(stddev=0.02)
 
 
+class InitKeys:
+    """Stands in for `nnx.Rngs` where a module is made: all that the modules ask of it is the next key.
+
+    Rngs counts in a Variable, and to change a Variable while a module is traced takes ten times as long as all the
+    rest.
+    """
+
+    def __init__(self, seed: int):
+        self._key, self._count = jax.random.key(seed), 0
+
+    def params(self) -> PRNGKeyArray:
+        """The next key."""
+        self._count += 1
+        return jax.random.fold_in(self._key, self._count)
+
+
 def fan_in_uniform(fan_in: int) -> nnx.Initializer:
     """PyTorch's default for a convolution's kernel and bias: uniform within 1 / sqrt(fan_in)."""
     bound = fan_in**-0.5

@@ -22,7 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tnt_jax.config import InputError, ModelConfig
 from tnt_jax.models.tnt import TNT
-from tnt_jax.models.variants import build_model, get_variant, resolve
+from tnt_jax.models.variants import abstract_model, get_variant, resolve
 
 FORMAT = 1
 DESCRIPTION = "model.json"
@@ -103,9 +103,9 @@ def model_from_parameters(config: ModelConfig, parameters: Mapping[str, Any]) ->
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
-@functools.lru_cache(maxsize=4)  # tracing the initialisation of a model takes seconds
+@functools.lru_cache(maxsize=4)
 def _structure(config: ModelConfig) -> tuple[nnx.GraphDef, list]:
-    graph, state = nnx.split(nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0))))
+    graph, state = nnx.split(abstract_model(config))
     return graph, list(nnx.to_flat_state(state))
 
 
@@ -144,10 +144,12 @@ def save_parameters(
 
     def write(folder: Path) -> None:
         folder.mkdir()
-        host = {path: np.ascontiguousarray(value) for path, value in parameters.items()}
-        write_description(folder, dataclasses.replace(description, checksums=tensor_checksums(host)))
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(folder.absolute() / PARAMETERS, unflatten_dict(host, sep="."))
+        # Orbax copies NumPy arrays, all of them; of JAX arrays it encodes as many at a time as it is told.
+        arrays = {path: jnp.asarray(value) for path, value in parameters.items()}
+        write_description(folder, dataclasses.replace(description, checksums=tensor_checksums(arrays)))
+        at_a_time = 2 * max(array.nbytes for array in arrays.values())
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler(save_concurrent_gb=at_a_time / 1e9)) as checkpointer:
+            checkpointer.save(folder.absolute() / PARAMETERS, unflatten_dict(arrays, sep="."))
 
     check_destination(folder, overwrite=overwrite)
     write_whole(folder, write)
@@ -180,7 +182,7 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def tensor_checksums(parameters: Mapping[str, np.ndarray]) -> dict[str, str]:
+def tensor_checksums(parameters: Mapping[str, Any]) -> dict[str, str]:
     """CRC-32 of the bytes of each parameter, in C order."""
     return {
         path: f"{zlib.crc32(np.ascontiguousarray(value).view(np.uint8).data):08x}" for path, value in parameters.items()
@@ -258,7 +260,7 @@ def restore_parameters(folder: str | os.PathLike, description: ModelDescription)
         )
     target = {name: np.empty(shape.shape, shape.dtype) for name, shape in shapes.items()}
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
             nested = checkpointer.restore(path, unflatten_dict(target, sep="."))
     except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
         raise InputError(f"{path} cannot be read: {type(error).__name__}: {str(error).splitlines()[0]}") from error

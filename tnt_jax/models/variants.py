@@ -3,10 +3,12 @@
 import dataclasses
 import difflib
 import fnmatch
+import typing
 
 from flax import nnx
 
 from tnt_jax.config import InputError, ModelConfig
+from tnt_jax.models.layers import InitKeys
 from tnt_jax.models.tnt import TNT
 
 
@@ -162,6 +164,10 @@ def _check(config: ModelConfig) -> None:
     for field in ("drop_rate", "attn_drop_rate", "drop_path_rate"):
         if not 0 <= getattr(config, field) < 1:
             raise InputError(f"{field} is {getattr(config, field)}, and must be at least 0 and below 1")
+    for field, kind in typing.get_type_hints(ModelConfig).items():
+        allowed = [value for part in typing.get_args(kind) for value in typing.get_args(part)]
+        if allowed and isinstance(allowed[0], str) and getattr(config, field) not in allowed:
+            raise InputError(f"{field} is {getattr(config, field)!r}, and must be one of {', '.join(allowed)}")
     if min(config.image_size) < config.patch_size or any(side % config.patch_size for side in config.image_size):
         nearest = tuple(max(1, round(side / config.patch_size)) * config.patch_size for side in config.image_size)
         raise InputError(
@@ -198,9 +204,14 @@ def create_model(name: str, *, seed: int = 0, **changes) -> TNT:
         if field not in fields:
             nearest = difflib.get_close_matches(field, fields, n=1) or fields
             raise InputError(f"create_model has no argument {field!r}; did you mean {' or '.join(nearest)}?")
-    return build_model(ModelConfig(name=name, **changes), rngs=nnx.Rngs(seed))
+    return build_model(ModelConfig(name=name, **changes), seed)
 
 
-def build_model(config: ModelConfig, *, rngs: nnx.Rngs) -> TNT:
-    """The module that a configuration describes, resolved or not."""
-    return TNT(resolve(config), rngs=rngs)
+def build_model(config: ModelConfig, seed: int = 0) -> TNT:
+    """The freshly initialised module that a configuration describes, resolved or not."""
+    return TNT(resolve(config), rngs=InitKeys(seed))
+
+
+def abstract_model(config: ModelConfig) -> TNT:
+    """The module that a configuration describes with shapes in the place of parameters. Nothing is allocated."""
+    return nnx.eval_shape(lambda: build_model(config))

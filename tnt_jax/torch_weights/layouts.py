@@ -5,7 +5,7 @@ has too; mmpretrain/models/backbones/tnt.py. huawei has the official architectur
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -101,9 +101,9 @@ def to_layout(parameters: Mapping[str, np.ndarray], layout: str) -> dict[str, np
     return tensors
 
 
-def from_layout(tensors: Mapping[str, np.ndarray], paths: Iterable[str], layout: str) -> dict[str, np.ndarray]:
-    """The other way: our parameters `paths` from tensors that have the names and shapes of a layout."""
-    return {path: _from_torch(path, [tensors[name] for name in tensor_names(path, layout)], layout) for path in paths}
+def from_layout(take: Callable[[str], np.ndarray], path: str, layout: str) -> np.ndarray:
+    """The other way: our parameter `path` from the tensors of a layout, which `take` gives by their names."""
+    return _from_torch(path, [take(name) for name in tensor_names(path, layout)], layout)
 
 
 def layout_shapes(shapes: Mapping[str, tuple[int, ...]], layout: str) -> dict[str, tuple[int, ...]]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -70,13 +71,13 @@ def _read_torch(path: Path) -> Any:
             f"PyTorch is needed to read {path.name}, and is not installed: pip install torch "
             "--index-url https://download.pytorch.org/whl/cpu. A .safetensors file is read without it"
         ) from error
-    zipped = zipfile.is_zipfile(path)
     try:
-        if zipped and (damaged := zipfile.ZipFile(path).testzip()):  # PyTorch does not look at the checksums
+        # PyTorch does not look at the checksums in its files.
+        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
             raise InputError(f"{path} is damaged: the checksum of {damaged} in it is wrong")
         # timm's and huawei's training scripts put their arguments into a checkpoint, as a Namespace of plain values.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if unsafe := re.search(r"GLOBAL (\S+)", str(error)):
             raise InputError(
@@ -108,26 +109,34 @@ def _unwrap(path: Path, checkpoint: Any, weights: str | None) -> dict[str, Any]:
     return {_WRAPPERS.sub("", name): value for name, value in state_dict.items()}
 
 
-def recognise(
-    shapes: Mapping[str, tuple[int, ...]], image_size: tuple[int, int] | None = None
-) -> tuple[str, ModelConfig]:
-    """Layout and configuration of a state dict, from the names and shapes of its tensors.
+def recognise_layout(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """The layout of a state dict, from the names of its tensors.
+
+    Raises:
+        InputError: it is no TNT.
+    """
+    markers = {"mmpretrain": "backbone.pixel_pos", "huawei": "inner_pos", "timm": "pixel_pos"}
+    for layout, marker in markers.items():
+        if marker in shapes and tensor_names("class_token", layout)[0] in shapes:
+            return layout
+    raise InputError(
+        f"this is the state dict of another network ({len(shapes)} tensors: {', '.join(list(shapes)[:4])} ...); "
+        "a TNT has a class token and " + ", ".join(f"{marker} ({layout})" for layout, marker in markers.items())
+    )
+
+
+def recognise_config(
+    layout: str, shapes: Mapping[str, tuple[int, ...]], image_size: tuple[int, int] | None = None
+) -> ModelConfig:
+    """The published model whose state dict this is, with its image size, channels and classes, from its shapes.
 
     Args:
         image_size: what the model is wanted for. A file does not say how many rows and columns its positions have: they
             are taken for a square, or if they cannot be one, for this.
 
     Raises:
-        InputError: it is no TNT, or none of the published sizes.
+        InputError: it has none of the published sizes.
     """
-    markers = {"mmpretrain": "backbone.pixel_pos", "huawei": "inner_pos", "timm": "pixel_pos"}
-    layout = next((layout for layout, marker in markers.items() if marker in shapes), None)
-    if layout is None or tensor_names("class_token", layout)[0] not in shapes:
-        some = ", ".join(list(shapes)[:4])
-        raise InputError(
-            f"this is the state dict of another network ({len(shapes)} tensors: {some} ...); "
-            "a TNT has a class token and " + ", ".join(f"{marker} ({layout})" for layout, marker in markers.items())
-        )
 
     def shape(path: str, rank: int) -> tuple[int, ...]:
         (name,) = tensor_names(path, layout)
@@ -145,7 +154,7 @@ def recognise(
         known = ", ".join(f"{config.outer_dim} ({config.name})" for config in configs)
         raise InputError(f"sentences of {outer_dim} channels are in no published model; known are {known}")
     head = tensor_names("head.bias", layout)[0]
-    return layout, ModelConfig(
+    return ModelConfig(
         name=config.name,
         image_size=_image_size(shape("sentence_positions", 3)[1] - 1, config.patch_size, image_size),
         in_channels=shape("word_embedding.conv.kernel", 4)[1],
@@ -162,18 +171,23 @@ def _image_size(patches: int, patch_size: int, wanted: tuple[int, int] | None) -
     raise InputError(f"{patches} sentence positions are no square: give the image size that they were trained for")
 
 
-def to_parameters(tensors: Mapping[str, np.ndarray], layout: str, config: ModelConfig) -> dict[str, np.ndarray]:
-    """All tensors of a state dict as all parameters of a configuration, in float32.
+def to_parameters(tensors: dict[str, np.ndarray], layout: str, config: ModelConfig) -> dict[str, jax.Array]:
+    """All tensors of a state dict as all parameters of a configuration.
+
+    They are taken out of `tensors` one after the other, so that no more than one of them is in memory twice.
 
     Raises:
         InputError: a tensor is left over, missing, of the wrong shape, or not finite; the message lists every one.
     """
-    paths = {path: shape.shape for path, shape in parameter_shapes(config).items()}
-    expected = layout_shapes(paths, layout)
+    shapes = parameter_shapes(config)
+    expected = layout_shapes({path: of.shape for path, of in shapes.items()}, layout)
+    unused = UNUSED[layout]
     faults = [f"{name} {tensors[name].shape} is not in this model" for name in tensors if name not in expected]
     for name, shape in expected.items():
+        if name in unused:
+            continue
         if name not in tensors:
-            faults += [f"{name} {shape} is missing"] if name not in UNUSED[layout] else []
+            faults.append(f"{name} {shape} is missing")
         elif tensors[name].shape != shape:
             faults.append(f"{name} is {tensors[name].shape}, and should be {shape}")
         elif not jnp.issubdtype(tensors[name].dtype, jnp.floating):
@@ -184,5 +198,4 @@ def to_parameters(tensors: Mapping[str, np.ndarray], layout: str, config: ModelC
         raise InputError(
             f"this is no {config.name} as {layout} names it; nothing was converted:\n  " + "\n  ".join(faults)
         )
-    parameters = from_layout(tensors, paths, layout)
-    return {path: value.astype(np.float32, copy=False) for path, value in parameters.items()}
+    return {path: jnp.asarray(from_layout(tensors.pop, path, layout), of.dtype) for path, of in shapes.items()}

@@ -1,20 +1,27 @@
 """What lies in a run's folder: its configuration, and checkpoints that are written while training goes on."""
 
+import contextlib
 import json
+import os
 import pathlib
+from collections.abc import Sequence
 
 import jax
 import orbax.checkpoint as ocp
+from flax import nnx
 from orbax.checkpoint import checkpoint_managers
 
 from tnt_jax.config import InputError, TrainConfig, from_json, to_json
+from tnt_jax.models.saving import ModelDescription, Preprocessing, describe, read_description, write_description
+from tnt_jax.models.tnt import TNT
+from tnt_jax.models.variants import abstract_model
 from tnt_jax.training.step import TrainState
 
 CONFIG_FILE = "config.json"
 BEST_METRIC = "ema_top1"
 
 
-def read_config(run_dir: str) -> TrainConfig:
+def read_config(run_dir: str | os.PathLike) -> TrainConfig:
     """The configuration of the run in this folder.
 
     Raises:
@@ -29,8 +36,13 @@ def read_config(run_dir: str) -> TrainConfig:
         raise InputError(f"{path} cannot be read as the configuration of a run: {error}") from error
 
 
-def claim_run_dir(config: TrainConfig) -> None:
-    """Writes the configuration into the run's folder, or makes sure that the run that lies there has the same one.
+def is_run(path: str | os.PathLike) -> bool:
+    """Whether a training run lies in this folder."""
+    return (pathlib.Path(path) / CONFIG_FILE).is_file()
+
+
+def claim_run_dir(config: TrainConfig, class_names: Sequence[str]) -> None:
+    """Writes what the run is into its folder, or makes sure that the run that lies there has the same configuration.
 
     Raises:
         InputError: the folder cannot be written, holds something else, or holds a run of another configuration.
@@ -50,9 +62,40 @@ def claim_run_dir(config: TrainConfig) -> None:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        write_description(folder, _description(config, class_names))
         (folder / CONFIG_FILE).write_text(json.dumps(to_json(config), indent=2) + "\n")
     except OSError as error:
         raise InputError(f"cannot write into the run's folder {folder}: {error.strerror}") from error
+
+
+def _description(config: TrainConfig, class_names: Sequence[str]) -> ModelDescription:
+    model, data = config.model, config.data
+    mean, std = ((value,) * model.in_channels for value in (data.mean, data.std))
+    return describe(
+        model,
+        class_names=class_names,
+        source={"run": config.run_dir, "data": data.source},
+        preprocessing=Preprocessing(model.image_size, data.crop, mean, std),
+    )
+
+
+def load_run(run_dir: str | os.PathLike, *, weights: str = "ema", step: int | None = None) -> TNT:
+    """The model of a training run; see `tnt_jax.load_model`.
+
+    Raises:
+        InputError: the run has no checkpoint yet, or none of this step.
+    """
+    description = read_description(run_dir)
+    graphdef, state = nnx.split(abstract_model(description.config))
+    with contextlib.closing(Checkpoints(run_dir)) as checkpoints:
+        step = checkpoints.best_step or checkpoints.latest_step if step is None else step
+        if step not in checkpoints.steps:
+            kept = f"it has {checkpoints.steps}" if checkpoints.steps else "it has none yet"
+            raise InputError(f"the run in {run_dir} has no checkpoint of step {step}; {kept}")
+        params = checkpoints.restore_params(step, nnx.to_pure_dict(state), item={"raw": "params"}.get(weights, weights))
+    model = nnx.merge(graphdef, params)
+    model.description = description
+    return model
 
 
 def _flat(values: dict, prefix: str = "") -> dict:
@@ -85,6 +128,11 @@ class Checkpoints:
             ),
             item_names=("params", "ema", "opt_state"),
         )
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that are kept."""
+        return sorted(self._manager.all_steps())
 
     @property
     def latest_step(self) -> int | None:

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import rich.console
@@ -13,16 +13,18 @@ from tnt_jax.config import InputError, TrainConfig
 from tnt_jax.data.pipeline import Batch, eval_batches, train_batches
 from tnt_jax.data.sources import open_source
 from tnt_jax.evaluation import evaluate, make_eval_step
-from tnt_jax.models.variants import build_model, resolve
+from tnt_jax.models.variants import abstract_model, build_model, resolve
 from tnt_jax.training.checkpoint import Checkpoints, claim_run_dir
 from tnt_jax.training.mesh import check_batch_size, make_mesh, replicated, to_devices
 from tnt_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from tnt_jax.training.report import Report
+from tnt_jax.training.report import NonFiniteLossError, Report
 from tnt_jax.training.step import TrainState, init_state, make_train_step
 
 
 class StoppedError(RuntimeError):
     """The run was asked to stop, and has saved where it was."""
+
+    exit_code = 128 + signal.SIGINT
 
 
 def train(config: TrainConfig) -> dict[str, float]:
@@ -38,7 +40,7 @@ def train(config: TrainConfig) -> dict[str, float]:
         StoppedError: Ctrl-C was pressed. The step that was under way is finished and saved first.
     """
     run = Run(config)
-    claim_run_dir(run.config)
+    claim_run_dir(run.config, run.train_source.class_names)
     console = rich.console.Console(highlight=False, soft_wrap=True)
     with contextlib.closing(Checkpoints(config.run_dir, keep=config.keep_checkpoints)) as checkpoints:
         start = checkpoints.latest_step or 0
@@ -50,21 +52,38 @@ def train(config: TrainConfig) -> dict[str, float]:
             state = checkpoints.restore(start, like=state)
         console.print(run.describe(start))
         with Report(run.config, console, start, run.steps_per_epoch) as report, stop_request(console) as stopping:
-            for step, batch in zip(range(start + 1, run.total_steps + 1), run.batches(start), strict=False):
-                state, metrics = run.train_step(state, batch)
-                report.train(step, metrics)
-                evaluates = step % run.steps_between_evaluations == 0 or step == run.total_steps
-                if not (evaluates or stopping()):
-                    continue
-                # Nothing of a step is saved before its loss is known to be finite.
-                report.flush()
-                scores = run.evaluate(state) if evaluates else None
-                if scores:
-                    report.test(step, scores)
-                checkpoints.save(step, state, scores)
-                if stopping() and step < run.total_steps:
-                    raise StoppedError(f"stopped after step {step} of {run.total_steps}, which is saved")
+            try:
+                _take_steps(run, state, start, checkpoints, report, stopping)
+            except NonFiniteLossError as error:
+                raise NonFiniteLossError(
+                    f"{error}; the last good checkpoint is step {checkpoints.latest_step}"
+                ) from None
         return _conclude(checkpoints, run, console)
+
+
+def _take_steps(
+    run: "Run",
+    state: TrainState,
+    start: int,
+    checkpoints: Checkpoints,
+    report: Report,
+    stopping: Callable[[], bool],
+) -> None:
+    for step, batch in zip(range(start + 1, run.total_steps + 1), run.batches(start), strict=False):
+        state, metrics = run.train_step(state, batch)
+        report.train(step, metrics)
+        evaluates = step % run.steps_between_evaluations == 0 or step == run.total_steps
+        if evaluates or stopping():
+            # Nothing of a step is saved before its loss is known to be finite.
+            report.flush()
+            scores = run.evaluate(state) if evaluates else None
+            if scores:
+                report.test(step, scores)
+            checkpoints.save(step, state, scores)
+        if stopping() and step < run.total_steps:
+            raise StoppedError(
+                f"stopped after step {step} of {run.total_steps}, which is saved; the same command goes on from there"
+            )
 
 
 class Run:
@@ -91,7 +110,7 @@ class Run:
         self.steps_between_evaluations = config.eval_every_epochs * self.steps_per_epoch
         schedule = learning_rate_schedule(config.optimizer, steps_per_epoch=self.steps_per_epoch, epochs=config.epochs)
         self._optimizer = make_optimizer(config.optimizer, schedule)
-        graphdef, _ = nnx.split(nnx.eval_shape(self._new_model))
+        graphdef, _ = nnx.split(abstract_model(self.config.model))
         self._eval_step = make_eval_step(graphdef, self.config.data)
         train_step = make_train_step(graphdef, self._optimizer, schedule, self.config)
         self._train_step = jax.jit(train_step, donate_argnums=0, out_shardings=replicated(self.mesh))
@@ -101,16 +120,12 @@ class Run:
             "batch_size": config.batch_size,
         }
 
-    def _new_model(self) -> nnx.Module:
-        return build_model(self.config.model, rngs=nnx.Rngs(self.config.seed))
-
     def initial_state(self) -> TrainState:
         """The state before the first step, on all devices."""
-
-        def make() -> TrainState:
-            return init_state(nnx.to_pure_dict(nnx.state(self._new_model())), self._optimizer)
-
-        return jax.jit(make, out_shardings=replicated(self.mesh))()
+        # Made op by op and then placed: to compile the whole initialisation takes longer than the first step.
+        params = nnx.to_pure_dict(nnx.state(build_model(self.config.model, self.config.seed)))
+        make = jax.jit(lambda params: init_state(params, self._optimizer), out_shardings=replicated(self.mesh))
+        return make(params)
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         """One step on all devices. The memory of `state` is used again: it cannot be read afterwards."""
@@ -132,7 +147,7 @@ class Run:
     def describe(self, start: int) -> str:
         """The run in a sentence or two, for people."""
         model = self.config.model
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.eval_shape(self._new_model)))
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_model(model)))
         device = jax.devices()[0]
         return (
             f"{'Going on with' if start else 'Training'} {model.name}, {parameters:,} parameters, on "

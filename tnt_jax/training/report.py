@@ -19,6 +19,8 @@ METRICS_FILE = "metrics.jsonl"
 class NonFiniteLossError(RuntimeError):
     """The loss of a step was infinite or not a number; the run stops before anything is saved of it."""
 
+    exit_code = 1
+
 
 class Report:
     """Logs a run, as a context.

@@ -68,7 +68,7 @@ def make_train_step(
         metrics = {
             "loss": loss,
             "accuracy": (logits.argmax(-1) == targets.argmax(-1)).mean(),
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": schedule(state.step),
         }
         return TrainState(state.step + 1, params, ema, opt_state), metrics

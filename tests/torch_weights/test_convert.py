@@ -1,0 +1,349 @@
+"""convert_torch_weights.py, on small state dicts whose shapes are those of the published layouts."""
+
+import argparse
+import json
+import os
+import sys
+
+import commands
+import numpy as np
+import published
+import pytest
+import safetensors.numpy
+import safetensors.torch
+import torch
+from small_models import small_model
+
+import tnt_jax
+from tnt_jax.config import InputError, ModelConfig
+from tnt_jax.models.saving import model_parameters, parameter_shapes
+from tnt_jax.torch_weights.convert import convert, export, parse_image_size
+from tnt_jax.torch_weights.layouts import layout_shapes
+from tnt_jax.torch_weights.read import read_file, recognise_config, recognise_layout, to_parameters
+
+# TNT-Ti is the smallest model whose shapes are recognised.
+SOURCES = {
+    "huawei": ("huawei", "tnt_ti_patch16_224"),
+    "timm": ("timm", "tnt_ti_patch16_224"),
+    "timm_legacy": ("timm", "tnt_ti_legacy_patch16_224"),
+    "mmpretrain": ("mmpretrain", "tnt_ti_legacy_patch16_224"),
+}
+
+
+def state_dict(layout, name, **changes):
+    shapes = {path: of.shape for path, of in parameter_shapes(ModelConfig(name=name, **changes)).items()}
+    return {name: published.tensor(name, shape, seed=0) for name, shape in layout_shapes(shapes, layout).items()}
+
+
+def as_torch(tensors):
+    return {name: torch.tensor(np.ascontiguousarray(tensor)) for name, tensor in tensors.items()}
+
+
+def save_safetensors(tensors, path):
+    safetensors.numpy.save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return {name: state_dict(*source) for name, source in SOURCES.items()}
+
+
+@pytest.fixture(scope="module")
+def small():
+    """TNT-Ti for small images, 10 classes, in huawei's layout."""
+    return state_dict("huawei", "tnt_ti_patch16_224", image_size=32, num_classes=10)
+
+
+@pytest.fixture
+def checkpoint(small, tmp_path):
+    return save_safetensors(small, tmp_path / "model.safetensors")
+
+
+def loaded(folder):
+    return {path: np.asarray(value) for path, value in model_parameters(tnt_jax.load_model(folder)).items()}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_to_a_model_and_back_is_the_identity_bit_for_bit(source, suffix, tensors, tmp_path):
+    layout, name = SOURCES[source]
+    path = tmp_path / f"source{suffix}"
+    torch.save(as_torch(tensors[source]), path) if suffix == ".pth" else save_safetensors(tensors[source], path)
+    code, out, err = commands.run("convert_torch_weights.py", path, tmp_path / "model")
+    assert (code, err) == (0, "")
+    for line in (
+        f"layout        {layout}",
+        f"architecture  {'legacy' if 'legacy' in name else 'official'}",
+        f"variant       {name}",
+        "image size    224x224",
+        "classes       1000",
+        f"tensors read  {len(tensors[source])}, every one accounted for",
+    ):
+        assert line in out
+    assert ("outer_tokens was left out" in out) == (layout == "huawei")
+
+    back = tmp_path / f"back{suffix}"
+    code, out, err = commands.run("convert_torch_weights.py", tmp_path / "model", back, "--to", layout)
+    assert (code, err) == (0, "")
+    written = torch.load(back) if suffix == ".pth" else safetensors.numpy.load_file(back)
+    assert written.keys() == tensors[source].keys()
+    for key, tensor in tensors[source].items():
+        np.testing.assert_array_equal(np.asarray(written[key]), tensor, err_msg=key)
+
+
+def test_the_folder_says_where_it_came_from_and_how_to_feed_it(tensors, tmp_path):
+    path = save_safetensors(tensors["huawei"], tmp_path / "tnt.safetensors")
+    convert(path, tmp_path / "model")
+    description = json.loads((tmp_path / "model" / "model.json").read_text())
+    assert description["source"]["file"] == "tnt.safetensors"
+    assert len(description["source"]["sha256"]) == 64
+    assert description["preprocessing"] == {
+        "image_size": [224, 224],
+        "crop": 0.9,
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "interpolation": "bicubic",
+    }
+    names = description["class_names"]
+    # The names that mmpretrain and timm print; 0, 388 and 999 are known to everybody.
+    assert (names[0], names[999]) == ("tench, Tinca tinca", "toilet tissue, toilet paper, bathroom tissue")
+    assert names[388] == "giant panda, panda, panda bear, coon bear, Ailuropoda melanoleuca"
+    assert len(names) == 1000
+
+
+def test_a_model_of_any_size_comes_back_from_safetensors(tmp_path):
+    model = small_model(architecture="legacy", image_size=(16, 32), in_channels=1)
+    tnt_jax.save_model(model, tmp_path / "a", class_names=["x", "y", "z"])
+    export(tnt_jax.load_model(tmp_path / "a"), tmp_path / "a.safetensors", "mmpretrain")
+    convert(tmp_path / "a.safetensors", tmp_path / "b")
+    assert tnt_jax.load_model(tmp_path / "b").description == tnt_jax.load_model(tmp_path / "a").description
+    before, after = loaded(tmp_path / "a"), loaded(tmp_path / "b")
+    for path in before:
+        np.testing.assert_array_equal(after[path], before[path], err_msg=path)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "weights", "expected"),
+    [
+        (lambda raw, ema: {"state_dict": raw, "state_dict_ema": ema, "epoch": 3}, None, "ema"),
+        (lambda raw, ema: {"model": raw, "model_ema": ema}, None, "ema"),
+        (lambda raw, ema: {"model": ema, "state_dict": raw, "state_dict_ema": None}, None, "raw"),
+        (lambda raw, ema: {"state_dict": raw, "state_dict_ema": ema}, "raw", "raw"),
+        (lambda raw, ema: {"state_dict": raw, "state_dict_ema": ema}, "ema", "ema"),
+        (lambda raw, ema: {"model": {f"module.{name}": raw[name] for name in raw}}, None, "raw"),
+        (lambda raw, ema: {"args": argparse.Namespace(lr=0.1), "state_dict": raw, "optimizer": {}}, None, "raw"),
+    ],
+)
+def test_checkpoints_are_unwrapped_in_timms_order(wrap, weights, expected, small, tmp_path):
+    raw = as_torch(small)
+    ema = {name: tensor + 1 for name, tensor in raw.items()}
+    torch.save(wrap(raw, ema), tmp_path / "a.pth.tar")
+    tensors, _ = read_file(tmp_path / "a.pth.tar", weights)
+    assert tensors.keys() == small.keys()
+    np.testing.assert_array_equal(tensors["cls_token"], {"raw": raw, "ema": ema}[expected]["cls_token"])
+
+
+def test_averaged_weights_that_are_not_there_are_refused(checkpoint):
+    with pytest.raises(InputError, match="has no averaged weights: none of state_dict_ema, model_ema"):
+        read_file(checkpoint, "ema")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_read_as_float32(dtype, small, tmp_path):
+    halves = {name: tensor.to(dtype) for name, tensor in as_torch(small).items()}
+    torch.save(halves, tmp_path / "a.bin")
+    safetensors.torch.save_file(halves, tmp_path / "a.safetensors")
+    for file in ("a.bin", "a.safetensors"):
+        tensors, _ = read_file(tmp_path / file)
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        parameters = to_parameters(tensors, "huawei", recognise_config("huawei", shapes))
+        assert parameters["head.bias"].dtype == np.float32
+        np.testing.assert_array_equal(parameters["head.bias"], halves["head.bias"].float())
+
+
+@pytest.mark.parametrize("grid", [(24, 24), (12, 20), (7, 7), (14, 14)])
+def test_sentence_positions_are_resized_as_timm_resizes_them(grid, small, tmp_path):
+    record, _ = published.record("timm_position_resize")  # of 6 channels
+    before, expected = (np.tile(record[name], (1, 1, 32)) for name in ("pos_14x14", "to_{}x{}".format(*grid)))
+    checkpoint = save_safetensors(small | {"outer_pos": before}, tmp_path / "a.safetensors")
+    size = "{}x{}".format(*(16 * side for side in grid))
+    arguments = (checkpoint, tmp_path / "model", "--num-classes", "10", "--image-size", size)
+    code, out, err = commands.run("convert_torch_weights.py", *arguments)
+    assert (code, err) == (0, "")
+    error = np.abs(loaded(tmp_path / "model")["sentence_positions"] - expected).max()
+    assert error < 1e-6 * np.abs(expected).max()
+    assert f"image size    {size}" in out
+    assert ("were resized from images of 224x224" in out) == (grid != (14, 14))
+
+
+def test_positions_of_no_square_need_their_image_size(small, tmp_path):
+    wide = np.ones((1, 1 + 2 * 5, 192), np.float32)
+    checkpoint = save_safetensors(small | {"outer_pos": wide}, tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match="10 sentence positions are no square"):
+        convert(checkpoint, tmp_path / "model", num_classes=10)
+    done = convert(checkpoint, tmp_path / "model", num_classes=10, image_size=(32, 80))
+    assert done.config.image_size == (32, 80)
+    np.testing.assert_array_equal(loaded(tmp_path / "model")["sentence_positions"], wide)
+
+
+def test_a_head_of_another_size_is_kept_left_out_or_made_fresh_on_request(checkpoint, small, tmp_path):
+    with pytest.raises(InputError, match="has a head of 10 classes, and tnt_ti_patch16_224 has 1000"):
+        convert(checkpoint, tmp_path / "model")
+    assert convert(checkpoint, tmp_path / "kept", num_classes=10).notes[1:] == ()
+    np.testing.assert_array_equal(loaded(tmp_path / "kept")["head.bias"], small["head.bias"])
+
+    assert "the head of 10 classes was left out" in convert(checkpoint, tmp_path / "none", num_classes=0).notes
+    assert "head.bias" not in loaded(tmp_path / "none")
+
+    notes = convert(checkpoint, tmp_path / "fresh", num_classes=37).notes
+    assert "the head is fresh: 37 classes, where the checkpoint has 10" in notes
+    fresh = loaded(tmp_path / "fresh")
+    assert fresh["head.kernel"].shape == (192, 37)
+    assert fresh["head.kernel"].std() == pytest.approx(0.02, rel=0.05)
+    assert not fresh["head.bias"].any()
+    np.testing.assert_array_equal(fresh["norm.bias"], small["norm.bias"])
+
+    headless = {name: tensor for name, tensor in small.items() if not name.startswith("head")}
+    checkpoint = save_safetensors(headless, tmp_path / "headless.safetensors")
+    with pytest.raises(InputError, match="has no head"):
+        convert(checkpoint, tmp_path / "model")
+    assert convert(checkpoint, tmp_path / "model", num_classes=0).config.num_classes == 0
+
+
+class RunsCode:
+    def __reduce__(self):
+        return os.system, ("touch owned",)
+
+
+def _damage_tensor(path):
+    """One bit in the middle, which is in the data of a tensor."""
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+
+
+def _faulty_files(folder, small):
+    """name -> what to write, and a pattern for what is said of it."""
+    huge = small["norm.bias"].copy()
+    huge[3] = np.inf
+    faults = {
+        "left_over.safetensors": ({"extra.weight": huge}, r"extra\.weight \(192,\) is not in this model"),
+        "shape.safetensors": ({"norm.bias": huge[:5]}, r"norm\.bias is \(5,\), and should be \(192,\)"),
+        "infinite.safetensors": (
+            {"norm.bias": huge, "norm.weight": huge * np.nan},
+            r"norm\.bias has values that are NaN or infinite\n  norm\.weight has values that are NaN or infinite",
+        ),
+        "integer.safetensors": ({"norm.bias": np.ones(192, np.int32)}, r"norm\.bias is int32"),
+        "wide.safetensors": ({"cls_token": np.ones((1, 1, 77), np.float32)}, "sentences of 77 channels"),
+    }
+    for name, (change, message) in faults.items():
+        save_safetensors({**small, **change}, folder / name)
+        yield name, message
+    missing = {name: tensor for name, tensor in small.items() if name not in ("norm.bias", "blocks.3.proj.weight")}
+    save_safetensors(missing, folder / "missing.safetensors")
+    yield "missing.safetensors", r"blocks\.3\.proj\.weight .* is missing\n  norm\.bias .* is missing"
+    save_safetensors({"cls_token": huge, "pos_embed": huge}, folder / "vit.safetensors")
+    yield "vit.safetensors", r"another network \(2 tensors: cls_token, pos_embed"
+
+    torch.save({"state_dict": as_torch(small), "hook": RunsCode()}, folder / "code.pth")
+    yield "code.pth", r"(posix|nt)\.system, which is not plain data"
+    torch.save(as_torch(small), folder / "cut.pth")
+    (folder / "cut.pth").write_bytes((folder / "cut.pth").read_bytes()[:-5000])
+    yield "cut.pth", "is damaged or no PyTorch file"
+    torch.save(as_torch(small), folder / "flipped.pth")
+    _damage_tensor(folder / "flipped.pth")
+    yield "flipped.pth", "is damaged: the checksum of .* in it is wrong"
+    (folder / "text.pt").write_text("no checkpoint")
+    yield "text.pt", "is damaged or no PyTorch file"
+    torch.save([1, 2], folder / "list.pth")
+    yield "list.pth", "holds a list and no state dict"
+    torch.save({"epoch": 3, "lr": 0.1}, folder / "numbers.pth")
+    yield "numbers.pth", "epoch, lr are not tensors"
+    save_safetensors(small, folder / "cut.safetensors")
+    (folder / "cut.safetensors").write_bytes((folder / "cut.safetensors").read_bytes()[:-100])
+    yield "cut.safetensors", "is damaged or no safetensors file"
+    (folder / "weights.h5").touch()
+    yield "weights.h5", "is none of"
+    yield "nowhere.pth", "there is no file"
+
+
+def test_bad_files_give_one_message_and_leave_nothing(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, message in list(_faulty_files(tmp_path, small)):
+        with pytest.raises(InputError, match=message):
+            convert(tmp_path / name, tmp_path / "out" / "model", num_classes=10)
+        assert not (tmp_path / "out").exists(), name
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_bad_file_ends_the_command_with_2_and_one_message(small, tmp_path):
+    checkpoint = save_safetensors({**small, "extra": small["norm.bias"]}, tmp_path / "a.safetensors")
+    code, out, err = commands.run("convert_torch_weights.py", checkpoint, tmp_path / "model", "--num-classes", "10")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: this is no tnt_ti_patch16_224 as huawei names it; nothing was converted:")
+    assert not (tmp_path / "model").exists()
+
+
+def test_an_existing_destination_is_kept_unless_told_otherwise(checkpoint, tmp_path):
+    convert(checkpoint, tmp_path / "model", num_classes=10)
+    with pytest.raises(InputError, match="model exists"):
+        convert(checkpoint, tmp_path / "model", num_classes=10)
+    convert(checkpoint, tmp_path / "model", num_classes=0, overwrite=True)
+    assert tnt_jax.load_model(tmp_path / "model").config.num_classes == 0
+
+
+def test_without_pytorch_safetensors_work_and_pth_says_what_to_install(checkpoint, small, tmp_path, monkeypatch):
+    torch.save(as_torch(small), tmp_path / "a.pth")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    convert(checkpoint, tmp_path / "model", num_classes=10)
+    model = tnt_jax.load_model(tmp_path / "model")
+    export(model, tmp_path / "back.safetensors", "timm")
+    with pytest.raises(InputError, match=r"PyTorch is needed to read a\.pth, and is not installed: pip install torch"):
+        convert(tmp_path / "a.pth", tmp_path / "other", num_classes=10)
+    with pytest.raises(InputError, match=r"PyTorch is needed to write \.pth"):
+        export(model, tmp_path / "back.pth", "timm")
+
+
+@pytest.mark.parametrize(
+    ("file", "layout", "message"),
+    [
+        ("a.pth", "mmpretrain", "mmpretrain has no official TNT, .* it can go to huawei or timm"),
+        ("a.bin", "timm", r"a\.bin should end in \.safetensors or \.pth"),
+        ("there.pth", "timm", r"there\.pth exists"),
+        ("folder.pth", "timm", r"folder\.pth is a folder"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(file, layout, message, tmp_path):
+    (tmp_path / "there.pth").touch()
+    (tmp_path / "folder.pth").mkdir()
+    with pytest.raises(InputError, match=message):
+        export(small_model(), tmp_path / file, layout)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.pth", "there.pth"]
+
+
+def test_image_sizes_are_numbers_or_height_x_width():
+    assert (parse_image_size("384"), parse_image_size("256x320")) == ((384, 384), (256, 320))
+    for text in ("big", "256x", "0", "1x2x3", "-16"):
+        with pytest.raises(InputError, match="should be a number such as 384"):
+            parse_image_size(text)
+
+
+def test_options_for_reading_are_refused_when_writing(tmp_path):
+    tnt_jax.save_model(small_model(), tmp_path / "model")
+    code, _, err = commands.run(
+        "convert_torch_weights.py", tmp_path / "model", tmp_path / "a.pth", "--to", "timm", "--num-classes", "3"
+    )
+    assert code == 2
+    assert "--num-classes is for reading a checkpoint" in err
+
+
+def test_the_table_names_every_tensor_of_the_published_state_dicts():
+    for name in ("huawei_tnt_s", "timm_tnt_s", "timm_tnt_s_legacy", "mmpretrain_tnt_s"):
+        _, manifest = published.record(name)
+        published_shapes = {name: tuple(shape) for name, shape in manifest["tensors"].items()}
+        layout = recognise_layout(published_shapes)
+        assert layout == name.split("_")[0]
+        config = recognise_config(layout, published_shapes)
+        ours = {path: of.shape for path, of in parameter_shapes(config).items()}
+        assert layout_shapes(ours, layout) == published_shapes

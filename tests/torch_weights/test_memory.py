@@ -1,0 +1,28 @@
+import resource
+import subprocess
+import sys
+
+import commands
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from tnt_jax.config import ModelConfig
+from tnt_jax.models.saving import parameter_shapes
+from tnt_jax.torch_weights.layouts import layout_shapes
+
+
+@pytest.mark.slow
+def test_converting_tnt_b_peaks_below_three_times_its_checkpoint(tmp_path):
+    """All of the process counts: the interpreter and JAX as well."""
+    shapes = parameter_shapes(ModelConfig(name="tnt_b_patch16_224"))
+    tensors = {
+        name: np.ones(shape, np.float32)
+        for name, shape in layout_shapes({path: of.shape for path, of in shapes.items()}, "timm").items()
+    }
+    checkpoint = tmp_path / "tnt_b.safetensors"
+    safetensors.numpy.save_file(tensors, checkpoint)
+    command = [sys.executable, "convert_torch_weights.py", checkpoint, tmp_path / "model"]
+    subprocess.run(command, cwd=commands.ROOT, check=True)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    assert peak < 3 * checkpoint.stat().st_size

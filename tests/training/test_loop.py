@@ -1,0 +1,227 @@
+"""A run as its user sees it: from nothing to a model, stopped and gone on with, and what stops it."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from commands import ROOT, run
+from flax import nnx
+
+import tnt_jax
+from tnt_jax.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig, to_json
+from tnt_jax.evaluation import evaluate_model
+from tnt_jax.training.loop import train
+from tnt_jax.training.report import NonFiniteLossError
+
+TINY = ModelConfig(
+    "tnt_ti_patch16_224",
+    image_size=16,
+    in_channels=1,
+    patch_size=8,
+    word_stride=4,
+    depth=1,
+    inner_dim=4,
+    inner_heads=2,
+    outer_dim=12,
+    outer_heads=2,
+    drop_path_rate=0.1,
+)
+
+
+def tiny_run(run_dir, **changes) -> TrainConfig:
+    config = TrainConfig(
+        run_dir=str(run_dir),
+        model=TINY,
+        data=DataConfig(source="digits", random_shift=0.1),
+        optimizer=OptimizerConfig(learning_rate=5e-3, warmup_epochs=1),
+        batch_size=128,
+        epochs=3,
+        log_every_steps=4,
+    )
+    return dataclasses.replace(config, **changes)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    config = tiny_run(tmp_path_factory.mktemp("runs") / "finished")
+    return config, train(config)
+
+
+def metrics_of(run_dir) -> list[dict]:
+    return [json.loads(line) for line in (pathlib.Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def parameters(run_dir, **choice):
+    return jax.tree.leaves(nnx.state(tnt_jax.load_model(run_dir, **choice)))
+
+
+def test_scores_are_those_of_the_weights_that_are_kept(finished):
+    config, scores = finished
+    assert scores["count"] == 360
+    assert scores["ema_top1"] > 0.15  # chance is 0.1
+    evaluated = dict(evaluate_model(config.run_dir, batch_size=7))
+    best = max(
+        (line for line in metrics_of(config.run_dir) if line["kind"] == "test"),
+        key=lambda line: (line["ema_top1"], line["step"]),
+    )
+    assert evaluated["averaged"]["count"] == evaluated["raw"]["count"] == 360
+    for name in ("top1", "top5"):
+        assert evaluated["averaged"][name] == pytest.approx(best[f"ema_{name}"])
+        assert evaluated["raw"][name] == pytest.approx(best[f"raw_{name}"])
+    assert evaluated["raw"]["loss"] != pytest.approx(evaluated["averaged"]["loss"])
+
+
+def test_metrics_hold_every_log_step_and_every_evaluation(finished):
+    lines = metrics_of(finished[0].run_dir)
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [4, 8, 12, 16, 20, 24, 28, 32, 33]
+    assert [line["epoch"] for line in lines if line["kind"] == "test"] == [1, 2, 3]
+    assert {"loss", "accuracy", "grad_norm", "learning_rate", "images_per_second"} <= lines[0].keys()
+    assert any((pathlib.Path(finished[0].run_dir) / "tensorboard").iterdir())
+
+
+def test_finished_run_says_so_and_changes_nothing(finished, capsys):
+    config, scores = finished
+    before = (pathlib.Path(config.run_dir) / "metrics.jsonl").read_bytes()
+    assert train(config) == scores
+    assert "is finished" in capsys.readouterr().out
+    assert (pathlib.Path(config.run_dir) / "metrics.jsonl").read_bytes() == before
+
+
+# Kills itself in the middle of the second save.
+KILLED = """
+import os, runpy, signal, sys
+from tnt_jax.training import loop
+save = loop.Checkpoints.save
+def save_or_die(self, step, *rest):
+    save(self, step, *rest)
+    if step == 11:
+        self.wait()
+    else:
+        os.kill(os.getpid(), signal.SIGKILL)
+loop.Checkpoints.save = save_or_die
+sys.argv[0] = "train.py"
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def test_run_that_is_killed_goes_on_and_ends_as_if_nothing_had_happened(finished, tmp_path):
+    config, _ = finished
+    arguments = ["--run-dir", str(tmp_path / "run"), "--config", _config_file(tmp_path)]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"kind": "train", "st')  # what a kill in the middle of a line leaves
+    again = subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "Going on with" in again.stdout
+    for weights in ("ema", "raw"):
+        pairs = zip(
+            parameters(tmp_path / "run", weights=weights, step=33),
+            parameters(config.run_dir, weights=weights, step=33),
+            strict=True,
+        )
+        assert all((a == b).all() for a, b in pairs)
+
+    def history(run_dir):
+        return [{name: line[name] for name in line if name != "images_per_second"} for line in metrics_of(run_dir)]
+
+    assert history(tmp_path / "run") == history(config.run_dir)
+
+
+def _config_file(folder) -> str:
+    path = folder / "config.py"
+    path.write_text(
+        f"from tnt_jax.config import from_json\nget_config = lambda: from_json({to_json(tiny_run('unused'))!r})\n"
+    )
+    return str(path)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    arguments = ["--run-dir", str(tmp_path / "run"), "--config", _config_file(tmp_path), "--epochs", "2000"]
+    command = [sys.executable, "-u", "train.py", *arguments]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("epoch 2/"):
+                process.send_signal(signal.SIGINT)
+                break
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert "stopped after step" in err
+    assert "the same command" in err
+    assert parameters(tmp_path / "run", weights="raw")
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    from tnt_jax.training import loop
+
+    take_step = loop.Run.train_step
+
+    def poisoned(self, state, batch):
+        if int(state.step) == 15:
+            state = dataclasses.replace(state, params=jax.tree.map(lambda leaf: leaf * np.nan, state.params))
+        return take_step(self, state, batch)
+
+    monkeypatch.setattr(loop.Run, "train_step", poisoned)
+    with pytest.raises(NonFiniteLossError, match=r"the loss of step 16 is nan.*step 11"):
+        train(tiny_run(tmp_path / "run"))
+    assert all(np.isfinite(leaf).all() for leaf in parameters(tmp_path / "run", weights="raw", step=11))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.name", "tnt_x_patch16_224"], "no model 'tnt_x_patch16_224'; the nearest names are"),
+        (["--model.image-size", "30"], "(30, 30) is not a multiple of the patch size 8"),
+        (["--model.num-classes", "11"], "model.num_classes is 11, and digits has 10 classes"),
+        (["--batch-size", "2000"], "batch_size 2000"),
+        (["--epochs", "0"], "epochs is 0"),
+        (["--data.source", "digit"], "data source 'digit'"),
+        (["--data.source", "idx:nowhere"], "nowhere holds neither train-images-idx3-ubyte"),
+        (["--config", "configs/nothing.py"], "there is no configuration file configs/nothing.py"),
+        (["--optimizer.learning-rte", "1"], "--optimizer.learning-r"),
+        (["--epochs", "many"], "many"),
+    ],
+)
+def test_wrong_arguments_are_one_message_and_nothing_is_written(arguments, message, tmp_path):
+    code, out, err = run("train.py", "--run-dir", tmp_path / "run", *arguments)
+    assert code == 2
+    assert message in " ".join((out + err).replace("│", " ").split())
+    assert "Traceback" not in out + err
+    assert not (tmp_path / "run").exists()
+
+
+def test_folder_of_another_run_is_refused_and_left_alone(finished, tmp_path):
+    config, _ = finished
+    with pytest.raises(tnt_jax.InputError, match=r"another configuration: seed 0 \(now 1\)"):
+        train(dataclasses.replace(config, seed=1))
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(tnt_jax.InputError, match="is not the folder of a run"):
+        train(tiny_run(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_run_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(tnt_jax.InputError, match="cannot write into the run's folder"):
+        train(tiny_run(tmp_path / "file" / "run"))
+
+
+def test_number_of_devices_does_not_change_the_result(tmp_path):
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    arguments = ["--config", _config_file(tmp_path), "--epochs", "1"]
+    histories = []
+    for name, env in (("one", os.environ), ("four", environment)):
+        command = [sys.executable, "train.py", "--run-dir", str(tmp_path / name), *arguments]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert f"{'4' if name == 'four' else '1'} cpu" in done.stdout
+        histories.append([line["loss"] for line in metrics_of(tmp_path / name) if line["kind"] == "train"])
+    np.testing.assert_allclose(*histories, rtol=1e-5)
