@@ -3,8 +3,8 @@
     apt-get install dataset-fashion-mnist
     python train.py --config configs/fashion_mnist.py
 
-The Debian package puts the four published files where this configuration looks for them; `--data.source idx:FOLDER` reads
-them from anywhere else.
+The Debian package puts the four published files where this configuration looks for them; `--data.source idx:FOLDER`
+reads them from anywhere else.
 """
 
 from tnt_jax.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
