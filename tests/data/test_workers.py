@@ -126,7 +126,7 @@ from tnt_jax.config import DataConfig
 from tnt_jax.data.pipeline import train_batches
 from tnt_jax.data.sources import ArraySource
 source = ArraySource(np.zeros((300, 64, 64, 3), np.uint8), np.zeros(300, int), ("a",))
-data = dataclasses.replace(DataConfig(), num_workers=2)
+data = dataclasses.replace(DataConfig(), num_workers=%d)
 batches = train_batches(source, data, image_size=(64, 64), channels=3, batch_size=64, seed=0)
 next(batches)
 print("running", flush=True)
@@ -142,7 +142,7 @@ def test_no_process_and_no_shared_memory_outlives_the_run(name, then):
     shared = set(os.listdir("/dev/shm"))
     # A session of its own, so that the signal reaches the workers as well, as that of a terminal or a scheduler does
     run = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT % then], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        [sys.executable, "-c", SCRIPT % (2, then)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         start_new_session=True,
     )  # fmt: skip
     assert run.stdout.readline() == b"running\n"
@@ -157,9 +157,14 @@ def test_no_process_and_no_shared_memory_outlives_the_run(name, then):
     assert set(os.listdir("/dev/shm")) <= shared
 
 
-def test_a_run_that_forgets_to_close_leaves_nothing_and_prints_nothing():
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_run_that_forgets_to_close_leaves_nothing_and_prints_nothing(num_workers):
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT % "sys.exit()"], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", SCRIPT % (num_workers, "sys.exit()")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -59,6 +59,7 @@ def prepare(recipe: Recipe, rows: range, steps: range, *, num_workers: int, num_
 def _in_threads(recipe: Recipe, rows: range, steps: range, num_threads: int) -> Iterator[Filled]:
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="data")
     pending = collections.deque()
+    is_finalizing = sys.is_finalizing  # bound here, since modules are emptied before the last iterators are closed
 
     def start(step: int) -> None:
         images = np.empty((len(rows), *recipe.row_shape), np.uint8)
@@ -78,7 +79,8 @@ def _in_threads(recipe: Recipe, rows: range, steps: range, num_threads: int) -> 
                 start(step)
             yield images, labels, reports
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        if not is_finalizing():
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _in_processes(recipe: Recipe, rows: range, steps: range, num_workers: int, num_threads: int) -> Iterator[Filled]:
@@ -119,7 +121,7 @@ class Worker:
         )
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
+                [sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], process_group=0
             )
         # Also when the interpreter ends before the iterator was closed.
         self.close = weakref.finalize(self, _end, self._socket, self._process)
@@ -175,7 +177,7 @@ def _receive_into(connection: socket.socket, array: np.ndarray) -> None:
 
 def serve(descriptor: int) -> None:
     """The life of a worker process: its order, and then a share of a batch for every step."""
-    # The training process decides when a run ends. Ctrl-C and a scheduler's SIGTERM reach the whole group.
+    # The training process decides when a run ends, also where a scheduler signals every process of a job.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with socket.socket(fileno=descriptor) as connection:
@@ -193,7 +195,8 @@ def serve(descriptor: int) -> None:
             if not isinstance(error, InputError):
                 error = WorkerError(f"a data worker failed:\n{traceback.format_exc()}")
             message = pickle.dumps(error)
-            connection.sendall(HEADER.pack(False, len(message)) + message)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # nobody is left to be told
+                connection.sendall(HEADER.pack(False, len(message)) + message)
 
 
 def _exit_with_parent(connection: socket.socket) -> None:
