@@ -134,6 +134,13 @@ class DataConfig:
     """Share of the training images that may turn out to be unreadable. Each is logged, and the next image takes its
     place. Evaluation never skips."""
 
+    @classmethod
+    def plain(cls, source: str, **fields) -> "DataConfig":
+        """Whole images in their ordinary order, unmixed and unchanged but for what `fields` ask for: for small data."""
+        off = {"repeats": 1, "crop_area": None, "crop": 1.0, "random_flip": 0.0, "randaugment_ops": 0}
+        off |= {"color_jitter": 0.0, "erasing": 0.0, "mixup": 0.0, "cutmix": 0.0}
+        return cls(source, **(off | fields))
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
