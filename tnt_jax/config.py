@@ -150,12 +150,18 @@ class OptimizerConfig:
     """The peak, for the batch size of the run; it is not scaled by it."""
     warmup_epochs: float = 5
     """Epochs of linear warm-up from `warmup_learning_rate`."""
+    cooldown_epochs: int = 0
+    """Epochs at `min_learning_rate` that follow the run's `epochs`."""
+    change_every: Literal["step", "epoch"] = "step"
+    """When the learning rate changes. The published runs hold it for an epoch."""
     warmup_learning_rate: float = 1e-6
     """Learning rate of the very first step."""
     min_learning_rate: float = 1e-5
-    """Learning rate of the last step."""
+    """Where the cosine ends."""
     weight_decay: float = 0.05
     """Decoupled weight decay; vectors, biases, positions and the class token are left out, as upstream does."""
+    layer_decay: float = 1.0
+    """Learning rate of each block over that of the next one, for fine-tuning; 1 is the same rate for all."""
     beta1: float = 0.9
     """Decay of the average of gradients."""
     beta2: float = 0.999
@@ -174,6 +180,9 @@ class TrainConfig:
 
     run_dir: str = "runs/digits"
     """Where the run lies: configuration, checkpoints, metrics. A run that is started again goes on from there."""
+    init_from: str | None = None
+    """Folder of a model or of a run whose parameters the run starts from. Positions are resized to another image size;
+    another number of classes gets a fresh head."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -193,6 +202,29 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl and TensorBoard."""
     seed: int = 0
     """Of everything random: initial weights, order of the images, augmentation, dropout, stochastic depth."""
+
+
+def smoke(config: TrainConfig) -> TrainConfig:
+    """The same run shrunk to a minute on a laptop: two blocks, few patches, a few steps on noise, in a folder of its
+    own.
+
+    What it trains is worth nothing; that it trains shows that the configuration holds together.
+    """
+    patch = config.model.patch_size or 16
+    return dataclasses.replace(
+        config,
+        run_dir=f"{config.run_dir}_smoke",
+        init_from=None,
+        model=dataclasses.replace(config.model, image_size=2 * patch, depth=2, num_classes=None),
+        data=dataclasses.replace(
+            config.data, source="synthetic:512", train_split="train", eval_split="test", num_workers=0
+        ),
+        optimizer=dataclasses.replace(config.optimizer, warmup_epochs=1, cooldown_epochs=0),
+        batch_size=64,
+        epochs=2,
+        eval_every_epochs=1,
+        log_every_steps=1,
+    )
 
 
 def to_json(config: TrainConfig) -> dict:

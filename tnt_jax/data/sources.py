@@ -28,7 +28,7 @@ class Source(Protocol):
 
 
 def open_source(spec: str, split: str) -> Source:
-    """Opens one split of `digits`, `idx:FOLDER`, `folder:PATH`, `tfds:NAME`, `array_record:PATH` or `synthetic`.
+    """Opens one split of `digits`, `idx:FOLDER`, `folder:PATH`, `tfds:NAME`, `array_record:PATH`, `synthetic[:COUNT]`.
 
     Args:
         spec: `name` or `name:argument`.
@@ -39,9 +39,10 @@ def open_source(spec: str, split: str) -> Source:
         InputError: an unknown source or split, or files that are missing or damaged.
     """
     name, _, argument = spec.partition(":")
-    if name not in SOURCES or bool(argument) != (name not in ("digits", "synthetic")):
+    if name not in SOURCES or (name != "synthetic" and bool(argument) != (name != "digits")):
         raise InputError(
-            f"data source {spec!r} is none of digits, idx:FOLDER, folder:PATH, tfds:NAME, array_record:PATH, synthetic"
+            f"data source {spec!r} is none of digits, idx:FOLDER, folder:PATH, tfds:NAME, array_record:PATH, "
+            "synthetic, synthetic:COUNT"
         )
     return SOURCES[name](argument, split) if argument else SOURCES[name](split)
 
@@ -237,12 +238,15 @@ class SyntheticSource:
         return np.random.default_rng(index).integers(0, 256, (256, 256, 3), np.uint8), index % len(self.class_names)
 
 
-def _synthetic(split: str) -> SyntheticSource:
-    """As many images and classes as ImageNet has."""
+def _synthetic(*arguments: str) -> SyntheticSource:
+    """As many images and classes as ImageNet has, or `synthetic:COUNT` images in either split."""
+    *count, split = arguments
     counts = {"train": 1_281_167, "test": 50_000}
     if split not in counts:
         raise _no_split(split, counts)
-    return SyntheticSource(counts[split])
+    if count and not count[0].isdecimal():
+        raise InputError(f"data source synthetic:{count[0]} is not synthetic:COUNT with a number of images")
+    return SyntheticSource(int(count[0]) if count else counts[split])
 
 
 SOURCES = {

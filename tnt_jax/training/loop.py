@@ -14,6 +14,9 @@ from tnt_jax.config import InputError, TrainConfig
 from tnt_jax.data.pipeline import Batch, check_fields, eval_batches, steps_per_epoch, train_batches
 from tnt_jax.data.sources import open_source
 from tnt_jax.evaluation import evaluate, make_eval_step
+from tnt_jax.inference import load_model
+from tnt_jax.models.adapting import adapt
+from tnt_jax.models.saving import model_from_parameters, model_parameters
 from tnt_jax.models.variants import abstract_model, build_model, resolve
 from tnt_jax.training.checkpoint import Checkpoints, claim_run_dir
 from tnt_jax.training.mesh import check_batch_size, make_mesh, replicated, shardings_of, to_devices
@@ -51,7 +54,7 @@ def train(config: TrainConfig) -> dict[str, float]:
         start = int(state.step)
         console.print(run.describe(start))
         with (
-            Report(run.config, console, start, run.steps_per_epoch) as report,
+            Report(run.config, console, start, run.total_steps, run.steps_per_epoch) as report,
             contextlib.closing(run.batches(start)) as batches,
             stop_request(console) as stopping,
         ):
@@ -109,7 +112,7 @@ class Run:
         for field in ("epochs", "eval_every_epochs", "log_every_steps", "keep_checkpoints"):
             if getattr(config, field) < 1:
                 raise InputError(f"{field} is {getattr(config, field)}, and must be at least 1")
-        self.total_steps = config.epochs * self.steps_per_epoch
+        self.total_steps = (config.epochs + config.optimizer.cooldown_epochs) * self.steps_per_epoch
         self.steps_between_evaluations = config.eval_every_epochs * self.steps_per_epoch
         schedule = learning_rate_schedule(config.optimizer, steps_per_epoch=self.steps_per_epoch, epochs=config.epochs)
         self._optimizer = make_optimizer(config.optimizer, schedule)
@@ -134,7 +137,14 @@ class Run:
     def initial_state(self) -> TrainState:
         """The state before the first step, on all devices."""
         # Made op by op and then placed: to compile the whole initialisation takes longer than the first step.
-        params = nnx.to_pure_dict(nnx.state(build_model(self.config.model, self.config.seed)))
+        if self.config.init_from:
+            model = load_model(self.config.init_from)
+            wanted = self.config.model
+            parameters, _ = adapt(model_parameters(model), model.config, wanted, seed=self.config.seed)
+            model = model_from_parameters(wanted, parameters)
+        else:
+            model = build_model(self.config.model, self.config.seed)
+        params = nnx.to_pure_dict(nnx.state(model))
         return self._init(jax.tree.map(np.asarray, params))
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
