@@ -65,9 +65,7 @@ def _row(task: str, cores: int, rounds: list[dict]) -> str:
 
 def _child(python: str, what: str, photos: str, task: str = "", cores: int = 1) -> dict:
     available = sorted(os.sched_getaffinity(0))[-cores:]
-    # Memory of one batch is used again for the next. Fresh memory costs both loaders half a millisecond an image here.
-    keep = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
-    one = keep | {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    one = {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [python, __file__, "--child", what, photos, task, *map(str, available)],
         env=os.environ | one, stdout=subprocess.PIPE, text=True, check=True,
