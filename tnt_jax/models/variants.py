@@ -15,8 +15,7 @@ class Variant:
     """One published model. `parameters` and `macs` (multiply-accumulates per image) are exact and asserted by tests.
 
     Accuracies are in percent on the ImageNet-1k validation set, as the paper's table 4 or timm's results list publish
-    them;
-    none of them was measured by this project.
+    them; none of them was measured by this project.
     """
 
     config: ModelConfig

@@ -181,8 +181,9 @@ class Run:
         parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_model(model)))
         device = jax.devices()[0]
         return (
-            f"{'Going on with' if start else 'Training'} {model.name}, {parameters:,} parameters, on "
-            f"{jax.device_count()} {device.device_kind} device(s), from step {start} to {self.total_steps}: "
+            f"{'Going on with' if start else 'Training'} {model.name} with {model.depth} blocks, "
+            f"words {model.inner_dim} and sentences {model.outer_dim} wide, {parameters:,} parameters, on {jax.device_count()} "
+            f"{device.device_kind} device(s), from step {start} to {self.total_steps}: "
             f"{len(self.train_source):,} training and {len(self.test_source):,} test images of "
             f"{len(self.train_source.class_names)} classes. Everything of the run lies in {self.config.run_dir}"
         )
