@@ -35,7 +35,9 @@ def test_macs_are_the_published_ones_and_those_of_the_program(name):
     config = resolve(ModelConfig(name))
     assert sum(count_macs(config).values()) == VARIANTS[name].macs
     graphdef, state = nnx.split(abstract_model(config))
-    program = jax.make_jaxpr(lambda state, x: nnx.merge(graphdef, state)(x))(state, jnp.zeros((1, 224, 224, 3)))
+    program = jax.make_jaxpr(lambda state, x: nnx.merge(graphdef, state)(x))(
+        state, jnp.zeros((1, *config.image_size, 3))
+    )
     assert macs_of_program(program.jaxpr) == VARIANTS[name].macs
 
 

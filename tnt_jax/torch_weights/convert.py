@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
 
 from tnt_jax.config import InputError, ModelConfig
-from tnt_jax.models.layers import normal_init, resize_positions
+from tnt_jax.models.layers import normal_init
+from tnt_jax.models.pyramid_tnt import PyramidTNT
+from tnt_jax.models.resizing import resize_parameters
 from tnt_jax.models.saving import (
     check_destination,
     describe,
@@ -21,7 +22,7 @@ from tnt_jax.models.saving import (
     save_parameters,
     write_whole,
 )
-from tnt_jax.models.tnt import TNT, grid_size
+from tnt_jax.models.tnt import TNT
 from tnt_jax.models.variants import resolve
 from tnt_jax.torch_weights.hub import download, is_hub_name
 from tnt_jax.torch_weights.layouts import ARCHITECTURES, UNUSED, to_layout
@@ -71,10 +72,10 @@ def convert(
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     layout = recognise_layout(shapes)
     config = resolve(known.config if known else recognise_config(layout, shapes, image_size))
-    count = len(tensors)
+    count, unused = len(tensors), sorted(filter(UNUSED.fullmatch, tensors))
     parameters = to_parameters(tensors, layout, config)
 
-    notes = [f"{name} was left out: the published model never uses it" for name in UNUSED[layout] if name in tensors]
+    notes = [f"{name} was left out: the published model never uses it" for name in unused]
     class_names = known.class_names if known else _imagenet_names(config.num_classes)
     usual = known.config.num_classes if known else IMAGENET_CLASSES
     parameters, config, changes = _with_head(parameters, config, num_classes, usual)
@@ -115,7 +116,7 @@ def _with_head(
     parameters = {path: value for path, value in parameters.items() if not path.startswith("head.")}
     if wanted == 0:
         return parameters, config, [f"the head of {found} classes was left out"]
-    kernel = normal_init(jax.random.key(0), (config.outer_dim, wanted), config.param_dtype)
+    kernel = normal_init(np.random.default_rng(0), (len(parameters["norm.bias"]), wanted), config.param_dtype)
     fresh = {"head.kernel": np.asarray(kernel), "head.bias": np.zeros(wanted, kernel.dtype)}
     return parameters | fresh, config, [f"the head is fresh: {wanted} classes, where the checkpoint has {found}"]
 
@@ -126,14 +127,13 @@ def _with_image_size(
     if wanted is None or wanted == config.image_size:
         return parameters, config, []
     resized = resolve(dataclasses.replace(config, image_size=wanted))
-    positions = resize_positions(parameters["sentence_positions"], grid_size(config), grid_size(resized))
     sizes = [f"{height}x{width}" for height, width in (config.image_size, wanted)]
     note = f"sentence positions were resized from images of {sizes[0]} to {sizes[1]}"
-    return parameters | {"sentence_positions": np.asarray(positions)}, resized, [note]
+    return resize_parameters(parameters, config, resized), resized, [note]
 
 
 def export(
-    model: TNT,
+    model: TNT | PyramidTNT,
     destination: str | os.PathLike,
     layout: Literal["huawei", "timm", "mmpretrain"],
     *,
@@ -153,9 +153,8 @@ def export(
     architecture = model.config.architecture
     if architecture not in ARCHITECTURES[layout]:
         able = [name for name, has in ARCHITECTURES.items() if architecture in has]
-        raise InputError(
-            f"{layout} has no {architecture} TNT, which {model.config.name} is; it can go to {' or '.join(able)}"
-        )
+        kind = "PyramidTNT" if architecture == "pyramid" else f"{architecture} TNT"
+        raise InputError(f"{layout} has no {kind}, which {model.config.name} is; it can go to {' or '.join(able)}")
     if path.suffix not in (".safetensors", ".pth"):
         raise InputError(f"{path} should end in .safetensors or .pth")
     if path.is_dir():
@@ -168,7 +167,7 @@ def export(
     return len(tensors)
 
 
-def _safetensors_writer(model: TNT):
+def _safetensors_writer(model: TNT | PyramidTNT):
     from safetensors.numpy import save_file
 
     # timm and mmpretrain ask for the format of the tensors in the metadata, as PyTorch's own writer gives it.
