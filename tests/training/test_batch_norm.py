@@ -12,30 +12,33 @@ import pytest
 import torch
 from commands import ROOT
 from flax import nnx
+from small_models import small_pyramid
 
 from tnt_jax.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
-from tnt_jax.models.layers import BatchNorm, InitialRngs
-from tnt_jax.models.variants import build_model, resolve
+from tnt_jax.models.layers import BatchNorm, InitialRngs, Linear
+from tnt_jax.models.pyramid_tnt import ConvNormRelu
+from tnt_jax.models.variants import resolve
 from tnt_jax.training.optimizer import make_optimizer
 from tnt_jax.training.step import init_state, make_train_step
 
-SMALL = ModelConfig(
-    "ptnt_ti_patch16_192",
-    image_size=32,
-    in_channels=1,
-    num_classes=3,
-    depth=(1, 1, 1, 1),
-    inner_dim=(2, 2, 2, 2),
-    inner_heads=(1, 1, 1, 1),
-    outer_dim=(8, 8, 8, 8),
-    outer_heads=(2, 2, 2, 2),
-    drop_path_rate=0.0,
-)
+MODEL = resolve(ModelConfig("ptnt_ti_patch16_192", image_size=32, in_channels=1, num_classes=3))
+
+
+class Net(nnx.Module):
+    """What a stem with batch norm needs of a network, compiled in a moment."""
+
+    def __init__(self):
+        rngs = InitialRngs(0)
+        self.stem = ConvNormRelu(1, 4, 2, config=MODEL, rngs=rngs)
+        self.head = Linear(4, 3, config=MODEL, rngs=rngs)
+
+    def __call__(self, images, key):
+        return self.head(self.stem(images, training=key is not None).mean(axis=(1, 2)))
 
 
 def test_batch_norm_is_that_of_pytorch_over_several_steps():
     rng = np.random.default_rng(0)
-    ours = BatchNorm(5, config=resolve(SMALL), rngs=InitialRngs(0))
+    ours = BatchNorm(5, config=MODEL, rngs=InitialRngs(0))
     theirs = torch.nn.BatchNorm2d(5)
     for step in range(4):
         x = rng.normal(step, 1 + step, (2, 3, 2, 5)).astype(np.float32)
@@ -50,27 +53,29 @@ def test_batch_norm_is_that_of_pytorch_over_several_steps():
 
 def trained(steps=2, devices=1, **changes):
     """Parameters and their average after a few steps, as flat dictionaries, and the images of every step."""
-    model = {"remat": changes.pop("remat", False)}
+    state, step = state_and_step(Net(), **changes)
+    batches = np.random.default_rng(1).normal(size=(steps, 8, 32, 32, 1)).astype(np.float32)
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    over_batch = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    for images in batches:
+        state, _ = jax.jit(step)(state, jax.device_put({"image": images, "label": LABELS}, over_batch))
+    return _flat(state.params), _flat(state.ema), batches
+
+
+LABELS = np.arange(8, dtype=np.int32) % 3
+
+
+def state_and_step(model, **changes):
     config = TrainConfig(
-        model=resolve(ModelConfig(**{**SMALL.__dict__, **model})),
+        model=MODEL,
         data=DataConfig(label_smoothing=0.0, mean=0.0, std=1 / 255),
         optimizer=OptimizerConfig(ema_decay=0.5, ema_warmup=False, weight_decay=0.5),
         batch_size=8,
         **changes,
     )
-    graphdef, params = nnx.split(build_model(config.model, 0))
+    graphdef, params = nnx.split(model)
     optimizer = make_optimizer(config.optimizer, lambda step: 1e-3)
-    state = init_state(nnx.to_pure_dict(params), optimizer)
-    step = jax.jit(make_train_step(graphdef, optimizer, lambda step: 1e-3, config))
-    rng = np.random.default_rng(1)
-    batches = rng.normal(size=(steps, 8, 32, 32, 1)).astype(np.float32)
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    over_batch = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    for images in batches:
-        batch = {"image": images, "label": np.arange(8, dtype=np.int32) % 3}
-        state, _ = step(state, jax.device_put(batch, over_batch))
-    flat = {name: _flat(tree) for name, tree in (("params", state.params), ("ema", state.ema))}
-    return flat["params"], flat["ema"], batches
+    return init_state(nnx.to_pure_dict(params), optimizer), make_train_step(graphdef, optimizer, lambda _: 1e-3, config)
 
 
 def _flat(tree):
@@ -83,37 +88,41 @@ def one_device():
     return trained()
 
 
-def test_a_step_moves_the_running_averages_as_pytorch_does_and_nothing_else_does(one_device):
-    params, ema, batches = one_device
-    conv = torch.nn.Conv2d(1, 4, 3, stride=2, padding=1)
-    norm = torch.nn.BatchNorm2d(4)
-    initial = build_model(SMALL, 0).stem.common.conv
-    kernel = torch.tensor(np.array(initial.kernel[...]).transpose(3, 2, 0, 1))
-    conv.load_state_dict({"weight": kernel, "bias": torch.zeros(4)})
-    # The first step changes the convolution by 1e-3 at most, which moves a mean of ten times the deviation less.
-    norm(conv(torch.tensor(batches[0].transpose(0, 3, 1, 2))))
-    first = {"mean": norm.running_mean.numpy().copy(), "var": norm.running_var.numpy().copy()}
-    params_of_first, ema_of_first, _ = trained(steps=1)
-    for name, start in (("mean", 0), ("var", 1)):
-        path = f"stem.common.norm.{name}"
-        np.testing.assert_allclose(params_of_first[path], first[name], rtol=1e-4, atol=1e-6)
-        np.testing.assert_allclose(ema_of_first[path], (start + first[name]) / 2, rtol=1e-4, atol=1e-6)
-        np.testing.assert_allclose(ema[path], (ema_of_first[path] + params[path]) / 2, rtol=1e-5)
+def stem_of_pytorch(images):
+    """Running mean and variance after PyTorch's stem has seen these images, one array after the other."""
+    conv, norm = torch.nn.Conv2d(1, 4, 3, stride=2, padding=1), torch.nn.BatchNorm2d(4)
+    kernel = np.array(Net().stem.conv.kernel[...]).transpose(3, 2, 0, 1)
+    conv.load_state_dict({"weight": torch.tensor(kernel), "bias": torch.zeros(4)})
+    for part in images:
+        norm(conv(torch.tensor(part.transpose(0, 3, 1, 2))))
+    return norm.running_mean.numpy(), norm.running_var.numpy()
 
 
-def test_remat_changes_nothing(one_device):
-    for path, value in trained(remat=True)[0].items():
-        np.testing.assert_allclose(value, one_device[0][path], atol=2e-4, err_msg=path)
+def test_a_step_moves_the_running_averages_as_pytorch_does_and_they_are_averaged(one_device):
+    (params, ema, (images,)), (later, later_ema, _) = trained(steps=1), one_device
+    for name, start, expected in zip(("mean", "var"), (0, 1), stem_of_pytorch([images]), strict=True):
+        path = f"stem.norm.{name}"
+        np.testing.assert_allclose(params[path], expected, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(ema[path], (start + expected) / 2, rtol=1e-5, atol=1e-7)
+        assert np.abs(later[path] - params[path]).max() > 1e-4
+        np.testing.assert_allclose(later_ema[path], (ema[path] + later[path]) / 2, rtol=1e-5)
 
 
 def test_in_parts_of_a_step_the_running_averages_go_from_part_to_part():
     params, _, (images,) = trained(steps=1, accumulation_steps=2)
-    model = build_model(SMALL, 0)
-    for part in (images[0::2], images[1::2]):
-        model.stem(jnp.asarray(part), training=True)
-    for name in ("mean", "var"):
-        expected = getattr(model.stem.sentences3.norm, name)[...]
-        np.testing.assert_allclose(params[f"stem.sentences3.norm.{name}"], expected, rtol=1e-4, atol=1e-6)
+    for name, expected in zip(("mean", "var"), stem_of_pytorch([images[0::2], images[1::2]]), strict=True):
+        np.testing.assert_allclose(params[f"stem.norm.{name}"], expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("changes", [{}, {"accumulation_steps": 2}])
+def test_a_pyramid_that_is_rematerialised_keeps_its_running_averages(changes):
+    model = small_pyramid(in_channels=1, remat=True)
+    state, step = state_and_step(model, **changes)
+    batch = {"image": np.zeros((8, 32, 32, 1), np.float32), "label": LABELS}
+    new, _ = jax.eval_shape(step, state, batch)
+    assert jax.tree.map(jnp.shape, new.params) == jax.tree.map(jnp.shape, state.params)
+    program = str(jax.make_jaxpr(step)(state, batch))
+    assert program.count("name=checkpoint") + program.count("remat") >= 4
 
 
 ON_DEVICES = """
@@ -122,18 +131,19 @@ import jax
 sys.path[:0] = ["tests", "tests/training"]
 from test_batch_norm import trained
 assert jax.device_count() == 4
-params, ema, _ = trained(devices=4)
-print(json.dumps({"params": {k: v.tolist() for k, v in params.items()}, "ema": {k: v.tolist() for k, v in ema.items()}}))
+params, ema, _ = trained(steps=1, devices=4)
+print(json.dumps([{path: value.tolist() for path, value in tree.items()} for tree in (params, ema)]))
 """
 
 
-def test_statistics_are_those_of_the_global_batch_on_four_devices(one_device):
+def test_statistics_are_those_of_the_global_batch_on_four_devices():
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", ON_DEVICES], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     four = json.loads(done.stdout.splitlines()[-1])
-    for ours, one in ((four["params"], one_device[0]), (four["ema"], one_device[1])):
+    for ours, one in zip(four, trained(steps=1)[:2], strict=True):
         assert ours.keys() == one.keys()
         for path in ours:
-            if path.endswith((".norm.mean", ".norm.var")):
-                np.testing.assert_allclose(ours[path], one[path], rtol=1e-3, atol=1e-5, err_msg=path)
+            # Batch norm subtracts a bias before it: its gradient is rounding, which AdamW makes large.
+            if path != "stem.conv.bias":
+                np.testing.assert_allclose(ours[path], one[path], rtol=1e-4, atol=1e-5, err_msg=path)

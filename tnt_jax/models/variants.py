@@ -13,6 +13,8 @@ from tnt_jax.models.layers import InitialRngs
 from tnt_jax.models.pyramid_tnt import PyramidTNT
 from tnt_jax.models.tnt import TNT
 
+Model = TNT | PyramidTNT
+
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
@@ -252,7 +254,7 @@ def _check_sizes(config: ModelConfig) -> None:
                 raise InputError(f"{branch}_dim {dim} cannot be divided among {branch}_heads {count}")
 
 
-def create_model(name: str, *, seed: int = 0, **changes) -> TNT | PyramidTNT:
+def create_model(name: str, *, seed: int = 0, **changes) -> Model:
     """A freshly initialised model, for example `create_model("tnt_s_patch16_224", num_classes=10, image_size=(192,
     320))`.
 
@@ -272,15 +274,15 @@ def create_model(name: str, *, seed: int = 0, **changes) -> TNT | PyramidTNT:
     return build_model(ModelConfig(name=name, **changes), seed)
 
 
-def build_model(config: ModelConfig, seed: int = 0) -> TNT | PyramidTNT:
+def build_model(config: ModelConfig, seed: int = 0) -> Model:
     """The freshly initialised module that a configuration describes, resolved or not."""
     return _build(resolve(config), InitialRngs(seed))
 
 
-def abstract_model(config: ModelConfig) -> TNT | PyramidTNT:
+def abstract_model(config: ModelConfig) -> Model:
     """The module that a configuration describes with shapes in the place of parameters. Nothing is allocated."""
     return _build(resolve(config), InitialRngs(None))
 
 
-def _build(config: ModelConfig, rngs: InitialRngs) -> TNT | PyramidTNT:
+def _build(config: ModelConfig, rngs: InitialRngs) -> Model:
     return PyramidTNT(config, rngs=rngs) if config.architecture == "pyramid" else TNT(config, rngs=rngs)

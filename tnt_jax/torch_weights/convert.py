@@ -12,7 +12,6 @@ import numpy as np
 
 from tnt_jax.config import InputError, ModelConfig
 from tnt_jax.models.layers import normal_init
-from tnt_jax.models.pyramid_tnt import PyramidTNT
 from tnt_jax.models.resizing import resize_parameters
 from tnt_jax.models.saving import (
     check_destination,
@@ -22,8 +21,7 @@ from tnt_jax.models.saving import (
     save_parameters,
     write_whole,
 )
-from tnt_jax.models.tnt import TNT
-from tnt_jax.models.variants import resolve
+from tnt_jax.models.variants import Model, resolve
 from tnt_jax.torch_weights.hub import download, is_hub_name
 from tnt_jax.torch_weights.layouts import ARCHITECTURES, UNUSED, to_layout
 from tnt_jax.torch_weights.read import METADATA_KEY, read_file, recognise_config, recognise_layout, to_parameters
@@ -133,7 +131,7 @@ def _with_image_size(
 
 
 def export(
-    model: TNT | PyramidTNT,
+    model: Model,
     destination: str | os.PathLike,
     layout: Literal["huawei", "timm", "mmpretrain"],
     *,
@@ -167,7 +165,7 @@ def export(
     return len(tensors)
 
 
-def _safetensors_writer(model: TNT | PyramidTNT):
+def _safetensors_writer(model: Model):
     from safetensors.numpy import save_file
 
     # timm and mmpretrain ask for the format of the tensors in the metadata, as PyTorch's own writer gives it.

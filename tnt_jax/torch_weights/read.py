@@ -6,7 +6,7 @@ import math
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -141,8 +141,8 @@ def recognise_layout(shapes: Mapping[str, tuple[int, ...]]) -> str:
 _PYRAMID_MARKER = "stages.0.relative_pos"
 
 
-def _is_pyramid(shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    return _PYRAMID_MARKER in shapes
+def _is_pyramid(names: Container[str]) -> bool:
+    return _PYRAMID_MARKER in names
 
 
 def recognise_config(
@@ -204,8 +204,14 @@ def to_parameters(tensors: dict[str, np.ndarray], layout: str, config: ModelConf
     They are taken out of `tensors` one after the other, so that no more than one of them is in memory twice.
 
     Raises:
-        InputError: a tensor is left over, missing, of the wrong shape, or not finite; the message lists every one.
+        InputError: they are of the other family, or a tensor is left over, missing, of the wrong shape, or not finite;
+            the message lists every one.
     """
+    family, wanted = (
+        "PyramidTNT" if pyramid else "TNT" for pyramid in (_is_pyramid(tensors), config.architecture == "pyramid")
+    )
+    if family != wanted:
+        raise InputError(f"these are the weights of a {family}, and {config.name} is a {wanted}")
     shapes = parameter_shapes(config)
     expected = layout_shapes({path: of.shape for path, of in shapes.items()}, layout)
     faults = [f"{name} {tensors[name].shape} is not in this model" for name in tensors if name not in expected]
