@@ -26,7 +26,7 @@ def get_config() -> TrainConfig:
             outer_heads=3,
             drop_path_rate=0.0,
         ),
-        data=DataConfig(source="idx:/usr/share/datasets/fashion-mnist", random_shift=0.05, random_flip=0.5),
+        data=DataConfig.plain("idx:/usr/share/datasets/fashion-mnist", random_shift=0.05, random_flip=0.5),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_epochs=0.5, ema_decay=0.999),
         batch_size=128,
         epochs=5,

@@ -8,19 +8,20 @@ from collections.abc import Callable, Sequence
 
 import tyro
 
-from tnt_jax.config import InputError, TrainConfig
+from tnt_jax.config import InputError, TrainConfig, smoke
 
 DEFAULT_CONFIG = "configs/digits.py"
 
 
 def training_config(arguments: Sequence[str] | None = None) -> TrainConfig:
-    """The configuration that `--config FILE` returns, changed by the other flags.
+    """The configuration that `--config FILE` returns, shrunk if `--smoke` is there, changed by the other flags.
 
     Raises:
         InputError: the file is missing or returns no configuration.
     """
     files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     files.add_argument("--config", default=DEFAULT_CONFIG)
+    files.add_argument("--smoke", action="store_true")
     chosen, rest = files.parse_known_args(arguments)
     path = pathlib.Path(chosen.config)
     if not path.is_file():
@@ -31,10 +32,11 @@ def training_config(arguments: Sequence[str] | None = None) -> TrainConfig:
         raise InputError(f"{path} has no function get_config() that returns a TrainConfig")
     return tyro.cli(
         TrainConfig,
-        default=config,
+        default=smoke(config) if chosen.smoke else config,
         args=rest,
-        prog="train.py [--config FILE]",
-        description=f"Trains what {path} describes; every flag changes one of its fields.",
+        prog="train.py [--config FILE] [--smoke]",
+        description=f"Trains what {path} describes; every flag changes one of its fields. "
+        "--smoke shrinks the run to a minute, to see whether it holds together.",
     )
 
 

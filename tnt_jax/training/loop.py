@@ -11,9 +11,12 @@ import rich.console
 from flax import nnx
 
 from tnt_jax.config import InputError, TrainConfig
-from tnt_jax.data.pipeline import Batch, eval_batches, train_batches
+from tnt_jax.data.pipeline import Batch, check_fields, eval_batches, steps_per_epoch, train_batches
 from tnt_jax.data.sources import open_source
 from tnt_jax.evaluation import evaluate, make_eval_step
+from tnt_jax.inference import load_model
+from tnt_jax.models.adapting import adapt
+from tnt_jax.models.saving import model_from_parameters, model_parameters
 from tnt_jax.models.variants import abstract_model, build_model, resolve
 from tnt_jax.training.checkpoint import Checkpoints, claim_run_dir
 from tnt_jax.training.mesh import check_batch_size, make_mesh, replicated, shardings_of, to_devices
@@ -50,9 +53,13 @@ def train(config: TrainConfig) -> dict[str, float]:
         state = checkpoints.restore_latest(run.abstract_state, warn=console.print) or run.initial_state()
         start = int(state.step)
         console.print(run.describe(start))
-        with Report(run.config, console, start, run.steps_per_epoch) as report, stop_request(console) as stopping:
+        with (
+            Report(run.config, console, start, run.total_steps, run.steps_per_epoch) as report,
+            contextlib.closing(run.batches(start)) as batches,
+            stop_request(console) as stopping,
+        ):
             try:
-                _take_steps(run, state, start, checkpoints, report, stopping)
+                _take_steps(run, state, batches, checkpoints, report, stopping)
             except NonFiniteLossError as error:
                 raise NonFiniteLossError(
                     f"{error}; the last good checkpoint is step {checkpoints.latest_step}"
@@ -63,13 +70,13 @@ def train(config: TrainConfig) -> dict[str, float]:
 def _take_steps(
     run: "Run",
     state: TrainState,
-    start: int,
+    batches: Iterator[Batch],
     checkpoints: Checkpoints,
     report: Report,
     stopping: Callable[[], bool],
 ) -> None:
-    for step, batch in zip(range(start + 1, run.total_steps + 1), run.batches(start), strict=False):
-        state, metrics = run.train_step(state, batch)
+    for step in range(int(state.step) + 1, run.total_steps + 1):
+        state, metrics = run.train_step(state, next(batches))
         report.train(step, metrics)
         evaluates = step % run.steps_between_evaluations == 0 or step == run.total_steps
         if evaluates or stopping():
@@ -93,19 +100,19 @@ class Run:
     """
 
     def __init__(self, config: TrainConfig):
-        self.train_source, self.test_source = (open_source(config.data.source, split) for split in ("train", "test"))
+        data = config.data
+        check_fields(data)
+        self.train_source, self.test_source = (
+            open_source(data.source, split) for split in (data.train_split, data.eval_split)
+        )
         self.config = _with_classes(config, len(self.train_source.class_names))
         self.mesh = make_mesh(config.fsdp)
         check_batch_size(config.batch_size, self.mesh, config.accumulation_steps)
-        self.steps_per_epoch = len(self.train_source) // config.batch_size
+        self.steps_per_epoch = steps_per_epoch(len(self.train_source), data, config.batch_size)
         for field in ("epochs", "eval_every_epochs", "log_every_steps", "keep_checkpoints"):
             if getattr(config, field) < 1:
                 raise InputError(f"{field} is {getattr(config, field)}, and must be at least 1")
-        if not self.steps_per_epoch:
-            raise InputError(
-                f"batch_size {config.batch_size} is larger than the {len(self.train_source)} training images"
-            )
-        self.total_steps = config.epochs * self.steps_per_epoch
+        self.total_steps = (config.epochs + config.optimizer.cooldown_epochs) * self.steps_per_epoch
         self.steps_between_evaluations = config.eval_every_epochs * self.steps_per_epoch
         schedule = learning_rate_schedule(config.optimizer, steps_per_epoch=self.steps_per_epoch, epochs=config.epochs)
         self._optimizer = make_optimizer(config.optimizer, schedule)
@@ -123,12 +130,21 @@ class Run:
             "image_size": self.config.model.image_size,
             "channels": self.config.model.in_channels,
             "batch_size": config.batch_size,
+            "process_index": jax.process_index(),
+            "process_count": jax.process_count(),
         }
 
     def initial_state(self) -> TrainState:
         """The state before the first step, on all devices."""
         # Made op by op and then placed: to compile the whole initialisation takes longer than the first step.
-        params = nnx.to_pure_dict(nnx.state(build_model(self.config.model, self.config.seed)))
+        if self.config.init_from:
+            model = load_model(self.config.init_from)
+            wanted = self.config.model
+            parameters, _ = adapt(model_parameters(model), model.config, wanted, seed=self.config.seed)
+            model = model_from_parameters(wanted, parameters)
+        else:
+            model = build_model(self.config.model, self.config.seed)
+        params = nnx.to_pure_dict(nnx.state(model))
         return self._init(jax.tree.map(np.asarray, params))
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -143,7 +159,8 @@ class Run:
         """Scores on every test image, of the averaged and of the raw weights."""
         scores = {}
         for weights, params in (("ema", state.ema), ("raw", state.params)):
-            part = evaluate(self._eval_step, params, eval_batches(self.test_source, **self._feed), self.mesh)
+            batches = eval_batches(self.test_source, self.config.data, **self._feed)
+            part = evaluate(self._eval_step, params, batches, self.mesh)
             scores["count"] = part.pop("count")
             scores |= {f"{weights}_{name}": value for name, value in part.items()}
         return scores

@@ -28,9 +28,15 @@ class Report:
     The metrics of a step are fetched when those of the next one arrive, so that devices never wait for the log.
     """
 
-    def __init__(self, config: TrainConfig, console: rich.console.Console, start_step: int, steps_per_epoch: int):
-        self.start_step, self.steps_per_epoch = start_step, steps_per_epoch
-        self.total_steps = config.epochs * steps_per_epoch
+    def __init__(
+        self,
+        config: TrainConfig,
+        console: rich.console.Console,
+        start_step: int,
+        total_steps: int,
+        steps_per_epoch: int,
+    ):
+        self.start_step, self.total_steps, self.steps_per_epoch = start_step, total_steps, steps_per_epoch
         self.batch_size, self.log_every = config.batch_size, config.log_every_steps
         self.console = console
         self._pending: tuple[int, dict] | None = None

@@ -1,0 +1,54 @@
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tnt_jax.config import InputError
+from tnt_jax.data import browse
+
+
+def run(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["browse", *map(str, flags)])
+    browse.main()
+
+
+@pytest.fixture
+def flags(tmp_path):
+    rng = np.random.default_rng(0)
+    for index in range(8):
+        path = tmp_path / "photos/train" / f"class{index % 2}" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 30, 3), np.uint8)).save(path)
+    return [
+        "--data.source", f"folder:{tmp_path / 'photos'}", "--data.repeats", 1, "--batch-size", 4,
+        "--model.image-size", 32, "--model.in-channels", 3, "--out", tmp_path / "batch.png",
+    ]  # fmt: skip
+
+
+def test_the_picture_shows_originals_and_what_is_fed(flags, tmp_path, monkeypatch, capsys):
+    run(monkeypatch, *flags, "--images", 4, "--data.mixup", 0, "--data.cutmix", 0, "--data.erasing", 0)
+    picture = np.asarray(Image.open(tmp_path / "batch.png"))
+    assert picture.shape[2] == 3
+    assert f"{tmp_path / 'batch.png'} shows the batch after step 0" in capsys.readouterr().out
+    assert picture.std() > 10
+
+
+def test_another_step_shows_other_images(flags, tmp_path, monkeypatch):
+    pictures = []
+    for step in (0, 0, 1):
+        run(monkeypatch, *flags, "--step", step, "--data.mixup", 0, "--data.cutmix", 0, "--data.erasing", 0)
+        pictures.append((tmp_path / "batch.png").read_bytes())
+    assert pictures[0] == pictures[1] != pictures[2]
+
+
+def test_captions_tell_the_class_and_the_mixing_weights():
+    targets = np.array([[0.7, 0.3, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]])
+    names = ("ant", "bee", "cat", "dog")
+    assert browse._caption(np.array([0, 2]), targets, 0, names) == "ant\n0.70 ant, 0.30 bee"
+    assert browse._caption(np.array([0, 2]), targets, 1, names) == "cat\n1.00 cat"
+
+
+def test_a_step_below_zero_is_refused(flags, monkeypatch):
+    with pytest.raises(InputError, match="--step is -1"):
+        run(monkeypatch, *flags, "--step", -1)

@@ -1,0 +1,71 @@
+"""Every configuration that this project ships: it says what it is, and it trains."""
+
+import ast
+import dataclasses
+import json
+import pathlib
+import runpy
+
+import pytest
+from commands import ROOT, run
+
+from tnt_jax.cli import training_config
+from tnt_jax.models.variants import resolve
+
+CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_says_what_to_type_and_holds_a_model_that_can_be_made(name):
+    path = ROOT / "configs" / name
+    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    assert "python train.py" in docstring
+    config = runpy.run_path(str(path))["get_config"]()
+    assert resolve(config.model)
+    assert config.run_dir.startswith("runs/")
+
+
+def test_smoke_shrinks_what_takes_long_and_keeps_the_recipe():
+    config = training_config(["--config", str(ROOT / "configs/imagenet_tnt_b.py"), "--smoke", "--epochs", "1"])
+    assert (config.epochs, config.model.depth, config.data.source) == (1, 2, "synthetic:512")
+    assert (config.data.repeats, config.data.mixup, config.optimizer.change_every) == (3, 0.8, "epoch")
+    assert config.model.name == "tnt_b_patch16_224"
+    config = training_config(["--config", str(ROOT / "configs/imagenet_ptnt_b.py"), "--smoke"])
+    assert resolve(config.model).depth == (1, 1, 1, 1)
+
+
+def test_pyramid_tnt_is_trained_as_tnt_with_20_epochs_of_warm_up():
+    tnt, pyramid = (
+        training_config(["--config", str(ROOT / f"configs/imagenet_{name}.py")]) for name in ("tnt_s", "ptnt_m")
+    )
+    assert (pyramid.model.name, pyramid.optimizer.warmup_epochs) == ("ptnt_m_patch16_256", 20)
+    changes = {"run_dir": tnt.run_dir, "model": tnt.model, "optimizer": tnt.optimizer}
+    assert dataclasses.replace(pyramid, **changes) == tnt
+    assert dataclasses.replace(pyramid.optimizer, warmup_epochs=5) == tnt.optimizer
+
+
+def test_sizes_of_stages_are_numbers_on_the_command_line():
+    sizes = ["--model.depth", "1", "2", "1", "1", "--model.inner-blocks", "0", "3"]
+    config = training_config(["--config", str(ROOT / "configs/imagenet_ptnt_ti.py"), *sizes])
+    assert (config.model.depth, config.model.inner_blocks) == ((1, 2, 1, 1), (0, 3))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "imagenet_tnt_ti.py",
+        "finetune_folder.py",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in CONFIGS
+            if name not in ("imagenet_tnt_ti.py", "finetune_folder.py")
+        ),
+    ],
+)
+def test_trains_when_shrunk(name, tmp_path):
+    config = pathlib.Path(ROOT / "configs" / name)
+    code, out, err = run("train.py", "--config", config, "--smoke", "--run-dir", tmp_path / "run")
+    assert code == 0, err
+    assert "test accuracy" in out
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {line["kind"] for line in lines} == {"train", "test"}

@@ -1,0 +1,198 @@
+"""What training does to one image on the host: random crop, flip, RandAugment or colour jitter.
+
+Every function takes uint8 arrays (height, width, channels) with 1 or 3 channels and returns new ones. All that is
+random is drawn from the generator that is passed in.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+from tnt_jax.config import DataConfig
+from tnt_jax.data.resample import Pixels, affine, mirror, resize
+
+
+def augment(image: Pixels, data: DataConfig, size: tuple[int, int], rng: np.random.Generator) -> Pixels:
+    """A training image of `size` (height, width) from a whole one."""
+    if data.crop_area:
+        image = random_resized_crop(image, data, size, rng)
+    if data.random_shift:
+        image = random_shift(image, data.random_shift, rng)
+    if rng.random() < data.random_flip:
+        image = mirror(image)
+    if data.randaugment_ops:
+        return randaugment(image, data, rng)
+    return color_jitter(image, data.color_jitter, rng) if data.color_jitter else image
+
+
+def random_resized_crop(image: Pixels, data: DataConfig, size: tuple[int, int], rng: np.random.Generator) -> Pixels:
+    """Cuts out a rectangle of random area and aspect and resizes it.
+
+    Source: timm's RandomResizedCropAndInterpolation.
+    """
+    top, left, height, width = crop_box(*image.shape[:2], data, rng)
+    return resize(image[top : top + height, left : left + width], size, draw_interpolation(data, rng))
+
+
+def crop_box(height: int, width: int, data: DataConfig, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a random crop, in pixels.
+
+    After ten draws that do not fit into the image it is the largest box in the middle whose aspect is allowed.
+    """
+    least, most = data.crop_aspect
+    for _ in range(10):
+        area = rng.uniform(*data.crop_area) * height * width
+        aspect = math.exp(rng.uniform(math.log(least), math.log(most)))
+        crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        # timm lets a side round to 0 here, and fails on images of a few pixels.
+        if 1 <= crop_width <= width and 1 <= crop_height <= height:
+            top = int(rng.integers(0, height - crop_height + 1))
+            left = int(rng.integers(0, width - crop_width + 1))
+            return top, left, crop_height, crop_width
+    crop_width, crop_height = min(width, round(height * most)), min(height, round(width / least))
+    return (height - crop_height) // 2, (width - crop_width) // 2, max(1, crop_height), max(1, crop_width)
+
+
+def draw_interpolation(data: DataConfig, rng: np.random.Generator) -> Image.Resampling:
+    if data.interpolation == "random":
+        return Image.Resampling.BILINEAR if rng.random() < 0.5 else Image.Resampling.BICUBIC
+    return Image.Resampling[data.interpolation.upper()]
+
+
+def random_shift(image: Pixels, share: float, rng: np.random.Generator) -> Pixels:
+    """Moves the image by up to `share` of its sides; the edge is repeated."""
+    height, width, _ = image.shape
+    most = [round(share * side) for side in (height, width)]
+    padded = np.pad(image, [(most[0],) * 2, (most[1],) * 2, (0, 0)], mode="edge")
+    top, left = (rng.integers(0, 2 * pixels + 1) for pixels in most)
+    return padded[top : top + height, left : left + width]
+
+
+# RandAugment. `level` is the strength over 10, so from 0 to 1, and `sign` 1 or -1. Source: timm's auto_augment.py, its
+# "increasing" operations. What it draws as pixels to come in from outside is grey, mean * 255.
+
+
+def _through_pillow(operation: Callable[[Image.Image], Image.Image]) -> Callable[..., Pixels]:
+    def operate(image: Pixels, *_) -> Pixels:
+        return from_pillow(operation(to_pillow(image)))
+
+    return operate
+
+
+def to_pillow(image: Pixels) -> Image.Image:
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def from_pillow(picture: Image.Image) -> Pixels:
+    return np.asarray(picture).reshape(picture.height, picture.width, -1)
+
+
+def _look_up(image: Pixels, table: np.ndarray) -> Pixels:
+    return table.astype(np.uint8).take(image)
+
+
+values = np.arange(256)
+
+
+def _posterize(image, level, *_):
+    # At level 1 no bit is left and the image is black. timm asks Pillow for it, which refuses since version 13.
+    bits = 4 - int(level * 4)
+    return _look_up(image, values & (0xFF << (8 - bits)))
+
+
+def _solarize(image, level, *_):
+    return _look_up(image, np.where(values < 256 - int(level * 256), values, 255 - values))
+
+
+def _solarize_add(image, level, *_):
+    return _look_up(image, np.where(values < 128, np.minimum(255, values + int(level * 110)), values))
+
+
+def _enhance(kind: type) -> Callable[..., Pixels]:
+    def operate(image, level, sign, *_):
+        return from_pillow(kind(to_pillow(image)).enhance(max(0.1, 1 + sign * level * 0.9)))
+
+    return operate
+
+
+def _sharpness(image, level, sign, *_):
+    return from_pillow(Image.blend(to_pillow(_smooth(image)), to_pillow(image), max(0.1, 1 + sign * level * 0.9)))
+
+
+def _smooth(image: Pixels) -> Pixels:
+    """Pillow's ImageFilter.SMOOTH: a pixel five times and its eight neighbours, over 13. The border stays as it is."""
+    total = image.astype(np.uint16)
+    rows = total[:-2] + total[1:-1] + total[2:]
+    inside = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4 * total[1:-1, 1:-1]
+    smooth = image.copy()
+    smooth[1:-1, 1:-1] = (2 * inside + 13) // 26  # rounded; halves do not occur
+    return smooth
+
+
+def _rotate(image, level, sign, interpolation, fill):
+    angle = -math.radians(sign * level * 30 % 360)
+    cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
+    y, x = (side / 2 for side in image.shape[:2])  # the middle stays where it is
+    return affine(image, (cos, sin, cos * -x + sin * -y + x, -sin, cos, -sin * -x + cos * -y + y), interpolation, fill)
+
+
+def _shear_x(image, level, sign, interpolation, fill):
+    return affine(image, (1, sign * level * 0.3, 0, 0, 1, 0), interpolation, fill)
+
+
+def _shear_y(image, level, sign, interpolation, fill):
+    return affine(image, (1, 0, 0, sign * level * 0.3, 1, 0), interpolation, fill)
+
+
+def _translate_x(image, level, sign, interpolation, fill):
+    return affine(image, (1, 0, sign * level * 0.45 * image.shape[1], 0, 1, 0), interpolation, fill)
+
+
+def _translate_y(image, level, sign, interpolation, fill):
+    return affine(image, (1, 0, 0, 0, 1, sign * level * 0.45 * image.shape[0]), interpolation, fill)
+
+
+OPERATIONS: dict[str, Callable[..., Pixels]] = {
+    "AutoContrast": _through_pillow(ImageOps.autocontrast),
+    "Equalize": _through_pillow(ImageOps.equalize),
+    "Invert": lambda image, *_: 255 - image,
+    "Rotate": _rotate,
+    "PosterizeIncreasing": _posterize,
+    "SolarizeIncreasing": _solarize,
+    "SolarizeAdd": _solarize_add,
+    "ColorIncreasing": _enhance(ImageEnhance.Color),
+    "ContrastIncreasing": _enhance(ImageEnhance.Contrast),
+    "BrightnessIncreasing": _enhance(ImageEnhance.Brightness),
+    "SharpnessIncreasing": _sharpness,
+    "ShearX": _shear_x,
+    "ShearY": _shear_y,
+    "TranslateXRel": _translate_x,
+    "TranslateYRel": _translate_y,
+}
+
+
+def randaugment(image: Pixels, data: DataConfig, rng: np.random.Generator) -> Pixels:
+    """Draws operations with replacement and applies each with probability 0.5, at a strength of its own."""
+    fill = min(255, round(255 * data.mean))
+    operations = list(OPERATIONS.values())
+    for drawn in rng.integers(len(operations), size=data.randaugment_ops):
+        if rng.random() < 0.5:
+            continue
+        level = min(10, max(0, rng.normal(data.randaugment_magnitude, data.randaugment_std))) / 10
+        sign = -1 if rng.random() < 0.5 else 1
+        image = operations[drawn](image, level, sign, draw_interpolation(data, rng), fill)
+    return image
+
+
+def color_jitter(image: Pixels, strength: float, rng: np.random.Generator) -> Pixels:
+    """Brightness, contrast and saturation in random order, each by a factor of its own.
+
+    Source: torchvision's ColorJitter.
+    """
+    kinds = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
+    picture = to_pillow(image)
+    for kind in rng.permutation(len(kinds)):
+        picture = kinds[kind](picture).enhance(rng.uniform(max(0, 1 - strength), 1 + strength))
+    return from_pillow(picture)

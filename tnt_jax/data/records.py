@@ -1,0 +1,92 @@
+"""Datasets that TensorFlow Datasets prepared as ArrayRecord, read without TensorFlow."""
+
+import dataclasses
+from typing import Any
+
+from tnt_jax.config import InputError
+from tnt_jax.data.decode import decode
+from tnt_jax.data.resample import Pixels
+
+INSTALL = "pip install tensorflow-datasets array_record"
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordSource:
+    """One split, or a slice of one, with an image and a label in each record."""
+
+    name: str
+    records: Any  # what TFDS calls a data source: records as dictionaries, the image as the bytes of a file
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> tuple[Pixels, int]:
+        return self.read(index)
+
+    def read(self, index: int, at_least: tuple[int, int] | None = None) -> tuple[Pixels, int]:
+        """With `at_least`, large images come at a fraction of their size; see `decode`."""
+        record = self.records[index]
+        file_name = record.get("file_name", b"").decode()
+        name = f"record {index} of {self.name}" + (f" ({file_name})" if file_name else "")
+        label = int(record["label"])
+        if not 0 <= label < len(self.class_names):
+            raise InputError(f"{name} has label {label}, and there are {len(self.class_names)} classes")
+        return decode(record["image"], name, at_least), label
+
+
+def open_tfds(name: str, split: str) -> RecordSource:
+    """A dataset in TFDS's folder (`~/tensorflow_datasets`, or `$TFDS_DATA_DIR`), by its name there."""
+    tfds = _tensorflow_datasets()
+    try:
+        builder = tfds.builder(name)
+    except (tfds.core.DatasetNotFoundError, ValueError) as error:
+        raise InputError(f"TFDS knows no dataset {name!r}: {str(error).splitlines()[0]}") from error
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"dataset {name!r} is not prepared, and TFDS cannot prepare it without {error.name}"
+        ) from error
+    return _open(tfds, builder, f"tfds:{name}", split)
+
+
+def open_array_record(folder: str, split: str) -> RecordSource:
+    """A folder with ArrayRecord shards and TFDS's description of them, as `tnt_jax.data.prepare` writes it."""
+    tfds = _tensorflow_datasets()
+    try:
+        builder = tfds.builder_from_directory(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{folder} holds no dataset: dataset_info.json, features.json and the shards should lie there ({error})"
+        ) from error
+    return _open(tfds, builder, f"array_record:{folder}", split)
+
+
+def _tensorflow_datasets():
+    try:
+        import array_record
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise InputError(f"tfds: and array_record: need {error.name}, which is not installed: {INSTALL}") from error
+    del array_record
+    return tfds
+
+
+def _open(tfds, builder, name: str, split: str) -> RecordSource:
+    info = builder.info
+    if not info.splits:
+        raise InputError(f"{name} is not prepared: {builder.data_dir} holds no data")
+    if info.file_format not in (tfds.core.FileFormat.ARRAY_RECORD, tfds.core.FileFormat.PARQUET):
+        raise InputError(
+            f"{name} is prepared as {info.file_format.value}, which cannot be read at random. Where TensorFlow is "
+            f"installed, `tfds convert_format --dataset_version_dir={builder.data_dir} --out_file_format=array_record` "
+            "adds a version that can"
+        )
+    if not {"image", "label"} <= set(info.features) or not hasattr(info.features["label"], "names"):
+        raise InputError(f"{name} has the features {', '.join(info.features)}, and an image and a label are needed")
+    if split == "test" and "test" not in info.splits and "validation" in info.splits:
+        split = "validation"
+    try:
+        records = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+    except ValueError as error:
+        raise InputError(f"{name} has no split {split!r}; there are {', '.join(sorted(info.splits))}") from error
+    return RecordSource(f"{name} {split}", records, tuple(info.features["label"].names))
