@@ -18,7 +18,11 @@ def record(name):
 def tensor(name, shape, seed):
     if name.endswith("outer_tokens"):
         return np.zeros(shape, np.float32)
+    if name.endswith("num_batches_tracked"):
+        return np.zeros(shape, np.int64)
     x = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape).astype(np.float32)
+    if name.endswith("running_var"):
+        return np.abs(x) * np.float32(0.5) + np.float32(0.5)
     if len(shape) == 1:
         return 1 + np.float32(0.1) * x if name.endswith("weight") else np.float32(0.1) * x
     if name.endswith("weight"):

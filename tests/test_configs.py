@@ -1,6 +1,7 @@
 """Every configuration that this project ships: it says what it is, and it trains."""
 
 import ast
+import dataclasses
 import json
 import pathlib
 import runpy
@@ -29,6 +30,24 @@ def test_smoke_shrinks_what_takes_long_and_keeps_the_recipe():
     assert (config.epochs, config.model.depth, config.data.source) == (1, 2, "synthetic:512")
     assert (config.data.repeats, config.data.mixup, config.optimizer.change_every) == (3, 0.8, "epoch")
     assert config.model.name == "tnt_b_patch16_224"
+    config = training_config(["--config", str(ROOT / "configs/imagenet_ptnt_b.py"), "--smoke"])
+    assert resolve(config.model).depth == (1, 1, 1, 1)
+
+
+def test_pyramid_tnt_is_trained_as_tnt_with_20_epochs_of_warm_up():
+    tnt, pyramid = (
+        training_config(["--config", str(ROOT / f"configs/imagenet_{name}.py")]) for name in ("tnt_s", "ptnt_m")
+    )
+    assert (pyramid.model.name, pyramid.optimizer.warmup_epochs) == ("ptnt_m_patch16_256", 20)
+    changes = {"run_dir": tnt.run_dir, "model": tnt.model, "optimizer": tnt.optimizer}
+    assert dataclasses.replace(pyramid, **changes) == tnt
+    assert dataclasses.replace(pyramid.optimizer, warmup_epochs=5) == tnt.optimizer
+
+
+def test_sizes_of_stages_are_numbers_on_the_command_line():
+    sizes = ["--model.depth", "1", "2", "1", "1", "--model.inner-blocks", "0", "3"]
+    config = training_config(["--config", str(ROOT / "configs/imagenet_ptnt_ti.py"), *sizes])
+    assert (config.model.depth, config.model.inner_blocks) == ((1, 2, 1, 1), (0, 3))
 
 
 @pytest.mark.parametrize(

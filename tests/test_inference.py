@@ -103,6 +103,8 @@ def test_what_is_no_model_is_refused_with_what_to_do(tmp_path):
         tnt_jax.load_model(tmp_path / "a.pth")
     with pytest.raises(InputError, match=r"no folder tnt_s_patch16, and .* nearest names are tnt_s_patch16_224"):
         tnt_jax.load_model("tnt_s_patch16")
+    with pytest.raises(InputError, match=r"(?s)py FILE weights/ptnt_s_patch16_256\n.*https://github.com/huawei-noah"):
+        tnt_jax.load_model("ptnt_s_patch16_256")
     with pytest.raises(InputError, match="nobody has published weights of tnt_ti_patch16_224"):
         tnt_jax.load_model("tnt_ti_patch16_224")
 

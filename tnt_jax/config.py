@@ -20,8 +20,8 @@ class ModelConfig:
     """A model by its name, and what is to differ from it. A field that is None is as the name has it.
 
     `tnt_jax.models.variants.resolve` fills the fields that are None and checks all of them; the modules take a resolved
-    one.
-    Source of the sizes: table 1 of arXiv 2103.00112.
+    one. TNT has one size for all blocks; PyramidTNT has one for each of its four stages.
+    Source of the sizes: table 1 of arXiv 2103.00112, and the code of arXiv 2201.00978.
     """
 
     name: str = "tnt_s_patch16_224"
@@ -32,22 +32,31 @@ class ModelConfig:
     """Channels of the input: 3 for colour, 1 for grey."""
     num_classes: int | None = None
     """Width of the output; 0 gives the normalised class token instead of logits."""
-    architecture: Literal["official", "legacy"] | None = None
-    """The two published networks: huawei's, or the one behind mmpretrain's and timm's first weights."""
+    architecture: Literal["official", "legacy", "pyramid"] | None = None
+    """TNT as huawei published it, TNT as mmpretrain and timm first had it, or PyramidTNT."""
     patch_size: int | None = None
     """Side of a patch (sentence) in pixels."""
     word_stride: int | None = None
     """Pixels from one word to the next; a patch has ceil(patch_size / word_stride) squared words."""
-    depth: int | None = None
-    """Number of blocks."""
-    inner_dim: int | None = None
-    """Channels of a word."""
-    inner_heads: int | None = None
-    """Heads of the attention between the words of a patch."""
-    outer_dim: int | None = None
-    """Channels of a sentence."""
-    outer_heads: int | None = None
-    """Heads of the attention between sentences."""
+    depth: int | tuple[int, ...] | None = None
+    """Number of blocks; for PyramidTNT in each stage, such as 2 8 4 2."""
+    inner_dim: int | tuple[int, ...] | None = None
+    """Channels of a word; for PyramidTNT in each stage."""
+    inner_heads: int | tuple[int, ...] | None = None
+    """Heads of the attention between the words of a patch; for PyramidTNT in each stage."""
+    outer_dim: int | tuple[int, ...] | None = None
+    """Channels of a sentence; for PyramidTNT in each stage."""
+    outer_heads: int | tuple[int, ...] | None = None
+    """Heads of the attention between sentences; for PyramidTNT in each stage."""
+    inner_blocks: tuple[int, ...] | None = None
+    """Blocks with an inner transformer, from 0 on: all of TNT's; of a PyramidTNT stage the first, and the second if it
+    has more than six."""
+    squeeze_excitation: bool | None = None
+    """Whether squeeze-and-excitation follows the MLP between sentences (table 12 of the paper)."""
+    word_positions: bool | None = None
+    """Whether words have learned positions (table 6 of the paper)."""
+    sentence_positions: bool | None = None
+    """Whether sentences have learned positions (table 6 of the paper)."""
     mlp_ratio: float | None = None
     """Hidden channels of an MLP over its channels."""
     drop_rate: float | None = None
@@ -205,17 +214,19 @@ class TrainConfig:
 
 
 def smoke(config: TrainConfig) -> TrainConfig:
-    """The same run shrunk to a minute on a laptop: two blocks, few patches, a few steps on noise, in a folder of its
-    own.
+    """The same run shrunk to a minute on a laptop: two blocks (one in each stage of a PyramidTNT), few patches, a
+    few steps on noise, in a folder of its own.
 
     What it trains is worth nothing; that it trains shows that the configuration holds together.
     """
     patch = config.model.patch_size or 16
+    depth = (1, 1, 1, 1) if config.model.name.startswith("ptnt_") else 2
+    shrunk = {"image_size": 2 * patch, "depth": depth, "inner_blocks": None, "num_classes": None}
     return dataclasses.replace(
         config,
         run_dir=f"{config.run_dir}_smoke",
         init_from=None,
-        model=dataclasses.replace(config.model, image_size=2 * patch, depth=2, num_classes=None),
+        model=dataclasses.replace(config.model, **shrunk),
         data=dataclasses.replace(
             config.data, source="synthetic:512", train_split="train", eval_split="test", num_workers=0
         ),

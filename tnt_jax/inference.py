@@ -15,14 +15,13 @@ from tnt_jax.config import InputError
 from tnt_jax.data.images import ImageSource, evaluation_crop, open_image
 from tnt_jax.data.mixing import normalise
 from tnt_jax.models.saving import ModelDescription, Preprocessing, description_of, load_folder
-from tnt_jax.models.tnt import TNT
-from tnt_jax.models.variants import get_variant
+from tnt_jax.models.variants import Model, get_variant
 from tnt_jax.training.checkpoint import is_run, load_run
 
 WEIGHTS_FOLDER = Path("weights")
 
 
-def load_model(path: str | os.PathLike, *, weights: Literal["ema", "raw"] = "ema", step: int | None = None) -> TNT:
+def load_model(path: str | os.PathLike, *, weights: Literal["ema", "raw"] = "ema", step: int | None = None) -> Model:
     """A model from its folder, from a training run's folder, or by its published name from `weights/NAME`.
 
     Args:
@@ -53,15 +52,17 @@ def load_model(path: str | os.PathLike, *, weights: Literal["ema", "raw"] = "ema
         return model
     if not variant.weights:
         raise InputError(f"nobody has published weights of {path}, and there are none in {folder}")
+    addresses = [place for place in variant.weights if place.startswith("https://")]
+    on_hub = [place for place in variant.weights if place not in addresses]
     raise InputError(
         f"the weights of {path} are not in {folder}. To get them:\n"
-        + "\n".join(f"  python convert_torch_weights.py {place} {folder}" for place in variant.weights[:1])
-        + "\nor download one of these and give its file instead:\n"
-        + "\n".join(f"  {place}" for place in variant.weights[1:])
+        + "\n".join(f"  python convert_torch_weights.py {place} {folder}" for place in on_hub or ["FILE"])
+        + ("\nor download one of these and give its file instead:\n" if on_hub else "\nwith the FILE from here:\n")
+        + "\n".join(f"  {place}" for place in addresses)
     )
 
 
-def inference_model(model: TNT | str | os.PathLike, image: ImageSource) -> dict[str, Any]:
+def inference_model(model: Model | str | os.PathLike, image: ImageSource) -> dict[str, Any]:
     """The class of one image. The keys are those of mmpretrain's `inference_model`.
 
     Args:
@@ -83,7 +84,7 @@ def inference_model(model: TNT | str | os.PathLike, image: ImageSource) -> dict[
 
 
 def predict_images(
-    model: TNT, images: Sequence[ImageSource], *, batch_size: int = 32
+    model: Model, images: Sequence[ImageSource], *, batch_size: int = 32
 ) -> Iterator[dict[str, Any] | InputError]:
     """For each image in turn what `inference_model` returns, or the error that says why it cannot be read.
 

@@ -35,7 +35,9 @@ def test_macs_are_the_published_ones_and_those_of_the_program(name):
     config = resolve(ModelConfig(name))
     assert sum(count_macs(config).values()) == VARIANTS[name].macs
     graphdef, state = nnx.split(abstract_model(config))
-    program = jax.make_jaxpr(lambda state, x: nnx.merge(graphdef, state)(x))(state, jnp.zeros((1, 224, 224, 3)))
+    program = jax.make_jaxpr(lambda state, x: nnx.merge(graphdef, state)(x))(
+        state, jnp.zeros((1, *config.image_size, 3))
+    )
     assert macs_of_program(program.jaxpr) == VARIANTS[name].macs
 
 
@@ -50,6 +52,84 @@ def test_parts_of_tnt_s_are_those_of_the_published_table():
     assert parameters["inner transformers"] == 12 * 7_152
     assert parameters["words to sentences"] == 12 * 148_992
     assert parameters["outer transformers"] == 12 * 1_773_312
+
+
+OUTER_TOKENS = 196 * 384  # the papers count a parameter that upstream never uses
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "giga_macs"),
+    [
+        ("tnt_ti_patch16_224", None, 1.4),
+        ("tnt_s_patch16_224", None, 5.2),
+        ("tnt_b_patch16_224", None, 14.1),
+        ("ptnt_ti_patch16_192", 10.6, 0.6),
+        ("ptnt_s_patch16_256", 32.0, 3.3),
+        ("ptnt_m_patch16_256", 85.0, 8.2),
+        ("ptnt_b_patch16_256", 157.0, 16.0),
+    ],
+)
+def test_counts_round_to_what_the_papers_print(name, millions, giga_macs):
+    # 14.049 is printed as 14.1, and 84.944 as 85.0.
+    assert sum(count_macs(ModelConfig(name)).values()) / 1e9 == pytest.approx(giga_macs, abs=0.052)
+    if millions:
+        assert sum(count_parameters(ModelConfig(name)).values()) / 1e6 == pytest.approx(millions, abs=0.06)
+
+
+# Rows of TNT-S in the tables of arXiv 2103.00112: millions of parameters where they are printed, and billions of MACs.
+ABLATIONS = {
+    "table 4": ({}, 23.8, 5.2),
+    "table 5, TNT-S-1": ({"inner_blocks": (0, 3, 7, 11)}, None, 4.8),
+    "table 5, TNT-S-2": ({"inner_blocks": (0, 5, 11)}, None, 4.7),
+    "table 5, TNT-S-3": ({"inner_blocks": (0, 5)}, None, 4.7),
+    "table 5, TNT-S-4": ({"inner_blocks": (0,)}, None, 4.6),
+    "table 6, none": ({"word_positions": False, "sentence_positions": False}, None, 5.2),
+    "table 6, sentence": ({"word_positions": False}, None, 5.2),
+    "table 6, word": ({"sentence_positions": False}, None, 5.2),
+    # The table does not say how many heads words of 6 channels have; 4, as elsewhere, do not divide them.
+    "table 8, 64 words": ({"word_stride": 2, "inner_dim": 6, "inner_heads": 2}, 23.8, 5.1),
+    "table 8, 4 words": ({"word_stride": 8, "inner_dim": 96}, 25.1, 6.0),
+    "table 12": ({"squeeze_excitation": True}, 24.7, 5.2),
+} | {f"table 7, {heads} heads": ({"inner_heads": heads}, 23.8, 5.2) for heads in (1, 2, 4, 6, 8)}
+
+
+@pytest.mark.parametrize("row", ABLATIONS)
+def test_rows_of_the_papers_tables_are_configurations(row):
+    changes, millions, giga_macs = ABLATIONS[row]
+    config = resolve(ModelConfig("tnt_s_patch16_224", **changes))
+    parameters = sum(count_parameters(config).values())
+    if millions:
+        assert round((parameters + OUTER_TOKENS) / 1e6, 1) == millions
+    macs = sum(count_macs(config).values())
+    assert round(macs / 1e9, 1) == giga_macs
+    graphdef, state = nnx.split(abstract_model(config))
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) == parameters
+    program = jax.make_jaxpr(lambda state, x: nnx.merge(graphdef, state)(x))(state, jnp.zeros((1, 224, 224, 3)))
+    assert macs_of_program(program.jaxpr) == macs
+
+
+@pytest.mark.parametrize(
+    ("changes", "parameters"),
+    [
+        ({"word_positions": False}, -16 * 24),
+        ({"sentence_positions": False}, -197 * 384),
+        # LN, 384 to 96, 96 to 384, in each of 12 blocks
+        ({"squeeze_excitation": True}, 12 * (2 * 384 + 384 * 96 + 96 + 96 * 384 + 384)),
+        ({"inner_blocks": (0,)}, -11 * (7_152 + 148_992)),
+        ({"inner_heads": 8}, 0),
+    ],
+)
+def test_an_ablation_changes_what_it_is_about(changes, parameters):
+    counted = sum(count_parameters(ModelConfig("tnt_s_patch16_224", **changes)).values())
+    assert counted - VARIANTS["tnt_s_patch16_224"].parameters == parameters
+
+
+def test_macs_of_a_pyramid_of_uneven_size_are_those_of_the_program():
+    config = resolve(ModelConfig("ptnt_ti_patch16_192", image_size=(104, 136), squeeze_excitation=True, in_channels=4))
+    graphdef, state = nnx.split(abstract_model(config))
+    program = jax.make_jaxpr(lambda state, x: nnx.merge(graphdef, state)(x))(state, jnp.zeros((1, 104, 136, 4)))
+    assert macs_of_program(program.jaxpr) == sum(count_macs(config).values())
+    assert "10,578,529" in summary("ptnt_ti_patch16_192")
 
 
 def test_macs_at_384():

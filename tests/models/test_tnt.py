@@ -42,7 +42,7 @@ def images(*shape: int) -> jax.Array:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_published_parameter_counts(name):
     model = abstract_model(ModelConfig(name))
-    assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model))) == VARIANTS[name].parameters
+    assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))) == VARIANTS[name].parameters
 
 
 @pytest.mark.parametrize("name", ["tnt_s_patch16_224", "tnt_s_legacy_patch16_224"])

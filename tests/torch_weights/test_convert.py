@@ -12,11 +12,12 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
-from small_models import small_model
+from small_models import small_model, small_pyramid
 
 import tnt_jax
 from tnt_jax.config import InputError, ModelConfig
 from tnt_jax.models.saving import model_parameters, parameter_shapes
+from tnt_jax.models.variants import VARIANTS, resolve
 from tnt_jax.torch_weights.convert import convert, export, parse_image_size
 from tnt_jax.torch_weights.layouts import layout_shapes
 from tnt_jax.torch_weights.read import read_file, recognise_config, recognise_layout, to_parameters
@@ -27,6 +28,7 @@ SOURCES = {
     "timm": ("timm", "tnt_ti_patch16_224"),
     "timm_legacy": ("timm", "tnt_ti_legacy_patch16_224"),
     "mmpretrain": ("mmpretrain", "tnt_ti_legacy_patch16_224"),
+    "huawei_pyramid": ("huawei", "ptnt_ti_patch16_192"),
 }
 
 
@@ -74,14 +76,15 @@ def test_to_a_model_and_back_is_the_identity_bit_for_bit(source, suffix, tensors
     assert (code, err) == (0, "")
     for line in (
         f"layout        {layout}",
-        f"architecture  {'legacy' if 'legacy' in name else 'official'}",
+        f"architecture  {VARIANTS[name].config.architecture}",
         f"variant       {name}",
-        "image size    224x224",
+        "image size    192x192" if source == "huawei_pyramid" else "image size    224x224",
         "classes       1000",
         f"tensors read  {len(tensors[source])}, every one accounted for",
     ):
         assert line in out
-    assert ("outer_tokens was left out" in out) == (layout == "huawei")
+    assert ("outer_tokens was left out" in out) == (source == "huawei")
+    assert out.count("num_batches_tracked was left out") == (5 if source == "huawei_pyramid" else 0)
 
     back = tmp_path / f"back{suffix}"
     code, out, err = commands.run("convert_torch_weights.py", tmp_path / "model", back, "--to", layout)
@@ -90,6 +93,51 @@ def test_to_a_model_and_back_is_the_identity_bit_for_bit(source, suffix, tensors
     assert written.keys() == tensors[source].keys()
     for key, tensor in tensors[source].items():
         np.testing.assert_array_equal(np.asarray(written[key]), tensor, err_msg=key)
+
+
+def test_a_pyramids_position_tables_are_resized_over_queries_and_keys(tmp_path):
+    tensors = state_dict("huawei", "ptnt_ti_patch16_192", image_size=64, num_classes=10)
+    rows = np.repeat(np.arange(8) + 0.5, 8)
+    # How far each query lies below each key, whatever their columns are: more columns change nothing of it.
+    tensors["stages.0.relative_pos"] = np.zeros((1, 2, 64, 4), np.float32)
+    tensors["stages.0.relative_pos"][0, 1] = rows[:, None] - 4 * np.array([0.5, 0.5, 1.5, 1.5])
+    checkpoint = save_safetensors(tensors, tmp_path / "a.safetensors")
+    for size in ("64", "64x128"):
+        arguments = (checkpoint, tmp_path / size, "--num-classes", "10", "--image-size", size)
+        code, out, err = commands.run("convert_torch_weights.py", *arguments)
+        assert (code, err) == (0, "")
+        assert ("were resized from images of 64x64 to 64x128" in out) == (size != "64")
+    same, wide = loaded(tmp_path / "64"), loaded(tmp_path / "64x128")
+    for stage in range(4):
+        np.testing.assert_array_equal(same[f"stages.{stage}.position_bias"], tensors[f"stages.{stage}.relative_pos"])
+    np.testing.assert_array_equal(same["sentence_positions"], tensors["outer_pos"])
+    table = wide["stages.0.position_bias"].reshape(2, 8, 16, 2, 4)
+    assert not table[0].any()
+    expected = (np.arange(8) + 0.5)[:, None, None, None] - 4 * np.array([0.5, 1.5])[:, None]
+    np.testing.assert_allclose(table[1], np.broadcast_to(expected, (8, 16, 2, 4)), atol=1e-4)
+    assert wide["stages.3.position_bias"].shape == (1, 8, 2, 2)
+    assert wide["sentence_positions"].shape == (1, 128, 80)
+
+
+def test_weights_of_one_family_are_not_given_to_the_other(small):
+    pyramid = state_dict("huawei", "ptnt_ti_patch16_192", image_size=64)
+    with pytest.raises(InputError, match="these are the weights of a PyramidTNT, and tnt_s_patch16_224 is a TNT"):
+        to_parameters(pyramid, "huawei", resolve(ModelConfig("tnt_s_patch16_224")))
+    with pytest.raises(InputError, match="these are the weights of a TNT, and ptnt_s_patch16_256 is a PyramidTNT"):
+        to_parameters(dict(small), "huawei", resolve(ModelConfig("ptnt_s_patch16_256")))
+
+
+def test_a_pyramid_with_squeeze_and_excitation_comes_back_from_huaweis_layout(tmp_path):
+    tnt_jax.save_model(small_pyramid(squeeze_excitation=True, inner_blocks=(1,)), tmp_path / "a")
+    export(tnt_jax.load_model(tmp_path / "a"), tmp_path / "a.safetensors", "huawei")
+    convert(tmp_path / "a.safetensors", tmp_path / "b")
+    assert tnt_jax.load_model(tmp_path / "b").config.inner_blocks == (1,)
+    before, after = loaded(tmp_path / "a"), loaded(tmp_path / "b")
+    assert "stages.3.blocks.0.outer.se.fc2.kernel" in before
+    for path in before:
+        np.testing.assert_array_equal(after[path], before[path], err_msg=path)
+    with pytest.raises(InputError, match=r"timm has no PyramidTNT, .* it can go to huawei"):
+        export(tnt_jax.load_model(tmp_path / "a"), tmp_path / "b.safetensors", "timm")
 
 
 def test_the_folder_says_where_it_came_from_and_how_to_feed_it(tensors, tmp_path):
@@ -350,7 +398,7 @@ def test_options_for_reading_are_refused_when_writing(tmp_path):
 
 
 def test_the_table_names_every_tensor_of_the_published_state_dicts():
-    for name in ("huawei_tnt_s", "timm_tnt_s", "timm_tnt_s_legacy", "mmpretrain_tnt_s"):
+    for name in ("huawei_tnt_s", "timm_tnt_s", "timm_tnt_s_legacy", "mmpretrain_tnt_s", "huawei_ptnt_ti"):
         _, manifest = published.record(name)
         published_shapes = {name: tuple(shape) for name, shape in manifest["tensors"].items()}
         layout = recognise_layout(published_shapes)

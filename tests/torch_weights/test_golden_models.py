@@ -11,7 +11,7 @@ import published
 import pytest
 from flax import nnx
 
-from tnt_jax.models import tnt
+from tnt_jax.models import pyramid_tnt, tnt
 from tnt_jax.models.saving import model_from_parameters
 from tnt_jax.torch_weights.read import recognise_config, recognise_layout, to_parameters
 
@@ -20,15 +20,18 @@ RECORDS = {
     "timm_tnt_s": ("timm", "tnt_s_patch16_224"),
     "timm_tnt_s_legacy": ("timm", "tnt_s_legacy_patch16_224"),
     "mmpretrain_tnt_s": ("mmpretrain", "tnt_s_legacy_patch16_224"),
+    "huawei_ptnt_ti": ("huawei", "ptnt_ti_patch16_192"),
+    "huawei_ptnt_s": ("huawei", "ptnt_s_patch16_256"),
 }
 
 
-compiled_block = nnx.jit(tnt.Block.__call__)
+compiled_blocks = {kind: nnx.jit(kind.__call__) for kind in (tnt.Block, pyramid_tnt.Block)}
 
 
 @pytest.fixture(autouse=True)
 def _blocks_share_one_compilation(monkeypatch):
-    monkeypatch.setattr(tnt.Block, "__call__", compiled_block)
+    for kind, compiled in compiled_blocks.items():
+        monkeypatch.setattr(kind, "__call__", compiled)
 
 
 @functools.cache
@@ -47,15 +50,26 @@ def relative_error(actual, expected):
     return np.abs(np.asarray(actual, np.float64) - expected).max() / np.abs(expected).max()
 
 
+def returned_by_blocks(model, images):
+    state = model.embed(images)
+    if isinstance(model, pyramid_tnt.PyramidTNT):
+        for stage in range(pyramid_tnt.STAGES):
+            outputs = model.stage_outputs(stage, *state)
+            state = outputs[-1]
+            yield from outputs
+    else:
+        for block in model.blocks:
+            state = block(*state)
+            yield state
+
+
 @pytest.mark.parametrize("name", RECORDS)
 def test_every_block_and_the_logits_are_those_of_the_published_code(name):
     arrays, images, layout, config, parameters = converted(name)
     assert (layout, config.name) == RECORDS[name]
     model = model_from_parameters(config, parameters)
     errors = {"logits": relative_error(model(images), arrays["logits"])}
-    words, sentences = model.embed(images)
-    for index, block in enumerate(model.blocks):
-        words, sentences = block(words, sentences)
+    for index, (words, sentences) in enumerate(returned_by_blocks(model, images)):
         errors[f"block{index:02}_words"] = relative_error(words[:3], arrays[f"block{index:02}_words"])
         errors[f"block{index:02}_sentences"] = relative_error(sentences[:, :3], arrays[f"block{index:02}_sentences"])
     assert errors.keys() == arrays.keys()

@@ -9,7 +9,8 @@ import torch
 from flax import nnx
 
 import tnt_jax
-from tnt_jax.config import OptimizerConfig
+from tnt_jax.config import ModelConfig, OptimizerConfig
+from tnt_jax.models.variants import abstract_model
 from tnt_jax.training.optimizer import (
     decay_mask,
     ema_decay,
@@ -46,6 +47,13 @@ def test_layers_near_the_words_learn_more_slowly():
     assert scales["blocks"][1]["outer"]["attn"]["qkv"]["kernel"] == 0.5
     assert scales["blocks"][0]["inner"]["norm1"]["bias"] == 0.25
     assert scales["sentence_positions"] == scales["word_embedding"]["conv"]["kernel"] == 0.125
+    pyramid = nnx.to_pure_dict(nnx.state(abstract_model(ModelConfig("ptnt_ti_patch16_192", depth=(1, 2, 1, 1)))))
+    scales_of_pyramid = layer_scales(pyramid, 0.5)
+    assert scales_of_pyramid["head"]["kernel"] == 1
+    stages, between = scales_of_pyramid["stages"], scales_of_pyramid["aggregations"]
+    assert [stages[i]["position_bias"] for i in range(4)] == [0.5**5, 0.5**4, 0.5**2, 0.5]
+    assert stages[1]["blocks"][1]["outer"]["norm1"]["bias"] == between[1]["word_norm"]["bias"] == 0.5**3
+    assert scales_of_pyramid["stem"]["common"]["conv"]["kernel"] == 0.5**6
     config = OptimizerConfig(layer_decay=0.5, weight_decay=0.0)
     optimizer = make_optimizer(config, lambda step: 1.0)
     gradients = jax.tree.map(jnp.ones_like, params)

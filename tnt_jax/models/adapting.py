@@ -3,10 +3,13 @@
 import dataclasses
 from collections.abc import Mapping
 
+import jax
 import numpy as np
+from jaxtyping import Array, Float
 
 from tnt_jax.config import InputError, ModelConfig
 from tnt_jax.models.layers import normal_init, resize_positions
+from tnt_jax.models.pyramid_tnt import SPATIAL_REDUCTION, key_grid, stage_grids
 from tnt_jax.models.tnt import grid_size
 
 # What of a configuration says nothing of the parameters, or what `adapt` knows how to change.
@@ -17,7 +20,9 @@ _FREE |= {"dtype", "param_dtype", "remat"}
 def adapt(
     parameters: Mapping[str, np.ndarray], config: ModelConfig, wanted: ModelConfig, *, seed: int = 0
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Sentence positions are resized to another image size, another number of classes gets a fresh head.
+    """What belongs to a place is resized to another image size, another number of classes gets a fresh head.
+
+    Places have the positions of sentences, and in a PyramidTNT the bias of every pair of them in each stage.
 
     Args:
         parameters: by dotted path, of the resolved configuration `config`.
@@ -36,15 +41,14 @@ def adapt(
         raise InputError(f"the parameters are those of another model: they have {', '.join(pairs)}")
     adapted, notes = dict(parameters), []
     if wanted.image_size != config.image_size:
-        positions = resize_positions(parameters["sentence_positions"], grid_size(config), grid_size(wanted))
-        adapted["sentence_positions"] = np.asarray(positions)
+        adapted |= _resized(parameters, config, wanted)
         sizes = [f"{height}x{width}" for height, width in (config.image_size, wanted.image_size)]
         notes.append(f"sentence positions were resized from images of {sizes[0]} to {sizes[1]}")
     if wanted.num_classes != config.num_classes:
         for name in ("head.kernel", "head.bias"):
             adapted.pop(name, None)
         if wanted.num_classes:
-            shape = (wanted.outer_dim, wanted.num_classes)
+            shape = (len(parameters["norm.bias"]), wanted.num_classes)
             adapted["head.kernel"] = np.asarray(normal_init(np.random.default_rng(seed), shape, wanted.param_dtype))
             adapted["head.bias"] = np.zeros(wanted.num_classes, adapted["head.kernel"].dtype)
             notes.append(
@@ -53,3 +57,33 @@ def adapt(
         else:
             notes.append(f"the head of {config.num_classes} classes was left out")
     return adapted, notes
+
+
+def _resized(parameters: Mapping[str, np.ndarray], config: ModelConfig, wanted: ModelConfig) -> dict[str, np.ndarray]:
+    resized = {}
+    if config.sentence_positions:
+        positions = parameters["sentence_positions"]
+        resized["sentence_positions"] = resize_positions(positions, grid_size(config), grid_size(wanted))
+    if config.architecture == "pyramid":
+        grids = zip(stage_grids(config), stage_grids(wanted), SPATIAL_REDUCTION, strict=True)
+        for stage, (grid, new_grid, reduction) in enumerate(grids):
+            path, keys, new_keys = (
+                f"stages.{stage}.position_bias",
+                key_grid(grid, reduction),
+                key_grid(new_grid, reduction),
+            )
+            resized[path] = resize_position_bias(parameters[path], (*grid, *keys), (*new_grid, *new_keys))
+    return {path: np.asarray(value) for path, value in resized.items()}
+
+
+def resize_position_bias(
+    bias: Float[Array, "1 heads patches keys"], grids: tuple[int, int, int, int], new_grids: tuple[int, int, int, int]
+) -> Float[Array, "1 heads new_patches new_keys"]:
+    """The bias of every pair of places for other grids: bicubic with antialiasing over queries and keys.
+
+    Args:
+        grids: rows and columns of queries, then rows and columns of keys.
+    """
+    heads = bias.shape[1]
+    maps = jax.image.resize(bias.reshape(heads, *grids), (heads, *new_grids), "cubic", antialias=True)
+    return maps.reshape(1, heads, new_grids[0] * new_grids[1], new_grids[2] * new_grids[3])

@@ -1,6 +1,6 @@
 """What the TNT family shares.
 
-Linear and norm with the published constants, attention, MLP, transformer layer, stochastic depth.
+Linear and norms with the published constants, attention, MLP, transformer layer, stochastic depth.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from tnt_jax.config import ModelConfig
 
-LAYER_NORM_EPSILON = 1e-5  # PyTorch's default, which every published TNT uses; Flax's is 1e-6
+NORM_EPSILON = 1e-5  # PyTorch's default, which every published TNT uses; Flax's is 1e-6
+BATCH_NORM_MOMENTUM = 0.1  # of the new value, as PyTorch counts it
 
 
 class InitialRngs:
@@ -82,7 +83,7 @@ class LayerNorm(nnx.LayerNorm):
     def __init__(self, num_features: int, *, config: ModelConfig, rngs: InitialRngs):
         super().__init__(
             num_features,
-            epsilon=LAYER_NORM_EPSILON,
+            epsilon=NORM_EPSILON,
             scale_init=ones_init,
             bias_init=zeros_init,
             # E[x^2] - E[x]^2 loses digits that the golden records have.
@@ -91,6 +92,37 @@ class LayerNorm(nnx.LayerNorm):
             param_dtype=jnp.dtype(config.param_dtype),
             rngs=rngs,
         )
+
+
+class BatchNorm(nnx.Module):
+    """Normalises every channel: by the statistics of the batch in training, by their running averages otherwise.
+
+    As torch.nn.BatchNorm2d, whose running average has the unbiased variance. Under jit the statistics are those of the
+    whole batch on however many devices it lies. Training overwrites `mean` and `var`, which no gradient reaches.
+    """
+
+    def __init__(self, num_features: int, *, config: ModelConfig, rngs: InitialRngs):
+        self.dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
+        self.scale = nnx.Param(ones_init(rngs.params(), (num_features,), param_dtype))
+        self.bias = nnx.Param(zeros_init(rngs.params(), (num_features,), param_dtype))
+        self.mean = nnx.BatchStat(zeros_init(rngs.params(), (num_features,), jnp.float32))
+        self.var = nnx.BatchStat(ones_init(rngs.params(), (num_features,), jnp.float32))
+
+    def __call__(self, x: Float[Array, "*leading channels"], *, training: bool) -> Float[Array, "*leading channels"]:
+        x = x.astype(jnp.float32)
+        mean, var = self.mean[...], self.var[...]
+        if training:
+            axes, count = tuple(range(x.ndim - 1)), x.size // x.shape[-1]
+            mean, var = x.mean(axes), x.var(axes)
+            self._update(self.mean, mean)
+            self._update(self.var, var * count / max(count - 1, 1))
+        scale = self.scale[...].astype(jnp.float32) * jax.lax.rsqrt(var + NORM_EPSILON)
+        return ((x - mean) * scale + self.bias[...].astype(jnp.float32)).astype(self.dtype)
+
+    @staticmethod
+    def _update(running: nnx.BatchStat, new: Float[Array, " channels"]) -> None:
+        kept = (1 - BATCH_NORM_MOMENTUM) * running[...]
+        running[...] = jax.lax.stop_gradient(kept + BATCH_NORM_MOMENTUM * new)
 
 
 def dropout(x: Array, rate: float, key: PRNGKeyArray | None, *, mask_shape: tuple[int, ...] | None = None) -> Array:
@@ -134,23 +166,29 @@ class Attention(nnx.Module):
         batch, tokens, dim = x.shape
         return self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads).transpose(2, 0, 3, 1, 4)
 
-    def weights(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch heads queries keys"]:
+    def weights(
+        self, x: Float[Array, "batch tokens dim"], bias: Float[Array, "1 heads queries keys"] | None = None
+    ) -> Float[Array, "batch heads queries keys"]:
         """What each token attends to, in float32; every row sums to one."""
-        query, key, _ = self._qkv(x)
-        return self._softmax(query, key)
+        query, keys, _ = self._qkv(x)
+        return self._softmax(query, keys, bias)
 
     @staticmethod
-    def _softmax(query: Array, key: Array) -> Float[Array, "batch heads queries keys"]:
+    def _softmax(query: Array, keys: Array, bias: Array | None) -> Float[Array, "batch heads queries keys"]:
         scale = query.shape[-1] ** -0.5
-        logits = jnp.einsum("bhqd,bhkd->bhqk", query * scale, key, preferred_element_type=jnp.float32)
-        return jax.nn.softmax(logits, axis=-1)
+        logits = jnp.einsum("bhqd,bhkd->bhqk", query * scale, keys, preferred_element_type=jnp.float32)
+        return jax.nn.softmax(logits if bias is None else logits + bias, axis=-1)
 
     def __call__(
-        self, x: Float[Array, "batch tokens dim"], key: PRNGKeyArray | None = None
+        self,
+        x: Float[Array, "batch tokens dim"],
+        key: PRNGKeyArray | None = None,
+        bias: Float[Array, "1 heads queries keys"] | None = None,
     ) -> Float[Array, "batch tokens dim"]:
+        """Attention of `x` to itself; `bias` is added to the logits of the softmax."""
         weights_key, proj_key = split_key(key, 2)
         query, keys, value = self._qkv(x)
-        weights = dropout(self._softmax(query, keys).astype(value.dtype), self.attn_drop_rate, weights_key)
+        weights = dropout(self._softmax(query, keys, bias).astype(value.dtype), self.attn_drop_rate, weights_key)
         attended = jnp.einsum("bhqk,bhkd->bqhd", weights, value).reshape(x.shape)
         return dropout(self.proj(attended), self.drop_rate, proj_key)
 
@@ -172,6 +210,22 @@ class Mlp(nnx.Module):
         return dropout(self.fc2(hidden), self.drop_rate, out_key)
 
 
+class SqueezeExcitation(nnx.Module):
+    """Channels scaled by what the mean over the tokens makes of them (table 12 of the paper).
+
+    Source: SE in huawei's tnt.py. Norm, linear to a quarter, ReLU, linear, tanh.
+    """
+
+    def __init__(self, dim: int, *, config: ModelConfig, rngs: InitialRngs):
+        self.norm = LayerNorm(dim, config=config, rngs=rngs)
+        self.fc1 = Linear(dim, dim // 4, config=config, rngs=rngs)
+        self.fc2 = Linear(dim // 4, dim, config=config, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch tokens dim"]:
+        mean = x.mean(axis=1, keepdims=True)
+        return x * jnp.tanh(self.fc2(nnx.relu(self.fc1(self.norm(mean)))))
+
+
 class TransformerLayer(nnx.Module):
     """Pre-norm attention and MLP, each on a residual branch with stochastic depth. Both transformers of a TNT block are
     one.
@@ -179,35 +233,52 @@ class TransformerLayer(nnx.Module):
     A branch is dropped for whole rows of the first axis.
     """
 
-    def __init__(self, dim: int, num_heads: int, drop_path_rate: float, *, config: ModelConfig, rngs: InitialRngs):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        drop_path_rate: float,
+        *,
+        norm: Callable[..., nnx.Module] = LayerNorm,
+        attention: Callable[..., nnx.Module] = Attention,
+        squeeze_excitation: bool = False,
+        config: ModelConfig,
+        rngs: InitialRngs,
+    ):
         self.drop_path_rate = drop_path_rate
-        self.norm1 = LayerNorm(dim, config=config, rngs=rngs)
-        self.attn = Attention(dim, num_heads, config=config, rngs=rngs)
-        self.norm2 = LayerNorm(dim, config=config, rngs=rngs)
+        self.norm1 = norm(dim, config=config, rngs=rngs)
+        self.attn = attention(dim, num_heads, config=config, rngs=rngs)
+        self.norm2 = norm(dim, config=config, rngs=rngs)
         self.mlp = Mlp(dim, config=config, rngs=rngs)
+        self.se = SqueezeExcitation(dim, config=config, rngs=rngs) if squeeze_excitation else None
 
     def __call__(
-        self, x: Float[Array, "batch tokens dim"], key: PRNGKeyArray | None = None
+        self,
+        x: Float[Array, "batch tokens dim"],
+        key: PRNGKeyArray | None = None,
+        bias: Float[Array, "1 heads queries keys"] | None = None,
     ) -> Float[Array, "batch tokens dim"]:
         attn_key, attn_path_key, mlp_key, mlp_path_key = split_key(key, 4)
-        x = x + drop_path(self.attn(self.norm1(x), attn_key), self.drop_path_rate, attn_path_key)
-        x = x + drop_path(self.mlp(self.norm2(x), mlp_key), self.drop_path_rate, mlp_path_key)
-        return x
+        x = x + drop_path(self.attn(self.norm1(x), attn_key, bias), self.drop_path_rate, attn_path_key)
+        change = self.mlp(self.norm2(x), mlp_key)
+        change = change if self.se is None else change + self.se(change)
+        return x + drop_path(change, self.drop_path_rate, mlp_path_key)
 
-    def attention_weights(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch heads queries keys"]:
+    def attention_weights(
+        self, x: Float[Array, "batch tokens dim"], bias: Float[Array, "1 heads queries keys"] | None = None
+    ) -> Float[Array, "batch heads queries keys"]:
         """The attention weights that this layer uses on input `x`, in float32."""
-        return self.attn.weights(self.norm1(x))
+        return self.attn.weights(self.norm1(x), bias)
 
 
 def resize_positions(
-    positions: Float[Array, "1 1+patches dim"], grid: tuple[int, int], new_grid: tuple[int, int]
-) -> Float[Array, "1 1+new_patches dim"]:
-    """Sentence positions for another number of rows and columns: bicubic with antialiasing, the class token's kept.
+    positions: Float[Array, "1 tokens dim"], grid: tuple[int, int], new_grid: tuple[int, int]
+) -> Float[Array, "1 new_tokens dim"]:
+    """Positions of a grid of sentences for another grid: bicubic with antialiasing. A class token before it is kept.
 
     Source: timm/layers/pos_embed.py, resample_abs_pos_embed.
     """
-    class_token, patches = positions[:, :1], positions[:, 1:]
-    dim = positions.shape[-1]
-    maps = patches.reshape(1, *grid, dim)
+    dim, others = positions.shape[-1], positions.shape[1] - grid[0] * grid[1]
+    maps = positions[:, others:].reshape(1, *grid, dim)
     maps = jax.image.resize(maps, (1, *new_grid, dim), "cubic", antialias=True)
-    return jnp.concatenate([class_token, maps.reshape(1, -1, dim)], axis=1)
+    return jnp.concatenate([positions[:, :others], maps.reshape(1, -1, dim)], axis=1)

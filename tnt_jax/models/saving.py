@@ -21,8 +21,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tnt_jax.config import InputError, ModelConfig
-from tnt_jax.models.tnt import TNT
-from tnt_jax.models.variants import abstract_model, get_variant, resolve
+from tnt_jax.models.variants import Model, abstract_model, get_variant, resolve
 
 FORMAT = 1
 DESCRIPTION = "model.json"
@@ -77,7 +76,7 @@ def describe(
     return ModelDescription(config, preprocessing, class_names and tuple(class_names), source)
 
 
-def description_of(model: TNT) -> ModelDescription:
+def description_of(model: Model) -> ModelDescription:
     """The description that a loaded model carries, or that of a published model for one that was made here."""
     return getattr(model, "description", None) or describe(model.config)
 
@@ -93,7 +92,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     return {".".join(map(str, path)): variable.get_value() for path, variable in flat}
 
 
-def model_from_parameters(config: ModelConfig, parameters: Mapping[str, Any]) -> TNT:
+def model_from_parameters(config: ModelConfig, parameters: Mapping[str, Any]) -> Model:
     """The module of a configuration around parameters that are named and shaped as `parameter_shapes` says."""
     graph, flat = _structure(resolve(config))
     filled = [
@@ -110,7 +109,7 @@ def _structure(config: ModelConfig) -> tuple[nnx.GraphDef, list]:
 
 
 def save_model(
-    model: TNT,
+    model: Model,
     folder: str | os.PathLike,
     *,
     class_names: Sequence[str] | None = None,
@@ -241,7 +240,7 @@ def description_from_dict(fields: dict[str, Any]) -> ModelDescription:
     return dataclasses.replace(described, checksums=fields["checksums"])
 
 
-def load_folder(folder: str | os.PathLike) -> TNT:
+def load_folder(folder: str | os.PathLike) -> Model:
     """The model in a folder that `save_model` wrote, every parameter verified by name, shape and checksum.
 
     Raises:

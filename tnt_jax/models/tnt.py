@@ -7,6 +7,7 @@ words-to-sentence projection of every block, and nowhere else.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -137,14 +138,26 @@ class WordsToSentence(nnx.Module):
 class Block(nnx.Module):
     """One TNT block (equations 6 to 10): words talk within their patch, join their sentence, and sentences talk.
 
-    The class token gets no words, and the words-to-sentence branch is never dropped.
+    The class token gets no words, and the words-to-sentence branch is never dropped. A block without an inner
+    transformer (TNT-S-1 to TNT-S-4 in table 5 of the paper) passes its words on and adds none.
     """
 
-    def __init__(self, drop_path_rate: float, *, config: ModelConfig, rngs: InitialRngs):
+    def __init__(self, drop_path_rate: float, *, has_inner: bool, config: ModelConfig, rngs: InitialRngs):
         legacy = config.architecture == "legacy"
-        self.inner = InnerTransformer(config.inner_dim, config.inner_heads, drop_path_rate, config=config, rngs=rngs)
-        self.words_to_sentence = WordsToSentence(in_legacy_block=legacy, use_bias=legacy, config=config, rngs=rngs)
-        self.outer = TransformerLayer(config.outer_dim, config.outer_heads, drop_path_rate, config=config, rngs=rngs)
+        if has_inner:
+            dim, heads = config.inner_dim, config.inner_heads
+            self.inner = InnerTransformer(dim, heads, drop_path_rate, config=config, rngs=rngs)
+            self.words_to_sentence = WordsToSentence(in_legacy_block=legacy, use_bias=legacy, config=config, rngs=rngs)
+        else:
+            self.inner = self.words_to_sentence = None
+        self.outer = TransformerLayer(
+            config.outer_dim,
+            config.outer_heads,
+            drop_path_rate,
+            squeeze_excitation=config.squeeze_excitation,
+            config=config,
+            rngs=rngs,
+        )
 
     def add_words(
         self, words: Float[Array, "sentences words inner"], sentences: Float[Array, "batch 1+patches outer"]
@@ -160,10 +173,49 @@ class Block(nnx.Module):
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "sentences words inner"], Float[Array, "batch 1+patches outer"]]:
         inner_key, outer_key = split_key(key, 2)
-        words = self.inner(words, inner_key)
-        sentences = self.add_words(words, sentences)
-        sentences = self.outer(sentences, outer_key)
-        return words, sentences
+        if self.inner is not None:
+            words = self.inner(words, inner_key)
+            sentences = self.add_words(words, sentences)
+        return words, self.outer(sentences, outer_key)
+
+
+def positions(wanted: bool, count: int, dim: int, config: ModelConfig, rngs: InitialRngs) -> nnx.Param | None:
+    """Learned positions (1, count, dim), or None for the networks of table 6 of the paper that have none."""
+    if not wanted:
+        return None
+    return nnx.Param(normal_init(rngs.params(), (1, count, dim), jnp.dtype(config.param_dtype)))
+
+
+def drop_path_rates(last: float, depth: int) -> list[float]:
+    """Stochastic depth of every block, rising linearly from 0."""
+    return [last * index / max(depth - 1, 1) for index in range(depth)]
+
+
+def make_head(dim: int, *, config: ModelConfig, rngs: InitialRngs) -> Linear | None:
+    """The map to logits, which are float32 whatever the rest is computed in; None where there are no classes."""
+    if not config.num_classes:
+        return None
+    return Linear(dim, config.num_classes, config=dataclasses.replace(config, dtype="float32"), rngs=rngs)
+
+
+def check_images(images: Float[Array, "batch height width channels"], config: ModelConfig) -> None:
+    """Raises InputError unless the images have the shape that the model was made for."""
+    expected = (*config.image_size, config.in_channels)
+    if images.ndim != 4 or images.shape[1:] != expected:
+        raise InputError(
+            f"images have shape {images.shape}, and this model takes (batch, {', '.join(map(str, expected))})"
+        )
+
+
+def block_indices(blocks: Sequence[int], depth: int) -> set[int]:
+    """Indices of blocks as numbers from 0; -1 is the last one.
+
+    Raises:
+        InputError: there is no such block.
+    """
+    if outside := [index for index in blocks if not -depth <= index < depth]:
+        raise InputError(f"blocks {outside} are out of range: this model has blocks 0 to {depth - 1}")
+    return {index % depth for index in blocks}
 
 
 class TNT(nnx.Module):
@@ -179,24 +231,20 @@ class TNT(nnx.Module):
         rows, columns = grid_size(config)
         param_dtype = jnp.dtype(config.param_dtype)
         self.word_embedding = WordEmbedding(config=config, rngs=rngs)
-        self.word_positions = nnx.Param(
-            normal_init(rngs.params(), (1, words_per_side(config) ** 2, config.inner_dim), param_dtype)
-        )
+        words = words_per_side(config) ** 2
+        self.word_positions = positions(config.word_positions, words, config.inner_dim, config, rngs)
         self.sentence_embedding = WordsToSentence(use_bias=True, config=config, rngs=rngs)
         self.class_token = nnx.Param(normal_init(rngs.params(), (1, 1, config.outer_dim), param_dtype))
-        self.sentence_positions = nnx.Param(
-            normal_init(rngs.params(), (1, 1 + rows * columns, config.outer_dim), param_dtype)
+        tokens = 1 + rows * columns
+        self.sentence_positions = positions(config.sentence_positions, tokens, config.outer_dim, config, rngs)
+        self.blocks = nnx.List(
+            [
+                Block(rate, has_inner=index in config.inner_blocks, config=config, rngs=rngs)
+                for index, rate in enumerate(drop_path_rates(config.drop_path_rate, config.depth))
+            ]
         )
-        rates = [config.drop_path_rate * i / max(config.depth - 1, 1) for i in range(config.depth)]
-        self.blocks = nnx.List([Block(rate, config=config, rngs=rngs) for rate in rates])
         self.norm = LayerNorm(config.outer_dim, config=config, rngs=rngs)
-        if config.num_classes:
-            # Logits are float32 whatever the rest is computed in.
-            self.head = Linear(
-                config.outer_dim, config.num_classes, config=dataclasses.replace(config, dtype="float32"), rngs=rngs
-            )
-        else:
-            self.head = None
+        self.head = make_head(config.outer_dim, config=config, rngs=rngs)
 
     def __call__(
         self, images: Float[Array, "batch height width channels"], key: PRNGKeyArray | None = None
@@ -224,17 +272,16 @@ class TNT(nnx.Module):
         self, images: Float[Array, "batch height width channels"], key: PRNGKeyArray | None = None
     ) -> tuple[Float[Array, "sentences words inner"], Float[Array, "batch 1+patches outer"]]:
         """The words and sentences that enter the first block, with their positions."""
-        expected = (*self.config.image_size, self.config.in_channels)
-        if images.ndim != 4 or images.shape[1:] != expected:
-            raise InputError(
-                f"images have shape {images.shape}, and this model takes (batch, {', '.join(map(str, expected))})"
-            )
+        check_images(images, self.config)
         dtype = jnp.dtype(self.config.dtype)
         batch = images.shape[0]
-        words = self.word_embedding(images) + self.word_positions[...].astype(dtype)
+        words = self.word_embedding(images)
+        if self.word_positions is not None:
+            words = words + self.word_positions[...].astype(dtype)
         class_tokens = jnp.broadcast_to(self.class_token[...].astype(dtype), (batch, 1, self.config.outer_dim))
         sentences = jnp.concatenate([class_tokens, self.sentence_embedding(words, batch)], axis=1)
-        sentences = sentences + self.sentence_positions[...].astype(dtype)
+        if self.sentence_positions is not None:
+            sentences = sentences + self.sentence_positions[...].astype(dtype)
         return words, dropout(sentences, self.config.drop_rate, key)
 
     def forward_intermediates(
@@ -255,11 +302,7 @@ class TNT(nnx.Module):
         Raises:
             InputError: an index that is not a block; -1 is the last one.
         """
-        depth = len(self.blocks)
-        wanted = range(depth) if blocks is None else blocks
-        if outside := [index for index in wanted if not -depth <= index < depth]:
-            raise InputError(f"blocks {outside} are out of range: this model has blocks 0 to {depth - 1}")
-        wanted = {index % depth for index in wanted}
+        wanted = block_indices(range(len(self.blocks)) if blocks is None else blocks, len(self.blocks))
         outputs = []
         inner, sentences = self.embed(images)
         grid = (images.shape[0], *grid_size(self.config))
@@ -280,18 +323,20 @@ class TNT(nnx.Module):
         """What attends to what, in every block.
 
         Returns:
-            inner: per block (batch, rows, columns, heads, words, words); outer: per block (batch, heads, 1 + patches, 1
-            + patches),
-            class token first. float32, rows sum to one. Computed here alone: a plain call never makes them twice.
+            inner: per block (batch, rows, columns, heads, words, words), None for one without an inner transformer;
+            outer: per block (batch, heads, 1 + patches, 1 + patches), class token first. float32, rows sum to one.
+            Computed here alone: a plain call never makes them twice.
         """
         inner, outer = [], []
         words, sentences = self.embed(images)
         grid = (images.shape[0], *grid_size(self.config))
         for block in self.blocks:
-            weights = block.inner.attention_weights(words)
-            inner.append(weights.reshape(*grid, *weights.shape[1:]))
-            words = block.inner(words)
-            sentences = block.add_words(words, sentences)
+            inner.append(None)
+            if block.inner is not None:
+                weights = block.inner.attention_weights(words)
+                inner[-1] = weights.reshape(*grid, *weights.shape[1:])
+                words = block.inner(words)
+                sentences = block.add_words(words, sentences)
             outer.append(block.outer.attention_weights(sentences))
             sentences = block.outer(sentences)
         return inner, outer

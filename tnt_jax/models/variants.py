@@ -5,17 +5,23 @@ import difflib
 import fnmatch
 import typing
 
+import numpy as np
+
 from tnt_jax.config import InputError, ModelConfig
+from tnt_jax.models import pyramid_tnt
 from tnt_jax.models.layers import InitialRngs
+from tnt_jax.models.pyramid_tnt import PyramidTNT
 from tnt_jax.models.tnt import TNT
+
+Model = TNT | PyramidTNT
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
     """One published model. `parameters` and `macs` (multiply-accumulates per image) are exact and asserted by tests.
 
-    Accuracies are in percent on the ImageNet-1k validation set, as the paper's table 4 or timm's results list publish
-    them; none of them was measured by this project.
+    Accuracies are in percent on the ImageNet-1k validation set, as the paper's table 4, timm's results list or huawei's
+    page of PyramidTNT publish them; none of them was measured by this project.
     """
 
     config: ModelConfig
@@ -43,6 +49,9 @@ _TNT_S = ModelConfig(
     inner_heads=4,
     outer_dim=384,
     outer_heads=6,
+    squeeze_excitation=False,
+    word_positions=True,
+    sentence_positions=True,
     mlp_ratio=4.0,
     drop_rate=0.0,
     attn_drop_rate=0.0,
@@ -59,6 +68,45 @@ _TNT_B = dataclasses.replace(
 )
 
 
+_PTNT_S = dataclasses.replace(
+    _TNT_S,
+    name="ptnt_s_patch16_256",
+    image_size=(256, 256),
+    architecture="pyramid",
+    patch_size=8,
+    word_stride=2,
+    depth=(2, 8, 4, 2),
+    inner_dim=(8, 16, 32, 32),
+    inner_heads=(2, 4, 8, 8),
+    outer_dim=(128, 256, 512, 512),
+    outer_heads=(4, 8, 16, 16),
+)
+_PTNT_TI = dataclasses.replace(
+    _PTNT_S,
+    name="ptnt_ti_patch16_192",
+    image_size=(192, 192),
+    depth=(2, 6, 3, 2),
+    inner_dim=(5, 10, 20, 20),
+    inner_heads=(1, 2, 4, 4),
+    outer_dim=(80, 160, 320, 320),
+    outer_heads=(2, 4, 8, 8),
+)
+_PTNT_M = dataclasses.replace(
+    _PTNT_S,
+    name="ptnt_m_patch16_256",
+    depth=(2, 8, 6, 2),
+    inner_dim=(12, 24, 48, 48),
+    outer_dim=(192, 384, 768, 768),
+)
+_PTNT_B = dataclasses.replace(
+    _PTNT_S,
+    name="ptnt_b_patch16_256",
+    depth=(2, 10, 6, 2),
+    inner_dim=(16, 32, 64, 64),
+    outer_dim=(256, 512, 1024, 1024),
+)
+
+
 def _legacy(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, name=config.name.replace("_patch", "_legacy_patch"), architecture="legacy")
 
@@ -67,6 +115,8 @@ _S_MACS, _TI_MACS, _B_MACS = 5_216_875_008, 1_403_721_984, 14_049_082_880
 _HUAWEI = "https://github.com/huawei-noah/Efficient-AI-Backbones/releases/download/tnt"
 _CONTRASTIVE = "https://github.com/contrastive/pytorch-image-models/releases/download/TNT/tnt_s_patch16_224.pth.tar"
 _MMPRETRAIN = "https://download.openmmlab.com/mmclassification/v0/tnt/tnt-small-p16_3rdparty_in1k_20210903-c56ee7df.pth"
+# On Baidu's disk, which asks for a password; this page has the links and the passwords.
+_PTNT_WEIGHTS = "https://github.com/huawei-noah/Efficient-AI-Backbones/tree/master/tnt_pytorch"
 
 VARIANTS = {
     variant.config.name: variant
@@ -98,6 +148,12 @@ VARIANTS = {
             weights=("timm/tnt_s_legacy_patch16_224.in1k", _MMPRETRAIN, _CONTRASTIVE),
         ),
         Variant(_legacy(_TNT_B), 65_406_600, _B_MACS, published_top1=None, published_top5=None),
+        Variant(_PTNT_TI, 10_578_529, 586_434_560, published_top1=75.2, published_top5=None, weights=(_PTNT_WEIGHTS,)),
+        Variant(_PTNT_S, 31_953_200, 3_283_341_312, published_top1=82.0, published_top5=None, weights=(_PTNT_WEIGHTS,)),
+        Variant(_PTNT_M, 84_943_572, 8_204_630_016, published_top1=83.5, published_top5=None, weights=(_PTNT_WEIGHTS,)),
+        Variant(
+            _PTNT_B, 156_990_072, 15_966_642_176, published_top1=84.1, published_top5=None, weights=(_PTNT_WEIGHTS,)
+        ),
     )
 }
 
@@ -141,30 +197,27 @@ def resolve(config: ModelConfig) -> ModelConfig:
         changes["image_size"] = (changes["image_size"],) * 2
     resolved = dataclasses.replace(published, **changes)
     _check(resolved)
+    if resolved.inner_blocks is None:
+        pyramid = resolved.architecture == "pyramid"
+        inner_blocks = pyramid_tnt.inner_blocks(resolved.depth) if pyramid else tuple(range(resolved.depth))
+        resolved = dataclasses.replace(resolved, inner_blocks=inner_blocks)
+    depth = resolved.depth if isinstance(resolved.depth, int) else sum(resolved.depth)
+    if outside := [index for index in resolved.inner_blocks if not 0 <= index < depth]:
+        raise InputError(f"inner_blocks {outside} are out of range: the model has blocks 0 to {depth - 1}")
     return resolved
 
 
 def _check(config: ModelConfig) -> None:
-    for field, least in {
-        "in_channels": 1,
-        "num_classes": 0,
-        "patch_size": 1,
-        "word_stride": 1,
-        "depth": 1,
-        "inner_dim": 1,
-        "inner_heads": 1,
-        "outer_dim": 1,
-        "outer_heads": 1,
-    }.items():
-        if getattr(config, field) < least:
-            raise InputError(f"{field} is {getattr(config, field)}, and must be at least {least}")
-    for field in ("drop_rate", "attn_drop_rate", "drop_path_rate"):
-        if not 0 <= getattr(config, field) < 1:
-            raise InputError(f"{field} is {getattr(config, field)}, and must be at least 0 and below 1")
     for field, kind in typing.get_type_hints(ModelConfig).items():
         allowed = [value for part in typing.get_args(kind) for value in typing.get_args(part)]
         if allowed and isinstance(allowed[0], str) and getattr(config, field) not in allowed:
             raise InputError(f"{field} is {getattr(config, field)!r}, and must be one of {', '.join(allowed)}")
+    _check_sizes(config)
+    for field in ("drop_rate", "attn_drop_rate", "drop_path_rate"):
+        if not 0 <= getattr(config, field) < 1:
+            raise InputError(f"{field} is {getattr(config, field)}, and must be at least 0 and below 1")
+    if config.architecture == "pyramid":
+        pyramid_tnt.check(config)
     if min(config.image_size) < config.patch_size or any(side % config.patch_size for side in config.image_size):
         nearest = tuple(max(1, round(side / config.patch_size)) * config.patch_size for side in config.image_size)
         raise InputError(
@@ -178,13 +231,30 @@ def _check(config: ModelConfig) -> None:
             f"word_stride {config.word_stride} does not divide the patch size {config.patch_size}, "
             "which the legacy architecture needs, since it cuts the convolved image into patches"
         )
+
+
+def _check_sizes(config: ModelConfig) -> None:
+    """Raises InputError unless every size is one number for TNT, one for each stage for PyramidTNT, and sound."""
+    least = {"in_channels": 1, "num_classes": 0, "patch_size": 1, "word_stride": 1}
+    for field in pyramid_tnt.STAGE_FIELDS:
+        least[field], value = 1, getattr(config, field)
+        if config.architecture == "pyramid" and (isinstance(value, int) or len(value) != pyramid_tnt.STAGES):
+            raise InputError(
+                f"{field} is {value}, and a PyramidTNT has one for each of its {pyramid_tnt.STAGES} stages"
+            )
+        if config.architecture != "pyramid" and not isinstance(value, int):
+            raise InputError(f"{field} is {value}, and a TNT has one number for all of its blocks")
+    for field, bound in least.items():
+        if min(np.atleast_1d(getattr(config, field))) < bound:
+            raise InputError(f"{field} is {getattr(config, field)}, and must be at least {bound}")
     for branch in ("inner", "outer"):
-        dim, heads = getattr(config, f"{branch}_dim"), getattr(config, f"{branch}_heads")
-        if dim % heads:
-            raise InputError(f"{branch}_dim {dim} cannot be divided among {branch}_heads {heads}")
+        dims, heads = (np.atleast_1d(getattr(config, f"{branch}_{size}")) for size in ("dim", "heads"))
+        for dim, count in zip(dims, heads, strict=True):
+            if dim % count:
+                raise InputError(f"{branch}_dim {dim} cannot be divided among {branch}_heads {count}")
 
 
-def create_model(name: str, *, seed: int = 0, **changes) -> TNT:
+def create_model(name: str, *, seed: int = 0, **changes) -> Model:
     """A freshly initialised model, for example `create_model("tnt_s_patch16_224", num_classes=10, image_size=(192,
     320))`.
 
@@ -204,11 +274,15 @@ def create_model(name: str, *, seed: int = 0, **changes) -> TNT:
     return build_model(ModelConfig(name=name, **changes), seed)
 
 
-def build_model(config: ModelConfig, seed: int = 0) -> TNT:
+def build_model(config: ModelConfig, seed: int = 0) -> Model:
     """The freshly initialised module that a configuration describes, resolved or not."""
-    return TNT(resolve(config), rngs=InitialRngs(seed))
+    return _build(resolve(config), InitialRngs(seed))
 
 
-def abstract_model(config: ModelConfig) -> TNT:
+def abstract_model(config: ModelConfig) -> Model:
     """The module that a configuration describes with shapes in the place of parameters. Nothing is allocated."""
-    return TNT(resolve(config), rngs=InitialRngs(None))
+    return _build(resolve(config), InitialRngs(None))
+
+
+def _build(config: ModelConfig, rngs: InitialRngs) -> Model:
+    return PyramidTNT(config, rngs=rngs) if config.architecture == "pyramid" else TNT(config, rngs=rngs)

@@ -20,8 +20,7 @@ from tnt_jax.models.saving import (
     save_parameters,
     write_whole,
 )
-from tnt_jax.models.tnt import TNT
-from tnt_jax.models.variants import resolve
+from tnt_jax.models.variants import Model, resolve
 from tnt_jax.torch_weights.hub import download, is_hub_name
 from tnt_jax.torch_weights.layouts import ARCHITECTURES, UNUSED, to_layout
 from tnt_jax.torch_weights.read import METADATA_KEY, read_file, recognise_config, recognise_layout, to_parameters
@@ -70,10 +69,10 @@ def convert(
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     layout = recognise_layout(shapes)
     config = resolve(known.config if known else recognise_config(layout, shapes, image_size))
-    count = len(tensors)
+    count, unused = len(tensors), sorted(filter(UNUSED.fullmatch, tensors))
     parameters = to_parameters(tensors, layout, config)
 
-    notes = [f"{name} was left out: the published model never uses it" for name in UNUSED[layout] if name in tensors]
+    notes = [f"{name} was left out: the published model never uses it" for name in unused]
     class_names = known.class_names if known else _imagenet_names(config.num_classes)
     usual = known.config.num_classes if known else IMAGENET_CLASSES
     if num_classes is None and config.num_classes != usual:
@@ -105,7 +104,7 @@ def _imagenet_names(num_classes: int) -> tuple[str, ...] | None:
 
 
 def export(
-    model: TNT,
+    model: Model,
     destination: str | os.PathLike,
     layout: Literal["huawei", "timm", "mmpretrain"],
     *,
@@ -125,9 +124,8 @@ def export(
     architecture = model.config.architecture
     if architecture not in ARCHITECTURES[layout]:
         able = [name for name, has in ARCHITECTURES.items() if architecture in has]
-        raise InputError(
-            f"{layout} has no {architecture} TNT, which {model.config.name} is; it can go to {' or '.join(able)}"
-        )
+        kind = "PyramidTNT" if architecture == "pyramid" else f"{architecture} TNT"
+        raise InputError(f"{layout} has no {kind}, which {model.config.name} is; it can go to {' or '.join(able)}")
     if path.suffix not in (".safetensors", ".pth"):
         raise InputError(f"{path} should end in .safetensors or .pth")
     if path.is_dir():
@@ -140,7 +138,7 @@ def export(
     return len(tensors)
 
 
-def _safetensors_writer(model: TNT):
+def _safetensors_writer(model: Model):
     from safetensors.numpy import save_file
 
     # timm and mmpretrain ask for the format of the tensors in the metadata, as PyTorch's own writer gives it.

@@ -1,7 +1,8 @@
 """The published layouts of TNT state dicts, as one table that is used in both directions.
 
-Sources: tnt_pytorch/tnt.py of huawei-noah/Efficient-AI-Backbones; timm/models/tnt.py, whose names the contrastive fork
-has too; mmpretrain/models/backbones/tnt.py. huawei has the official architecture, mmpretrain the legacy one, timm both.
+Sources: tnt_pytorch/tnt.py and pyramid_tnt.py of huawei-noah/Efficient-AI-Backbones; timm/models/tnt.py, whose names
+the contrastive fork has too; mmpretrain/models/backbones/tnt.py. huawei has the official architecture and PyramidTNT,
+mmpretrain the legacy one, timm both of TNT.
 """
 
 import re
@@ -10,8 +11,9 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 # A row is one tensor, or a module whose `kernel` or `scale` is called `weight` there and whose `bias` is called `bias`.
+# A row that ends in .* gives what the names of the rows below begin with.
 # {qk,v}: the rows of two tensors, one after the other, are those of ours. -: the layout has no such module.
-TABLE = """
+TNT_TABLE = """
 ours                        huawei                      timm                       mmpretrain
 
 class_token                 cls_token                   cls_token                  backbone.cls_token
@@ -40,20 +42,69 @@ blocks.*                    blocks.*                    blocks.*                
 .outer.norm2                .outer_norm2                .norm_mlp                  .outer_block.norm_ffn
 .outer.mlp.fc1              .outer_mlp.fc1              .mlp.fc1                   .outer_block.ffn.layers.0.0
 .outer.mlp.fc2              .outer_mlp.fc2              .mlp.fc2                   .outer_block.ffn.layers.1
+.outer.se.norm              .se_layer.fc.0              -                          -
+.outer.se.fc1               .se_layer.fc.1              -                          -
+.outer.se.fc2               .se_layer.fc.3              -                          -
 """
 
-# A parameter of huawei's model that no forward pass uses: always zero, never trained.
-UNUSED = {"huawei": ("outer_tokens",), "timm": (), "mmpretrain": ()}
-ARCHITECTURES = {"huawei": ("official",), "timm": ("official", "legacy"), "mmpretrain": ("legacy",)}
+PYRAMID_TABLE = """
+ours                          huawei
+
+word_positions                inner_pos
+sentence_positions            outer_pos
+stem.common.conv              patch_embed.common_conv.0
+stem.common.norm              patch_embed.common_conv.1
+stem.words.conv               patch_embed.inner_convs.0
+stem.words.norm               patch_embed.inner_convs.1
+stem.sentences1.conv          patch_embed.outer_convs.0
+stem.sentences1.norm          patch_embed.outer_convs.1
+stem.sentences2.conv          patch_embed.outer_convs.3
+stem.sentences2.norm          patch_embed.outer_convs.4
+stem.sentences3.conv          patch_embed.outer_convs.6
+stem.sentences3.norm          patch_embed.outer_convs.7
+aggregations.*.word_norm      word_merges.*.norm
+aggregations.*.word_conv      word_merges.*.conv.0
+aggregations.*.sentence_norm  sentence_merges.*.norm
+aggregations.*.sentence_conv  sentence_merges.*.conv.0
+stages.*.position_bias        stages.*.relative_pos
+norm                          norm
+head                          head
+
+stages.*.blocks.*             stages.*.blocks.*
+.inner.norm1                  .inner_norm1
+.inner.attn.qkv.kernel        .inner_attn.{q,kv}.weight
+.inner.attn.proj              .inner_attn.proj
+.inner.norm2                  .inner_norm2
+.inner.mlp.fc1                .inner_mlp.fc1
+.inner.mlp.fc2                .inner_mlp.fc2
+.words_to_sentence.norm1      .proj_norm1
+.words_to_sentence.proj       .proj
+.words_to_sentence.norm2      .proj_norm2
+.outer.norm1                  .outer_norm1
+.outer.attn.qkv.kernel        .outer_attn.{q,kv}.weight
+.outer.attn.proj              .outer_attn.proj
+.outer.attn.linear            .outer_attn.linear
+.outer.attn.norm              .outer_attn.norm
+.outer.norm2                  .outer_norm2
+.outer.mlp.fc1                .outer_mlp.fc1
+.outer.mlp.fc2                .outer_mlp.fc2
+.outer.se.norm                .se_layer.fc.0
+.outer.se.fc1                 .se_layer.fc.1
+.outer.se.fc2                 .se_layer.fc.3
+"""
+
+# Tensors of huawei's models that no forward pass uses: a parameter that is always zero, and a count of batch norm.
+UNUSED = re.compile(r"outer_tokens|patch_embed\..*\.num_batches_tracked")
+ARCHITECTURES = {"huawei": ("official", "pyramid"), "timm": ("official", "legacy"), "mmpretrain": ("legacy",)}
 
 
-def _columns() -> dict[str, dict[str, str]]:
+def _columns(table: str) -> dict[str, dict[str, str]]:
     """layout -> our name -> name there, with block names written out as `blocks.*...`."""
-    header, *rows = [line.split() for line in TABLE.splitlines() if line]
+    header, *rows = [line.split() for line in table.splitlines() if line]
     columns = {layout: {} for layout in header[1:]}
     prefixes = [""] * len(header)
     for row in rows:
-        if row[0] == "blocks.*":
+        if row[0].endswith("blocks.*"):
             prefixes = row
             continue
         ours, *theirs = [prefix + name for prefix, name in zip(prefixes, row, strict=True)]
@@ -62,8 +113,9 @@ def _columns() -> dict[str, dict[str, str]]:
     return columns
 
 
-_NAMES = _columns()
-_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+_NAMES = _columns(TNT_TABLE)
+_NAMES["huawei"] |= _columns(PYRAMID_TABLE)["huawei"]  # no name of ours stands for different tensors in the two
+_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 
 
 def tensor_names(path: str, layout: str) -> tuple[str, ...]:
@@ -72,15 +124,15 @@ def tensor_names(path: str, layout: str) -> tuple[str, ...]:
     One name, or the names of the tensors whose rows follow each other in ours.
     """
     names = _NAMES[layout]
-    block = re.match(r"blocks\.(\d+)\.", path)
-    pattern = re.sub(r"^blocks\.\d+\.", "blocks.*.", path)
+    numbers = re.findall(r"(?<=\.)\d+(?=\.)", path)
+    pattern = re.sub(r"\.\d+\.", ".*.", path)
     if pattern in names:
         name = names[pattern]
     else:
         module, leaf = pattern.rsplit(".", 1)
         name = f"{names[module]}.{_LEAVES[leaf]}"
-    if block:
-        name = name.replace("*", block[1], 1)
+    for number in numbers:
+        name = name.replace("*", number, 1)
     before, braces, after = re.fullmatch(r"([^{]*)(?:\{(.*)\})?(.*)", name).groups()
     return (name,) if braces is None else tuple(before + part + after for part in braces.split(","))
 
@@ -88,13 +140,15 @@ def tensor_names(path: str, layout: str) -> tuple[str, ...]:
 def to_layout(parameters: Mapping[str, np.ndarray], layout: str) -> dict[str, np.ndarray]:
     """Our parameters under the names and in the shapes of a layout: (out, in) for linear maps, OIHW for convolutions.
 
-    The arrays are views where they can be. What the layout has and nothing uses (huawei's `outer_tokens`) is added.
+    The arrays are views where they can be. What the layout has and nothing uses is added.
     """
     tensors = {}
     for path, value in parameters.items():
         names = tensor_names(path, layout)
-        tensors.update(zip(names, _to_torch(path, value, layout, len(names)), strict=True))
-    if layout == "huawei":
+        tensors.update(zip(names, _to_torch(path, value, layout, names), strict=True))
+        if path.endswith(".norm.mean"):
+            tensors[names[0].replace("running_mean", "num_batches_tracked")] = np.int64(0)
+    if layout == "huawei" and "class_token" in parameters and "sentence_positions" in parameters:
         _, sentences, dim = parameters["sentence_positions"].shape
         tensors["outer_tokens"] = np.broadcast_to(np.float32(0), (1, sentences - 1, dim))
     return tensors
@@ -111,16 +165,16 @@ def layout_shapes(shapes: Mapping[str, tuple[int, ...]], layout: str) -> dict[st
     return {name: tensor.shape for name, tensor in to_layout(stand_ins, layout).items()}
 
 
-def _to_torch(path: str, value: np.ndarray, layout: str, count: int) -> list[np.ndarray]:
+def _to_torch(path: str, value: np.ndarray, layout: str, names: tuple[str, ...]) -> list[np.ndarray]:
     if path == "word_positions" and layout != "huawei":  # (1, words, inner) to a map, (1, inner, rows, columns)
         _, words, inner = value.shape
         side = round(words**0.5)
         return [value.transpose(0, 2, 1).reshape(1, inner, side, side)]
     if path.endswith("kernel"):
         value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
-    if count == 2:  # query and key in one, value in the other
-        value, last = np.split(value, [2 * len(value) // 3])
-        return [value, last]
+    if len(names) == 2:
+        thirds = 2 if ".qk." in names[0] else 1  # query and key in the first, or query alone
+        return np.split(value, [thirds * len(value) // 3])
     return [value]
 
 

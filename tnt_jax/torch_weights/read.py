@@ -6,7 +6,7 @@ import math
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -125,16 +125,24 @@ def recognise_layout(shapes: Mapping[str, tuple[int, ...]]) -> str:
     """The layout of a state dict, from the names of its tensors.
 
     Raises:
-        InputError: it is no TNT.
+        InputError: it is no TNT and no PyramidTNT.
     """
     markers = {"mmpretrain": "backbone.pixel_pos", "huawei": "inner_pos", "timm": "pixel_pos"}
     for layout, marker in markers.items():
-        if marker in shapes and tensor_names("class_token", layout)[0] in shapes:
+        if marker in shapes and (_is_pyramid(shapes) or tensor_names("class_token", layout)[0] in shapes):
             return layout
     raise InputError(
         f"this is the state dict of another network ({len(shapes)} tensors: {', '.join(list(shapes)[:4])} ...); "
-        "a TNT has a class token and " + ", ".join(f"{marker} ({layout})" for layout, marker in markers.items())
+        "a TNT has a class token and " + ", ".join(f"{marker} ({layout})" for layout, marker in markers.items()) + ", "
+        f"a PyramidTNT inner_pos and {_PYRAMID_MARKER}"
     )
+
+
+_PYRAMID_MARKER = "stages.0.relative_pos"
+
+
+def _is_pyramid(names: Container[str]) -> bool:
+    return _PYRAMID_MARKER in names
 
 
 def recognise_config(
@@ -156,20 +164,27 @@ def recognise_config(
             raise InputError(f"{name} has shape {shapes.get(name)}, and in a TNT it has {rank} dimensions")
         return shapes[name]
 
-    architecture = ARCHITECTURES[layout][0]
+    pyramid = _is_pyramid(shapes)
+    architecture = "pyramid" if pyramid else ARCHITECTURES[layout][0]
     if layout == "timm" and "blocks.0.norm2_proj.weight" not in shapes:
         architecture = "legacy"
-    outer_dim = shape("class_token", 3)[-1]
-    configs = [variant.config for variant in VARIANTS.values() if variant.config.architecture == architecture]
-    config = next((config for config in configs if config.outer_dim == outer_dim), None)
-    if config is None:
-        known = ", ".join(f"{config.outer_dim} ({config.name})" for config in configs)
+    outer_dim = shape("sentence_positions" if pyramid else "class_token", 3)[-1]
+    sentences = shape("sentence_positions", 3)[1]
+    widths = {
+        variant.config.name: np.atleast_1d(variant.config.outer_dim)[0]
+        for variant in VARIANTS.values()
+        if variant.config.architecture == architecture
+    }
+    name = next((name for name, width in widths.items() if width == outer_dim), None)
+    if name is None:
+        known = ", ".join(f"{width} ({name})" for name, width in widths.items())
         raise InputError(f"sentences of {outer_dim} channels are in no published model; known are {known}")
+    config = VARIANTS[name].config
     head = tensor_names("head.bias", layout)[0]
     return ModelConfig(
-        name=config.name,
-        image_size=_image_size(shape("sentence_positions", 3)[1] - 1, config.patch_size, image_size),
-        in_channels=shape("word_embedding.conv.kernel", 4)[1],
+        name=name,
+        image_size=_image_size(sentences if pyramid else sentences - 1, config.patch_size, image_size),
+        in_channels=shape("stem.common.conv.kernel" if pyramid else "word_embedding.conv.kernel", 4)[1],
         num_classes=shape("head.bias", 1)[0] if head in shapes else 0,
     )
 
@@ -189,14 +204,19 @@ def to_parameters(tensors: dict[str, np.ndarray], layout: str, config: ModelConf
     They are taken out of `tensors` one after the other, so that no more than one of them is in memory twice.
 
     Raises:
-        InputError: a tensor is left over, missing, of the wrong shape, or not finite; the message lists every one.
+        InputError: they are of the other family, or a tensor is left over, missing, of the wrong shape, or not finite;
+            the message lists every one.
     """
+    family, wanted = (
+        "PyramidTNT" if pyramid else "TNT" for pyramid in (_is_pyramid(tensors), config.architecture == "pyramid")
+    )
+    if family != wanted:
+        raise InputError(f"these are the weights of a {family}, and {config.name} is a {wanted}")
     shapes = parameter_shapes(config)
     expected = layout_shapes({path: of.shape for path, of in shapes.items()}, layout)
-    unused = UNUSED[layout]
     faults = [f"{name} {tensors[name].shape} is not in this model" for name in tensors if name not in expected]
     for name, shape in expected.items():
-        if name in unused:
+        if UNUSED.fullmatch(name):
             continue
         if name not in tensors:
             faults.append(f"{name} {shape} is missing")

@@ -15,8 +15,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from tnt_jax.config import InputError, TrainConfig, from_json, to_json
 from tnt_jax.models.saving import ModelDescription, Preprocessing, describe, read_description, write_description
-from tnt_jax.models.tnt import TNT
-from tnt_jax.models.variants import abstract_model
+from tnt_jax.models.variants import Model, abstract_model
 from tnt_jax.training.step import TrainState
 
 CONFIG_FILE = "config.json"
@@ -82,7 +81,7 @@ def _description(config: TrainConfig, class_names: Sequence[str]) -> ModelDescri
     )
 
 
-def load_run(run_dir: str | os.PathLike, *, weights: str = "ema", step: int | None = None) -> TNT:
+def load_run(run_dir: str | os.PathLike, *, weights: str = "ema", step: int | None = None) -> Model:
     """The model of a training run; see `tnt_jax.load_model`.
 
     Raises:

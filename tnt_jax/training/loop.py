@@ -180,12 +180,13 @@ class Run:
         model = self.config.model
         parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_model(model)))
         device = jax.devices()[0]
+        verb = "Going on with" if start else "Training"
         return (
-            f"{'Going on with' if start else 'Training'} {model.name} with {model.depth} blocks, "
-            f"words {model.inner_dim} and sentences {model.outer_dim} wide, {parameters:,} parameters, on {jax.device_count()} "
-            f"{device.device_kind} device(s), from step {start} to {self.total_steps}: "
-            f"{len(self.train_source):,} training and {len(self.test_source):,} test images of "
-            f"{len(self.train_source.class_names)} classes. Everything of the run lies in {self.config.run_dir}"
+            f"{verb} {model.name}: {model.depth} blocks, words {model.inner_dim} and sentences {model.outer_dim} wide, "
+            f"{parameters:,} parameters, on {jax.device_count()} {device.device_kind} device(s), "
+            f"from step {start} to {self.total_steps}. {len(self.train_source):,} training and "
+            f"{len(self.test_source):,} test images of {len(self.train_source.class_names)} classes. "
+            f"Everything of the run lies in {self.config.run_dir}"
         )
 
 

@@ -30,12 +30,21 @@ def layer_scales(params: dict, decay: float) -> dict:
 
     Source: BEiT (arXiv 2106.08254), as timm's `--layer-decay` has it.
     """
-    depth = len(params["blocks"])
+    stages = params.get("stages", {0: params})
+    depths = [len(stages[stage]["blocks"]) for stage in range(len(stages))]
+    depth = sum(depths)
 
     def scale(path, leaf) -> float:
-        layer = depth + 1 if path[0].key in ("norm", "head") else 0
-        if path[0].key == "blocks":
-            layer = 1 + path[1].key
+        keys = [entry.key for entry in path]
+        stage = keys[1] if keys[0] in ("stages", "aggregations") else 0
+        # What a stage's blocks share, and the way from it to the next one, belong to its first and to its last block.
+        layer = depth + 1 if keys[0] in ("norm", "head") else 0
+        if "blocks" in keys:
+            layer = 1 + sum(depths[:stage]) + keys[keys.index("blocks") + 1]
+        elif keys[0] == "stages":
+            layer = 1 + sum(depths[:stage])
+        elif keys[0] == "aggregations":
+            layer = sum(depths[: stage + 1])
         return decay ** (depth + 1 - layer)
 
     return jax.tree_util.tree_map_with_path(scale, params)

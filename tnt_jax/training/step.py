@@ -21,6 +21,7 @@ class TrainState:
     step: jax.Array
     """Steps done, int32 ()."""
     params: dict
+    """Parameters, and where the model has batch norm its running averages, which no optimizer moves."""
     ema: dict
     """Average of the parameters over the steps."""
     opt_state: optax.OptState
@@ -49,11 +50,13 @@ def make_train_step(
     learning_rate.
     """
 
-    def loss_and_accuracy(params: dict, images: jax.Array, targets: jax.Array, key: jax.Array):
-        logits = nnx.merge(graphdef, params)(images, key)
-        return soft_cross_entropy(logits, targets), (logits.argmax(-1) == targets.argmax(-1)).mean()
+    def loss_and_rest(params: dict, images: jax.Array, targets: jax.Array, key: jax.Array):
+        model = nnx.merge(graphdef, params)
+        logits = model(images, key)
+        accuracy = (logits.argmax(-1) == targets.argmax(-1)).mean()
+        return soft_cross_entropy(logits, targets), (accuracy, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
 
-    value_and_grad = jax.value_and_grad(loss_and_accuracy, has_aux=True)
+    value_and_grad = jax.value_and_grad(loss_and_rest, has_aux=True)
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         mix_key, model_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
@@ -61,9 +64,9 @@ def make_train_step(
             batch["image"], batch["label"], data=config.data, num_classes=config.model.num_classes, key=mix_key
         )
         grad = accumulated(value_and_grad, config.accumulation_steps)
-        (loss, accuracy), grads = grad(state.params, images, targets, model_key)
+        (loss, (accuracy, statistics)), grads = grad(state.params, images, targets, model_key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = overwritten(optax.apply_updates(state.params, updates), statistics)
         decay = ema_decay(config.optimizer, state.step + 1)
         ema = jax.tree.map(lambda average, new: decay * average + (1 - decay) * new, state.ema, params)
         metrics = {
@@ -77,8 +80,26 @@ def make_train_step(
     return train_step
 
 
+def overwritten(params: dict, statistics: dict) -> dict:
+    """Parameters with the running averages that a forward pass has left, a part of the same tree."""
+    return params | {
+        name: overwritten(params[name], value) if isinstance(value, dict) else value
+        for name, value in statistics.items()
+    }
+
+
+def _part_of(params: dict, like: dict) -> dict:
+    """The leaves of a tree that are at the places of another."""
+    return {
+        name: _part_of(params[name], value) if isinstance(value, dict) else params[name] for name, value in like.items()
+    }
+
+
 def accumulated(value_and_grad: Callable, steps: int) -> Callable:
-    """The same values and gradients, computed for a `steps`-th of the images at a time and averaged."""
+    """The same values and gradients, computed for a `steps`-th of the images at a time and averaged.
+
+    Running averages go from each part to the next. Batch norm sees a part at a time.
+    """
     if steps == 1:
         return value_and_grad
 
@@ -87,15 +108,19 @@ def accumulated(value_and_grad: Callable, steps: int) -> Callable:
         return x.reshape(-1, steps, *x.shape[1:]).swapaxes(0, 1)
 
     def of_all_parts(params: dict, images: jax.Array, targets: jax.Array, key: jax.Array):
-        def add(total, part):
-            return jax.tree.map(jnp.add, total, value_and_grad(params, *part)), None
+        def of_part(statistics: dict, part: tuple):
+            (loss, (accuracy, statistics)), grads = value_and_grad(overwritten(params, statistics), *part)
+            return statistics, (loss, accuracy, grads)
+
+        def add(sums, part):
+            statistics, new = of_part(sums[0], part)
+            return (statistics, jax.tree.map(jnp.add, sums[1], new)), None
 
         each = (parts(images), parts(targets), jax.random.split(key, steps))
-        zeros = jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-            jax.eval_shape(value_and_grad, params, *jax.tree.map(lambda leaf: leaf[0], each)),
-        )
-        total, _ = jax.lax.scan(add, zeros, each)
-        return jax.tree.map(lambda leaf: leaf / steps, total)
+        statistics, sums = jax.eval_shape(of_part, {}, jax.tree.map(lambda leaf: leaf[0], each))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), sums)
+        (statistics, sums), _ = jax.lax.scan(add, (_part_of(params, statistics), zeros), each)
+        loss, accuracy, grads = jax.tree.map(lambda leaf: leaf / steps, sums)
+        return (loss, (accuracy, statistics)), grads
 
     return of_all_parts

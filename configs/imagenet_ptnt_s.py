@@ -1,0 +1,26 @@
+"""PyramidTNT-S on ImageNet-1k as it was published: 32.0 M parameters, 3.3 GMACs at 256x256.
+
+    python train.py --config configs/imagenet_ptnt_s.py --data.source tfds:imagenet2012
+
+Published accuracy: 82.0 top-1 (huawei's page of arXiv 2201.00978). Not run to its end by this project: verified are the
+network (every size by its published numbers of parameters and MACs, Ti and S block by block), the recipe's parts, and
+that the configuration trains.
+
+The recipe is that of configs/imagenet_tnt_s.py, which describes it, with 20 epochs of warm-up instead of 5.
+"""
+
+import dataclasses
+import pathlib
+import runpy
+
+from tnt_jax.config import ModelConfig, TrainConfig
+
+
+def get_config() -> TrainConfig:
+    recipe = runpy.run_path(str(pathlib.Path(__file__).with_name("imagenet_tnt_s.py")))["get_config"]()
+    return dataclasses.replace(
+        recipe,
+        run_dir="runs/imagenet_ptnt_s",
+        model=ModelConfig("ptnt_s_patch16_256", dtype="bfloat16"),
+        optimizer=dataclasses.replace(recipe.optimizer, warmup_epochs=20),
+    )

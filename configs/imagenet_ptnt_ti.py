@@ -1,0 +1,22 @@
+"""PyramidTNT-Ti on ImageNet-1k as it was published: 10.6 M parameters, 0.6 GMACs at 192x192.
+
+    python train.py --config configs/imagenet_ptnt_ti.py --data.source tfds:imagenet2012
+
+Published accuracy: 75.2 top-1 (huawei's page of arXiv 2201.00978). Not run to its end by this project: verified are the
+network (every size by its published numbers of parameters and MACs, Ti and S block by block), the recipe's parts, and
+that the configuration trains.
+
+The recipe is that of configs/imagenet_ptnt_s.py, which describes it.
+"""
+
+import dataclasses
+import pathlib
+import runpy
+
+from tnt_jax.config import ModelConfig, TrainConfig
+
+
+def get_config() -> TrainConfig:
+    recipe = runpy.run_path(str(pathlib.Path(__file__).with_name("imagenet_ptnt_s.py")))["get_config"]()
+    model = ModelConfig("ptnt_ti_patch16_192", dtype="bfloat16")
+    return dataclasses.replace(recipe, run_dir="runs/imagenet_ptnt_ti", model=model)
