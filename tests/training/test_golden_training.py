@@ -53,7 +53,8 @@ def test_parameters_and_their_average_end_where_the_published_ones_do(run, kind)
 
 def test_the_curve_is_the_same_on_any_devices_sharded_in_parts_and_rematerialised():
     record, _ = published.record("huawei_training_40_steps")
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(ROOT)}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, ROOT / "tests/golden_training.py"], env=environment, capture_output=True, text=True
     )
