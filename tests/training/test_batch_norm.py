@@ -16,7 +16,7 @@ from small_models import small_pyramid
 
 from tnt_jax.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from tnt_jax.models.layers import BatchNorm, InitialRngs, Linear
-from tnt_jax.models.pyramid_tnt import ConvNormRelu
+from tnt_jax.models.stem import ConvNormRelu
 from tnt_jax.models.variants import resolve
 from tnt_jax.training.optimizer import make_optimizer
 from tnt_jax.training.step import init_state, make_train_step

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from tnt_jax.config import InputError, ModelConfig
 from tnt_jax.models.layers import BatchNorm, InitialRngs, Linear
-from tnt_jax.models.pyramid_tnt import conv3x3
+from tnt_jax.models.stem import conv3x3
 
 
 class Upsample(nnx.Module):
