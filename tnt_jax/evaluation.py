@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from tnt_jax.config import DataConfig, InputError
-from tnt_jax.data.mixing import normalise
+from tnt_jax.data.mixing import Feeding, normalise
 from tnt_jax.data.pipeline import eval_batches
 from tnt_jax.data.sources import open_source
 from tnt_jax.inference import load_model
@@ -19,7 +19,7 @@ from tnt_jax.training.checkpoint import is_run, read_config
 from tnt_jax.training.mesh import check_batch_size, make_mesh, to_devices
 
 
-def make_eval_step(graphdef: nnx.GraphDef, data: DataConfig) -> Callable[[dict, dict], dict]:
+def make_eval_step(graphdef: nnx.GraphDef, feeding: Feeding) -> Callable[[dict, dict], dict]:
     """The jitted function (params, batch) -> sums over the images that the batch's mask marks as real.
 
     The sums: count, top1 and top5 (right answers), loss (cross-entropy).
@@ -27,7 +27,7 @@ def make_eval_step(graphdef: nnx.GraphDef, data: DataConfig) -> Callable[[dict, 
 
     @jax.jit
     def eval_step(params: dict, batch: dict) -> dict:
-        logits = nnx.merge(graphdef, params)(normalise(batch["image"], data)).astype(jnp.float32)
+        logits = nnx.merge(graphdef, params)(normalise(batch["image"], feeding)).astype(jnp.float32)
         labels, mask = batch["label"], batch["mask"]
         _, likeliest = jax.lax.top_k(logits, min(5, logits.shape[-1]))
         right = likeliest == labels[:, None]
@@ -76,10 +76,10 @@ def evaluate_model(path: str, source: str | None = None, *, batch_size: int = 64
             raise InputError(
                 f"{path} has {config.num_classes} classes, and {data.source} has {len(images.class_names)}"
             )
-        data = dataclasses.replace(data, crop=feeding.crop, mean=feeding.mean[0], std=feeding.std[0])
+        data = dataclasses.replace(data, crop=feeding.crop)
         batches = eval_batches(
             images, data, image_size=config.image_size, channels=config.in_channels, batch_size=batch_size
         )
         graphdef, params = nnx.split(model)
-        scores = evaluate(make_eval_step(graphdef, data), nnx.to_pure_dict(params), batches, mesh)
+        scores = evaluate(make_eval_step(graphdef, feeding), nnx.to_pure_dict(params), batches, mesh)
         yield ({"ema": "averaged", "raw": "raw"}[weights] if is_run(path) else "as loaded"), scores

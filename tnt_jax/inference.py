@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from tnt_jax.config import InputError
 from tnt_jax.data.images import ImageSource, evaluation_crop, open_image
+from tnt_jax.data.mixing import normalise
 from tnt_jax.models.saving import ModelDescription, Preprocessing, description_of, load_folder
 from tnt_jax.models.variants import Model, get_variant
 from tnt_jax.training.checkpoint import is_run, load_run
@@ -124,8 +124,7 @@ def _pixels(image: ImageSource, description: ModelDescription) -> np.ndarray | I
 def _probabilities(
     graph: nnx.GraphDef, feeding: Preprocessing, state: nnx.State, images: UInt8[Array, "batch height width channels"]
 ) -> Float[Array, "batch classes"]:
-    normalised = (images.astype(jnp.float32) / 255 - jnp.array(feeding.mean)) / jnp.array(feeding.std)
-    return jax.nn.softmax(nnx.merge(graph, state)(normalised), axis=-1)
+    return jax.nn.softmax(nnx.merge(graph, state)(normalise(images, feeding)), axis=-1)
 
 
 def _result(scores: np.ndarray, class_names: Sequence[str] | None) -> dict[str, Any]:

@@ -4,6 +4,8 @@ The order is that of the published run: mixed, normalised, erased. Mixing before
 but what is erased is noise in one image alone.
 """
 
+from typing import Protocol
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,9 +18,16 @@ Images = Float[Array, "batch height width channels"]
 Scalar = Float[Array, ""]
 
 
-def normalise(images: UInt8[Array, "batch height width channels"], data: DataConfig) -> Images:
+class Feeding(Protocol):
+    """What says how a network is fed: mean and standard deviation, one for all channels or one for each."""
+
+    mean: float | tuple[float, ...]
+    std: float | tuple[float, ...]
+
+
+def normalise(images: UInt8[Array, "batch height width channels"], feeding: Feeding) -> Images:
     """uint8 pixels to (x / 255 - mean) / std in float32."""
-    return (images.astype(jnp.float32) / 255 - data.mean) / data.std
+    return (images.astype(jnp.float32) / 255 - jnp.array(feeding.mean)) / jnp.array(feeding.std)
 
 
 def prepare_training(

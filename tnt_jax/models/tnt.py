@@ -1,11 +1,9 @@
 """Transformer in Transformer (arXiv 2103.00112), in forward order: words, words to sentence, block, the network.
 
 Two networks go by this name. "official" is huawei-noah/Efficient-AI-Backbones tnt_pytorch/tnt.py, which is timm's
-`tnt_s_patch16_224`
-since version 1.0.16. "legacy" is contrastive/pytorch-image-models, which was timm's until then, is
-`tnt_s_legacy_patch16_224` now, and is
-mmpretrain's `tnt-small-p16`. They differ in the stem and in the word-to-sentence projection of every block, and nowhere
-else.
+`tnt_s_patch16_224` since version 1.0.16. "legacy" is contrastive/pytorch-image-models, which was timm's until then, is
+`tnt_s_legacy_patch16_224` now, and is mmpretrain's `tnt-small-p16`. They differ in the stem and in the
+words-to-sentence projection of every block, and nowhere else.
 """
 
 import dataclasses
@@ -138,8 +136,7 @@ class WordsToSentence(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One TNT block: words talk within their patch, are added to their sentence, and sentences talk (equations 6 to
-    10).
+    """One TNT block (equations 6 to 10): words talk within their patch, join their sentence, and sentences talk.
 
     The class token gets no words, and the words-to-sentence branch is never dropped. A block without an inner
     transformer (TNT-S-1 to TNT-S-4 in table 5 of the paper) passes its words on and adds none.

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import signal
+import threading
 from collections.abc import Callable, Iterator
 
 import jax
@@ -24,11 +25,17 @@ from tnt_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from tnt_jax.training.report import NonFiniteLossError, Report
 from tnt_jax.training.step import TrainState, init_state, make_train_step
 
+# What a command exits with when it was stopped: as shells have it for Ctrl-C, and for a scheduler's SIGTERM "try again
+# later" (EX_TEMPFAIL), which a restart policy can tell from a failure.
+STOP_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
+
 
 class StoppedError(RuntimeError):
     """The run was asked to stop, and has saved where it was."""
 
-    exit_code = 128 + signal.SIGINT
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.exit_code = STOP_CODES[signal_number]
 
 
 def train(config: TrainConfig) -> dict[str, float]:
@@ -41,25 +48,25 @@ def train(config: TrainConfig) -> dict[str, float]:
     Raises:
         InputError: something in the configuration is wrong. Raised before anything is written.
         NonFiniteLossError: the loss was infinite or not a number. The last checkpoint before it is kept.
-        StoppedError: Ctrl-C was pressed. The step that was under way is finished and saved first.
+        StoppedError: Ctrl-C or SIGTERM. The step that was under way is finished and saved first.
     """
     run = Run(config)
     claim_run_dir(run.config, run.train_source.class_names)
     console = rich.console.Console(highlight=False, soft_wrap=True)
     with contextlib.closing(Checkpoints(config.run_dir, keep=config.keep_checkpoints)) as checkpoints:
-        if checkpoints.latest_step == run.total_steps:
-            console.print(f"The run in {config.run_dir} is finished. Another --run-dir starts another one.")
-            return _conclude(checkpoints, run, console)
         state = checkpoints.restore_latest(run.abstract_state, warn=console.print) or run.initial_state()
         start = int(state.step)
+        if start == run.total_steps:
+            console.print(f"The run in {config.run_dir} is finished. Another --run-dir starts another one.")
+            return _conclude(checkpoints, run, console)
         console.print(run.describe(start))
         with (
             Report(run.config, console, start, run.total_steps, run.steps_per_epoch) as report,
             contextlib.closing(run.batches(start)) as batches,
-            stop_request(console) as stopping,
+            stop_request(console) as stop_signal,
         ):
             try:
-                _take_steps(run, state, batches, checkpoints, report, stopping)
+                _take_steps(run, state, batches, checkpoints, report, stop_signal)
             except NonFiniteLossError as error:
                 raise NonFiniteLossError(
                     f"{error}; the last good checkpoint is step {checkpoints.latest_step}"
@@ -73,22 +80,25 @@ def _take_steps(
     batches: Iterator[Batch],
     checkpoints: Checkpoints,
     report: Report,
-    stopping: Callable[[], bool],
+    stop_signal: Callable[[], int | None],
 ) -> None:
     for step in range(int(state.step) + 1, run.total_steps + 1):
         state, metrics = run.train_step(state, next(batches))
         report.train(step, metrics)
         evaluates = step % run.steps_between_evaluations == 0 or step == run.total_steps
-        if evaluates or stopping():
-            # Nothing of a step is saved before its loss is known to be finite.
-            report.flush()
-            scores = run.evaluate(state) if evaluates else None
-            if scores:
-                report.test(step, scores)
-            checkpoints.save(step, state, scores)
-        if stopping() and step < run.total_steps:
+        signal_number = stop_signal()
+        if not (evaluates or signal_number):
+            continue
+        # Nothing of a step is saved before its loss is known to be finite.
+        report.flush()
+        scores = run.evaluate(state) if evaluates else None
+        if scores:
+            report.test(step, scores)
+        checkpoints.save(step, state, scores)
+        if signal_number and step < run.total_steps:
             raise StoppedError(
-                f"stopped after step {step} of {run.total_steps}, which is saved; the same command goes on from there"
+                f"stopped after step {step} of {run.total_steps}, which is saved; the same command goes on from there",
+                signal_number,
             )
 
 
@@ -171,7 +181,8 @@ class Run:
         parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_model(model)))
         device = jax.devices()[0]
         return (
-            f"{'Going on with' if start else 'Training'} {model.name}, {parameters:,} parameters, on "
+            f"{'Going on with' if start else 'Training'} {model.name} with {model.depth} blocks, "
+            f"words {model.inner_dim} and sentences {model.outer_dim} wide, {parameters:,} parameters, on "
             f"{jax.device_count()} {device.device_kind} device(s), from step {start} to {self.total_steps}: "
             f"{len(self.train_source):,} training and {len(self.test_source):,} test images of "
             f"{len(self.train_source.class_names)} classes. Everything of the run lies in {self.config.run_dir}"
@@ -200,18 +211,26 @@ def _conclude(checkpoints: Checkpoints, run: Run, console: rich.console.Console)
 
 
 @contextlib.contextmanager
-def stop_request(console: rich.console.Console) -> Iterator:
-    """Gives a function that says whether Ctrl-C was pressed. A second Ctrl-C interrupts at once."""
-    pressed = []
+def stop_request(console: rich.console.Console) -> Iterator[Callable[[], int | None]]:
+    """Gives a function that returns the signal with which the run was asked to stop, or None. A second Ctrl-C
+    interrupts.
 
-    def handle(signum, frame):
-        if pressed:
+    Outside the main thread, where Python takes no signals, nothing asks.
+    """
+    received = []
+
+    def handle(signal_number, frame):
+        if received and signal_number == signal.SIGINT:
             raise KeyboardInterrupt
-        pressed.append(signum)
-        console.print("Stopping after this step; Ctrl-C again stops at once, without saving.")
+        received.append(signal_number)
+        console.print("Stopping after this step; Ctrl-C stops at once, without saving.")
 
-    previous = signal.signal(signal.SIGINT, handle)
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    previous = {number: signal.signal(number, handle) for number in STOP_CODES}
     try:
-        yield lambda: bool(pressed)
+        yield lambda: received[0] if received else None
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,5 +1,7 @@
 """Devices, and where things lie on them."""
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -10,17 +12,18 @@ from tnt_jax.config import InputError
 LEAST_SHARDED_SIZE = 2**14
 
 
-def make_mesh(fsdp: int = 1) -> Mesh:
-    """All devices of all processes, `fsdp` of them side by side sharing one copy of parameters and optimizer state.
+def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Devices (by default all, of all processes), `fsdp` of them sharing one copy of parameters and optimizer state.
 
     Raises:
         InputError: the devices cannot be divided so.
     """
-    devices = jax.device_count()
-    if fsdp < 1 or devices % fsdp:
-        raise InputError(f"fsdp is {fsdp}, and must divide the number of devices, {devices}")
+    count = jax.device_count() if devices is None else len(devices)
+    if fsdp < 1 or count % fsdp:
+        raise InputError(f"fsdp is {fsdp}, and must divide the number of devices, {count}")
     # Auto, because JAX's default is Explicit, where the model's reshapes would need shardings of their own.
-    return jax.make_mesh((devices // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    shape = (count // fsdp, fsdp)
+    return jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, accumulation_steps: int = 1) -> None:
