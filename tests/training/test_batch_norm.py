@@ -16,7 +16,7 @@ from small_models import small_pyramid
 
 from tnt_jax.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from tnt_jax.models.layers import BatchNorm, InitialRngs, Linear
-from tnt_jax.models.pyramid_tnt import ConvNormRelu
+from tnt_jax.models.stem import ConvNormRelu
 from tnt_jax.models.variants import resolve
 from tnt_jax.training.optimizer import make_optimizer
 from tnt_jax.training.step import init_state, make_train_step
@@ -68,7 +68,7 @@ LABELS = np.arange(8, dtype=np.int32) % 3
 def state_and_step(model, **changes):
     config = TrainConfig(
         model=MODEL,
-        data=DataConfig(label_smoothing=0.0, mean=0.0, std=1 / 255),
+        data=DataConfig.plain("digits", label_smoothing=0.0, mean=0.0, std=1 / 255),
         optimizer=OptimizerConfig(ema_decay=0.5, ema_warmup=False, weight_decay=0.5),
         batch_size=8,
         **changes,

@@ -1,4 +1,4 @@
-"""PyramidTNT (arXiv 2201.00978), in forward order: stem, block, aggregation, stage, the network.
+"""PyramidTNT (arXiv 2201.00978), in forward order: after the stem, block, aggregation, stage, the network.
 
 What differs from TNT: words and sentences come from a convolutional stem with batch norm, four stages with half the
 rows and columns of sentences each, norms of the inner transformer over all words of a patch together, keys and values
@@ -20,7 +20,6 @@ from tnt_jax.config import InputError, ModelConfig
 from tnt_jax.models.inner import InnerTransformer
 from tnt_jax.models.layers import (
     Attention,
-    BatchNorm,
     InitialRngs,
     LayerNorm,
     Linear,
@@ -28,8 +27,8 @@ from tnt_jax.models.layers import (
     dropout,
     initializer,
     split_key,
-    zeros_init,
 )
+from tnt_jax.models.stem import PATCH_SIZE, WORD_STRIDE, WORDS_PER_SIDE, Stem, conv3x3
 from tnt_jax.models.tnt import (
     WordsToSentence,
     block_indices,
@@ -45,8 +44,6 @@ STAGES = 4
 STAGE_FIELDS = ("depth", "inner_dim", "inner_heads", "outer_dim", "outer_heads")
 SPATIAL_REDUCTION = (4, 2, 1, 1)
 """Sentences along a side of the square whose mean gives a key and a value, in each stage."""
-PATCH_SIZE, WORD_STRIDE, WORDS_PER_SIDE = 8, 2, 4
-"""The stem halves the image once for words and cuts 4 x 4 words for each sentence."""
 
 
 def inner_blocks(depth: tuple[int, ...]) -> tuple[int, ...]:
@@ -81,55 +78,6 @@ def stage_grids(config: ModelConfig) -> list[tuple[int, int]]:
 def key_grid(grid: tuple[int, int], reduction: int) -> tuple[int, int]:
     """Rows and columns of keys and values; what is left over at the border of an uneven grid gives none."""
     return grid[0] // reduction, grid[1] // reduction
-
-
-def conv3x3(inputs: int, outputs: int, stride: int, *, config: ModelConfig, rngs: InitialRngs) -> nnx.Conv:
-    """A 3x3 convolution with a border of zeros, initialised as published: He's normal distribution over the fan out."""
-    return nnx.Conv(
-        inputs,
-        outputs,
-        (3, 3),
-        strides=stride,
-        padding=1,
-        kernel_init=initializer(lambda rng, shape: (2 / (9 * outputs)) ** 0.5 * rng.standard_normal(shape, np.float32)),
-        bias_init=zeros_init,
-        dtype=jnp.dtype(config.dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
-        rngs=rngs,
-    )
-
-
-class ConvNormRelu(nnx.Module):
-    """3x3 convolution, batch norm, ReLU."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int, *, config: ModelConfig, rngs: InitialRngs):
-        self.conv = conv3x3(inputs, outputs, stride, config=config, rngs=rngs)
-        self.norm = BatchNorm(outputs, config=config, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "batch height width inputs"], *, training: bool) -> Array:
-        return nnx.relu(self.norm(self.conv(x), training=training))
-
-
-class Stem(nnx.Module):
-    """Image to words at half its resolution and sentences at an eighth, by convolutions that they share at first."""
-
-    def __init__(self, *, config: ModelConfig, rngs: InitialRngs):
-        dim = config.inner_dim
-        conv = functools.partial(ConvNormRelu, config=config, rngs=rngs)
-        self.common = conv(config.in_channels, 2 * dim, 2)
-        self.words = conv(2 * dim, dim, 1)
-        self.sentences1 = conv(2 * dim, 4 * dim, 2)
-        self.sentences2 = conv(4 * dim, 8 * dim, 2)
-        self.sentences3 = conv(8 * dim, config.outer_dim, 1)
-
-    def __call__(
-        self, images: Float[Array, "batch height width channels"], *, training: bool
-    ) -> tuple[Float[Array, "sentences words inner"], Float[Array, "batch patches outer"]]:
-        x = self.common(images, training=training)
-        words = to_patches(self.words(x, training=training), WORDS_PER_SIDE)
-        for conv in (self.sentences1, self.sentences2, self.sentences3):
-            x = conv(x, training=training)
-        return words.reshape(words.shape[0], -1, words.shape[-1]), x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 class PatchNorm(LayerNorm):

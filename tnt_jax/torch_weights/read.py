@@ -16,7 +16,7 @@ import numpy as np
 
 from tnt_jax.config import InputError, ModelConfig
 from tnt_jax.models.saving import ModelDescription, description_from_dict, parameter_shapes
-from tnt_jax.models.variants import VARIANTS
+from tnt_jax.models.variants import VARIANTS, resolve
 from tnt_jax.torch_weights.layouts import ARCHITECTURES, UNUSED, from_layout, layout_shapes, tensor_names
 
 TORCH_SUFFIXES = (".pth", ".pth.tar", ".pt", ".bin")
@@ -207,9 +207,9 @@ def to_parameters(tensors: dict[str, np.ndarray], layout: str, config: ModelConf
         InputError: they are of the other family, or a tensor is left over, missing, of the wrong shape, or not finite;
             the message lists every one.
     """
-    family, wanted = (
-        "PyramidTNT" if pyramid else "TNT" for pyramid in (_is_pyramid(tensors), config.architecture == "pyramid")
-    )
+    config = resolve(config)
+    pyramids = _is_pyramid(tensors), config.architecture == "pyramid"
+    family, wanted = ("PyramidTNT" if pyramid else "TNT" for pyramid in pyramids)
     if family != wanted:
         raise InputError(f"these are the weights of a {family}, and {config.name} is a {wanted}")
     shapes = parameter_shapes(config)
