@@ -1,10 +1,11 @@
-"""A small TNT on Fashion-MNIST: 60,000 images of clothes for training, 10,000 for testing, 28x28 grey pixels.
+"""A small PyramidTNT on Fashion-MNIST: 60,000 images of clothes for training, 10,000 for testing, 28x28 grey pixels.
 
     apt-get install dataset-fashion-mnist
     python train.py --config configs/fashion_mnist.py
 
 The Debian package puts the four published files where this configuration looks for them; `--data.source idx:FOLDER`
-reads them from anywhere else.
+reads them from anywhere else. Images are resized to 32x32, where the four stages have 4x4, 2x2, 1 and 1 sentences of 16
+words.
 """
 
 from tnt_jax.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
@@ -14,21 +15,19 @@ def get_config() -> TrainConfig:
     return TrainConfig(
         run_dir="runs/fashion_mnist",
         model=ModelConfig(
-            name="tnt_ti_patch16_224",
-            image_size=28,
+            name="ptnt_ti_patch16_192",
+            image_size=32,
             in_channels=1,
-            patch_size=7,
-            word_stride=2,
-            depth=3,
-            inner_dim=6,
-            inner_heads=2,
-            outer_dim=96,
-            outer_heads=3,
+            depth=(1, 1, 1, 1),
+            inner_dim=(4, 8, 8, 8),
+            inner_heads=(1, 2, 2, 2),
+            outer_dim=(32, 64, 64, 64),
+            outer_heads=(2, 2, 2, 2),
             drop_path_rate=0.0,
         ),
         data=DataConfig.plain("idx:/usr/share/datasets/fashion-mnist", random_shift=0.05, random_flip=0.5),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_epochs=0.5, ema_decay=0.999),
         batch_size=128,
-        epochs=5,
+        epochs=7,
         log_every_steps=50,
     )

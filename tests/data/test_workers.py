@@ -144,16 +144,22 @@ def test_no_process_and_no_shared_memory_outlives_the_run(name, then):
     run = subprocess.Popen(
         [sys.executable, "-c", SCRIPT % (2, then)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         start_new_session=True,
+        # Tests that run in the background of a shell inherit that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
-    assert run.stdout.readline() == b"running\n"
-    started = descendants(run.pid)
-    assert len(started) == 2
-    if name == "SIGKILL":
-        run.kill()
-    else:
-        os.killpg(run.pid, signal.Signals[name])
-    run.wait(timeout=20)
-    assert gone(started)
+    try:
+        assert run.stdout.readline() == b"running\n"
+        started = descendants(run.pid)
+        assert len(started) == 2
+        if name == "SIGKILL":
+            run.kill()
+        else:
+            os.killpg(run.pid, signal.Signals[name])
+        run.wait(timeout=20)
+        assert gone(started)
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
     assert set(os.listdir("/dev/shm")) <= shared
 
 
