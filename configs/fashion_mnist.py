@@ -6,6 +6,8 @@
 The Debian package puts the four published files where this configuration looks for them; `--data.source idx:FOLDER`
 reads them from anywhere else. Images are resized to 32x32, where the four stages have 4x4, 2x2, 1 and 1 sentences of 16
 words.
+
+Reached: 89.5% of the test images (averaged weights) in 14 minutes on two CPU cores that had other work to do as well.
 """
 
 from tnt_jax.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
