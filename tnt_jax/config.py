@@ -71,6 +71,8 @@ class ModelConfig:
     """What parameters are stored in."""
     remat: bool | None = None
     """Compute each block again in the backward pass instead of keeping its activations: less memory, more time."""
+    inner: Literal["auto", "reference", "feature_major", "pallas"] | None = None
+    """How the inner transformers are computed; auto is what is fastest on the platform. The results are the same."""
 
 
 @dataclasses.dataclass(frozen=True)

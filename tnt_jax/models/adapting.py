@@ -14,7 +14,7 @@ from tnt_jax.models.tnt import grid_size
 
 # What of a configuration says nothing of the parameters, or what `adapt` knows how to change.
 _FREE = {"name", "image_size", "num_classes", "drop_rate", "attn_drop_rate", "drop_path_rate"}
-_FREE |= {"dtype", "param_dtype", "remat"}
+_FREE |= {"dtype", "param_dtype", "remat", "inner"}
 
 
 def adapt(

@@ -1,11 +1,31 @@
-"""The inner transformer, which relates the words of one patch: one set of parameters, one interface.
+"""The inner transformer, which relates the words of one patch: one set of parameters, one interface, and more than one
+way to compute it.
 
-A block calls it and knows nothing of how it is computed.
+A block calls it and knows nothing of how it is computed. Words are few and narrow, so what is fast depends on the
+machine (docs/performance.md):
+
+- `reference`: the equations as the paper has them, (sentences, words, channels). Fastest on a CPU.
+- `feature_major`: sentences on the last axis, which fills the registers of TPUs and GPUs; attention is elementwise.
+- `pallas`: the whole layer in one TPU kernel, kernels/inner_block.py.
+
+Those that a platform or a size does not allow fall back to the next one above, with a line in the log.
 """
 
+import functools
+import logging
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from tnt_jax.models.layers import TransformerLayer
+from tnt_jax.config import ModelConfig
+from tnt_jax.models.kernels import inner_block
+from tnt_jax.models.layers import NORM_EPSILON, InitialRngs, LayerNorm, TransformerLayer, gelu, split_key, survivors
+
+log = logging.getLogger(__name__)
 
 
 class InnerTransformer(TransformerLayer):
@@ -15,7 +35,143 @@ class InnerTransformer(TransformerLayer):
     The words of a patch are one row, so stochastic depth drops a branch per patch, as the published code does.
     """
 
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        drop_path_rate: float,
+        *,
+        norm: Callable[..., nnx.Module] = LayerNorm,
+        config: ModelConfig,
+        rngs: InitialRngs,
+    ):
+        super().__init__(dim, num_heads, drop_path_rate, norm=norm, config=config, rngs=rngs)
+        self.formulation = config.inner
+        self.dtype = jnp.dtype(config.dtype)
+        self.has_dropout = bool(config.drop_rate or config.attn_drop_rate)
+        self.norm_axes = (1,) if norm is LayerNorm else (0, 1)
+
     def __call__(
         self, words: Float[Array, "sentences words inner"], key: PRNGKeyArray | None = None
     ) -> Float[Array, "sentences words inner"]:
-        return super().__call__(words, key)
+        formulation = choose(self, words.shape[0], training=key is not None)
+        if formulation == "reference":
+            return super().__call__(words, key)
+        count, num_words, channels = words.shape
+        run = {"feature_major": feature_major, "pallas": pallas}[formulation]
+        # Transposing moves nothing: XLA gives the words the layout that the formulation wants.
+        out = run(self, words.reshape(count, -1).T, self.branch_survival(count, key))
+        return out.T.reshape(count, num_words, channels)
+
+    def branch_survival(self, sentences: int, key: PRNGKeyArray | None) -> Float[Array, "2 sentences"]:
+        """What stochastic depth multiplies the two branches of each sentence by, drawn as `reference` draws it."""
+        _, attn_key, _, mlp_key = split_key(key, 4)
+        return jnp.stack([survivors(sentences, self.drop_path_rate, each) for each in (attn_key, mlp_key)])
+
+    def columns(self) -> inner_block.Layer:
+        """The parameters as columns and matrices that multiply from the left; matrices in the dtype of the model."""
+
+        def matrix(linear: nnx.Linear) -> Array:
+            return linear.kernel[...].T.astype(self.dtype)
+
+        def column(vector: nnx.Param) -> Array:
+            return vector[...].astype(jnp.float32)[:, None]
+
+        return inner_block.Layer(
+            column(self.norm1.scale),
+            column(self.norm1.bias),
+            matrix(self.attn.qkv),
+            matrix(self.attn.proj),
+            column(self.attn.proj.bias),
+            column(self.norm2.scale),
+            column(self.norm2.bias),
+            matrix(self.mlp.fc1),
+            column(self.mlp.fc1.bias),
+            matrix(self.mlp.fc2),
+            column(self.mlp.fc2.bias),
+        )
+
+
+def choose(layer: InnerTransformer, sentences: int, *, training: bool) -> str:
+    """The formulation that a layer runs: the one that was asked for, if platform and sizes allow it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+    asked = layer.formulation
+    if asked == "auto":
+        asked = {"tpu": "pallas", "cpu": "reference"}.get(platform, "feature_major")
+    if asked == "pallas" and (obstacle := _obstacle(layer, sentences, platform, mesh)):
+        _log_once(f"inner transformer of {layer.attn.qkv.in_features} channels: feature_major, because {obstacle}")
+        asked = "feature_major"
+    if asked == "feature_major" and training and layer.has_dropout:
+        _log_once("inner transformer: reference, because feature_major and pallas have no dropout")
+        asked = "reference"
+    return asked
+
+
+def _obstacle(layer: InnerTransformer, sentences: int, platform: str, mesh: jax.sharding.AbstractMesh) -> str | None:
+    """Why the kernel cannot run, or None."""
+    channels = layer.attn.qkv.in_features
+    if platform != "tpu":
+        return f"the Pallas kernel runs on TPUs, and this is a {platform}"
+    if not inner_block.covers(channels, layer.attn.num_heads):
+        return f"the Pallas kernel wants channels in multiples of {inner_block.SUBLANES}"
+    if layer.norm_axes != (1,):
+        return "the Pallas kernel normalises each word by itself"
+    if mesh.empty and jax.device_count() > 1:
+        return "the Pallas kernel needs to know the mesh of several devices: call the model under jax.set_mesh(mesh)"
+    if not mesh.empty and sentences % mesh.size:
+        return f"{sentences} patches cannot be divided among {mesh.size} devices"
+    return None
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    log.warning(message)
+
+
+def pallas(
+    layer: InnerTransformer,
+    words: Float[Array, "rows sentences"],
+    survival: Float[Array, "2 sentences"],
+    *,
+    interpret: bool = False,
+) -> Float[Array, "rows sentences"]:
+    """The layer in one kernel; on a mesh, each device runs it on its own sentences. `interpret` runs it anywhere."""
+    channels = layer.attn.qkv.in_features
+    sizes = inner_block.Sizes(words.shape[0] // channels, channels, layer.attn.num_heads, NORM_EPSILON, layer.dtype)
+    kernel = functools.partial(inner_block.inner_block, sizes, interpret)
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        cut = PartitionSpec(None, mesh.axis_names)
+        kernel = jax.shard_map(kernel, in_specs=(cut, cut, PartitionSpec()), out_specs=cut, check_vma=False)
+    return kernel(words, survival, layer.columns())
+
+
+def feature_major(
+    layer: InnerTransformer, words: Float[Array, "rows sentences"], survival: Float[Array, "2 sentences"]
+) -> Float[Array, "rows sentences"]:
+    """The layer with sentences on the last axis: no axis of 24 channels or 16 words is left to be padded."""
+    p, dtype, heads = layer.columns(), layer.dtype, layer.attn.num_heads
+    channels = layer.attn.qkv.in_features
+    x = words.reshape(-1, channels, words.shape[-1]).astype(jnp.float32)
+
+    def norm(x: Array, scale: Array, bias: Array) -> Float[Array, "words channels sentences"]:
+        centred = x - x.mean(layer.norm_axes, keepdims=True)
+        normed = centred * jax.lax.rsqrt((centred * centred).mean(layer.norm_axes, keepdims=True) + NORM_EPSILON)
+        # A norm has as many parameters as the words and channels that it looks at.
+        return normed * scale.reshape(-1, channels, 1) + bias.reshape(-1, channels, 1)
+
+    def linear(matrix: Array, x: Array) -> Float[Array, "words outputs sentences"]:
+        return jnp.einsum("oc,wcn->won", matrix, x.astype(dtype), preferred_element_type=jnp.float32)
+
+    def attention(h: Array) -> Float[Array, "words channels sentences"]:
+        qkv = linear(p.qkv, h).astype(dtype).reshape(h.shape[0], 3, heads, -1, h.shape[-1])
+        query, key, value = (qkv[:, part].astype(jnp.float32) for part in range(3))
+        scores = (query[:, None] * key[None]).sum(3) * query.shape[2] ** -0.5  # (queries, keys, heads, sentences)
+        weights = jax.nn.softmax(scores, axis=1)
+        return (weights[:, :, :, None] * value[None]).sum(1).reshape(h.shape)
+
+    x = x + (linear(p.proj, attention(norm(x, p.norm1_scale, p.norm1_bias))) + p.proj_bias) * survival[0]
+    hidden = gelu(linear(p.fc1, norm(x, p.norm2_scale, p.norm2_bias)) + p.fc1_bias)
+    x = x + (linear(p.fc2, hidden) + p.fc2_bias) * survival[1]
+    return x.reshape(words.shape).astype(words.dtype)

@@ -125,16 +125,20 @@ class BatchNorm(nnx.Module):
         running[...] = jax.lax.stop_gradient(kept + BATCH_NORM_MOMENTUM * new)
 
 
-def dropout(x: Array, rate: float, key: PRNGKeyArray | None, *, mask_shape: tuple[int, ...] | None = None) -> Array:
+def dropout(x: Array, rate: float, key: PRNGKeyArray | None) -> Array:
     """Zeroes elements of `x` with probability `rate` and scales the others by 1 / (1 - rate); without a key, returns
-    `x`.
-
-    `mask_shape` (default: that of `x`) is broadcast: elements that share an entry of it are dropped together.
-    """
+    `x`."""
     if key is None or rate == 0:
         return x
-    keep = jax.random.bernoulli(key, 1 - rate, mask_shape or x.shape)
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+def survivors(count: int, rate: float, key: PRNGKeyArray | None) -> Float[Array, " count"]:
+    """Stochastic depth: 0 with probability `rate`, else 1 / (1 - rate); all ones without a key."""
+    if key is None or rate == 0:
+        return jnp.ones(count)
+    return jax.random.bernoulli(key, 1 - rate, (count,)) / (1 - rate)
 
 
 def drop_path(x: Array, rate: float, key: PRNGKeyArray | None) -> Array:
@@ -142,12 +146,19 @@ def drop_path(x: Array, rate: float, key: PRNGKeyArray | None) -> Array:
 
     Drops a residual branch for whole rows of the first axis (an image, or a patch in the inner transformer).
     """
-    return dropout(x, rate, key, mask_shape=(x.shape[0],) + (1,) * (x.ndim - 1))
+    if key is None or rate == 0:
+        return x
+    return x * survivors(x.shape[0], rate, key).astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
 
 
 def split_key(key: PRNGKeyArray | None, count: int) -> list[PRNGKeyArray | None]:
     """`count` independent keys, or as many None when there is no randomness to pass on."""
     return [None] * count if key is None else list(jax.random.split(key, count))
+
+
+def gelu(x: Array) -> Array:
+    """The exact GELU, x times the normal distribution's cumulative function (equation 2)."""
+    return x * (0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5))
 
 
 class Attention(nnx.Module):
@@ -206,7 +217,7 @@ class Mlp(nnx.Module):
         self, x: Float[Array, "batch tokens dim"], key: PRNGKeyArray | None = None
     ) -> Float[Array, "batch tokens dim"]:
         hidden_key, out_key = split_key(key, 2)
-        hidden = dropout(nnx.gelu(self.fc1(x), approximate=False), self.drop_rate, hidden_key)
+        hidden = dropout(gelu(self.fc1(x)), self.drop_rate, hidden_key)
         return dropout(self.fc2(hidden), self.drop_rate, out_key)
 
 

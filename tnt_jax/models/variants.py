@@ -59,6 +59,7 @@ _TNT_S = ModelConfig(
     dtype="float32",
     param_dtype="float32",
     remat=False,
+    inner="auto",
 )
 _TNT_TI = dataclasses.replace(
     _TNT_S, name="tnt_ti_patch16_224", inner_dim=12, inner_heads=2, outer_dim=192, outer_heads=3

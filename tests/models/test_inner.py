@@ -1,0 +1,182 @@
+"""Every formulation of the inner transformer computes the same function with the same gradients."""
+
+import dataclasses
+import functools
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tnt_jax.config import ModelConfig
+from tnt_jax.models import inner
+from tnt_jax.models.layers import InitialRngs, LayerNorm, gelu
+from tnt_jax.models.pyramid_tnt import PatchNorm
+from tnt_jax.models.variants import resolve
+
+TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
+
+
+def make_layer(formulation, channels, heads, *, norm=LayerNorm, **fields):
+    """A layer whose parameters are all random: fresh ones have zero biases, which hide mistakes."""
+    config = dataclasses.replace(resolve(ModelConfig()), inner=formulation, **fields)
+    layer = inner.InnerTransformer(channels, heads, 0.3, norm=norm, config=config, rngs=InitialRngs(0))
+    random = np.random.default_rng(1)
+    return jax.tree.map(lambda leaf: leaf + jnp.asarray(0.2 * random.standard_normal(leaf.shape), leaf.dtype), layer)
+
+
+def results(layer, words, run):
+    """What a layer returns, and the gradients of its words and parameters, for a fixed cotangent."""
+    graphdef, params = nnx.split(layer)
+    cotangent = np.random.default_rng(2).standard_normal(words.shape)
+
+    @jax.jit
+    def value_and_gradients(params, words):
+        def weighted(params, words):
+            out = run(nnx.merge(graphdef, params), words).astype(jnp.float32)
+            return (out * cotangent).sum(), out
+
+        gradients, out = jax.grad(weighted, argnums=(0, 1), has_aux=True)(params, words)
+        return out, gradients
+
+    return jax.tree.leaves(value_and_gradients(params, words))
+
+
+def assert_equal(actual, expected, tolerance):
+    for one, other in zip(actual, expected, strict=True):
+        one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+        np.testing.assert_allclose(one, other, atol=tolerance * np.abs(other).max(), rtol=0)
+
+
+def random_words(sentences, words, channels, dtype):
+    return jnp.asarray(np.random.default_rng(3).standard_normal((sentences, words, channels)), dtype)
+
+
+def call(layer, words, *, key):
+    return layer(words, key)
+
+
+def call_kernel(layer, words, *, key):
+    count, _, _ = words.shape
+    rows, survival = words.reshape(count, -1).T, layer.branch_survival(count, key)
+    return inner.pallas(layer, rows, survival, interpret=True).T.reshape(words.shape)
+
+
+@pytest.mark.parametrize("key", [None, 7], ids=["evaluation", "stochastic depth"])
+@pytest.mark.parametrize(
+    ("channels", "heads", "words", "norm", "dtype"),
+    [
+        (24, 4, 16, LayerNorm, "float32"),
+        (24, 4, 16, LayerNorm, "bfloat16"),
+        (12, 2, 16, LayerNorm, "float32"),  # TNT-Ti
+        (40, 4, 4, LayerNorm, "float32"),  # TNT-B with four words
+        (10, 2, 16, PatchNorm, "float32"),
+    ],
+)
+def test_feature_major_is_the_reference(channels, heads, words, norm, dtype, key):
+    x = random_words(37, words, channels, dtype)
+    run = functools.partial(call, key=None if key is None else jax.random.key(key))
+    actual, expected = (
+        results(make_layer(formulation, channels, heads, norm=norm, dtype=dtype), x, run)
+        for formulation in ("feature_major", "reference")
+    )
+    assert_equal(actual, expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    ("sentences", "dtype", "key"),
+    [(1100, "float32", 7), (5, "bfloat16", None)],
+)
+def test_the_kernel_is_the_reference(sentences, dtype, key):
+    """Few words and channels, because the kernel is slow where it is interpreted; sentences that do not fill a tile."""
+    x = random_words(sentences, 2, 8, dtype)
+    layer = make_layer("reference", 8, 2, dtype=dtype, mlp_ratio=2.0)
+    key = None if key is None else jax.random.key(key)
+    actual = results(layer, x, functools.partial(call_kernel, key=key))
+    expected = results(layer, x, functools.partial(call, key=key))
+    assert_equal(actual, expected, TOLERANCE[dtype])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_kernel_is_the_reference_at_the_published_size(dtype):
+    layer = make_layer("reference", 24, 4, dtype=dtype)
+    x = random_words(1300, 16, 24, dtype)
+    assert_equal(
+        results(layer, x, functools.partial(call_kernel, key=jax.random.key(7))),
+        results(layer, x, functools.partial(call, key=jax.random.key(7))),
+        TOLERANCE[dtype],
+    )
+
+
+def test_the_kernels_gelu_is_within_its_bound():
+    x = np.concatenate([np.linspace(-8, 8, 4001), [-1e4, -30, 30, 1e4]]).astype(np.float32)
+    value, slope = inner.inner_block.gelu(x, exact=False)
+    exact_value, exact_slope = jax.jvp(gelu, (jnp.asarray(x),), (jnp.ones_like(x),))
+    np.testing.assert_allclose(value, exact_value, atol=2.6e-5, rtol=1e-6)
+    np.testing.assert_allclose(slope, exact_slope, atol=2e-4)
+
+
+@pytest.mark.slow
+def test_every_device_of_a_mesh_runs_the_kernel_on_its_own_sentences():
+    """Four devices, whose gradients of the parameters are added up, in a process of their own."""
+    flags = "--xla_force_host_platform_device_count=4"
+    command = [sys.executable, "-c", f"import {__name__}; {__name__}.compare_a_mesh_with_one_device()"]
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": f"{pathlib.Path(__file__).parent}:."}
+    subprocess.run(command, env=environment, check=True)
+
+
+def compare_a_mesh_with_one_device():
+    layer, x = make_layer("reference", 8, 2, mlp_ratio=2.0), random_words(16, 2, 8, "float32")
+    run = functools.partial(call_kernel, key=jax.random.key(7))
+    expected = results(layer, x, run)
+    assert jax.device_count() == 4
+    mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh):
+        assert_equal(results(layer, x, run), expected, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("asked", "platform", "channels", "fields", "training", "chosen"),
+    [
+        ("auto", "cpu", 24, {}, True, "reference"),
+        ("auto", "gpu", 24, {}, True, "feature_major"),
+        ("auto", "tpu", 24, {}, True, "pallas"),
+        ("auto", "tpu", 12, {}, True, "feature_major"),  # TNT-Ti: no whole registers
+        ("pallas", "cpu", 24, {}, False, "feature_major"),
+        ("pallas", "tpu", 24, {"attn_drop_rate": 0.1}, False, "pallas"),
+        ("feature_major", "tpu", 24, {"drop_rate": 0.1}, True, "reference"),
+        ("reference", "tpu", 24, {}, True, "reference"),
+    ],
+)
+def test_what_is_run_where(monkeypatch, caplog, asked, platform, channels, fields, training, chosen):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    inner._log_once.cache_clear()
+    layer = make_layer(asked, channels, 4, **fields)
+    with caplog.at_level(logging.WARNING):
+        assert [inner.choose(layer, 196, training=training) for _ in range(2)] == [chosen] * 2
+    fell_back = chosen != asked and (asked != "auto" or channels == 12)
+    assert len(caplog.records) == fell_back, "a fallback is logged once, a plain choice never"
+
+
+@pytest.mark.parametrize("formulation", ["feature_major", "pallas"])
+def test_a_tpu_program_is_made_of_it(formulation):
+    """Lowered for a TPU without one: what reaches the compiler is the kernel, or none."""
+    layer = make_layer(formulation, 24, 4, dtype="bfloat16")
+    run = inner.feature_major if formulation == "feature_major" else inner.pallas
+    graphdef, params = nnx.split(layer)
+
+    def gradient(params, words, survival):
+        return jax.grad(lambda words: run(nnx.merge(graphdef, params), words, survival).astype(jnp.float32).sum())(
+            words
+        )
+
+    shapes = (params, jax.ShapeDtypeStruct((384, 196), jnp.bfloat16), jax.ShapeDtypeStruct((2, 196), jnp.float32))
+    program = jax.export.export(jax.jit(gradient), platforms=["tpu"])(*shapes).mlir_module()
+    assert program.count("@tpu_custom_call") == (2 if formulation == "pallas" else 0)

@@ -1,0 +1,417 @@
+"""The inner transformer layer as two Pallas kernels for TPUs: forward, and backward, which computes the forward again.
+
+The words of a patch are few and narrow: 16 words of 24 channels fill an eighth of a TPU's registers however they are
+turned. So a tile holds 1,024 sentences, and its arrays stand in the two ways in which they fill the registers whole:
+
+- For norms, matrix products and GELU, a register holds 8 channels of one word of 128 sentences: a matrix product reads
+  and writes registers of channels.
+- For attention, a register holds one channel of one word of all 1,024 sentences: scores, softmax and sums over words
+  are then plain arithmetic between registers, without one move inside of them.
+
+A strided load or store in VMEM turns the one into the other and costs nothing, as long as the stride is odd: the banks
+of VMEM then do not collide. In HBM the words are a matrix (words * channels, sentences), a transposed view of the
+(sentences, words, channels) that the rest of the model has. Nothing else of the layer ever leaves VMEM.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+LANES, SUBLANES = 128, 8
+TILE = LANES * SUBLANES  # sentences
+VMEM_LIMIT = 48 * 2**20  # bytes; the backward kernel of TNT-B needs most, 40 MiB
+
+# 0.5 x (1 + tanh(x (c0 + c1 x^2 + c2 x^4))) is within 2.6e-5 of the exact GELU, a hundredth of what bfloat16 resolves,
+# at a quarter of erf's arithmetic. The polynomial is good up to x^2 = 36, where tanh is 1.
+TANH_GELU = (0.7975065863506916, 0.03700682712698995, -0.0003517086390328484)
+TANH_GELU_LIMIT = 36.0
+
+
+class Layer(NamedTuple):
+    """Parameters of a transformer layer as columns and matrices that multiply from the left.
+
+    In the backward kernel the same names hold their gradients.
+    """
+
+    norm1_scale: Array  # (channels, 1)
+    norm1_bias: Array
+    qkv: Array  # (3 * channels, channels)
+    proj: Array  # (channels, channels)
+    proj_bias: Array
+    norm2_scale: Array
+    norm2_bias: Array
+    fc1: Array  # (hidden, channels)
+    fc1_bias: Array  # (hidden, 1)
+    fc2: Array  # (channels, hidden)
+    fc2_bias: Array
+
+
+class Sizes(NamedTuple):
+    """What the kernels are compiled for."""
+
+    words: int
+    channels: int
+    heads: int
+    epsilon: float
+    dtype: DTypeLike  # of matrix products; everything else is float32
+
+    @property
+    def head_dim(self) -> int:
+        return self.channels // self.heads
+
+    @property
+    def pitch(self) -> int:
+        """Rows from one channel to the next where a register holds one channel of one word; odd, see above."""
+        return self.words * SUBLANES + 1
+
+
+def covers(channels: int, heads: int) -> bool:
+    """Whether the kernels can run a layer: its channels fill whole registers."""
+    return channels % SUBLANES == 0 and channels % heads == 0
+
+
+def dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
+    """A matrix product over these axes, summed in float32; float32 factors are not rounded."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+def normalise(x: Array, epsilon: float) -> tuple[Array, Array]:
+    """Columns with mean 0 and variance 1, and what they were multiplied by."""
+    centred = x - jnp.mean(x, 0, keepdims=True)
+    scale = lax.rsqrt(jnp.mean(centred * centred, 0, keepdims=True) + epsilon)
+    return centred * scale, scale
+
+
+def normalise_gradient(gradient: Array, normed: Array, scale: Array) -> Array:
+    """Gradient of what `normalise` was given, from that of its result."""
+    along = jnp.mean(gradient * normed, 0, keepdims=True)
+    return scale * (gradient - jnp.mean(gradient, 0, keepdims=True) - normed * along)
+
+
+def gelu(x: Array, *, exact: bool) -> tuple[Array, Array]:
+    """GELU and its derivative."""
+    if exact:
+        cdf = 0.5 + 0.5 * lax.erf(x * 0.5**0.5)
+        return x * cdf, cdf + x * (2 * jnp.pi) ** -0.5 * jnp.exp(-0.5 * x * x)
+    square = jnp.minimum(x * x, TANH_GELU_LIMIT)
+    c0, c1, c2 = TANH_GELU
+    tanh = jnp.tanh(x * (c0 + square * (c1 + square * c2)))
+    cdf = 0.5 + 0.5 * tanh
+    slope = c0 + square * (3 * c1 + square * (5 * c2))
+    return x * cdf, cdf + 0.5 * x * (1 - tanh * tanh) * slope
+
+
+def total(terms: list[Array]) -> Array:
+    """The sum, added in pairs: a short chain of dependent additions."""
+    while len(terms) > 1:
+        terms = [terms[i] + terms[i + 1] if i + 1 < len(terms) else terms[i] for i in range(0, len(terms), 2)]
+    return terms[0]
+
+
+def channel_of_word(sizes: Sizes, channel: int, word: Array | int) -> pl.Slice:
+    """The register (8, 128) that holds one channel of one word of all sentences."""
+    return pl.ds(channel * sizes.pitch + word * SUBLANES, SUBLANES)
+
+
+def channels_of_word(sizes: Sizes, first: int, count: int, word: Array, group: int) -> pl.Slice:
+    """The rows of `count` channels of one word, for the 128 sentences of a group."""
+    return pl.ds(first * sizes.pitch + word * SUBLANES + group, count, stride=sizes.pitch)
+
+
+def blocks_of_word(sizes: Sizes, word: Array) -> list[tuple]:
+    """Where the channels of a word lie in a matrix (words * channels, 1024), for each group of 128 sentences."""
+    rows = pl.ds(pl.multiple_of(word * sizes.channels, SUBLANES), sizes.channels)
+    return [(rows, pl.ds(group * LANES, LANES)) for group in range(SUBLANES)]
+
+
+def norm1(sizes: Sizes, layer: Layer, x_ref, blocks: list) -> tuple[list, list]:
+    """Per group: (normed, scale) of the first norm, and its result for a matrix product."""
+    parts = [normalise(x_ref[block], sizes.epsilon) for block in blocks]
+    out = [normed * layer.norm1_scale[...] + layer.norm1_bias[...] for normed, _ in parts]
+    return parts, [h.astype(sizes.dtype) for h in out]
+
+
+def project_qkv(sizes: Sizes, layer: Layer, x_ref, qkv_ref) -> None:
+    """Writes q, scaled by 1 / sqrt(head_dim), k and v of all words, as registers of one channel."""
+    channels = sizes.channels
+
+    def of_word(word, _):
+        _, hs = norm1(sizes, layer, x_ref, blocks_of_word(sizes, word))
+        for group, h in enumerate(hs):
+            qkv = dot(layer.qkv[...], h)
+            qkv_ref[channels_of_word(sizes, 0, channels, word, group), :] = qkv[:channels] * sizes.head_dim**-0.5
+            qkv_ref[channels_of_word(sizes, channels, 2 * channels, word, group), :] = qkv[channels:]
+        return 0
+
+    lax.fori_loop(0, sizes.words, of_word, 0)
+
+
+class Head:
+    """Registers of one head of attention: [channel] of the current word, (channel, word) of the others."""
+
+    def __init__(self, sizes: Sizes, head: int, qkv_ref):
+        self.sizes, self.first, self.qkv_ref = sizes, head * sizes.head_dim, qkv_ref
+
+    def current(self, ref, word: Array) -> list[Array]:
+        """This head's channels of a word in an array that has as many channels as the layer."""
+        return [ref[channel_of_word(self.sizes, self.first + d, word), :] for d in range(self.sizes.head_dim)]
+
+    def write(self, ref, word: Array, values: list[Array]) -> None:
+        for d, value in enumerate(values):
+            ref[channel_of_word(self.sizes, self.first + d, word), :] = value
+
+    def key(self, d: int, word: int) -> Array:
+        return self.qkv_ref[channel_of_word(self.sizes, self.sizes.channels + self.first + d, word), :]
+
+    def value(self, d: int, word: int) -> Array:
+        return self.qkv_ref[channel_of_word(self.sizes, 2 * self.sizes.channels + self.first + d, word), :]
+
+    def weights(self, query: list[Array]) -> tuple[list[Array], Array]:
+        """Exponentials of the scores against every word, and one over their sum."""
+        words = range(self.sizes.words)
+        scores = [total([q * self.key(d, j) for d, q in enumerate(query)]) for j in words]
+        highest = functools.reduce(jnp.maximum, scores)
+        exponentials = [jnp.exp(score - highest) for score in scores]
+        return exponentials, 1 / total(exponentials)
+
+
+def for_all_words_and_heads(sizes: Sizes, qkv_ref, visit) -> None:
+    for index in range(sizes.heads):
+        head = Head(sizes, index, qkv_ref)
+        lax.fori_loop(0, sizes.words, lambda word, _, head=head: visit(head, word) or 0, 0)
+
+
+def forward_kernel(sizes: Sizes, saves: bool, x_ref, keep_ref, *refs) -> None:
+    """`keep_ref` (2, sentences): what the residual branch of attention and that of the MLP are multiplied by."""
+    layer, refs = Layer(*refs[: len(Layer._fields)]), refs[len(Layer._fields) :]
+    y_ref, *attended_ref = refs[: 1 + saves]
+    x32_ref, qkv_ref, *attended32_ref = refs[1 + saves :]
+    x32_ref[...] = x_ref[...].astype(jnp.float32)
+    project_qkv(sizes, layer, x32_ref, qkv_ref)
+
+    def attend(head: Head, word) -> None:
+        exponentials, scale = head.weights(head.current(qkv_ref, word))
+        mixed = [total([e * head.value(d, j) for j, e in enumerate(exponentials)]) for d in range(sizes.head_dim)]
+        # The query has done its part: its place takes what it found.
+        head.write(qkv_ref, word, [value * scale for value in mixed])
+
+    for_all_words_and_heads(sizes, qkv_ref, attend)
+
+    def rest_of_word(word, _):
+        # Each step for all groups before the next one: their chains run side by side.
+        blocks = blocks_of_word(sizes, word)
+        attended = [qkv_ref[channels_of_word(sizes, 0, sizes.channels, word, group), :] for group in range(SUBLANES)]
+        if saves:
+            for block, value in zip(blocks, attended, strict=True):
+                attended32_ref[0][block] = value
+        *_, x, z = to_hidden(sizes, layer, x32_ref, keep_ref, blocks, attended)
+        hidden = [gelu(z, exact=sizes.dtype == jnp.float32)[0].astype(sizes.dtype) for z in z]
+        out = [dot(layer.fc2[...], hidden) + layer.fc2_bias[...] for hidden in hidden]
+        for block, before, change in zip(blocks, x, out, strict=True):
+            x32_ref[block] = before + change * keep_ref[1:2, block[1]]
+        return 0
+
+    lax.fori_loop(0, sizes.words, rest_of_word, 0)
+    y_ref[...] = x32_ref[...].astype(y_ref.dtype)
+    if saves:
+        attended_ref[0][...] = attended32_ref[0][...].astype(sizes.dtype)
+
+
+def to_hidden(sizes: Sizes, layer: Layer, x_ref, keep_ref, blocks: list, attended: list) -> tuple[list, ...]:
+    """From what attention found to the hidden channels of the MLP, per group of sentences.
+
+    Returns: `attended` for matrix products, (normed, scale) and result of the second norm, the words after attention,
+    the hidden channels before GELU.
+    """
+    attended = [value.astype(sizes.dtype) for value in attended]
+    out = [dot(layer.proj[...], value) + layer.proj_bias[...] for value in attended]
+    x = [x_ref[block] + out * keep_ref[0:1, block[1]] for block, out in zip(blocks, out, strict=True)]
+    parts = [normalise(x, sizes.epsilon) for x in x]
+    h = [(normed * layer.norm2_scale[...] + layer.norm2_bias[...]).astype(sizes.dtype) for normed, _ in parts]
+    return attended, parts, h, x, [dot(layer.fc1[...], h) + layer.fc1_bias[...] for h in h]
+
+
+def backward_kernel(sizes: Sizes, sentences: int, x_ref, keep_ref, attended_ref, dy_ref, *refs) -> None:
+    """Gradients of the words and, summed over the tiles, of the parameters; those of vectors with 128 partial sums."""
+    count = len(Layer._fields)
+    layer, dx_ref, gradients, scratch = Layer(*refs[:count]), refs[count], refs[count + 1 : -6], refs[-6:]
+    gradients = Layer(*gradients)
+    x32_ref, dx32_ref, attended32_ref, qkv_ref, dattended_ref, dkv_ref = scratch
+    channels, exact = sizes.channels, sizes.dtype == jnp.float32
+
+    @pl.when(pl.program_id(0) == 0)
+    def _():
+        for ref in gradients:
+            ref[...] = jnp.zeros(ref.shape, ref.dtype)
+
+    # What lies beyond the last sentence is undefined, and would spoil the sums.
+    lane = lax.broadcasted_iota(jnp.int32, (1, TILE), 1)
+    is_sentence = lane < sentences - pl.program_id(0) * TILE
+    for whole, ref in ((x32_ref, x_ref), (dx32_ref, dy_ref), (attended32_ref, attended_ref)):
+        whole[...] = jnp.where(is_sentence, ref[...].astype(jnp.float32), 0)
+    keep_ref[...] = jnp.where(is_sentence, keep_ref[...], 0)
+    dkv_ref[...] = jnp.zeros(dkv_ref.shape, jnp.float32)
+    project_qkv(sizes, layer, x32_ref, qkv_ref)
+
+    def add_products(name: str, rows: list, columns: list) -> None:
+        rows = [value.astype(sizes.dtype) for value in rows]
+        getattr(gradients, name)[...] += total([dot(*pair, (1, 1)) for pair in zip(rows, columns, strict=True)])
+
+    def through_mlp(word, _):
+        blocks = blocks_of_word(sizes, word)
+        attended = [attended32_ref[block] for block in blocks]
+        attended, parts, h, _, z = to_hidden(sizes, layer, x32_ref, keep_ref, blocks, attended)
+        activated = [gelu(z, exact=exact) for z in z]
+        dy = [dx32_ref[block] for block in blocks]
+        dout = [dy * keep_ref[1:2, block[1]] for dy, block in zip(dy, blocks, strict=True)]
+        gradients.fc2_bias[...] += total(dout)
+        add_products("fc2", dout, [hidden.astype(sizes.dtype) for hidden, _ in activated])
+        dhidden = [dot(layer.fc2[...], dout.astype(sizes.dtype), (0, 0)) for dout in dout]
+        dz = [dhidden * slope for dhidden, (_, slope) in zip(dhidden, activated, strict=True)]
+        gradients.fc1_bias[...] += total(dz)
+        add_products("fc1", dz, h)
+        dh = [dot(layer.fc1[...], dz.astype(sizes.dtype), (0, 0)) for dz in dz]
+        dx = through_norm(dh, parts, layer.norm2_scale, gradients.norm2_scale, gradients.norm2_bias)
+        dx = [dy + dx for dy, dx in zip(dy, dx, strict=True)]
+        dout = [dx * keep_ref[0:1, block[1]] for dx, block in zip(dx, blocks, strict=True)]
+        gradients.proj_bias[...] += total(dout)
+        add_products("proj", dout, attended)
+        for group, (block, new, change) in enumerate(zip(blocks, dx, dout, strict=True)):
+            dx32_ref[block] = new
+            dattended = dot(layer.proj[...], change.astype(sizes.dtype), (0, 0))
+            dattended_ref[channels_of_word(sizes, 0, channels, word, group), :] = dattended
+        return 0
+
+    lax.fori_loop(0, sizes.words, through_mlp, 0)
+
+    def through_attention(head: Head, word) -> None:
+        words, dims = range(sizes.words), range(sizes.head_dim)
+        query, dout = head.current(qkv_ref, word), head.current(dattended_ref, word)
+        exponentials, scale = head.weights(query)
+        weights = [e * scale for e in exponentials]
+        dweights = [total([dout[d] * head.value(d, j) for d in dims]) for j in words]
+        along = total([w * dw for w, dw in zip(weights, dweights, strict=True)])
+        dscores = [w * (dw - along) for w, dw in zip(weights, dweights, strict=True)]
+        dquery = [total([dscores[j] * head.key(d, j) for j in words]) * sizes.head_dim**-0.5 for d in dims]
+        for j in words:
+            for d in dims:
+                dkv_ref[channel_of_word(sizes, head.first + d, j), :] += dscores[j] * query[d]
+                dkv_ref[channel_of_word(sizes, channels + head.first + d, j), :] += weights[j] * dout[d]
+        head.write(qkv_ref, word, dquery)
+
+    for_all_words_and_heads(sizes, qkv_ref, through_attention)
+
+    def through_qkv(word, _):
+        blocks = blocks_of_word(sizes, word)
+        parts, h = norm1(sizes, layer, x32_ref, blocks)
+        dq = [qkv_ref[channels_of_word(sizes, 0, channels, word, group), :] for group in range(SUBLANES)]
+        dkv = [dkv_ref[channels_of_word(sizes, 0, 2 * channels, word, group), :] for group in range(SUBLANES)]
+        dqkv = [jnp.concatenate(pair) for pair in zip(dq, dkv, strict=True)]
+        add_products("qkv", dqkv, h)
+        dh = [dot(layer.qkv[...], dqkv.astype(sizes.dtype), (0, 0)) for dqkv in dqkv]
+        dx = through_norm(dh, parts, layer.norm1_scale, gradients.norm1_scale, gradients.norm1_bias)
+        for block, change in zip(blocks, dx, strict=True):
+            dx32_ref[block] += change
+        return 0
+
+    lax.fori_loop(0, sizes.words, through_qkv, 0)
+    dx_ref[...] = dx32_ref[...].astype(dx_ref.dtype)
+
+
+def through_norm(dh: list, parts: list, scale_ref, dscale_ref, dbias_ref) -> list:
+    """Gradients of what a norm was given; those of its scale and bias are added up."""
+    dbias_ref[...] += total(dh)
+    dscale_ref[...] += total([dh * normed for dh, (normed, _) in zip(dh, parts, strict=True)])
+    return [normalise_gradient(dh * scale_ref[...], *part) for dh, part in zip(dh, parts, strict=True)]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def inner_block(
+    sizes: Sizes,
+    interpret: bool,
+    words: Float[Array, "words*channels sentences"],
+    keep: Float[Array, "2 sentences"],
+    layer: Layer,
+) -> Float[Array, "words*channels sentences"]:
+    """A transformer layer over the words of every sentence.
+
+    `keep` is what each sentence's branch of attention and of the MLP is multiplied by: 1, or what stochastic depth has
+    drawn. It has no gradient. `interpret` runs the kernels step by step on any platform, for tests.
+    """
+    (out,) = _forward(sizes, interpret, words, keep, layer, saves=False)
+    return out
+
+
+def _forward(sizes: Sizes, interpret: bool, words, keep, layer: Layer, *, saves: bool) -> list[Array]:
+    rows, _ = words.shape
+    results = [jax.ShapeDtypeStruct(words.shape, words.dtype)]
+    scratch = [(rows, TILE), (3 * sizes.channels * sizes.pitch, LANES)]
+    if saves:
+        results.append(jax.ShapeDtypeStruct(words.shape, sizes.dtype))
+        scratch.append((rows, TILE))
+    kernel = functools.partial(forward_kernel, sizes, saves)
+    return _over_tiles(kernel, (words, keep), layer, results, (), scratch, interpret)
+
+
+def _forward_saving(sizes: Sizes, interpret: bool, words, keep, layer: Layer):
+    out, attended = _forward(sizes, interpret, words, keep, layer, saves=True)
+    return out, (words, keep, attended, layer)
+
+
+def _backward(sizes: Sizes, interpret: bool, saved, gradient):
+    words, keep, attended, layer = saved
+    rows, sentences = words.shape
+
+    def of_parameter(value: Array) -> jax.ShapeDtypeStruct:
+        height, width = value.shape
+        return jax.ShapeDtypeStruct((height, LANES if width == 1 else width), jnp.float32)
+
+    registers = sizes.channels * sizes.pitch
+    dwords, *dlayer = _over_tiles(
+        functools.partial(backward_kernel, sizes, sentences),
+        (words, keep, attended, gradient),
+        layer,
+        [jax.ShapeDtypeStruct(words.shape, words.dtype)],
+        [of_parameter(value) for value in layer],
+        [*[(rows, TILE)] * 3, (3 * registers, LANES), (registers, LANES), (2 * registers, LANES)],
+        interpret,
+    )
+    dlayer = [d.sum(1, keepdims=True) if value.shape[1] == 1 else d for d, value in zip(dlayer, layer, strict=True)]
+    dlayer = Layer(*(d.astype(value.dtype) for d, value in zip(dlayer, layer, strict=True)))
+    return dwords, jnp.zeros_like(keep), dlayer
+
+
+inner_block.defvjp(_forward_saving, _backward)
+
+
+def _over_tiles(kernel, arrays, layer: Layer, results, sums, scratch, interpret: bool) -> list[Array]:
+    """Runs a kernel for one tile after the other.
+
+    `arrays` and `results` have a column for each sentence; `layer` and `sums` are the same for all tiles.
+    """
+
+    def tiled(value) -> pl.BlockSpec:
+        return pl.BlockSpec((value.shape[0], TILE), lambda tile: (0, tile))
+
+    def whole(value) -> pl.BlockSpec:
+        return pl.BlockSpec(value.shape, lambda tile: (0, 0))
+
+    return pl.pallas_call(
+        kernel,
+        grid=(pl.cdiv(arrays[0].shape[1], TILE),),
+        in_specs=[*map(tiled, arrays), *map(whole, layer)],
+        out_specs=[*map(tiled, results), *map(whole, sums)],
+        out_shape=[*results, *sums],
+        scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT),
+        interpret=interpret,
+    )(*arrays, *layer)
