@@ -14,9 +14,9 @@ typedef uint8_t bytes4 __attribute__((vector_size(4)));
 typedef int32_t ints4 __attribute__((vector_size(16)));
 typedef double doubles4 __attribute__((vector_size(32)));
 
-enum { CHANNELS = 3, PRECISION = 22, HALF = 1 << (PRECISION - 1) };
+enum { CHANNELS = 3, PRECISION = 22, HALF = 1 << (PRECISION - 1), SLACK = 8 };
 
-/* Reads one byte more than a pixel has: what it is called with is padded. */
+/* Reads one byte more than a pixel has: what it is called with has SLACK bytes behind it. */
 static inline ints4 load(const uint8_t *pixel) {
 #ifdef __SSE4_1__
     int32_t bytes;
@@ -65,10 +65,10 @@ typedef struct {
 static int make_taps(Taps *made, int input, int output, int begin, int length, int cubic) {
     double scale = (double)input / output, stretch = scale < 1.0 ? 1.0 : scale;
     double support = (cubic ? 2.0 : 1.0) * stretch;
-    made->taps = (int)ceil(support) * 2 + 1;
+    made->taps = (int)ceil(support) * 2 + 2; /* one to spare, see along_row */
     made->first = malloc(length * sizeof(int));
     made->count = malloc(length * sizeof(int));
-    made->weight = malloc((size_t)length * made->taps * sizeof(int32_t));
+    made->weight = calloc((size_t)length * made->taps, sizeof(int32_t));
     double *exact = malloc(made->taps * sizeof(double));
     if (!made->first || !made->count || !made->weight || !exact) {
         free(exact);
@@ -105,7 +105,22 @@ static void along_row(const uint8_t *padded, const Taps *taps, int width, uint8_
         const int32_t *weight = taps->weight + x * taps->taps;
         const uint8_t *pixel = padded + taps->first[x] * CHANNELS;
         ints4 sum = {HALF, HALF, HALF, 0};
+#ifdef __AVX2__
+        /* Two pixels at a time; after an odd number of taps comes one whose weight is 0. */
+        const __m128i spread = _mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+        const __m256i pairs = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+        __m256i sums = _mm256_setzero_si256();
+        for (int tap = 0; tap < taps->count[x]; tap += 2) {
+            __m128i bytes = _mm_loadl_epi64((const __m128i *)(pixel + tap * CHANNELS));
+            __m256i pixels = _mm256_cvtepu8_epi32(_mm_shuffle_epi8(bytes, spread));
+            __m128i two = _mm_loadl_epi64((const __m128i *)(weight + tap));
+            __m256i weights = _mm256_permutevar8x32_epi32(_mm256_castsi128_si256(two), pairs);
+            sums = _mm256_add_epi32(sums, _mm256_mullo_epi32(pixels, weights));
+        }
+        sum += (ints4)_mm256_castsi256_si128(sums) + (ints4)_mm256_extracti128_si256(sums, 1);
+#else
         for (int tap = 0; tap < taps->count[x]; tap++) sum += load(pixel + tap * CHANNELS) * weight[tap];
+#endif
         store(out + x * CHANNELS, sum >> PRECISION);
     }
 }
@@ -125,7 +140,7 @@ int resize(const uint8_t *image, int64_t row_bytes, int height, int width, uint8
            int top, int left, int rows, int columns, int cubic) {
     Taps across = {0}, down = {0};
     int bytes = columns * CHANNELS, whole = width * CHANNELS, done = 0;
-    uint8_t *padded = malloc((size_t)whole + 1), *between = malloc((size_t)height * bytes);
+    uint8_t *padded = malloc((size_t)whole + SLACK), *between = malloc((size_t)height * bytes);
     int32_t *sum = malloc((size_t)(whole > bytes ? whole : bytes) * sizeof(int32_t));
     if (padded && between && sum && make_taps(&across, width, to_width, left, columns, cubic) &&
         make_taps(&down, height, to_height, top, rows, cubic)) {
@@ -214,7 +229,7 @@ static inline doubles4 sample_linear(const uint8_t *padded, int height, int widt
 /* 0 where there is no memory. */
 int affine(const uint8_t *image, int height, int width, uint8_t *out, const double *matrix, int cubic, int fill) {
     size_t bytes = (size_t)height * width * CHANNELS;
-    uint8_t *padded = malloc(bytes + 1);
+    uint8_t *padded = malloc(bytes + SLACK);
     if (!padded) return 0;
     memcpy(padded, image, bytes);
     for (int row = 0; row < height; row++)

@@ -359,7 +359,7 @@ def _forward(sizes: Sizes, interpret: bool, words, keep, layer: Layer, *, saves:
         results.append(jax.ShapeDtypeStruct(words.shape, sizes.dtype))
         scratch.append((rows, TILE))
     kernel = functools.partial(forward_kernel, sizes, saves)
-    return _over_tiles(kernel, (words, keep), layer, results, (), scratch, interpret)
+    return _over_tiles("inner_block_forward", kernel, (words, keep), layer, results, (), scratch, interpret)
 
 
 def _forward_saving(sizes: Sizes, interpret: bool, words, keep, layer: Layer):
@@ -377,6 +377,7 @@ def _backward(sizes: Sizes, interpret: bool, saved, gradient):
 
     registers = sizes.channels * sizes.pitch
     dwords, *dlayer = _over_tiles(
+        "inner_block_backward",
         functools.partial(backward_kernel, sizes, sentences),
         (words, keep, attended, gradient),
         layer,
@@ -393,7 +394,7 @@ def _backward(sizes: Sizes, interpret: bool, saved, gradient):
 inner_block.defvjp(_forward_saving, _backward)
 
 
-def _over_tiles(kernel, arrays, layer: Layer, results, sums, scratch, interpret: bool) -> list[Array]:
+def _over_tiles(name: str, kernel, arrays, layer: Layer, results, sums, scratch, interpret: bool) -> list[Array]:
     """Runs a kernel for one tile after the other.
 
     `arrays` and `results` have a column for each sentence; `layer` and `sums` are the same for all tiles.
@@ -414,4 +415,5 @@ def _over_tiles(kernel, arrays, layer: Layer, results, sums, scratch, interpret:
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT),
         interpret=interpret,
+        name=name,
     )(*arrays, *layer)
