@@ -14,16 +14,16 @@ from flax import nnx
 from tnt_jax.config import InputError, TrainConfig
 from tnt_jax.data.pipeline import Batch, check_fields, eval_batches, steps_per_epoch, train_batches
 from tnt_jax.data.sources import open_source
-from tnt_jax.evaluation import evaluate, make_eval_step
+from tnt_jax.evaluation import evaluate
 from tnt_jax.inference import load_model
 from tnt_jax.models.adapting import adapt
 from tnt_jax.models.saving import model_from_parameters, model_parameters
 from tnt_jax.models.variants import abstract_model, build_model, resolve
 from tnt_jax.training.checkpoint import Checkpoints, claim_run_dir
-from tnt_jax.training.mesh import check_batch_size, make_mesh, replicated, shardings_of, to_devices
-from tnt_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from tnt_jax.training.mesh import check_batch_size, make_mesh, to_devices
+from tnt_jax.training.program import Program
 from tnt_jax.training.report import NonFiniteLossError, Report
-from tnt_jax.training.step import TrainState, init_state, make_train_step
+from tnt_jax.training.step import TrainState
 
 # What a command exits with when it was stopped: as shells have it for Ctrl-C, and for a scheduler's SIGTERM "try again
 # later" (EX_TEMPFAIL), which a restart policy can tell from a failure.
@@ -54,7 +54,7 @@ def train(config: TrainConfig) -> dict[str, float]:
     claim_run_dir(run.config, run.train_source.class_names)
     console = rich.console.Console(highlight=False, soft_wrap=True)
     with contextlib.closing(Checkpoints(config.run_dir, keep=config.keep_checkpoints)) as checkpoints:
-        state = checkpoints.restore_latest(run.abstract_state, warn=console.print) or run.initial_state()
+        state = checkpoints.restore_latest(run.program.abstract_state, warn=console.print) or run.initial_state()
         start = int(state.step)
         if start == run.total_steps:
             console.print(f"The run in {config.run_dir} is finished. Another --run-dir starts another one.")
@@ -124,18 +124,7 @@ class Run:
                 raise InputError(f"{field} is {getattr(config, field)}, and must be at least 1")
         self.total_steps = (config.epochs + config.optimizer.cooldown_epochs) * self.steps_per_epoch
         self.steps_between_evaluations = config.eval_every_epochs * self.steps_per_epoch
-        schedule = learning_rate_schedule(config.optimizer, steps_per_epoch=self.steps_per_epoch, epochs=config.epochs)
-        self._optimizer = make_optimizer(config.optimizer, schedule)
-        graphdef, params = nnx.split(abstract_model(self.config.model))
-        self._eval_step = make_eval_step(graphdef, self.config.data)
-        train_step = make_train_step(graphdef, self._optimizer, schedule, self.config)
-        abstract = jax.eval_shape(lambda params: init_state(params, self._optimizer), nnx.to_pure_dict(params))
-        shardings = shardings_of(abstract, self.mesh)
-        self.abstract_state = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
-        )
-        self._init = jax.jit(lambda params: init_state(params, self._optimizer), out_shardings=shardings)
-        self._train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated(self.mesh)))
+        self.program = Program(self.config, self.mesh, self.steps_per_epoch)
         self._feed = {
             "image_size": self.config.model.image_size,
             "channels": self.config.model.in_channels,
@@ -155,11 +144,11 @@ class Run:
         else:
             model = build_model(self.config.model, self.config.seed)
         params = nnx.to_pure_dict(nnx.state(model))
-        return self._init(jax.tree.map(np.asarray, params))
+        return self.program.init(jax.tree.map(np.asarray, params))
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         """One step on all devices. The memory of `state` is used again: it cannot be read afterwards."""
-        return self._train_step(state, to_devices(batch, self.mesh))
+        return self.program.train_step(state, to_devices(batch, self.mesh))
 
     def batches(self, start: int) -> Iterator[Batch]:
         """Training batches after `start` steps."""
@@ -170,7 +159,7 @@ class Run:
         scores = {}
         for weights, params in (("ema", state.ema), ("raw", state.params)):
             batches = eval_batches(self.test_source, self.config.data, **self._feed)
-            part = evaluate(self._eval_step, params, batches, self.mesh)
+            part = evaluate(self.program.eval_step, params, batches, self.mesh)
             scores["count"] = part.pop("count")
             scores |= {f"{weights}_{name}": value for name, value in part.items()}
         return scores
