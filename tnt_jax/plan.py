@@ -224,7 +224,9 @@ def _heading(config: TrainConfig, topology: str, devices: list, chip: Chip | Non
     what = f"{len(devices)} x {chip.name if chip else devices[0].device_kind}"
     parts = f" in {config.accumulation_steps} parts" if config.accumulation_steps > 1 else ""
     shared = f", parameters over {config.fsdp}" if config.fsdp > 1 else ""
-    return f"{config.model.name} in {config.model.dtype} on {topology} ({what}): batch {config.batch_size}{parts}{shared}"
+    return (
+        f"{config.model.name} in {config.model.dtype} on {topology} ({what}): batch {config.batch_size}{parts}{shared}"
+    )
 
 
 def _table(config: TrainConfig, step: Compiled, chip: Chip | None) -> rich.table.Table:

@@ -2,9 +2,9 @@
 
 import contextlib
 import dataclasses
-import signal
-import threading
-from collections.abc import Callable, Iterator
+import os
+import time
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -19,23 +19,13 @@ from tnt_jax.inference import load_model
 from tnt_jax.models.adapting import adapt
 from tnt_jax.models.saving import model_from_parameters, model_parameters
 from tnt_jax.models.variants import abstract_model, build_model, resolve
-from tnt_jax.training.checkpoint import Checkpoints, claim_run_dir
+from tnt_jax.training.checkpoint import Checkpoints, WriteError, claim_run_dir
 from tnt_jax.training.mesh import check_batch_size, make_mesh, to_devices
+from tnt_jax.training.processes import together
 from tnt_jax.training.program import Program
-from tnt_jax.training.report import NonFiniteLossError, Report
+from tnt_jax.training.report import NonFiniteLossError, Report, check_wandb
 from tnt_jax.training.step import TrainState
-
-# What a command exits with when it was stopped: as shells have it for Ctrl-C, and for a scheduler's SIGTERM "try again
-# later" (EX_TEMPFAIL), which a restart policy can tell from a failure.
-STOP_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
-
-
-class StoppedError(RuntimeError):
-    """The run was asked to stop, and has saved where it was."""
-
-    def __init__(self, message: str, signal_number: int):
-        super().__init__(message)
-        self.exit_code = STOP_CODES[signal_number]
+from tnt_jax.training.stopping import StoppedError, StopSignal, stop_request
 
 
 def train(config: TrainConfig) -> dict[str, float]:
@@ -48,30 +38,46 @@ def train(config: TrainConfig) -> dict[str, float]:
     Raises:
         InputError: something in the configuration is wrong. Raised before anything is written.
         NonFiniteLossError: the loss was infinite or not a number. The last checkpoint before it is kept.
+        WriteError: the run's folder cannot be written any more. No checkpoint that was written to its end is harmed.
         StoppedError: Ctrl-C or SIGTERM. The step that was under way is finished and saved first.
+        PeersError: not all processes of the run came.
     """
-    run = Run(config)
-    claim_run_dir(run.config, run.train_source.class_names)
-    console = rich.console.Console(highlight=False, soft_wrap=True)
-    with contextlib.closing(Checkpoints(config.run_dir, keep=config.keep_checkpoints)) as checkpoints:
-        state = checkpoints.restore_latest(run.program.abstract_state, warn=console.print) or run.initial_state()
-        start = int(state.step)
-        if start == run.total_steps:
-            console.print(f"The run in {config.run_dir} is finished. Another --run-dir starts another one.")
+    began = time.perf_counter()
+    with together(config.distributed):
+        use_compilation_cache()
+        console = rich.console.Console(highlight=False, soft_wrap=True, quiet=jax.process_index() > 0)
+        run = Run(config)
+        claim_run_dir(run.config, run.train_source.class_names)
+        with contextlib.closing(Checkpoints(config.run_dir, keep=config.keep_checkpoints)) as checkpoints:
+            state = checkpoints.restore_latest(run.program.abstract_state, warn=console.print) or run.initial_state()
+            start = int(state.step)
+            if start == run.total_steps:
+                console.print(f"The run in {config.run_dir} is finished. Another --run-dir starts another one.")
+            else:
+                console.print(run.describe(start))
+                _train_from(start, state, run, checkpoints, console, began)
             return _conclude(checkpoints, run, console)
-        console.print(run.describe(start))
+
+
+def use_compilation_cache() -> None:
+    """Keeps what is compiled for the next start, in the user's cache unless JAX_COMPILATION_CACHE_DIR says where."""
+    if not jax.config.jax_compilation_cache_dir:
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "tnt_jax"))
+
+
+def _train_from(
+    start: int, state: TrainState, run: "Run", checkpoints: Checkpoints, console: rich.console.Console, began: float
+) -> None:
+    try:
         with (
-            Report(run.config, console, start, run.total_steps, run.steps_per_epoch) as report,
+            Report(run.config, console, start, run.total_steps, run.steps_per_epoch, began) as report,
             contextlib.closing(run.batches(start)) as batches,
             stop_request(console) as stop_signal,
         ):
-            try:
-                _take_steps(run, state, batches, checkpoints, report, stop_signal)
-            except NonFiniteLossError as error:
-                raise NonFiniteLossError(
-                    f"{error}; the last good checkpoint is step {checkpoints.latest_step}"
-                ) from None
-        return _conclude(checkpoints, run, console)
+            _take_steps(run, state, batches, checkpoints, report, stop_signal)
+    except (NonFiniteLossError, WriteError) as error:
+        raise type(error)(f"{error}; the last good checkpoint is step {checkpoints.latest_step}") from error.__cause__
 
 
 def _take_steps(
@@ -80,13 +86,14 @@ def _take_steps(
     batches: Iterator[Batch],
     checkpoints: Checkpoints,
     report: Report,
-    stop_signal: Callable[[], int | None],
+    stop_signal: StopSignal,
 ) -> None:
     for step in range(int(state.step) + 1, run.total_steps + 1):
         state, metrics = run.train_step(state, next(batches))
         report.train(step, metrics)
+        checkpoints.check()
         evaluates = step % run.steps_between_evaluations == 0 or step == run.total_steps
-        signal_number = stop_signal()
+        signal_number = stop_signal(step)
         if not (evaluates or signal_number):
             continue
         # Nothing of a step is saved before its loss is known to be finite.
@@ -112,6 +119,7 @@ class Run:
     def __init__(self, config: TrainConfig):
         data = config.data
         check_fields(data)
+        check_wandb(config)
         self.train_source, self.test_source = (
             open_source(data.source, split) for split in (data.train_split, data.eval_split)
         )
@@ -198,29 +206,3 @@ def _conclude(checkpoints: Checkpoints, run: Run, console: rich.console.Console)
         f"  python eval.py {folder}\n  python predict.py {folder} IMAGE"
     )
     return scores
-
-
-@contextlib.contextmanager
-def stop_request(console: rich.console.Console) -> Iterator[Callable[[], int | None]]:
-    """Gives a function that returns the signal with which the run was asked to stop, or None. A second Ctrl-C
-    interrupts.
-
-    Outside the main thread, where Python takes no signals, nothing asks.
-    """
-    received = []
-
-    def handle(signal_number, frame):
-        if received and signal_number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(signal_number)
-        console.print("Stopping after this step; Ctrl-C stops at once, without saving.")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
-    previous = {number: signal.signal(number, handle) for number in STOP_CODES}
-    try:
-        yield lambda: received[0] if received else None
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
