@@ -1,7 +1,6 @@
 """A run as its user sees it: from nothing to a model, stopped and gone on with, and what stops it."""
 
 import dataclasses
-import json
 import pathlib
 import shutil
 import signal
@@ -12,54 +11,18 @@ import jax
 import numpy as np
 import pytest
 from commands import ROOT, run
-from flax import nnx
+from small_runs import config_file, metrics_of, parameters, tiny_run
 
 import tnt_jax
-from tnt_jax.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig, to_json
 from tnt_jax.evaluation import evaluate_model
 from tnt_jax.training.loop import train
 from tnt_jax.training.report import NonFiniteLossError
-
-TINY = ModelConfig(
-    "tnt_ti_patch16_224",
-    image_size=16,
-    in_channels=1,
-    patch_size=8,
-    word_stride=4,
-    depth=1,
-    inner_dim=4,
-    inner_heads=2,
-    outer_dim=12,
-    outer_heads=2,
-    drop_path_rate=0.1,
-)
-
-
-def tiny_run(run_dir, **changes) -> TrainConfig:
-    config = TrainConfig(
-        run_dir=str(run_dir),
-        model=TINY,
-        data=DataConfig.plain("digits", random_shift=0.1),
-        optimizer=OptimizerConfig(learning_rate=5e-3, warmup_epochs=1),
-        batch_size=128,
-        epochs=3,
-        log_every_steps=4,
-    )
-    return dataclasses.replace(config, **changes)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     config = tiny_run(tmp_path_factory.mktemp("runs") / "finished")
     return config, train(config)
-
-
-def metrics_of(run_dir) -> list[dict]:
-    return [json.loads(line) for line in (pathlib.Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
-
-
-def parameters(run_dir, **choice):
-    return jax.tree.leaves(nnx.state(tnt_jax.load_model(run_dir, **choice)))
 
 
 def test_scores_are_those_of_the_weights_that_are_kept(finished):
@@ -113,7 +76,7 @@ runpy.run_path("train.py", run_name="__main__")
 
 def test_run_that_is_killed_goes_on_and_ends_as_if_nothing_had_happened(finished, tmp_path):
     config, _ = finished
-    arguments = ["--run-dir", str(tmp_path / "run"), "--config", _config_file(tmp_path)]
+    arguments = ["--run-dir", str(tmp_path / "run"), "--config", config_file(tmp_path)]
     killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=ROOT, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     with (tmp_path / "run" / "metrics.jsonl").open("a") as metrics:
@@ -135,17 +98,9 @@ def test_run_that_is_killed_goes_on_and_ends_as_if_nothing_had_happened(finished
     assert history(tmp_path / "run") == history(config.run_dir)
 
 
-def _config_file(folder) -> str:
-    path = folder / "config.py"
-    path.write_text(
-        f"from tnt_jax.config import from_json\nget_config = lambda: from_json({to_json(tiny_run('unused'))!r})\n"
-    )
-    return str(path)
-
-
 @pytest.mark.parametrize(("stop", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(stop, exit_code, tmp_path):
-    arguments = ["--run-dir", str(tmp_path / "run"), "--config", _config_file(tmp_path), "--epochs", "2000"]
+    arguments = ["--run-dir", str(tmp_path / "run"), "--config", config_file(tmp_path), "--epochs", "2000"]
     command = [sys.executable, "-u", "train.py", *arguments]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stdout:

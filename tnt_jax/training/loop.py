@@ -63,7 +63,7 @@ def use_compilation_cache() -> None:
     """Keeps what is compiled for the next start, in the user's cache unless JAX_COMPILATION_CACHE_DIR says where."""
     if not jax.config.jax_compilation_cache_dir:
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "tnt_jax"))
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "tnt_jax", "compiled"))
 
 
 def _train_from(
