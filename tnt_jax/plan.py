@@ -43,6 +43,22 @@ def plan(config: TrainConfig, topology: str) -> int:
     Raises:
         InputError: it is no topology, or libtpu is not installed.
     """
+    child = subprocess.run(
+        [sys.executable, "-m", "tnt_jax.plan"],
+        input=json.dumps({"config": to_json(config), "topology": topology}),
+        text=True,
+        env=os.environ | environment_for(topology),
+        check=False,
+    )
+    return child.returncode
+
+
+def environment_for(topology: str) -> dict[str, str]:
+    """What has to stand in the environment of the process that compiles for a topology.
+
+    Raises:
+        InputError: as `plan`.
+    """
     if not re.fullmatch(r"cpu:[1-9]\d{0,3}|\w+:\d+(x\d+){1,2}", topology):
         raise InputError(f"{topology!r} is no topology; there are {KNOWN}")
     kind, _, size = topology.partition(":")
@@ -64,14 +80,7 @@ def plan(config: TrainConfig, topology: str) -> int:
             "TPU_STDERR_LOG_LEVEL": "3",
             "TPU_MIN_LOG_LEVEL": "3",
         }
-    child = subprocess.run(
-        [sys.executable, "-m", "tnt_jax.plan"],
-        input=json.dumps({"config": to_json(config), "topology": topology}),
-        text=True,
-        env=os.environ | environment,
-        check=False,
-    )
-    return child.returncode
+    return environment
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from commands import ROOT, run
 from small_runs import config_file, metrics_of, parameters, tiny_run
 
 import tnt_jax
+from tnt_jax.chips import CHIPS, GIB, Chip
 from tnt_jax.evaluation import evaluate_model
 from tnt_jax.training.loop import train
 from tnt_jax.training.report import NonFiniteLossError
@@ -194,3 +195,68 @@ def test_run_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(tnt_jax.InputError, match="cannot write into the run's folder"):
         train(tiny_run(tmp_path / "file" / "run"))
+
+
+# A disk on which no file may be larger than this: the logs fit, a checkpoint does not.
+FULL = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
+sys.argv[0] = "train.py"
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def test_checkpoint_that_cannot_be_written_stops_the_run_and_harms_none_before_it(finished, tmp_path):
+    config, _ = finished
+    run_dir = tmp_path / "run"
+    shutil.copytree(config.run_dir, run_dir)
+    shutil.rmtree(run_dir / "checkpoints/33")
+    arguments = ["--config", config_file(tmp_path), "--run-dir", str(run_dir)]
+    done = subprocess.run([sys.executable, "-c", FULL, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "error: a checkpoint cannot be written into" in done.stderr
+    assert "the last good checkpoint is step 22" in done.stderr
+    assert parameters(run_dir, weights="raw", step=22)
+    assert train(dataclasses.replace(config, run_dir=str(run_dir)))["count"] == 360
+
+
+WANDB = """
+calls = []
+class Run:
+    def log(self, values, step):
+        calls.append((step, values))
+    def finish(self):
+        calls.append("finish")
+def init(**arguments):
+    calls.append(arguments)
+    return Run()
+"""
+
+
+def test_what_is_watched_when_asked_for(tmp_path, monkeypatch, capsys):
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules/wandb.py").write_text(WANDB)
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    monkeypatch.setitem(CHIPS, "cpu", Chip("abacus", GIB, 1e12, 1e9))
+    config = tiny_run(tmp_path / "run", epochs=2, wandb=True, profile=True)
+    train(config)
+    import wandb
+
+    begun, *logged, finished = wandb.calls
+    assert begun["project"] == "tnt_jax"
+    assert begun["id"] == (tmp_path / "run/wandb_id.txt").read_text()
+    assert finished == "finish"
+    assert [step for step, values in logged if "test/ema_top1" in values] == [11, 22]
+    assert any((tmp_path / "run/profile").rglob("*.xplane.pb"))
+    out = capsys.readouterr().out
+    assert "% of the chips' peak" in out
+    assert "of it compiling" in out
+    # How it is watched is no part of what the run is.
+    assert train(dataclasses.replace(config, wandb=False, profile=False))["count"] == 360
+
+
+def test_weights_and_biases_that_is_not_installed(tmp_path):
+    code, _, err = run("train.py", "--run-dir", tmp_path / "run", "--wandb")
+    assert code == 2
+    assert "pip install wandb" in err
+    assert not (tmp_path / "run").exists()

@@ -224,7 +224,7 @@ def test_processes_that_contradict_each_other_are_all_told_so(others, message):
     ],
 )
 def test_incomplete_flags(flags, message, tmp_path):
-    code, out, err = run("train.py", "--run-dir", tmp_path / "run", *(f"--distributed.{flag}" for flag in flags))
+    code, _, err = run("train.py", "--run-dir", tmp_path / "run", *(f"--distributed.{flag}" for flag in flags))
     assert code == 2
     assert message in err
     assert not (tmp_path / "run").exists()
