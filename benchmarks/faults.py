@@ -2,7 +2,7 @@
 
     python benchmarks/faults.py [--kills 30] [--seed 0] [--folder FOLDER]
 
-A digits run (`configs/digits.py`, smaller, with a checkpoint after each of 60 epochs of 11 steps) is done once undisturbed. Then the
+A digits run (`configs/digits.py`, smaller, a checkpoint after each of 60 epochs) is done once undisturbed. Then the
 same run is started and killed with SIGKILL at random moments, while it starts, while it trains, and while a checkpoint
 is written. It is started again each time until it ends; where that comes before the last kill, another run begins.
 Then one byte of a newest checkpoint is flipped, and one file of another is cut off. Every run must end with bitwise the
