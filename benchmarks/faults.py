@@ -194,6 +194,8 @@ def faults(folder: pathlib.Path, kills: int, chance: random.Random) -> bool:
             if not arrived:
                 break
             saving = is_saving(run_dir)
+            if kind == "starting" and process.said("first step done"):
+                kind = "training"  # it started faster than the first time
             process.kill()
             done += 1
             killed = (done, kind, last_step(run_dir), "yes" if saving else "no")
