@@ -12,6 +12,7 @@ Exits with 1 if one did not.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -36,6 +37,7 @@ class Process:
 
     def __init__(self, run_dir: pathlib.Path, cache: pathlib.Path):
         self.began = time.monotonic()
+        self._run_dir, self._left = run_dir, unfinished(run_dir)
         environment = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu"}
         self._process = subprocess.Popen(
             [sys.executable, "-u", str(ROOT / "train.py"), *RUN, "--run-dir", str(run_dir)],
@@ -65,13 +67,21 @@ class Process:
         self._reader.join()
         return code
 
+    def is_saving(self) -> bool:
+        """Whether a checkpoint of this process, none that another one left, is being written."""
+        return not unfinished(self._run_dir) <= self._left
+
     def said(self, text: str) -> str | None:
         return next((line.strip() for line in list(self.lines) if text in line), None)
 
 
-def is_saving(run_dir: pathlib.Path) -> bool:
+def unfinished(run_dir: pathlib.Path) -> set[tuple[str, float]]:
+    """The folders of checkpoints that are being written, or that a killed process left, and when they changed."""
     folder = run_dir / "checkpoints"
-    return folder.is_dir() and any("tmp" in path.name for path in folder.iterdir())
+    found = [path for path in folder.iterdir() if "tmp" in path.name] if folder.is_dir() else []
+    with contextlib.suppress(FileNotFoundError):  # it was finished while we looked
+        return {(path.name, path.stat().st_ctime) for path in found}
+    return set()
 
 
 def moment(process: Process, kind: str, run_dir: pathlib.Path, chance: random.Random, start_seconds: float) -> bool:
@@ -86,7 +96,7 @@ def moment(process: Process, kind: str, run_dir: pathlib.Path, chance: random.Ra
         return False
     if kind == "training":
         return True
-    if not process.wait_until(lambda: is_saving(run_dir)):
+    if not process.wait_until(lambda: process.is_saving()):
         return False
     time.sleep(chance.uniform(0, 0.03))
     return True
@@ -193,7 +203,7 @@ def faults(folder: pathlib.Path, kills: int, chance: random.Random) -> bool:
             killed = None
             if not arrived:
                 break
-            saving = is_saving(run_dir)
+            saving = process.is_saving()
             if kind == "starting" and process.said("first step done"):
                 kind = "training"  # it started faster than the first time
             process.kill()
