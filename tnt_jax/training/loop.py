@@ -76,6 +76,7 @@ def _train_from(
             stop_request(console) as stop_signal,
         ):
             _take_steps(run, state, batches, checkpoints, report, stop_signal)
+            checkpoints.wait()
     except (NonFiniteLossError, WriteError) as error:
         raise type(error)(f"{error}; the last good checkpoint is step {checkpoints.latest_step}") from error.__cause__
 
@@ -103,6 +104,7 @@ def _take_steps(
             report.test(step, scores)
         checkpoints.save(step, state, scores)
         if signal_number and step < run.total_steps:
+            checkpoints.wait()
             raise StoppedError(
                 f"stopped after step {step} of {run.total_steps}, which is saved; the same command goes on from there",
                 signal_number,
@@ -196,7 +198,6 @@ def _with_classes(config: TrainConfig, num_classes: int) -> TrainConfig:
 
 
 def _conclude(checkpoints: Checkpoints, run: Run, console: rich.console.Console) -> dict[str, float]:
-    checkpoints.wait()
     scores, best = checkpoints.scores(run.total_steps), checkpoints.best_step
     folder = run.config.run_dir
     console.print(
