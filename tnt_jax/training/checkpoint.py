@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -141,6 +142,8 @@ class Checkpoints:
 
     def __init__(self, run_dir: str, *, keep: int = 1):
         policies = checkpoint_managers.preservation_policy
+        # Every thread of Orbax logs pages of what it then raises, which becomes one message here.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._folder = pathlib.Path(run_dir).resolve() / "checkpoints"
         self._failed = False
         self._manager = ocp.CheckpointManager(
@@ -167,7 +170,8 @@ class Checkpoints:
     @property
     def latest_step(self) -> int | None:
         """The newest step that was written to its end, None before the first."""
-        return self._manager.latest_step()
+        # As they lie on the disk: the manager counts what it has only begun to write.
+        return max((int(path.name) for path in self._folder.iterdir() if path.name.isdecimal()), default=None)
 
     @property
     def best_step(self) -> int | None:

@@ -78,7 +78,9 @@ def _train_from(
             _take_steps(run, state, batches, checkpoints, report, stop_signal)
             checkpoints.wait()
     except (NonFiniteLossError, WriteError) as error:
-        raise type(error)(f"{error}; the last good checkpoint is step {checkpoints.latest_step}") from error.__cause__
+        step = checkpoints.latest_step
+        last = "there is no checkpoint yet" if step is None else f"the last good checkpoint is step {step}"
+        raise type(error)(f"{error}; {last}") from error.__cause__
 
 
 def _take_steps(
