@@ -75,7 +75,7 @@ def start(folder, *arguments, count=2, devices=2, happens=()) -> list[subprocess
 def end(processes) -> list[tuple[int, str, str]]:
     """Exit code, standard output and standard error of each."""
     try:
-        texts = [process.communicate(timeout=240) for process in processes]
+        texts = [process.communicate(timeout=600) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -155,7 +155,7 @@ def test_ctrl_c_in_one_process_stops_all_as_ctrl_c_does(tmp_path):
 )
 def test_no_process_outlives_another(who, happens, code, message, tmp_path):
     processes = start(tmp_path, happens={who: happens})
-    processes[who].wait(timeout=240)
+    processes[who].wait(timeout=600)
     died = time.monotonic()
     processes[1 - who].wait(timeout=60)
     assert time.monotonic() - died < 60
