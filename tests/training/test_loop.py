@@ -1,11 +1,13 @@
 """A run as its user sees it: from nothing to a model, stopped and gone on with, and what stops it."""
 
 import dataclasses
+import importlib.machinery
 import pathlib
 import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -220,28 +222,28 @@ def test_checkpoint_that_cannot_be_written_stops_the_run_and_harms_none_before_i
     assert train(dataclasses.replace(config, run_dir=str(run_dir)))["count"] == 360
 
 
-WANDB = """
-calls = []
-class Run:
-    def log(self, values, step):
-        calls.append((step, values))
-    def finish(self):
-        calls.append("finish")
-def init(**arguments):
-    calls.append(arguments)
-    return Run()
-"""
+def stand_in_for_wandb() -> types.ModuleType:
+    """What a run calls of Weights & Biases; it keeps the calls."""
+    module = types.ModuleType("wandb")
+    module.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    module.calls = []
+
+    def init(**arguments):
+        module.calls.append(arguments)
+        return types.SimpleNamespace(
+            log=lambda values, step: module.calls.append((step, values)), finish=lambda: module.calls.append("finish")
+        )
+
+    module.init = init
+    return module
 
 
 def test_what_is_watched_when_asked_for(tmp_path, monkeypatch, capsys):
-    (tmp_path / "modules").mkdir()
-    (tmp_path / "modules/wandb.py").write_text(WANDB)
-    monkeypatch.syspath_prepend(tmp_path / "modules")
+    wandb = stand_in_for_wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setitem(CHIPS, "cpu", Chip("abacus", GIB, 1e12, 1e9))
     config = tiny_run(tmp_path / "run", epochs=2, wandb=True, profile=True)
     train(config)
-    import wandb
-
     begun, *logged, finished = wandb.calls
     assert begun["project"] == "tnt_jax"
     assert begun["id"] == (tmp_path / "run/wandb_id.txt").read_text()
@@ -255,7 +257,8 @@ def test_what_is_watched_when_asked_for(tmp_path, monkeypatch, capsys):
     assert train(dataclasses.replace(config, wandb=False, profile=False))["count"] == 360
 
 
-def test_weights_and_biases_that_is_not_installed(tmp_path):
+def test_weights_and_biases_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
     code, _, err = run("train.py", "--run-dir", tmp_path / "run", "--wandb")
     assert code == 2
     assert "pip install wandb" in err
