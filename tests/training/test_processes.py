@@ -126,11 +126,10 @@ def test_two_processes_with_two_devices_train_as_one_with_four(tmp_path):
 
 
 @pytest.mark.slow
-def test_run_goes_from_one_process_to_two_and_back_with_its_parameters_over_all_devices(finished, tmp_path):
+def test_run_goes_from_one_process_to_two_and_back(finished, tmp_path):
     stops = {0: SIGTERM}
     turns = ({"count": 1, "devices": 1}, {"count": 2, "devices": 2}, {"count": 1, "devices": 4})
     for turn, processes in enumerate(turns):
-        # How many devices share parameters is part of what a run is; the arrays of this one are too small to be cut.
         results = end(start(tmp_path, happens=stops if turn < 2 else {}, **processes))
         assert {code for code, _, _ in results} == ({75} if turn < 2 else {0}), results
     assert_ended_alike(tmp_path / "run", finished.run_dir)
