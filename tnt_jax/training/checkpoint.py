@@ -115,13 +115,18 @@ def load_run(run_dir: str | os.PathLike, *, weights: str = "ema", step: int | No
     """
     description = read_description(run_dir)
     graphdef, state = nnx.split(abstract_model(description.config))
+    # Onto one device of this machine, wherever it was trained.
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), nnx.to_pure_dict(state)
+    )
     with contextlib.closing(Checkpoints(run_dir)) as checkpoints:
         step = checkpoints.best_step or checkpoints.latest_step if step is None else step
         if step not in checkpoints.steps:
             kept = f"it has {checkpoints.steps}" if checkpoints.steps else "it has none yet"
             raise InputError(f"the run in {run_dir} has no checkpoint of step {step}; {kept}")
         item = {"ema": "ema", "raw": "params"}[weights]
-        params = checkpoints.restore_item(step, item, nnx.to_pure_dict(state))
+        params = checkpoints.restore_item(step, item, like)
     model = nnx.merge(graphdef, params)
     model.description = description
     return model
