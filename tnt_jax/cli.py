@@ -34,9 +34,10 @@ def training_config(arguments: Sequence[str] | None = None) -> TrainConfig:
         TrainConfig,
         default=smoke(config) if chosen.smoke else config,
         args=rest,
-        prog="train.py [--config FILE] [--smoke]",
+        prog="train.py [--config FILE] [--smoke] [--plan TOPOLOGY]",
         description=f"Trains what {path} describes; every flag changes one of its fields. "
-        "--smoke shrinks the run to a minute, to see whether it holds together.",
+        "--smoke shrinks the run to a minute, to see whether it holds together. --plan says whether it fits on "
+        "v5e:16x16 or another TPU that is not here, or on cpu:8, and trains nothing.",
     )
 
 

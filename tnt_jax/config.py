@@ -186,6 +186,23 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """The processes that train together. Those of a TPU pod, GKE, SLURM or MPI find each other; elsewhere each is told.
+
+    It is no part of what a run is: the next start may have other processes.
+    """
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0, as the others reach it. The port must be free there."""
+    num_processes: int | None = None
+    """How many processes there are."""
+    process_id: int | None = None
+    """Which of them this one is, from 0 on."""
+    timeout: float = 300
+    """Seconds that all are waited for."""
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """A run. `python train.py --help` lists every field as a flag."""
 
@@ -213,6 +230,15 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl and TensorBoard."""
     seed: int = 0
     """Of everything random: initial weights, order of the images, augmentation, dropout, stochastic depth."""
+    wandb: bool = False
+    """Log to Weights & Biases too, in its project tnt_jax."""
+    profile: bool = False
+    """Write a trace of a few steps, for XProf and TensorBoard, into the run's folder."""
+    distributed: DistributedConfig = DistributedConfig()
+
+
+NOT_THE_RUN = ("wandb", "profile", "distributed")
+"""Fields of how a run is started and watched, which are no part of what it computes."""
 
 
 def smoke(config: TrainConfig) -> TrainConfig:
@@ -241,8 +267,9 @@ def smoke(config: TrainConfig) -> TrainConfig:
 
 
 def to_json(config: TrainConfig) -> dict:
-    """The configuration as JSON holds it: nested dictionaries, tuples as lists."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    """What a run is, as JSON holds it: nested dictionaries, tuples as lists, without how it is started and watched."""
+    fields = json.loads(json.dumps(dataclasses.asdict(config)))
+    return {name: value for name, value in fields.items() if name not in NOT_THE_RUN}
 
 
 def from_json(values: dict, kind: type = TrainConfig):

@@ -1,65 +1,31 @@
 """A run as its user sees it: from nothing to a model, stopped and gone on with, and what stops it."""
 
 import dataclasses
-import json
+import importlib.machinery
 import pathlib
 import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
 import pytest
 from commands import ROOT, run
-from flax import nnx
+from small_runs import config_file, metrics_of, parameters, tiny_run
 
 import tnt_jax
-from tnt_jax.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig, to_json
+from tnt_jax.chips import CHIPS, GIB, Chip
 from tnt_jax.evaluation import evaluate_model
 from tnt_jax.training.loop import train
 from tnt_jax.training.report import NonFiniteLossError
-
-TINY = ModelConfig(
-    "tnt_ti_patch16_224",
-    image_size=16,
-    in_channels=1,
-    patch_size=8,
-    word_stride=4,
-    depth=1,
-    inner_dim=4,
-    inner_heads=2,
-    outer_dim=12,
-    outer_heads=2,
-    drop_path_rate=0.1,
-)
-
-
-def tiny_run(run_dir, **changes) -> TrainConfig:
-    config = TrainConfig(
-        run_dir=str(run_dir),
-        model=TINY,
-        data=DataConfig.plain("digits", random_shift=0.1),
-        optimizer=OptimizerConfig(learning_rate=5e-3, warmup_epochs=1),
-        batch_size=128,
-        epochs=3,
-        log_every_steps=4,
-    )
-    return dataclasses.replace(config, **changes)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     config = tiny_run(tmp_path_factory.mktemp("runs") / "finished")
     return config, train(config)
-
-
-def metrics_of(run_dir) -> list[dict]:
-    return [json.loads(line) for line in (pathlib.Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
-
-
-def parameters(run_dir, **choice):
-    return jax.tree.leaves(nnx.state(tnt_jax.load_model(run_dir, **choice)))
 
 
 def test_scores_are_those_of_the_weights_that_are_kept(finished):
@@ -113,7 +79,7 @@ runpy.run_path("train.py", run_name="__main__")
 
 def test_run_that_is_killed_goes_on_and_ends_as_if_nothing_had_happened(finished, tmp_path):
     config, _ = finished
-    arguments = ["--run-dir", str(tmp_path / "run"), "--config", _config_file(tmp_path)]
+    arguments = ["--run-dir", str(tmp_path / "run"), "--config", config_file(tmp_path)]
     killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=ROOT, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     with (tmp_path / "run" / "metrics.jsonl").open("a") as metrics:
@@ -135,17 +101,9 @@ def test_run_that_is_killed_goes_on_and_ends_as_if_nothing_had_happened(finished
     assert history(tmp_path / "run") == history(config.run_dir)
 
 
-def _config_file(folder) -> str:
-    path = folder / "config.py"
-    path.write_text(
-        f"from tnt_jax.config import from_json\nget_config = lambda: from_json({to_json(tiny_run('unused'))!r})\n"
-    )
-    return str(path)
-
-
 @pytest.mark.parametrize(("stop", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(stop, exit_code, tmp_path):
-    arguments = ["--run-dir", str(tmp_path / "run"), "--config", _config_file(tmp_path), "--epochs", "2000"]
+    arguments = ["--run-dir", str(tmp_path / "run"), "--config", config_file(tmp_path), "--epochs", "2000"]
     command = [sys.executable, "-u", "train.py", *arguments]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
@@ -239,3 +197,69 @@ def test_run_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(tnt_jax.InputError, match="cannot write into the run's folder"):
         train(tiny_run(tmp_path / "file" / "run"))
+
+
+# A disk on which no file may be larger than this: the logs fit, a checkpoint does not.
+FULL = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
+sys.argv[0] = "train.py"
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def test_checkpoint_that_cannot_be_written_stops_the_run_and_harms_none_before_it(finished, tmp_path):
+    config, _ = finished
+    run_dir = tmp_path / "run"
+    shutil.copytree(config.run_dir, run_dir)
+    shutil.rmtree(run_dir / "checkpoints/33")
+    arguments = ["--config", config_file(tmp_path), "--run-dir", str(run_dir)]
+    done = subprocess.run([sys.executable, "-c", FULL, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "error: a checkpoint cannot be written into" in done.stderr
+    assert "the last good checkpoint is step 22" in done.stderr
+    assert parameters(run_dir, weights="raw", step=22)
+    assert train(dataclasses.replace(config, run_dir=str(run_dir)))["count"] == 360
+
+
+def stand_in_for_wandb() -> types.ModuleType:
+    """What a run calls of Weights & Biases; it keeps the calls."""
+    module = types.ModuleType("wandb")
+    module.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    module.calls = []
+
+    def init(**arguments):
+        module.calls.append(arguments)
+        return types.SimpleNamespace(
+            log=lambda values, step: module.calls.append((step, values)), finish=lambda: module.calls.append("finish")
+        )
+
+    module.init = init
+    return module
+
+
+def test_what_is_watched_when_asked_for(tmp_path, monkeypatch, capsys):
+    wandb = stand_in_for_wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(CHIPS, "cpu", Chip("abacus", GIB, 1e12, 1e9))
+    config = tiny_run(tmp_path / "run", epochs=2, wandb=True, profile=True)
+    train(config)
+    begun, *logged, finished = wandb.calls
+    assert begun["project"] == "tnt_jax"
+    assert begun["id"] == (tmp_path / "run/wandb_id.txt").read_text()
+    assert finished == "finish"
+    assert [step for step, values in logged if "test/ema_top1" in values] == [11, 22]
+    assert any((tmp_path / "run/profile").rglob("*.xplane.pb"))
+    out = capsys.readouterr().out
+    assert "% of the chips' peak" in out
+    assert "of it compiling" in out
+    # How it is watched is no part of what the run is.
+    assert train(dataclasses.replace(config, wandb=False, profile=False))["count"] == 360
+
+
+def test_weights_and_biases_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    code, _, err = run("train.py", "--run-dir", tmp_path / "run", "--wandb")
+    assert code == 2
+    assert "pip install wandb" in err
+    assert not (tmp_path / "run").exists()

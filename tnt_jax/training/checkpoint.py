@@ -2,15 +2,17 @@
 
 import contextlib
 import json
+import logging
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from tnt_jax.config import InputError, TrainConfig, from_json, to_json
@@ -21,6 +23,12 @@ from tnt_jax.training.step import TrainState
 CONFIG_FILE = "config.json"
 BEST_METRIC = "ema_top1"
 ITEMS = ("params", "ema", "opt_state")
+
+
+class WriteError(RuntimeError):
+    """The run's folder cannot be written any more. What was written to its end is still there."""
+
+    exit_code = 1
 
 
 def read_config(run_dir: str | os.PathLike) -> TrainConfig:
@@ -46,9 +54,24 @@ def is_run(path: str | os.PathLike) -> bool:
 def claim_run_dir(config: TrainConfig, class_names: Sequence[str]) -> None:
     """Writes what the run is into its folder, or makes sure that the run that lies there has the same configuration.
 
+    Of several processes the first does it.
+
     Raises:
-        InputError: the folder cannot be written, holds something else, or holds a run of another configuration.
+        InputError: the folder cannot be written, holds something else, or holds a run of another configuration; or not
+            all processes see the same folder.
     """
+    if jax.process_index() == 0:
+        _claim(config, class_names)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("run folder")
+        if not is_run(config.run_dir):
+            raise InputError(
+                f"{config.run_dir} of process 0 is not there on process {jax.process_index()}: a run must "
+                "lie on a disk that all processes share"
+            )
+
+
+def _claim(config: TrainConfig, class_names: Sequence[str]) -> None:
     folder = pathlib.Path(config.run_dir)
     if folder.is_dir() and any(folder.iterdir()):
         there = _flat(to_json(read_config(config.run_dir)))
@@ -61,6 +84,9 @@ def claim_run_dir(config: TrainConfig, class_names: Sequence[str]) -> None:
                 f"{folder} holds a run of another configuration: {', '.join(changed)}. "
                 "Go on with the same one, or choose another folder with --run-dir"
             )
+        for place in (folder, folder / "checkpoints"):
+            if place.exists() and not os.access(place, os.W_OK):
+                raise InputError(f"the run's folder {place} cannot be written: go on in a copy of it, with --run-dir")
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -89,13 +115,18 @@ def load_run(run_dir: str | os.PathLike, *, weights: str = "ema", step: int | No
     """
     description = read_description(run_dir)
     graphdef, state = nnx.split(abstract_model(description.config))
+    # Onto one device of this machine, wherever it was trained.
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), nnx.to_pure_dict(state)
+    )
     with contextlib.closing(Checkpoints(run_dir)) as checkpoints:
         step = checkpoints.best_step or checkpoints.latest_step if step is None else step
         if step not in checkpoints.steps:
             kept = f"it has {checkpoints.steps}" if checkpoints.steps else "it has none yet"
             raise InputError(f"the run in {run_dir} has no checkpoint of step {step}; {kept}")
         item = {"ema": "ema", "raw": "params"}[weights]
-        params = checkpoints.restore_item(step, item, nnx.to_pure_dict(state))
+        params = checkpoints.restore_item(step, item, like)
     model = nnx.merge(graphdef, params)
     model.description = description
     return model
@@ -116,7 +147,10 @@ class Checkpoints:
 
     def __init__(self, run_dir: str, *, keep: int = 1):
         policies = checkpoint_managers.preservation_policy
+        # Every thread of Orbax logs pages of what it then raises, which becomes one message here.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._folder = pathlib.Path(run_dir).resolve() / "checkpoints"
+        self._failed = False
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
@@ -141,7 +175,8 @@ class Checkpoints:
     @property
     def latest_step(self) -> int | None:
         """The newest step that was written to its end, None before the first."""
-        return self._manager.latest_step()
+        # As they lie on the disk: the manager counts what it has only begun to write.
+        return max((int(path.name) for path in self._folder.iterdir() if path.name.isdecimal()), default=None)
 
     @property
     def best_step(self) -> int | None:
@@ -152,12 +187,27 @@ class Checkpoints:
         """Begins to write a checkpoint; `scores` are those of this step, if it was evaluated.
 
         Raises:
-            Exception: the checkpoint before this one could not be written.
+            WriteError: it cannot be written, or one before it could not.
         """
-        self._manager.check_for_errors()
         items = {name: ocp.args.StandardSave(getattr(state, name)) for name in ITEMS}
         sums = {name: checksums(getattr(state, name)) for name in ITEMS}
-        self._manager.save(step, args=ocp.args.Composite(**items, checksums=ocp.args.JsonSave(sums)), metrics=scores)
+        args = ocp.args.Composite(**items, checksums=ocp.args.JsonSave(sums))
+        with self._writing():
+            self._manager.check_for_errors()
+            self._manager.save(step, args=args, metrics=scores)
+
+    def check(self) -> None:
+        """Raises WriteError if a checkpoint that is being written has failed."""
+        with self._writing():
+            self._manager.check_for_errors()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise many types where a disk is full or broken
+            self._failed = True
+            raise WriteError(f"a checkpoint cannot be written into {self._folder}: {_first_line(error)}") from error
 
     def restore_latest(self, like: TrainState, *, warn: Callable[[str], None]) -> TrainState | None:
         """The newest state that is sound, with the shapes and shardings of `like`; None where there is none.
@@ -165,12 +215,18 @@ class Checkpoints:
         A damaged checkpoint is reported to `warn` and put aside as `damaged-STEP`.
         """
         for step in reversed(self.steps):
+            items, damage = None, None
             try:
                 items = {name: self.restore_item(step, name, getattr(like, name)) for name in ITEMS}
             except InputError as error:
+                damage = error
+            if not _everywhere(items is not None):
                 fallback = max((other for other in self.steps if other < step), default=None)
-                warn(f"{error}. Going back to {'the beginning' if fallback is None else f'step {fallback}'}")
-                (self._folder / str(step)).rename(self._folder / f"damaged-{step}")
+                what = damage or f"the checkpoint of step {step} is damaged for another process"
+                warn(f"{what}. Going back to {'the beginning' if fallback is None else f'step {fallback}'}")
+                if jax.process_index() == 0:
+                    (self._folder / str(step)).rename(self._folder / f"damaged-{step}")
+                _everywhere(True)  # waits for the first process
                 self._manager.reload()
             else:
                 return TrainState(step=jax.device_put(np.int32(step), like.step.sharding), **items)
@@ -198,13 +254,24 @@ class Checkpoints:
         return self._manager.metrics(step)
 
     def wait(self) -> None:
-        """Waits until everything is on the disk."""
-        self._manager.wait_until_finished()
+        """Waits until everything is on the disk. Raises WriteError if something could not be written."""
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits until everything is on the disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits until everything is on the disk. Raises WriteError if something could not be written, once."""
+        with contextlib.suppress(WriteError) if self._failed else contextlib.nullcontext():
+            self.wait()
+            self._manager.close()
+
+
+def _everywhere(sound: bool) -> bool:
+    """Whether it is true in all processes, which wait here for each other."""
+    return sound if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.bool_(sound)).all())
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def checksums(tree) -> dict[str, int]:

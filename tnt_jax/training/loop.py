@@ -2,9 +2,9 @@
 
 import contextlib
 import dataclasses
-import signal
-import threading
-from collections.abc import Callable, Iterator
+import os
+import time
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -14,28 +14,18 @@ from flax import nnx
 from tnt_jax.config import InputError, TrainConfig
 from tnt_jax.data.pipeline import Batch, check_fields, eval_batches, steps_per_epoch, train_batches
 from tnt_jax.data.sources import open_source
-from tnt_jax.evaluation import evaluate, make_eval_step
+from tnt_jax.evaluation import evaluate
 from tnt_jax.inference import load_model
 from tnt_jax.models.adapting import adapt
 from tnt_jax.models.saving import model_from_parameters, model_parameters
 from tnt_jax.models.variants import abstract_model, build_model, resolve
-from tnt_jax.training.checkpoint import Checkpoints, claim_run_dir
-from tnt_jax.training.mesh import check_batch_size, make_mesh, replicated, shardings_of, to_devices
-from tnt_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from tnt_jax.training.report import NonFiniteLossError, Report
-from tnt_jax.training.step import TrainState, init_state, make_train_step
-
-# What a command exits with when it was stopped: as shells have it for Ctrl-C, and for a scheduler's SIGTERM "try again
-# later" (EX_TEMPFAIL), which a restart policy can tell from a failure.
-STOP_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
-
-
-class StoppedError(RuntimeError):
-    """The run was asked to stop, and has saved where it was."""
-
-    def __init__(self, message: str, signal_number: int):
-        super().__init__(message)
-        self.exit_code = STOP_CODES[signal_number]
+from tnt_jax.training.checkpoint import Checkpoints, WriteError, claim_run_dir
+from tnt_jax.training.mesh import check_batch_size, make_mesh, to_devices
+from tnt_jax.training.processes import together
+from tnt_jax.training.program import Program
+from tnt_jax.training.report import NonFiniteLossError, Report, check_wandb
+from tnt_jax.training.step import TrainState
+from tnt_jax.training.stopping import StoppedError, StopSignal, stop_request
 
 
 def train(config: TrainConfig) -> dict[str, float]:
@@ -48,30 +38,49 @@ def train(config: TrainConfig) -> dict[str, float]:
     Raises:
         InputError: something in the configuration is wrong. Raised before anything is written.
         NonFiniteLossError: the loss was infinite or not a number. The last checkpoint before it is kept.
+        WriteError: the run's folder cannot be written any more. No checkpoint that was written to its end is harmed.
         StoppedError: Ctrl-C or SIGTERM. The step that was under way is finished and saved first.
+        PeersError: not all processes of the run came.
     """
-    run = Run(config)
-    claim_run_dir(run.config, run.train_source.class_names)
-    console = rich.console.Console(highlight=False, soft_wrap=True)
-    with contextlib.closing(Checkpoints(config.run_dir, keep=config.keep_checkpoints)) as checkpoints:
-        state = checkpoints.restore_latest(run.abstract_state, warn=console.print) or run.initial_state()
-        start = int(state.step)
-        if start == run.total_steps:
-            console.print(f"The run in {config.run_dir} is finished. Another --run-dir starts another one.")
+    began = time.perf_counter()
+    with together(config.distributed):
+        use_compilation_cache()
+        console = rich.console.Console(highlight=False, soft_wrap=True, quiet=jax.process_index() > 0)
+        run = Run(config)
+        claim_run_dir(run.config, run.train_source.class_names)
+        with contextlib.closing(Checkpoints(config.run_dir, keep=config.keep_checkpoints)) as checkpoints:
+            state = checkpoints.restore_latest(run.program.abstract_state, warn=console.print) or run.initial_state()
+            start = int(state.step)
+            if start == run.total_steps:
+                console.print(f"The run in {config.run_dir} is finished. Another --run-dir starts another one.")
+            else:
+                console.print(run.describe(start))
+                _train_from(start, state, run, checkpoints, console, began)
             return _conclude(checkpoints, run, console)
-        console.print(run.describe(start))
+
+
+def use_compilation_cache() -> None:
+    """Keeps what is compiled for the next start, in the user's cache unless JAX_COMPILATION_CACHE_DIR says where."""
+    if not jax.config.jax_compilation_cache_dir:
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "tnt_jax", "compiled"))
+
+
+def _train_from(
+    start: int, state: TrainState, run: "Run", checkpoints: Checkpoints, console: rich.console.Console, began: float
+) -> None:
+    try:
         with (
-            Report(run.config, console, start, run.total_steps, run.steps_per_epoch) as report,
+            Report(run.config, console, start, run.total_steps, run.steps_per_epoch, began) as report,
             contextlib.closing(run.batches(start)) as batches,
             stop_request(console) as stop_signal,
         ):
-            try:
-                _take_steps(run, state, batches, checkpoints, report, stop_signal)
-            except NonFiniteLossError as error:
-                raise NonFiniteLossError(
-                    f"{error}; the last good checkpoint is step {checkpoints.latest_step}"
-                ) from None
-        return _conclude(checkpoints, run, console)
+            _take_steps(run, state, batches, checkpoints, report, stop_signal)
+            checkpoints.wait()
+    except (NonFiniteLossError, WriteError) as error:
+        step = checkpoints.latest_step
+        last = "there is no checkpoint yet" if step is None else f"the last good checkpoint is step {step}"
+        raise type(error)(f"{error}; {last}") from error.__cause__
 
 
 def _take_steps(
@@ -80,13 +89,14 @@ def _take_steps(
     batches: Iterator[Batch],
     checkpoints: Checkpoints,
     report: Report,
-    stop_signal: Callable[[], int | None],
+    stop_signal: StopSignal,
 ) -> None:
     for step in range(int(state.step) + 1, run.total_steps + 1):
         state, metrics = run.train_step(state, next(batches))
         report.train(step, metrics)
+        checkpoints.check()
         evaluates = step % run.steps_between_evaluations == 0 or step == run.total_steps
-        signal_number = stop_signal()
+        signal_number = stop_signal(step)
         if not (evaluates or signal_number):
             continue
         # Nothing of a step is saved before its loss is known to be finite.
@@ -96,6 +106,7 @@ def _take_steps(
             report.test(step, scores)
         checkpoints.save(step, state, scores)
         if signal_number and step < run.total_steps:
+            checkpoints.wait()
             raise StoppedError(
                 f"stopped after step {step} of {run.total_steps}, which is saved; the same command goes on from there",
                 signal_number,
@@ -112,6 +123,7 @@ class Run:
     def __init__(self, config: TrainConfig):
         data = config.data
         check_fields(data)
+        check_wandb(config)
         self.train_source, self.test_source = (
             open_source(data.source, split) for split in (data.train_split, data.eval_split)
         )
@@ -124,18 +136,7 @@ class Run:
                 raise InputError(f"{field} is {getattr(config, field)}, and must be at least 1")
         self.total_steps = (config.epochs + config.optimizer.cooldown_epochs) * self.steps_per_epoch
         self.steps_between_evaluations = config.eval_every_epochs * self.steps_per_epoch
-        schedule = learning_rate_schedule(config.optimizer, steps_per_epoch=self.steps_per_epoch, epochs=config.epochs)
-        self._optimizer = make_optimizer(config.optimizer, schedule)
-        graphdef, params = nnx.split(abstract_model(self.config.model))
-        self._eval_step = make_eval_step(graphdef, self.config.data)
-        train_step = make_train_step(graphdef, self._optimizer, schedule, self.config)
-        abstract = jax.eval_shape(lambda params: init_state(params, self._optimizer), nnx.to_pure_dict(params))
-        shardings = shardings_of(abstract, self.mesh)
-        self.abstract_state = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
-        )
-        self._init = jax.jit(lambda params: init_state(params, self._optimizer), out_shardings=shardings)
-        self._train_step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated(self.mesh)))
+        self.program = Program(self.config, self.mesh, self.steps_per_epoch)
         self._feed = {
             "image_size": self.config.model.image_size,
             "channels": self.config.model.in_channels,
@@ -155,11 +156,11 @@ class Run:
         else:
             model = build_model(self.config.model, self.config.seed)
         params = nnx.to_pure_dict(nnx.state(model))
-        return self._init(jax.tree.map(np.asarray, params))
+        return self.program.init(jax.tree.map(np.asarray, params))
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         """One step on all devices. The memory of `state` is used again: it cannot be read afterwards."""
-        return self._train_step(state, to_devices(batch, self.mesh))
+        return self.program.train_step(state, to_devices(batch, self.mesh))
 
     def batches(self, start: int) -> Iterator[Batch]:
         """Training batches after `start` steps."""
@@ -170,7 +171,7 @@ class Run:
         scores = {}
         for weights, params in (("ema", state.ema), ("raw", state.params)):
             batches = eval_batches(self.test_source, self.config.data, **self._feed)
-            part = evaluate(self._eval_step, params, batches, self.mesh)
+            part = evaluate(self.program.eval_step, params, batches, self.mesh)
             scores["count"] = part.pop("count")
             scores |= {f"{weights}_{name}": value for name, value in part.items()}
         return scores
@@ -199,7 +200,6 @@ def _with_classes(config: TrainConfig, num_classes: int) -> TrainConfig:
 
 
 def _conclude(checkpoints: Checkpoints, run: Run, console: rich.console.Console) -> dict[str, float]:
-    checkpoints.wait()
     scores, best = checkpoints.scores(run.total_steps), checkpoints.best_step
     folder = run.config.run_dir
     console.print(
@@ -209,29 +209,3 @@ def _conclude(checkpoints: Checkpoints, run: Run, console: rich.console.Console)
         f"  python eval.py {folder}\n  python predict.py {folder} IMAGE"
     )
     return scores
-
-
-@contextlib.contextmanager
-def stop_request(console: rich.console.Console) -> Iterator[Callable[[], int | None]]:
-    """Gives a function that returns the signal with which the run was asked to stop, or None. A second Ctrl-C
-    interrupts.
-
-    Outside the main thread, where Python takes no signals, nothing asks.
-    """
-    received = []
-
-    def handle(signal_number, frame):
-        if received and signal_number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(signal_number)
-        console.print("Stopping after this step; Ctrl-C stops at once, without saving.")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
-    previous = {number: signal.signal(number, handle) for number in STOP_CODES}
-    try:
-        yield lambda: received[0] if received else None
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -1,17 +1,24 @@
 """What a person watches: a progress bar or plain lines, TensorBoard, and metrics.jsonl in the run's folder."""
 
+import contextlib
+import importlib.util
 import io
 import json
 import math
 import pathlib
 import time
+import uuid
+from collections.abc import Callable
 
 import jax
 import rich.console
 import rich.progress
 from tensorboardX import SummaryWriter
 
-from tnt_jax.config import TrainConfig
+from tnt_jax.chips import chip_of, training_flops
+from tnt_jax.config import InputError, TrainConfig, to_json
+from tnt_jax.models.summary import count_macs
+from tnt_jax.training.checkpoint import WriteError
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -20,6 +27,7 @@ class NonFiniteLossError(RuntimeError):
     """The loss of a step was infinite or not a number; the run stops before anything is saved of it."""
 
     exit_code = 1
+    agreed = True  # all processes of a run raise it
 
 
 class Report:
@@ -35,16 +43,20 @@ class Report:
         start_step: int,
         total_steps: int,
         steps_per_epoch: int,
+        began: float,
     ):
         self.start_step, self.total_steps, self.steps_per_epoch = start_step, total_steps, steps_per_epoch
         self.batch_size, self.log_every = config.batch_size, config.log_every_steps
         self.console = console
         self._pending: tuple[int, dict] | None = None
+        self._began, self._compiling = began, _compile_seconds()
         self._clock, self._clock_step = time.perf_counter(), start_step
         self._rate = float("nan")
-        folder = pathlib.Path(config.run_dir)
-        self._jsonl = _reopen(folder / METRICS_FILE, start_step)
-        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        chip = chip_of(jax.devices()[0].device_kind)
+        flops = training_flops(sum(count_macs(config.model).values()))
+        self._peak_rate = jax.device_count() * chip.flops / flops if chip else None
+        self._trace = _Trace(pathlib.Path(config.run_dir) / "profile", start_step) if config.profile else None
+        self._logs = _open_logs(config, start_step)
         self._progress = rich.progress.Progress(
             rich.progress.TextColumn("epoch {task.fields[epoch]}"),
             rich.progress.BarColumn(),
@@ -68,6 +80,8 @@ class Report:
         """
         self.flush()
         self._pending = (step, metrics)
+        if self._trace:
+            self._trace.after(step, metrics)
 
     def flush(self) -> None:
         """Logs what is still waiting."""
@@ -81,12 +95,17 @@ class Report:
         now = time.perf_counter()
         if step == self.start_step + 1:  # The first step was compiled: its time says nothing of the rate.
             self._clock, self._clock_step = now, step
+            self.console.print(
+                f"first step done {now - self._began:.1f} s after the start, {self._compiling():.1f} s of it compiling"
+            )
         if step % self.log_every == 0 or step == self.total_steps:
             if step > self._clock_step:
                 self._rate = (step - self._clock_step) * self.batch_size / (now - self._clock)
             self._write("train", step, metrics | {"images_per_second": self._rate})
         epoch = f"{math.ceil(step / self.steps_per_epoch)}/{math.ceil(self.total_steps / self.steps_per_epoch)}"
         text = f"loss {metrics['loss']:.3f}  accuracy {metrics['accuracy']:.1%}  {self._rate:.0f} images/s"
+        if self._peak_rate:
+            text += f"  {self._rate / self._peak_rate:.1%} of the chips' peak"
         self._progress.update(self._task, completed=step, epoch=epoch, text=text)
         if not self.console.is_terminal and step % self.steps_per_epoch == 0:
             left = (self.total_steps - step) * self.batch_size / self._rate
@@ -103,19 +122,129 @@ class Report:
         self._clock, self._clock_step = time.perf_counter(), step
 
     def _write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        epoch = step / self.steps_per_epoch
-        self._jsonl.write(json.dumps({"kind": kind, "step": step, "epoch": epoch} | values) + "\n")
-        self._jsonl.flush()
-        for name, value in values.items():
-            self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+        try:
+            for log in self._logs:
+                log.write(kind, step, {"epoch": step / self.steps_per_epoch} | values)
+        except OSError as error:
+            raise WriteError(f"the log of step {step} cannot be written: {error.strerror or error}") from error
 
     def __enter__(self) -> "Report":
         return self
 
     def __exit__(self, *exception) -> None:
         self._progress.stop()
-        self._jsonl.close()
-        self._tensorboard.close()
+        if self._trace:
+            self._trace.close()
+        for log in self._logs:
+            with contextlib.suppress(OSError):  # what could not be written was told where it happened
+                log.close()
+
+
+class _JsonLines:
+    """One line of `metrics.jsonl` for every call."""
+
+    def __init__(self, folder: pathlib.Path, start_step: int):
+        self._file = _reopen(folder / METRICS_FILE, start_step)
+
+    def write(self, kind: str, step: int, values: dict[str, float]) -> None:
+        self._file.write(json.dumps({"kind": kind, "step": step} | values) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _TensorBoard:
+    def __init__(self, folder: pathlib.Path, start_step: int):
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+
+    def write(self, kind: str, step: int, values: dict[str, float]) -> None:
+        for name in values.keys() - {"epoch"}:
+            self._writer.add_scalar(f"{kind}/{name}", values[name], step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WeightsAndBiases:
+    """A run there for the run here, also after it was stopped and started again."""
+
+    def __init__(self, folder: pathlib.Path, config: TrainConfig):
+        import wandb
+
+        identity = folder / "wandb_id.txt"
+        if not identity.exists():
+            identity.write_text(uuid.uuid4().hex[:12])
+        self._run = wandb.init(
+            project="tnt_jax",
+            name=folder.name,
+            id=identity.read_text(),
+            resume="allow",
+            dir=str(folder),
+            config=to_json(config),
+        )
+
+    def write(self, kind: str, step: int, values: dict[str, float]) -> None:
+        self._run.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def check_wandb(config: TrainConfig) -> None:
+    """Raises InputError if Weights & Biases is asked for and not installed."""
+    if config.wandb and not importlib.util.find_spec("wandb"):
+        raise InputError("--wandb needs the package of Weights & Biases: pip install wandb")
+
+
+def _open_logs(config: TrainConfig, start_step: int) -> list:
+    """Where metrics go. Only the first process writes."""
+    if jax.process_index() > 0:
+        return []
+    folder = pathlib.Path(config.run_dir)
+    try:
+        logs = [_JsonLines(folder, start_step), _TensorBoard(folder, start_step)]
+        return [*logs, _WeightsAndBiases(folder, config)] if config.wandb else logs
+    except OSError as error:
+        raise WriteError(f"the logs in {folder} cannot be written: {error.strerror or error}") from error
+
+
+class _Trace:
+    """XProf's trace of three steps, from the second after the start, when all is compiled."""
+
+    def __init__(self, folder: pathlib.Path, start_step: int):
+        self._folder, self._first, self._running = folder, start_step + 2, False
+
+    def after(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        if step == self._first:
+            jax.block_until_ready(metrics)
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+        elif self._running and step == self._first + 3:
+            jax.block_until_ready(metrics)
+            self.close()
+
+    def close(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
+
+
+def _compile_seconds() -> Callable[[], float]:
+    """Begins to count; the function tells how many seconds JAX has compiled since, and ends the count."""
+    durations = []
+
+    def listen(event: str, duration: float, **details) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            durations.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+
+    def stop() -> float:
+        jax.monitoring.unregister_event_duration_listener(listen)
+        return sum(durations)
+
+    return stop
 
 
 def _reopen(path: pathlib.Path, start_step: int) -> io.TextIOWrapper:

@@ -1,0 +1,56 @@
+"""A run of a few seconds, and what it leaves in its folder."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+from flax import nnx
+
+import tnt_jax
+from tnt_jax.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig, to_json
+
+TINY = ModelConfig(
+    "tnt_ti_patch16_224",
+    image_size=16,
+    in_channels=1,
+    patch_size=8,
+    word_stride=4,
+    depth=1,
+    inner_dim=4,
+    inner_heads=2,
+    outer_dim=12,
+    outer_heads=2,
+    drop_path_rate=0.1,
+)
+
+
+def tiny_run(run_dir, **changes) -> TrainConfig:
+    """Three epochs of eleven steps on digits."""
+    config = TrainConfig(
+        run_dir=str(run_dir),
+        model=TINY,
+        data=DataConfig.plain("digits", random_shift=0.1),
+        optimizer=OptimizerConfig(learning_rate=5e-3, warmup_epochs=1),
+        batch_size=128,
+        epochs=3,
+        log_every_steps=4,
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def metrics_of(run_dir) -> list[dict]:
+    return [json.loads(line) for line in (pathlib.Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def parameters(run_dir, **choice):
+    return jax.tree.leaves(nnx.state(tnt_jax.load_model(run_dir, **choice)))
+
+
+def config_file(folder) -> str:
+    """The path of a file with `tiny_run`."""
+    path = folder / "config.py"
+    path.write_text(
+        f"from tnt_jax.config import from_json\nget_config = lambda: from_json({to_json(tiny_run('unused'))!r})\n"
+    )
+    return str(path)

@@ -1,0 +1,151 @@
+"""What `--plan` says of a run before it is started, from the compiled train step."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from commands import ROOT, run
+from small_runs import config_file
+
+from tnt_jax.chips import GIB, chip_of
+from tnt_jax.collectives import Collective, collectives, loops
+from tnt_jax.plan import Compiled, environment_for, largest_batch
+
+# Prints what a train step of the tiny run sends between devices, and the bytes of its parameters.
+SENT = """
+import dataclasses, json, sys
+sys.path.insert(0, "tests")
+import jax
+from small_runs import tiny_run
+from tnt_jax import plan
+from tnt_jax.training.mesh import make_mesh
+from tnt_jax.training.program import Program
+config, _ = plan._resolved(tiny_run("unused", batch_size={batch}, fsdp={fsdp}))
+devices = plan._devices("{topology}")
+step = plan.compile_step(config, devices)
+params = Program(config, make_mesh(1, devices), 10).abstract_state.params
+print(json.dumps({{
+    "devices": len(devices),
+    "sent": [dataclasses.astuple(each) for each in step.collectives],
+    "parameters": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)),
+}}))
+"""
+
+
+def sent(topology, batch, fsdp=1) -> dict:
+    done = subprocess.run(
+        [sys.executable, "-c", SENT.format(topology=topology, batch=batch, fsdp=fsdp)],
+        cwd=ROOT,
+        env=os.environ | environment_for(topology) | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    return result | {"sent": [Collective(*each) for each in result["sent"]]}
+
+
+def test_256_chips_exchange_the_gradient_and_nothing_that_grows_with_the_pod():
+    step = sent("v5e:16x16", batch=4 * 256)
+    assert step["devices"] == 256
+    reduced = [each.bytes for each in step["sent"] if each.kind == "all-reduce"]
+    assert 0.99 * step["parameters"] < sum(reduced) < step["parameters"] + 64  # the loss and the accuracy with it
+    for other in (each for each in step["sent"] if each.kind != "all-reduce"):
+        # Mixup: the images and targets of one device go to another one.
+        assert other.kind == "collective-permute"
+        assert other.bytes <= 4 * 16 * 16 * 4
+
+
+@pytest.mark.slow
+def test_what_is_sent_is_the_same_for_8_and_for_256_chips():
+    small, large = (sent(topology, batch) for topology, batch in (("v5e:2x4", 4 * 8), ("v5e:16x16", 4 * 256)))
+    assert small["sent"] == large["sent"]
+
+
+def test_plan_of_eight_processors_is_a_table(tmp_path):
+    arguments = ["--plan", "cpu:8", "--config", config_file(tmp_path), "--run-dir", tmp_path / "run"]
+    done = subprocess.run([sys.executable, "train.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "on cpu:8 (8 x cpu): batch 128" in done.stdout
+    (row,) = [line.split() for line in done.stdout.splitlines() if "all-reduce" in line]
+    assert row[1:3] == ["1", "all"] or int(row[1]) > 1
+    assert 12_000 < int(row[-1].replace(",", "")) < 12_300  # 3,030 parameters in float32
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [("v5e", "'v5e' is no topology; there are v5e:2x4"), ("cpu:0", "'cpu:0' is no topology"), ("8", "'8' is no top")],
+)
+def test_what_is_no_topology(topology, message):
+    code, _, err = run("train.py", "--plan", topology)
+    assert code == 2
+    assert message in err
+
+
+def test_libtpu_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, _, err = run("train.py", "--plan", "v5e:2x4")
+    assert code == 2
+    assert "pip install -e '.[plan]'" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--plan", "v9x:2x4"], "libtpu knows no topology 'v9x:2x4'"),
+        (["--plan", "v5e:2x4", "--batch-size", "100"], "batch_size 100 cannot be divided among 8 devices"),
+    ],
+)
+def test_what_cannot_be_planned_is_a_message(arguments, message):
+    done = subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("first", [4, 40, 400])
+def test_search_for_the_largest_batch_that_fits(first):
+    """A compiler with which a gibibyte is taken by the state and 0.1 by each image."""
+    tried = []
+
+    def compile_at(batch):
+        tried.append(batch)
+        memory = int((1 + 0.1 * batch) * GIB)
+        return Compiled(batch, memory, memory <= 16 * GIB, 0.0)
+
+    fits, too_large, _ = largest_batch(compile_at(first), 16 * GIB, GIB, 8, compile_at)
+    assert fits in (144, 128) or first == 4
+    assert fits <= 150
+    assert too_large is None or too_large > 150
+    assert len(tried) <= 4
+
+
+HLO = """
+  %all-reduce.1 = (f32[16,12]{1,0:T(8,128)}, f32[]{:T(128)}) all-reduce(%a, %b), channel_id=1, replica_groups=[1,8]<=[8]
+  %ag = (bf16[2,4]{1,0}, bf16[8,4]{1,0}) all-gather-start(%c), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+  %agd = bf16[8,4]{1,0} all-gather-done(%ag)
+  ROOT %rs = f32[2,3]{1,0} reduce-scatter(%d), replica_groups=[2,4]<=[8], dimensions={0}
+  %cp = (u8[5]{0}, u8[5]{0}, u32[], u32[]) collective-permute-start(%e), source_target_pairs={{0,1},{1,0}}
+  %w = (s32[]) while(%t), condition=%c1, body=%b1, backend_config={"known_trip_count":{"n":"12"}}
+  %f = f32[2] fusion(%all-reduce.1), kind=kLoop
+"""
+
+
+def test_collectives_are_read_from_the_text_of_a_program():
+    assert collectives(HLO) == [
+        Collective("all-reduce", 16 * 12 * 4 + 4, 8),
+        Collective("all-gather", 8 * 4 * 2, 4),
+        Collective("reduce-scatter", 2 * 3 * 4 * 4, 4),
+        Collective("collective-permute", 5, None),
+    ]
+    assert loops(HLO) == [12]
+
+
+def test_chips_are_known_under_what_jax_calls_them():
+    assert chip_of("TPU v5 lite").memory == 16 * GIB
+    assert chip_of("TPU v5e") == chip_of("TPU v5 lite")
+    assert chip_of("abacus") is None

@@ -1,0 +1,316 @@
+"""Whether a run fits on chips that are not here: its real train step, compiled for them by libtpu on any machine.
+
+    python train.py --plan v5e:16x16 --config configs/imagenet_tnt_s.py
+
+Everything that is said is what the compiler says. Nothing runs, no parameters are made and no images are read.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+import rich.console
+import rich.table
+
+from tnt_jax.chips import GIB, Chip, chip_of, training_flops
+from tnt_jax.cli import run_command
+from tnt_jax.collectives import Collective, collectives, loops
+from tnt_jax.config import InputError, TrainConfig, from_json, to_json
+
+KNOWN = "v5e:2x4, v5e:16x16, v6e:4x4, v5p:2x2x1, v4:2x2x2, v3:2x2, tpu7x:2x2x1, ... or cpu:8"
+SEARCHES = 3
+"""Compilations that look for the largest batch; each may take minutes."""
+STEEPEST = 8
+"""How many times larger than the last one a batch may be that is tried: from further away, the line says little."""
+
+
+def plan(config: TrainConfig, topology: str) -> int:
+    """Prints the plan of a run on `topology`, such as v5e:16x16 or cpu:8.
+
+    What JAX is told about its devices has to stand in the environment before it starts, so a process of its own does
+    the work.
+
+    Returns:
+        The exit code of that process.
+
+    Raises:
+        InputError: it is no topology, or libtpu is not installed.
+    """
+    child = subprocess.run(
+        [sys.executable, "-m", "tnt_jax.plan"],
+        input=json.dumps({"config": to_json(config), "topology": topology}),
+        text=True,
+        env=os.environ | environment_for(topology),
+        check=False,
+    )
+    return child.returncode
+
+
+def environment_for(topology: str) -> dict[str, str]:
+    """What has to stand in the environment of the process that compiles for a topology.
+
+    Raises:
+        InputError: as `plan`.
+    """
+    if not re.fullmatch(r"cpu:[1-9]\d{0,3}|\w+:\d+(x\d+){1,2}", topology):
+        raise InputError(f"{topology!r} is no topology; there are {KNOWN}")
+    kind, _, size = topology.partition(":")
+    environment = {"JAX_PLATFORMS": "cpu"}
+    if kind == "cpu":
+        flags = os.environ.get("XLA_FLAGS", "")
+        environment["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={size}"
+    else:
+        if not importlib.util.find_spec("libtpu"):
+            raise InputError(
+                f"to compile for {topology} takes libtpu, which is not installed: pip install -e '.[plan]'"
+            )
+        environment |= {
+            "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # of the machine that there is not; any will do
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "TPU_WORKER_ID": "0",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # its lock is for who uses the chips
+            "TPU_STDERR_LOG_LEVEL": "3",
+            "TPU_MIN_LOG_LEVEL": "3",
+        }
+    return environment
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of a train step, per device."""
+
+    batch: int
+    """Images of a step on one device."""
+    memory: int | None
+    """Bytes at the peak; None where it did not fit and the compiler did not say."""
+    fits: bool
+    seconds: float
+    flops: float = 0.0
+    traffic: float = 0.0
+    """Bytes from and to the device's memory."""
+    collectives: tuple[Collective, ...] = ()
+    loops: tuple[int, ...] = ()
+
+
+def compile_step(config: TrainConfig, devices: Sequence, steps_per_epoch: int = 1000) -> Compiled:
+    """The train step of a run, compiled for these devices.
+
+    Args:
+        steps_per_epoch: a number in the schedule; it changes nothing of what is reported.
+
+    Raises:
+        InputError: the batch cannot be divided among the devices.
+    """
+    from tnt_jax.training.mesh import check_batch_size, make_mesh
+    from tnt_jax.training.program import Program
+
+    mesh = make_mesh(config.fsdp, devices)
+    check_batch_size(config.batch_size, mesh, config.accumulation_steps)
+    program = Program(config, mesh, steps_per_epoch)
+    batch, start = config.batch_size // len(devices), time.perf_counter()
+    try:
+        compiled = program.train_step.lower(program.abstract_state, program.abstract_batch).compile()
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return Compiled(batch, _used(str(error)), fits=False, seconds=time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
+    return Compiled(
+        batch,
+        # What is given away is used again for what comes out.
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes,
+        True,
+        seconds,
+        cost.get("flops", 0.0),
+        cost.get("bytes accessed", 0.0),
+        tuple(collectives(text)),
+        tuple(loops(text)),
+    )
+
+
+def _used(message: str) -> int | None:
+    """The bytes in the compiler's "Used 27.10G of 15.75G hbm"."""
+    found = re.search(r"Used ([\d.]+)([KMG]) of", message)
+    return int(float(found[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[found[2]]) if found else None
+
+
+def largest_batch(first: Compiled, capacity: float, fixed: int, unit: int, compile_at) -> tuple[int, int | None, int]:
+    """Looks for the largest batch of a device that fits, from one compilation and a few more.
+
+    Memory is nearly a line over the batch that begins at `fixed` bytes: each guess is where the line through the last
+    compilation reaches `capacity`, between what is known to fit and what is known not to.
+
+    Returns:
+        The largest batch that was seen to fit (0 for none), the smallest that was seen not to (None for none), and the
+        compilations that it took.
+    """
+    fits, too_large, last = (first.batch, None, first) if first.fits else (0, first.batch, first)
+    for search in range(SEARCHES):
+        per_image = ((last.memory or 2 * capacity) - fixed) / last.batch
+        reaches = min((capacity - fixed) / per_image, STEEPEST * last.batch)
+        guess = max(1, int(reaches) // unit) * unit
+        if guess <= fits:
+            guess = fits + unit
+        if too_large is not None and guess >= too_large:
+            guess = max(too_large - unit, (fits + too_large) // 2 // unit * unit)
+        if guess <= fits or (too_large is not None and guess >= too_large):
+            return fits, too_large, search
+        last = compile_at(guess)
+        fits, too_large = (guess, too_large) if last.fits else (fits, guess)
+    return fits, too_large, SEARCHES
+
+
+def main() -> None:
+    """The process that `plan` starts."""
+    given = json.load(sys.stdin)
+    config, topology = from_json(given["config"]), given["topology"]
+    console = rich.console.Console(highlight=False, soft_wrap=True)
+    config, note = _resolved(config)
+    devices = _devices(topology)
+    chip = chip_of(devices[0].device_kind)
+    if note:
+        console.print(note)
+    step = _timed(console, config, devices, config.batch_size // len(devices))
+    console.print(_heading(config, topology, devices, chip))
+    console.print(_table(config, step, chip), end="")
+    if step.fits:
+        console.print(_collectives_table(step.collectives), end="")
+    if chip:
+        console.print(_largest(console, config, devices, chip, step))
+
+
+def _resolved(config: TrainConfig) -> tuple[TrainConfig, str | None]:
+    """The configuration with every field of its model, and a note where the classes are assumed."""
+    from tnt_jax.data.sources import open_source
+    from tnt_jax.models.variants import resolve
+
+    note, classes = None, config.model.num_classes
+    if classes is None:
+        try:
+            classes = len(open_source(config.data.source, config.data.train_split).class_names)
+        except (InputError, ImportError):
+            classes = resolve(config.model).num_classes
+            note = f"{config.data.source} is not on this machine: planned with {classes} classes"
+    return dataclasses.replace(config, model=resolve(dataclasses.replace(config.model, num_classes=classes))), note
+
+
+def _devices(topology: str) -> list:
+    import jax
+    from jax.experimental import topologies
+
+    if topology.startswith("cpu:"):
+        return jax.devices()
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except Exception as error:  # libtpu's own, of several types
+        raise InputError(
+            f"libtpu knows no topology {topology!r}; there are {KNOWN}. It said: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _timed(console: rich.console.Console, config: TrainConfig, devices: list, batch: int) -> Compiled:
+    console.print(f"compiling for {batch} images a device ...", end=" ")
+    step = compile_step(config, devices)
+    used = f"{step.memory / GIB:.2f} GiB" if step.memory else "memory unknown"
+    console.print(f"{used}, {'fits' if step.fits else 'does not fit'} ({step.seconds:.0f} s)")
+    return step
+
+
+def _heading(config: TrainConfig, topology: str, devices: list, chip: Chip | None) -> str:
+    what = f"{len(devices)} x {chip.name if chip else devices[0].device_kind}"
+    parts = f" in {config.accumulation_steps} parts" if config.accumulation_steps > 1 else ""
+    shared = f", parameters over {config.fsdp}" if config.fsdp > 1 else ""
+    return (
+        f"{config.model.name} in {config.model.dtype} on {topology} ({what}): batch {config.batch_size}{parts}{shared}"
+    )
+
+
+def _table(config: TrainConfig, step: Compiled, chip: Chip | None) -> rich.table.Table:
+    from tnt_jax.models.summary import count_macs
+
+    table = _new_table("of each device", "")
+    memory = f"{step.memory / GIB:.2f} GiB" if step.memory else "more than there is"
+    of = f" of {chip.memory / GIB:.0f} GiB: {'fits' if step.fits else 'does not fit'}" if chip else ""
+    table.add_row("memory at its peak", memory + of)
+    table.add_row("images of a step", str(step.batch))
+    model_flops = training_flops(sum(count_macs(config.model).values()))
+    table.add_row("FLOPs of an image, by the model", f"{model_flops / 1e9:.2f} G")
+    if step.fits:
+        once = "at least " if step.loops else ""
+        table.add_row("FLOPs of an image, as compiled", f"{once}{step.flops / step.batch / 1e9:.2f} G")
+        table.add_row("memory traffic of an image", f"{once}{step.traffic / step.batch / 1e6:.1f} MB")
+        if chip:
+            compute, traffic = step.flops / chip.flops, step.traffic / chip.bandwidth
+            by = "memory traffic" if traffic > compute else "FLOPs"
+            table.add_row("images/s at the chip's peaks", f"at most {step.batch / max(compute, traffic):.0f}, by {by}")
+        if step.loops:
+            runs = ", ".join(map(str, sorted(set(step.loops))))
+            table.add_row("loops", f"the compiler counts a body once; they run {runs} times")
+    table.add_row("compiled in", f"{step.seconds:.0f} s")
+    return table
+
+
+def _collectives_table(found: Sequence[Collective]) -> rich.table.Table | str:
+    if not found:
+        return "nothing is sent between devices\n"
+    table = _new_table("sent in a step", "operations", "devices together", "bytes on each")
+    for kind, group in sorted({(each.kind, each.group) for each in found}, key=str):
+        same = [each.bytes for each in found if (each.kind, each.group) == (kind, group)]
+        together = "in pairs" if kind == "collective-permute" else str(group or "all")
+        table.add_row(kind, str(len(same)), together, f"{sum(same):,}")
+    return table
+
+
+def _new_table(*columns: str) -> rich.table.Table:
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
+    for at, column in enumerate(columns):
+        table.add_column(column, justify="right" if at and len(columns) > 2 else "left")
+    return table
+
+
+def _largest(console: rich.console.Console, config: TrainConfig, devices: list, chip: Chip, first: Compiled) -> str:
+    def compile_at(batch: int) -> Compiled:
+        return _timed(console, dataclasses.replace(config, batch_size=batch * len(devices)), devices, batch)
+
+    unit = config.accumulation_steps * (8 if first.batch >= 8 * config.accumulation_steps else 1)
+    fits, too_large, _ = largest_batch(first, 0.98 * chip.memory, _state_bytes(config, devices), unit, compile_at)
+    if not fits:
+        smaller = "" if config.model.remat else "--model.remat True, "
+        return (
+            f"The smallest batch that was tried, {too_large} images a device, does not fit. "
+            f"Less memory: {smaller}--accumulation-steps, --fsdp, --model.dtype bfloat16"
+        )
+    limit = f"{too_large} does not" if too_large else "larger ones were not tried"
+    text = f"Largest batch: {fits} images a device fit ({fits * len(devices)} in all), {limit}."
+    if not first.fits and not config.model.remat:
+        text += " For larger ones: --model.remat True, or --accumulation-steps N, which computes a batch in N parts."
+    return text
+
+
+def _state_bytes(config: TrainConfig, devices: list) -> int:
+    """Of parameters, average and optimizer on one device."""
+    import jax
+
+    from tnt_jax.training.mesh import make_mesh
+    from tnt_jax.training.program import Program
+
+    state = Program(config, make_mesh(config.fsdp, devices), 1000).abstract_state
+    shapes = [(leaf.sharding.shard_shape(leaf.shape), leaf.dtype.itemsize) for leaf in jax.tree.leaves(state)]
+    return sum(size * math.prod(shape) for shape, size in shapes)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,59 @@
+"""What a run computes: the state and the functions of a step, for the devices of a mesh."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from tnt_jax.config import TrainConfig
+from tnt_jax.evaluation import make_eval_step
+from tnt_jax.models.variants import abstract_model
+from tnt_jax.training.mesh import over_batch, replicated, shardings_of
+from tnt_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from tnt_jax.training.step import TrainState, init_state, make_train_step
+
+
+class Program:
+    """The jitted functions of a run, and the shapes and shardings of what they take.
+
+    Nothing is computed, and no data is needed. The devices may be those of a machine that is not there: such a step
+    can be compiled, `program.train_step.lower(program.abstract_state, program.abstract_batch).compile()`.
+
+    Args:
+        config: its model is resolved, and its batch can be divided among the devices.
+    """
+
+    abstract_state: TrainState
+    """Shapes, dtypes and shardings of the state."""
+    abstract_batch: dict[str, jax.ShapeDtypeStruct]
+    """The same of a training batch."""
+    init: Callable[[dict], TrainState]
+    """Parameters to the state before the first step, on all devices."""
+    train_step: Callable[[TrainState, dict], tuple[TrainState, dict]]
+    """As `make_train_step` has it. The memory of the state that is given is used again."""
+    eval_step: Callable[[dict, dict], dict]
+    """As `make_eval_step` has it."""
+
+    def __init__(self, config: TrainConfig, mesh: Mesh, steps_per_epoch: int):
+        schedule = learning_rate_schedule(config.optimizer, steps_per_epoch=steps_per_epoch, epochs=config.epochs)
+        optimizer = make_optimizer(config.optimizer, schedule)
+        graphdef, params = nnx.split(abstract_model(config.model))
+        abstract = jax.eval_shape(lambda params: init_state(params, optimizer), nnx.to_pure_dict(params))
+        shardings = shardings_of(abstract, mesh)
+        self.abstract_state = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
+        )
+        images = (config.batch_size, *config.model.image_size, config.model.in_channels)
+        self.abstract_batch = {
+            "image": jax.ShapeDtypeStruct(images, np.uint8, sharding=over_batch(mesh)),
+            "label": jax.ShapeDtypeStruct(images[:1], np.int32, sharding=over_batch(mesh)),
+        }
+        self.init = jax.jit(lambda params: init_state(params, optimizer), out_shardings=shardings)
+        self.train_step = jax.jit(
+            make_train_step(graphdef, optimizer, schedule, config),
+            donate_argnums=0,
+            out_shardings=(shardings, replicated(mesh)),
+        )
+        self.eval_step = make_eval_step(graphdef, config.data)
