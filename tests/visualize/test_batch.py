@@ -1,16 +1,13 @@
-import sys
-
+import commands
 import numpy as np
 import pytest
 from PIL import Image
 
-from tnt_jax.config import InputError
-from tnt_jax.data import browse
+from tnt_jax.visualize.batch import _caption
 
 
-def run(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["browse", *map(str, flags)])
-    browse.main()
+def run(*flags):
+    return commands.run("visualize.py", "batch", commands.ROOT / "configs/imagenet_tnt_s.py", *flags)
 
 
 @pytest.fixture
@@ -26,18 +23,18 @@ def flags(tmp_path):
     ]  # fmt: skip
 
 
-def test_the_picture_shows_originals_and_what_is_fed(flags, tmp_path, monkeypatch, capsys):
-    run(monkeypatch, *flags, "--images", 4, "--data.mixup", 0, "--data.cutmix", 0, "--data.erasing", 0)
+def test_the_picture_shows_originals_and_what_is_fed(flags, tmp_path):
+    _, out, _ = run(*flags, "--count", 4, "--data.mixup", 0, "--data.cutmix", 0, "--data.erasing", 0)
     picture = np.asarray(Image.open(tmp_path / "batch.png"))
     assert picture.shape[2] == 3
-    assert f"{tmp_path / 'batch.png'} shows the batch after step 0" in capsys.readouterr().out
+    assert f"{tmp_path / 'batch.png'} shows the batch of" in out
     assert picture.std() > 10
 
 
-def test_another_step_shows_other_images(flags, tmp_path, monkeypatch):
+def test_another_step_shows_other_images(flags, tmp_path):
     pictures = []
     for step in (0, 0, 1):
-        run(monkeypatch, *flags, "--step", step, "--data.mixup", 0, "--data.cutmix", 0, "--data.erasing", 0)
+        run(*flags, "--step", step, "--data.mixup", 0, "--data.cutmix", 0, "--data.erasing", 0)
         pictures.append((tmp_path / "batch.png").read_bytes())
     assert pictures[0] == pictures[1] != pictures[2]
 
@@ -45,10 +42,11 @@ def test_another_step_shows_other_images(flags, tmp_path, monkeypatch):
 def test_captions_tell_the_class_and_the_mixing_weights():
     targets = np.array([[0.7, 0.3, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]])
     names = ("ant", "bee", "cat", "dog")
-    assert browse._caption(np.array([0, 2]), targets, 0, names) == "ant\n0.70 ant, 0.30 bee"
-    assert browse._caption(np.array([0, 2]), targets, 1, names) == "cat\n1.00 cat"
+    assert _caption(np.array([0, 2]), targets, 0, names) == "ant\n0.70 ant, 0.30 bee"
+    assert _caption(np.array([0, 2]), targets, 1, names) == "cat\n1.00 cat"
 
 
-def test_a_step_below_zero_is_refused(flags, monkeypatch):
-    with pytest.raises(InputError, match="--step is -1"):
-        run(monkeypatch, *flags, "--step", -1)
+def test_a_step_below_zero_is_refused(flags):
+    code, _, err = run(*flags, "--step", -1)
+    assert code == 2
+    assert "--step is -1" in err
