@@ -6,6 +6,7 @@ file lies a `.json` with the size that images are cut to, how to cut them, and t
 
 import dataclasses
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -121,13 +122,18 @@ def to_onnx(model: Model, compute: Callable) -> tuple[bytes, Callable[[np.ndarra
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
     if size > LARGEST_ONNX:
         raise InputError(f"ONNX cannot hold this model: {size:,} bytes of parameters, and one file has 2 GB at most")
+    logging.disable(logging.WARNING)  # of every frontend that jax2onnx has and that is not installed
     try:
         import jax2onnx
         import onnxruntime
+
+        pixels = jax.ShapeDtypeStruct(("batch", *config.image_size, config.in_channels), jnp.uint8)
+        names = {"input_names": ["pixels"], "output_names": ["logits"], "model_name": config.name}
+        proto = jax2onnx.to_onnx(compute, [pixels], **names)
     except ImportError as error:
         raise InputError(f"ONNX needs {error.name}, which is not installed: {INSTALL_ONNX}") from error
-    pixels = jax.ShapeDtypeStruct(("batch", *config.image_size, config.in_channels), jnp.uint8)
-    proto = jax2onnx.to_onnx(compute, [pixels], input_names=["pixels"], output_names=["logits"], model_name=config.name)
+    finally:
+        logging.disable(logging.NOTSET)
     content = proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     return content, lambda images: session.run(["logits"], {"pixels": images})[0]

@@ -35,4 +35,4 @@ def published(config: ModelConfig, data: str) -> dict[str, float]:
         percent = {"top1": variant.published_top1, "top5": variant.published_top5}
     else:
         percent = {"top1": dict(zip(TIMM_DATA, TIMM.get(config.name, ()), strict=False)).get(data)}
-    return {name: value / 100 for name, value in percent.items() if value is not None}
+    return {name: round(value / 100, 5) for name, value in percent.items() if value is not None}
