@@ -33,34 +33,38 @@ def make_page(model: Model, name: str):
     def dropped(image: np.ndarray | None):
         """The five likeliest classes, and the image as the model sees it."""
         if image is None:
-            return None, None, None, None
+            return None, None, None, None, None
         try:
             top = most_likely(inference_model(model, image), description.class_names, 5)
             pixels = see(model, image).pixels
         except InputError as error:
             raise gradio.Error(str(error)) from error
         pixels = np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
-        return {row["class"]: row["score"] for row in top}, pixels.repeat(scale, 0).repeat(scale, 1), None, None
+        return {row["class"]: row["score"] for row in top}, pixels.repeat(scale, 0).repeat(scale, 1), None, None, None
 
     def clicked(image: np.ndarray, place: gradio.SelectData):
         """The attention of the patch at a place, x and y in pixels of the enlarged image."""
         x, y = (min(int(value) // scale, side - 1) for value, side in zip(place.index, (width, height), strict=True))
         patch = (min(y // size, height // size - 1), min(x // size, width // size - 1))
-        return inner_attention(model, image, patch=patch), outer_attention(model, image, patch=patch)
+        title = f"### Patch in row {patch[0]}, column {patch[1]}"
+        return title, inner_attention(model, image, patch=patch), outer_attention(model, image, patch=patch)
 
     # Gradio's own theme asks Google for its fonts.
     fonts = {"font": ("Helvetica", "Arial", "sans-serif"), "font_mono": ("monospace",)}
     with gradio.Blocks(title=f"tnt_jax: {name}", analytics_enabled=False) as page:
-        gradio.Markdown(f"# {name}\nDrop an image. Then click a patch of what the model sees.")
+        gradio.Markdown(f"# {name}\nDrop an image on the left. In the middle is what the model sees: click a patch.")
+        # Labels and buttons would lie over the picture that is clicked, and over the titles of the plots.
+        plain = {"show_label": False}
         with gradio.Row():
-            image = gradio.Image(label="Image", type="numpy", sources=["upload", "clipboard"], elem_id="image")
-            seen = gradio.Image(label="What the model sees: click a patch", interactive=False, elem_id="seen")
-            classes = gradio.Label(label="Likeliest classes", num_top_classes=5, elem_id="classes")
+            image = gradio.Image(type="numpy", sources=["upload", "clipboard"], elem_id="image", **plain)
+            seen = gradio.Image(interactive=False, buttons=[], elem_id="seen", **plain)
+            classes = gradio.Label(num_top_classes=5, elem_id="classes", **plain)
+        patch = gradio.Markdown(elem_id="patch")
         with gradio.Row():
-            inner = gradio.Plot(label="Inner attention", elem_id="inner")
-            outer = gradio.Plot(label="Outer attention", elem_id="outer")
-        image.change(dropped, image, [classes, seen, inner, outer])
-        seen.select(clicked, image, [inner, outer])
+            inner = gradio.Plot(elem_id="inner", **plain)
+            outer = gradio.Plot(elem_id="outer", **plain)
+        image.change(dropped, image, [classes, seen, patch, inner, outer])
+        seen.select(clicked, image, [patch, inner, outer])
     page.theme_without_fonts = gradio.themes.Default(**fonts)
     return page
 

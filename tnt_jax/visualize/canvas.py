@@ -19,6 +19,7 @@ from tnt_jax.models.variants import Model
 MAP = "viridis"  # rises evenly in lightness: it holds in grey print and for the colour-blind
 MARK = "#ff2a2a"  # the paper's red
 PANEL = 1.7  # inches
+TITLE_WIDTH = 4.8  # inches: no narrower, or the title is cut off
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ def per_image(
     if not images:
         raise InputError("no image was given")
     all_seen = [see(model, image) for image in images]
-    figure = new_figure(size[0], size[1] * len(images))
+    figure = new_figure(max(size[0], TITLE_WIDTH), size[1] * len(images))
     parts = figure.subfigures(len(images), squeeze=False)[:, 0]
     for part, seen in zip(parts, all_seen, strict=True):
         draw(part, seen)
