@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+import sys
 from typing import Annotated, Literal
 
+import rich.box
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -47,7 +49,7 @@ def main() -> None:
         check_ending(path, (".csv", ".md"), "a table")
     if arguments.out:
         check_ending(arguments.out, (".csv", ".jsonl"), "a file of answers")
-    rows, answers, console = [], [], Console()
+    rows, answers, console = [], [], Console(width=None if sys.stdout.isatty() else 120)
     for model in arguments.models:
         if arguments.probe:
             _refuse(arguments, ("real_labels", "per_class", "out"))
@@ -125,12 +127,13 @@ def _answers(done) -> list[dict]:
 def _print(console: Console, rows: list[dict[str, str]], title: str | None) -> None:
     from tnt_jax.tables import columns_of
 
-    table = Table(title=title, caption="shares in percent, with 95% intervals")
+    caption = "shares in percent, below them their 95% intervals"
+    table = Table(title=title, caption=caption, box=rich.box.SIMPLE_HEAD, pad_edge=False)
     for name in columns_of(rows):
-        words = name in ("model", "weights", "data", "method", "class")
-        table.add_column(name, justify="left" if words else "right", overflow="fold")
+        words, long = name in ("model", "weights", "data", "method", "class"), name in ("model", "data")
+        table.add_column(name, justify="left" if words else "right", overflow="fold", no_wrap=not long)
     for row in rows:
-        table.add_row(*(row.get(name, "-") for name in columns_of(rows)))
+        table.add_row(*(row.get(name, "-").replace(" (", "\n(") for name in columns_of(rows)))
     console.print(table, markup=False)
 
 

@@ -51,7 +51,13 @@ def test_stablehlo_is_loaded_by_a_process_without_this_project_for_any_number_of
 
 @pytest.mark.parametrize(
     "make",
-    [small_model, small_pyramid, lambda: small_model(name="tnt_s_legacy_patch16_224", squeeze_excitation=True)],
+    [
+        small_model,
+        pytest.param(small_pyramid, marks=pytest.mark.slow),
+        pytest.param(
+            lambda: small_model(name="tnt_s_legacy_patch16_224", squeeze_excitation=True), marks=pytest.mark.slow
+        ),
+    ],
     ids=["official", "pyramid", "legacy"],
 )
 def test_onnx_runtime_computes_the_same_logits_for_any_number_of_images(make, tmp_path):

@@ -27,7 +27,7 @@ def titles(figure):
 
 @pytest.fixture(scope="module")
 def tnt():
-    return small_model(depth=3)
+    return small_model(depth=2)
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +49,19 @@ def test_words_are_tiled_as_they_lie_in_the_image():
     np.testing.assert_array_equal(tiled(patches), image)
 
 
+def weights_of(*shapes):
+    rng = np.random.default_rng(1)
+    return [rng.random(shape) for shape in shapes]
+
+
 def test_an_outer_map_is_the_row_of_the_patch_without_the_class_token(tnt):
-    outer = attention_of(tnt, see(tnt, IMAGE))[1]
+    outer = weights_of((3, 5, 5), (3, 5, 5))  # 2 x 2 patches and the class token in front
     values = outer_map(tnt, outer, 1, (1, 0))
     np.testing.assert_allclose(values, outer[1].mean(axis=0)[1 + 2, 1:].reshape(2, 2))
 
 
 def test_an_outer_map_of_a_pyramid_repeats_a_key_over_its_square_of_sentences(pyramid):
-    outer = attention_of(pyramid, see(pyramid, IMAGE))[1]
+    outer = weights_of((2, 64, 4), (2, 16, 4), (2, 4, 4), (2, 1, 1))
     values = outer_map(pyramid, outer, 0, (2, 5))  # 8 x 8 sentences, 2 x 2 keys
     keys = outer[0].mean(axis=0)[2 * 8 + 5].reshape(2, 2)
     np.testing.assert_allclose(values, np.kron(keys, np.ones((4, 4))))
@@ -64,18 +69,26 @@ def test_an_outer_map_of_a_pyramid_repeats_a_key_over_its_square_of_sentences(py
     np.testing.assert_allclose(outer_map(pyramid, outer, 2, (2, 5)), outer[2].mean(axis=0)[1].reshape(2, 2))
 
 
-def test_every_picture_has_its_panels(tnt, pyramid):
-    assert titles(visualize.outer_attention(tnt, IMAGE)) == ["patch 1 1", "block 0", "block 1", "block 2"]
+@pytest.mark.slow
+def test_every_picture_of_a_pyramid(pyramid):
+    shapes = [weights.shape for weights in attention_of(pyramid, see(pyramid, IMAGE))[1]]
+    assert shapes == [(2, 64, 4), (2, 16, 4), (2, 4, 4), (2, 1, 1)]
     assert titles(visualize.outer_attention(pyramid, IMAGE))[-1] == "block 3, one key"
-    heads = [f"block 2, head {head}" for head in range(3)]
-    of_class = ["image", "block 2, mean", "all blocks, rollout", *heads]
+    assert titles(visualize.inner_attention(pyramid, IMAGE))[-1] == "block 3: each word's attention"
+    assert titles(visualize.words(pyramid, IMAGE)) == ["image", *(f"block {block}" for block in range(4))]
+    assert titles(visualize.features(pyramid, IMAGE))[::13] == ["block 0", "block 1", "block 3"]
+    with pytest.raises(InputError, match="a single sentence"):
+        visualize.map_tsne(pyramid, IMAGE)
+
+
+def test_every_picture_has_its_panels(tnt):
+    assert titles(visualize.outer_attention(tnt, IMAGE)) == ["patch 1 1", "block 0", "block 1"]
+    heads = [f"block 1, head {head}" for head in range(3)]
+    of_class = ["image", "block 1, mean", "all blocks, rollout", *heads]
     assert titles(visualize.class_attention(tnt, IMAGE)) == of_class
     assert titles(visualize.inner_attention(tnt, IMAGE, block=0))[-1] == "block 0: each word's attention"
-    assert titles(visualize.inner_attention(pyramid, IMAGE))[-1] == "block 3: each word's attention"
-    for model in (tnt, pyramid):
-        blocks = visualize.tokens.depth_of(model)
-        assert titles(visualize.words(model, IMAGE)) == ["image", *(f"block {block}" for block in range(blocks))]
-    assert titles(visualize.features(tnt, IMAGE, blocks=(0, -1)))[::13] == ["block 0", "block 2"]
+    assert titles(visualize.words(tnt, IMAGE)) == ["image", "block 0", "block 1"]
+    assert titles(visualize.features(tnt, IMAGE, blocks=(0, -1)))[::13] == ["block 0", "block 1"]
 
 
 def test_several_images_stand_below_each_other(tnt):
@@ -95,9 +108,8 @@ def test_inner_attention_shows_the_weights_of_the_words(tnt):
     ("draw", "message"),
     [
         (lambda tnt, _: visualize.outer_attention(tnt, IMAGE, patch=(0, 2)), "patch 0 2 lies outside .* 2 rows and 2"),
-        (lambda tnt, _: visualize.class_attention(tnt, IMAGE, block=3), "block 3 .* are 0, 1, 2"),
+        (lambda tnt, _: visualize.class_attention(tnt, IMAGE, block=2), "block 2 .* are 0, 1"),
         (lambda _, pyramid: visualize.class_attention(pyramid, IMAGE), "has no class token"),
-        (lambda _, pyramid: visualize.map_tsne(pyramid, IMAGE), "a single sentence"),
         (lambda tnt, _: visualize.words(tnt, []), "no image was given"),
         (lambda tnt, _: visualize.features(tnt, IMAGE, blocks=(5,)), "blocks .* are out of range"),
         (lambda tnt, _: visualize.words(tnt, b"no image"), "cannot be read as an image"),
@@ -164,17 +176,21 @@ def folder(tmp_path_factory):
 
 def test_the_command_writes_pictures_of_images_and_of_test_images(folder, tmp_path):
     Image.fromarray(IMAGE).save(tmp_path / "a.png")
-    for what, arguments in (
-        ("class-attention", [tmp_path / "a.png"]),
-        ("tsne", [tmp_path / "a.png"]),
-        ("tsne", ["--source", "digits"]),
-        ("confusion", ["--source", "digits"]),
-    ):
+    for what, arguments in (("class-attention", [tmp_path / "a.png"]), ("confusion", ["--source", "digits"])):
         code, out, err = commands.run("visualize.py", what, folder, *arguments, "--out", tmp_path / "out.png")
         assert code == 0, err
         assert f"out.png shows {what} of {folder}" in out
         assert np.asarray(Image.open(tmp_path / "out.png")).std() > 5
         Path(tmp_path / "out.png").unlink()
+
+
+@pytest.mark.slow
+def test_tsne_draws_maps_of_an_image_and_test_images(folder, tmp_path):
+    Image.fromarray(IMAGE).save(tmp_path / "a.png")
+    for arguments in ([tmp_path / "a.png"], ["--source", "digits"]):
+        code, _, err = commands.run("visualize.py", "tsne", folder, *arguments, "--out", tmp_path / "out.png")
+        assert code == 0, err
+        assert np.asarray(Image.open(tmp_path / "out.png")).std() > 5
 
 
 @pytest.mark.parametrize(
