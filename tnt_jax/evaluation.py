@@ -204,8 +204,12 @@ def probe_model(
     Raises:
         InputError: as `evaluate_model`; or a source has no training images.
     """
+    wanted = test_data(path, sources)
+    for data in wanted:
+        if data.source.partition(":")[0] in RELATIVES:
+            raise InputError(f"{data.source} has no training images, to which a probe is fitted; folder:PATH has both")
     _, model = next(models_in(path))
-    for data in test_data(path, sources):
+    for data in wanted:
         train = open_source(data.source, data.train_split)
         test = open_source(data.source, data.eval_split)
         train_features, train_labels = features_of(model, train, data, batch_size=batch_size)

@@ -72,7 +72,7 @@ def export_model(
             f"the logits of the {format} file differ from the model's by {difference:.2g}: nothing is written"
         )
     write_whole(path, lambda unfinished: unfinished.write_bytes(content))
-    text = json.dumps(_describe(model, format), indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(_describe(model, compute, format), indent=2, ensure_ascii=False) + "\n"
     write_whole(description, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
     return Exported(str(path), len(content), difference, LIMITS[format])
 
@@ -92,7 +92,10 @@ LIMITS = {
 
 
 def logits_of(model: Model) -> Callable[[Array], Array]:
-    """The function that is exported: uint8 pixels (batch, height, width, channels) to logits (batch, classes)."""
+    """The function that is exported: uint8 pixels (batch, height, width, channels) to logits (batch, classes).
+
+    Of a model with `num_classes=0`, to its features.
+    """
     graphdef, state = nnx.split(model)
     feeding = description_of(model).preprocessing
 
@@ -146,14 +149,16 @@ def _difference(model: Model, compute: Callable, run: Callable, count: int) -> f
     return float(np.max(np.abs(run(pixels) - expected)) / max(1.0, np.abs(expected).max()))
 
 
-def _describe(model: Model, format: str) -> dict:
+def _describe(model: Model, compute: Callable, format: str) -> dict:
     known = description_of(model)
     height, width = known.preprocessing.image_size
+    one = jax.ShapeDtypeStruct((1, height, width, known.config.in_channels), jnp.uint8)
+    width_of_output = jax.eval_shape(compute, one).shape[1]
     return {
         "model": known.config.name,
         "format": format,
         "input": {"name": "pixels", "dtype": "uint8", "shape": ["batch", height, width, known.config.in_channels]},
-        "output": {"name": "logits", "dtype": "float32", "shape": ["batch", known.config.num_classes]},
+        "output": {"name": "logits", "dtype": "float32", "shape": ["batch", width_of_output]},
         "preprocessing": "shorter side to floor(size / crop), bicubic with antialiasing; centre cut out; RGB, 0 to 255",
         "crop": known.preprocessing.crop,
         "class_names": known.class_names,
