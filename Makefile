@@ -16,7 +16,7 @@ test-slow: .venv/.installed-dev
 notebooks: .venv/.installed-dev
 	.venv/bin/python -m pytest -m slow tests/test_notebooks.py
 
-# An environment of its own, because Gradio asks for an older Pillow. Needs chromium and chromedriver (Debian: chromium-driver).
+# Needs chromium and chromedriver (Debian: chromium-driver). Gradio asks for an older Pillow and works with ours, which comes after it.
 test-demo: .venv-demo/.installed
 	.venv-demo/bin/python -m pytest -m demo
 
@@ -37,7 +37,8 @@ lint: .venv/.installed-dev
 
 .venv-demo/.installed: pyproject.toml requirements.txt
 	$(PYTHON) -m venv .venv-demo
-	.venv-demo/bin/python -m pip install --quiet --disable-pip-version-check -e .[demo] 'pytest>=9.2,<10' 'selenium>=4.30,<4.52'
+	.venv-demo/bin/python -m pip install --quiet --disable-pip-version-check gradio==6.31.0 'pytest>=9.2,<10' 'selenium>=4.30,<4.52'
+	.venv-demo/bin/python -m pip install --quiet --disable-pip-version-check -e .
 	@touch $@
 
 clean:

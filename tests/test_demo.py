@@ -1,4 +1,4 @@
-"""The page in a real browser: Chromium, headless, driven by Selenium. Needs the extra `demo`, Chromium and its driver.
+"""The page in a real browser: Chromium, headless, driven by Selenium. Needs Gradio, Chromium and its driver.
 
 CI installs them (`make test-demo`); what they would not change is tested by the first two tests without them.
 """

@@ -13,7 +13,10 @@ from tnt_jax.visualize.attention import inner_attention, outer_attention
 from tnt_jax.visualize.canvas import see
 
 SHOWN = 448  # pixels of the shorter side of the image that is clicked
-INSTALL = "pip install 'gradio>=6.31,<6.32' 'pillow<13', which is what `pip install -e .[demo]` does"
+INSTALL = (
+    "pip install gradio==6.31.0 && pip install 'pillow>=13,<14' "
+    "(the second one because Gradio asks for an older Pillow, and works with this one)"
+)
 
 
 def make_page(model: Model, name: str):

@@ -66,7 +66,7 @@ def export_model(
         raise InputError(f"{path}: there is no folder {path.parent}")
     compute = logits_of(model)
     content, run = {"stablehlo": to_stablehlo, "onnx": to_onnx}[format](model, compute)
-    difference = max(_difference(model, compute, run, count) for count in (1, 3))
+    difference = _difference(model, compute, run)
     if not difference <= TOLERANCE:
         raise InputError(
             f"the logits of the {format} file differ from the model's by {difference:.2g}: nothing is written"
@@ -142,9 +142,9 @@ def to_onnx(model: Model, compute: Callable) -> tuple[bytes, Callable[[np.ndarra
     return content, lambda images: session.run(["logits"], {"pixels": images})[0]
 
 
-def _difference(model: Model, compute: Callable, run: Callable, count: int) -> float:
-    shape = (count, *model.config.image_size, model.config.in_channels)
-    pixels = np.random.default_rng(count).integers(0, 256, shape, np.uint8)
+def _difference(model: Model, compute: Callable, run: Callable) -> float:
+    shape = (3, *model.config.image_size, model.config.in_channels)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     expected = np.asarray(jax.jit(compute)(pixels), np.float64)
     return float(np.max(np.abs(run(pixels) - expected)) / max(1.0, np.abs(expected).max()))
 
