@@ -59,7 +59,7 @@ def evaluate(eval_step: Callable, params: dict, batches: Iterable[dict], mesh: M
 
 
 def _over(images: Source, data: DataConfig, model: Model, batch_size: int, compute: Callable) -> tuple[list, float]:
-    """What `compute(params, pixels, labels)` gives for every image once, its arrays joined, and images per second."""
+    """What `compute(model, inputs, labels)` gives for every image once, its arrays joined, and images per second."""
     config, feeding = model.config, description_of(model).preprocessing
     mesh = make_mesh()
     check_batch_size(batch_size, mesh)
