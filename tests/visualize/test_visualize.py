@@ -160,7 +160,7 @@ def test_curves_show_what_was_logged(tmp_path):
         visualize.curves(tmp_path)
     train = [{"kind": "train", "epoch": n, "loss": 3 - n, "accuracy": n / 4, "learning_rate": 0.1} for n in (1, 2)]
     test = {"kind": "test", "epoch": 2, "ema_loss": 1, "raw_loss": 2, "ema_top1": 0.5, "raw_top1": 0.25}
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, [*train, test])))
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*map(json.dumps, [*train, test]), '{"kind": "tr']))
     loss, accuracy, rate = visualize.curves(tmp_path).axes
     assert [list(line.get_ydata()) for line in loss.get_lines()] == [[2, 1], [1], [2]]
     assert [list(line.get_ydata()) for line in accuracy.get_lines()] == [[25, 50], [50], [25]]

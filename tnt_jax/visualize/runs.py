@@ -29,8 +29,8 @@ def curves(run_dir: str | os.PathLike):
     read_config(run_dir)
     path = pathlib.Path(run_dir) / METRICS_FILE
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError) as error:
+        lines = [line for line in map(_parsed, path.read_text().splitlines()) if line]
+    except OSError as error:
         raise InputError(f"{path} cannot be read as the metrics of a run: {error}") from error
     train, test = ([line for line in lines if line["kind"] == kind] for kind in ("train", "test"))
     if not train:
@@ -48,6 +48,14 @@ def curves(run_dir: str | os.PathLike):
     figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(f"{run_dir}: training batches as they were fed, test images as they are", fontsize=9)
     return figure
+
+
+def _parsed(line: str) -> dict | None:
+    """A line of the metrics; None for the half line that a killed process leaves."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 def _line(axes, lines: Sequence[dict], field: str, label: str, scale: float = 1) -> None:
