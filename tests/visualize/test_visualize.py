@@ -5,12 +5,13 @@ import commands
 import numpy as np
 import pytest
 from PIL import Image
-from small_models import small_model, small_pyramid
+from small_models import SMALL_PYRAMID, small_model, small_pyramid
 
 import tnt_jax
 from tnt_jax import visualize
-from tnt_jax.config import InputError, OptimizerConfig, TrainConfig
+from tnt_jax.config import InputError, ModelConfig, OptimizerConfig, TrainConfig
 from tnt_jax.data.sources import ArraySource
+from tnt_jax.models.variants import abstract_model
 from tnt_jax.scores import Answers
 from tnt_jax.training.checkpoint import CONFIG_FILE
 from tnt_jax.visualize.attention import attention_of, outer_map, rollout
@@ -32,7 +33,8 @@ def tnt():
 
 @pytest.fixture(scope="module")
 def pyramid():
-    return small_pyramid(image_size=64)
+    """One without parameters, for what is decided by its sizes."""
+    return abstract_model(ModelConfig(**SMALL_PYRAMID | {"image_size": 64}))
 
 
 def test_rollout_is_the_product_of_averaged_attention_and_residual():
@@ -70,7 +72,8 @@ def test_an_outer_map_of_a_pyramid_repeats_a_key_over_its_square_of_sentences(py
 
 
 @pytest.mark.slow
-def test_every_picture_of_a_pyramid(pyramid):
+def test_every_picture_of_a_pyramid():
+    pyramid = small_pyramid(image_size=64)
     shapes = [weights.shape for weights in attention_of(pyramid, see(pyramid, IMAGE))[1]]
     assert shapes == [(2, 64, 4), (2, 16, 4), (2, 4, 4), (2, 1, 1)]
     assert titles(visualize.outer_attention(pyramid, IMAGE))[-1] == "block 3, one key"
