@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: digits test test-slow lint clean
+.PHONY: digits test test-slow test-demo notebooks lint clean
 
 digits: .venv/.installed
 	.venv/bin/python train.py
@@ -12,6 +12,13 @@ test: .venv/.installed-dev lint
 
 test-slow: .venv/.installed-dev
 	.venv/bin/python -m pytest -m slow
+
+notebooks: .venv/.installed-dev
+	.venv/bin/python -m pytest -m slow tests/test_notebooks.py
+
+# Needs chromium and chromedriver (Debian: chromium-driver). Gradio asks for an older Pillow and works with ours, which comes after it.
+test-demo: .venv-demo/.installed
+	.venv-demo/bin/python -m pytest -m demo
 
 lint: .venv/.installed-dev
 	.venv/bin/ruff check .
@@ -25,7 +32,14 @@ lint: .venv/.installed-dev
 
 .venv/.installed-dev: .venv/.installed requirements-dev.txt
 	$(PIP) -r requirements-dev.txt
+	$(PIP) --no-deps jax2onnx==0.17.1
+	@touch $@
+
+.venv-demo/.installed: pyproject.toml requirements.txt
+	$(PYTHON) -m venv .venv-demo
+	.venv-demo/bin/python -m pip install --quiet --disable-pip-version-check gradio==6.31.0 'pytest>=9.2,<10' 'selenium>=4.30,<4.52'
+	.venv-demo/bin/python -m pip install --quiet --disable-pip-version-check -e .
 	@touch $@
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-demo build *.egg-info .pytest_cache .ruff_cache

@@ -1,13 +1,18 @@
-"""Names what images show: `python predict.py MODEL IMAGE_OR_FOLDER ... [--top-k 5] [--json] [--batch-size 32]`."""
+"""Names what images show: `python predict.py MODEL IMAGE_OR_FOLDER ... [--format table|csv|jsonl]`."""
 
+import csv
 import dataclasses
+import itertools
 import json
 import os
-from typing import Annotated
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from tnt_jax.cli import run_command
@@ -16,7 +21,10 @@ from tnt_jax.config import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Names what images show. Images that cannot be read are reported, and the exit code is 2 if there were any."""
+    """Names what images show, in their order, each as soon as it is known.
+
+    Images that cannot be read are named on standard error, the others done, and the exit code is 2.
+    """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Folder of a model, or a published name."""
@@ -24,15 +32,14 @@ class Arguments:
     """Image files, and folders that are searched for images."""
     top_k: int = 5
     """How many of the most likely classes to print."""
-    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print a line of JSON for each image instead of a table."""
+    format: Literal["table", "csv", "jsonl"] = "table"
+    """What is printed: tables to read, CSV, or a line of JSON for each image."""
     batch_size: int = 32
     """Images that are computed together."""
 
 
 def main() -> None:
     arguments = tyro.cli(Arguments)
-    from tnt_jax.data.images import list_images
     from tnt_jax.inference import load_model, most_likely, predict_images
     from tnt_jax.models.saving import description_of
 
@@ -40,35 +47,76 @@ def main() -> None:
         raise InputError("top_k must be at least 1" if arguments.images else "no images were given")
     model = load_model(arguments.model)
     class_names = description_of(model).class_names
-    paths, failures = [], []
-    for path in arguments.images:
-        try:
-            paths += map(str, list_images(path)) if os.path.isdir(path) else [path]
-        except InputError as error:
-            failures.append(error)
-    console = Console()
-    for path, result in zip(paths, predict_images(model, paths, batch_size=arguments.batch_size), strict=True):
-        if isinstance(result, InputError):
-            failures.append(result)
-        elif arguments.json:
-            top = most_likely(result, class_names, arguments.top_k)
-            summary = {name: result[name] for name in ("pred_label", "pred_class", "pred_score")}
-            print(json.dumps({"image": path, **summary, "top": top}, ensure_ascii=False))
-        else:
-            console.print(path, markup=False, highlight=False, soft_wrap=True)
-            console.print(_table(most_likely(result, class_names, arguments.top_k)))
+    messages = Console(stderr=True)
+    if class_names is None:
+        note = f"note: {arguments.model} has no class names: its classes are numbers"
+        messages.print(note, markup=False, highlight=False, soft_wrap=True)
+    failures = 0
+
+    def report(error: InputError) -> None:
+        nonlocal failures
+        failures += 1
+        messages.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+
+    paths, to_read = itertools.tee(_paths(arguments.images, report))
+    write = {"table": _write_table, "csv": _csv_writer(), "jsonl": _write_json_line}[arguments.format]
+    columns = (SpinnerColumn(), TextColumn("{task.completed:,.0f} images"), TimeElapsedColumn())
+    with Progress(*columns, console=messages, transient=True, disable=not messages.is_terminal) as progress:
+        task = progress.add_task("", total=None)
+        for path, result in zip(paths, predict_images(model, to_read, batch_size=arguments.batch_size), strict=False):
+            progress.advance(task)
+            if isinstance(result, InputError):
+                report(result)
+            else:
+                write(path, result, most_likely(result, class_names, arguments.top_k))
     if failures:
-        raise InputError("\n".join(map(str, failures)))
+        raise InputError(f"{failures:,} of what was given could not be read")
 
 
-def _table(top: list[dict]) -> Table:
+def _paths(given: tuple[str, ...], report) -> Iterator[str]:
+    """The images that were given and those in the folders, as they are asked for."""
+    from tnt_jax.data.images import images_below
+
+    for path in given:
+        if not os.path.isdir(path):
+            yield path
+            continue
+        try:
+            yield from images_below(path)
+        except InputError as error:
+            report(error)
+
+
+def _write_json_line(path: str, result: dict, top: list[dict]) -> None:
+    summary = {name: result[name] for name in ("pred_label", "pred_class", "pred_score")}
+    print(json.dumps({"image": path, **summary, "top": top}, ensure_ascii=False), flush=True)
+
+
+def _csv_writer():
+    writer = None
+
+    def write(path: str, result: dict, top: list[dict]) -> None:
+        nonlocal writer
+        if writer is None:
+            ranks = range(1, len(top) + 1)
+            writer = csv.writer(sys.stdout, lineterminator="\n")
+            writer.writerow(["image", *(f"{name}_{rank}" for rank in ranks for name in ("label", "class", "score"))])
+        writer.writerow([path, *(value for row in top for value in row.values())])
+        sys.stdout.flush()
+
+    return write
+
+
+def _write_table(path: str, result: dict, top: list[dict]) -> None:
+    console = Console()
+    console.print(path, markup=False, highlight=False, soft_wrap=True)
     table = Table()
     table.add_column("probability", justify="right")
     table.add_column("label", justify="right")
     table.add_column("class")
     for row in top:
         table.add_row(f"{row['score']:.2%}", str(row["label"]), escape(row["class"]))
-    return table
+    console.print(table)
 
 
 if __name__ == "__main__":

@@ -1,3 +1,5 @@
+import csv
+import io
 import json
 
 import commands
@@ -70,6 +72,35 @@ def test_batches_give_what_single_images_give_in_their_order(model, photos):
         np.testing.assert_allclose(result["pred_scores"], alone["pred_scores"], rtol=1e-5)
 
 
+def test_images_are_asked_for_two_batches_ahead_and_no_further(model, photos):
+    asked = []
+
+    def endless():
+        while True:
+            asked.append(len(asked))
+            yield photos / "0.png"
+
+    results = predict_images(model, endless(), batch_size=3)
+    assert not asked
+    for _ in range(4):
+        next(results)
+    assert len(asked) == 9
+    results.close()
+
+
+def test_predict_writes_csv_in_order_and_says_that_classes_have_no_names(photos, tmp_path):
+    tnt_jax.save_model(small_model(), tmp_path / "nameless")
+    code, out, err = commands.run("predict.py", tmp_path / "nameless", photos, "--format", "csv", "--top-k", "2")
+    assert code == 0
+    assert "nameless has no class names: its classes are numbers" in err
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert [row["image"] for row in rows] == [str(photos / f"{index}.png") for index in range(5)]
+    result = tnt_jax.inference_model(tmp_path / "nameless", photos / "0.png")
+    assert (rows[0]["label_1"], rows[0]["class_1"]) == (str(result["pred_label"]), result["pred_class"])
+    assert float(rows[0]["score_1"]) == pytest.approx(result["pred_score"], rel=1e-5)
+    assert float(rows[0]["score_1"]) >= float(rows[0]["score_2"])
+
+
 def test_a_model_without_names_names_numbers_and_one_without_classes_is_refused(photos):
     result = tnt_jax.inference_model(small_model(), photos / "0.png")
     assert result["pred_class"] == str(result["pred_label"])
@@ -118,10 +149,13 @@ def test_predict_prints_the_likeliest_classes(folder, photos):
 
 def test_predict_goes_on_after_bad_images_and_says_which(folder, photos, model, tmp_path):
     (tmp_path / "cut.png").write_bytes((photos / "4.png").read_bytes()[:300])
-    code, out, err = commands.run("predict.py", folder, tmp_path, "nowhere.jpg", photos, "--json", "--batch-size", "2")
+    code, out, err = commands.run(
+        "predict.py", folder, tmp_path, "nowhere.jpg", photos, "--format", "jsonl", "--batch-size", "2"
+    )
     assert code == 2
     assert "cut.png cannot be read as an image" in err
     assert "there is no image nowhere.jpg" in err
+    assert "error: 2 of what was given could not be read" in err
     lines = [json.loads(line) for line in out.splitlines()]
     assert [line["image"] for line in lines] == [str(photos / f"{index}.png") for index in range(5)]
     for line in lines:

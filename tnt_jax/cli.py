@@ -14,7 +14,7 @@ DEFAULT_CONFIG = "configs/digits.py"
 
 
 def training_config(arguments: Sequence[str] | None = None) -> TrainConfig:
-    """The configuration that `--config FILE` returns, shrunk if `--smoke` is there, changed by the other flags.
+    """The configuration that `--config` names, shrunk if `--smoke` is there, changed by the other flags.
 
     Raises:
         InputError: the file is missing or returns no configuration.
@@ -23,22 +23,36 @@ def training_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     files.add_argument("--config", default=DEFAULT_CONFIG)
     files.add_argument("--smoke", action="store_true")
     chosen, rest = files.parse_known_args(arguments)
-    path = pathlib.Path(chosen.config)
-    if not path.is_file():
-        raise InputError(f"there is no configuration file {path}; configs/ holds {_names(path.parent)}")
-    get_config = runpy.run_path(str(path)).get("get_config")
-    config = get_config() if callable(get_config) else None
-    if not isinstance(config, TrainConfig):
-        raise InputError(f"{path} has no function get_config() that returns a TrainConfig")
+    config = config_of(chosen.config)
     return tyro.cli(
         TrainConfig,
         default=smoke(config) if chosen.smoke else config,
         args=rest,
         prog="train.py [--config FILE] [--smoke] [--plan TOPOLOGY]",
-        description=f"Trains what {path} describes; every flag changes one of its fields. "
+        description=f"Trains what {chosen.config} describes; every flag changes one of its fields. "
         "--smoke shrinks the run to a minute, to see whether it holds together. --plan says whether it fits on "
         "v5e:16x16 or another TPU that is not here, or on cpu:8, and trains nothing.",
     )
+
+
+def config_of(path: str) -> TrainConfig:
+    """The configuration that a file in configs/ returns, or that of the training run in a folder.
+
+    Raises:
+        InputError: there is no such file, or it returns none, or the folder holds no run.
+    """
+    if pathlib.Path(path).is_dir():
+        from tnt_jax.training.checkpoint import read_config
+
+        return read_config(path)
+    if not pathlib.Path(path).is_file():
+        folder = pathlib.Path(path).parent
+        raise InputError(f"there is no configuration file {path}; {folder}/ holds {_names(folder)}")
+    get_config = runpy.run_path(path).get("get_config")
+    config = get_config() if callable(get_config) else None
+    if not isinstance(config, TrainConfig):
+        raise InputError(f"{path} has no function get_config() that returns a TrainConfig")
+    return config
 
 
 def _names(folder: pathlib.Path) -> str:

@@ -1,20 +1,29 @@
-"""Accuracy over every image exactly once."""
+"""Every image of a source exactly once: sums of scores while training, and answers or features of a finished model."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
 
 from tnt_jax.config import DataConfig, InputError
+from tnt_jax.data.imagenet import RELATIVES, ImageNetSource, open_imagenet, real_labels
 from tnt_jax.data.mixing import Feeding, normalise
 from tnt_jax.data.pipeline import eval_batches
-from tnt_jax.data.sources import open_source
+from tnt_jax.data.sources import Source, open_source
 from tnt_jax.inference import load_model
 from tnt_jax.models.saving import description_of
+from tnt_jax.models.variants import Model
+from tnt_jax.probes import NEIGHBOURS, linear_probe, nearest_neighbours
+from tnt_jax.published import published
+from tnt_jax.scores import Answers, wilson
 from tnt_jax.training.checkpoint import is_run, read_config
 from tnt_jax.training.mesh import check_batch_size, make_mesh, to_devices
 
@@ -49,37 +58,177 @@ def evaluate(eval_step: Callable, params: dict, batches: Iterable[dict], mesh: M
     return {"count": int(count)} | {name: total / count for name, total in totals.items()}
 
 
-def evaluate_model(path: str, source: str | None = None, *, batch_size: int = 64) -> Iterator[tuple[str, dict]]:
+def _over(images: Source, data: DataConfig, model: Model, batch_size: int, compute: Callable) -> tuple[list, float]:
+    """What `compute(model, inputs, labels)` gives for every image once, its arrays joined, and images per second."""
+    config, feeding = model.config, description_of(model).preprocessing
+    mesh = make_mesh()
+    check_batch_size(batch_size, mesh)
+    graphdef, params = nnx.split(model)
+
+    @jax.jit
+    def step(params, batch: dict):
+        return compute(nnx.merge(graphdef, params), normalise(batch["image"], feeding), batch["label"])
+
+    parts, started = [], None
+    batches = eval_batches(
+        images,
+        dataclasses.replace(data, crop=feeding.crop),
+        image_size=config.image_size,
+        channels=config.in_channels,
+        batch_size=batch_size,
+    )
+    for batch in batches:
+        computed = step(params, to_devices(batch, mesh))
+        parts.append([np.asarray(part)[batch["mask"]] for part in computed])
+        started = started or time.perf_counter()  # after the first batch, which was compiled
+    rest = sum(len(part[0]) for part in parts[1:])
+    rate = rest / (time.perf_counter() - started) if rest else math.nan
+    return [np.concatenate(part) for part in zip(*parts, strict=True)], rate
+
+
+def answers_of(model: Model, images: Source, data: DataConfig, *, batch_size: int = 64) -> Answers:
+    """What a model answers for every image of a source, in its order.
+
+    Of an `ImageNetSource`, only among the classes that it has.
+
+    Raises:
+        InputError: the model has other classes than the source, or an image cannot be read.
+    """
+    if len(images.class_names) != model.config.num_classes:
+        raise InputError(
+            f"the model has {model.config.num_classes} classes, and {data.source} has {len(images.class_names)}; "
+            "its features can be probed with any data: --probe knn linear"
+        )
+    asked = np.zeros(model.config.num_classes, bool)
+    asked[getattr(images, "classes", slice(None))] = True
+
+    def compute(model: Model, inputs: jax.Array, labels: jax.Array):
+        log = jax.nn.log_softmax(jnp.where(asked, model(inputs).astype(jnp.float32), -jnp.inf))
+        likeliest, top = jax.lax.top_k(log, min(5, int(asked.sum())))
+        return labels, top, jnp.exp(likeliest), -jnp.take_along_axis(log, labels[:, None], axis=1)[:, 0]
+
+    arrays, rate = _over(images, data, model, batch_size, compute)
+    return Answers(*arrays, rate)
+
+
+def features_of(
+    model: Model, images: Source, data: DataConfig, *, batch_size: int = 64
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the head of a model sees of every image of a source, float32 (images, dim), and the classes, (images,).
+
+    That is TNT's class token, or the mean of PyramidTNT's sentences, after the last norm.
+    """
+
+    def compute(model: Model, inputs: jax.Array, labels: jax.Array):
+        return model.extract_feat(inputs)[0].astype(jnp.float32), labels
+
+    (features, labels), _ = _over(images, data, model, batch_size, compute)
+    return features, labels
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """A set of weights on a dataset."""
+
+    model: str
+    weights: str
+    data: str
+    images: Source
+    answers: Answers
+    published: dict[str, float]
+    """top1 and top5 as others published them, where they did."""
+
+
+def evaluate_model(
+    path: str, sources: Sequence[str] = (), *, real_labels_file: str | None = None, batch_size: int = 64
+) -> Iterator[Evaluation]:
     """Evaluates what lies in a folder: the averaged and the raw weights of a training run, or the one set of a model.
 
     Args:
-        source: as in `DataConfig.source`; None takes that of the training run.
-
-    Yields:
-        What the weights are, and their scores as `evaluate` gives them.
+        sources: as in `DataConfig.source`, or a relative of ImageNet as `open_imagenet` takes it; none takes the test
+            images of the training run.
+        real_labels_file: ReaL's labels; each `imagenet:` source is then scored with them too.
 
     Raises:
         InputError: there is no such model, no source is known, or its classes are not those of the model.
     """
-    data = read_config(path).data if is_run(path) else None
-    if data is None and source is None:
+    opened = [(data, open_test(data)) for data in test_data(path, sources)]
+    if real_labels_file and not any(data.source.startswith("imagenet:") for data, _ in opened):
+        raise InputError(f"{real_labels_file} is for the source imagenet:PATH, and that was not given")
+    for weights, model in models_in(path):
+        for data, images in opened:
+            answers = answers_of(model, images, data, batch_size=batch_size)
+            kind = data.source.partition(":")[0]
+            kind = kind if kind in RELATIVES else "imagenet" if "imagenet2012" in data.source else kind
+            known = published(model.config, kind)
+            yield Evaluation(path, weights, data.source, images, answers, known)
+            if real_labels_file and kind == "imagenet" and isinstance(images, ImageNetSource):
+                accepted = real_labels(real_labels_file, list(images.files))
+                known = published(model.config, "imagenet-real")
+                yield Evaluation(path, weights, f"{data.source} (ReaL)", images, answers.judged_by(accepted), known)
+
+
+def test_data(path: str, sources: Sequence[str]) -> list[DataConfig]:
+    """The data that a model is evaluated on: what was given, or that of the training run."""
+    run = read_config(path).data if is_run(path) else None
+    if run is None and not sources:
         raise InputError(f"{path} is not a training run, so --source must say what to evaluate it on")
-    if source is not None:
-        data = DataConfig(source)
-    mesh = make_mesh()
-    check_batch_size(batch_size, mesh)
-    images = open_source(data.source, data.eval_split)
-    for weights in ("ema", "raw") if is_run(path) else ("ema",):
-        model = load_model(path, weights=weights)
-        feeding, config = description_of(model).preprocessing, model.config
-        if len(images.class_names) != config.num_classes:
-            raise InputError(
-                f"{path} has {config.num_classes} classes, and {data.source} has {len(images.class_names)}"
-            )
-        data = dataclasses.replace(data, crop=feeding.crop)
-        batches = eval_batches(
-            images, data, image_size=config.image_size, channels=config.in_channels, batch_size=batch_size
-        )
-        graphdef, params = nnx.split(model)
-        scores = evaluate(make_eval_step(graphdef, feeding), nnx.to_pure_dict(params), batches, mesh)
-        yield ({"ema": "averaged", "raw": "raw"}[weights] if is_run(path) else "as loaded"), scores
+    return [DataConfig(source) for source in sources] or [run]
+
+
+def open_test(data: DataConfig) -> Source:
+    """The test images; those of ImageNet's relatives have no other split."""
+    relative = data.source.partition(":")[0] in RELATIVES
+    return open_imagenet(data.source) if relative else open_source(data.source, data.eval_split)
+
+
+def models_in(path: str) -> Iterator[tuple[str, Model]]:
+    """What the weights are, and the model with them: of a training run the averaged and the raw ones."""
+    if not is_run(path):
+        yield "as loaded", load_model(path)
+        return
+    yield "averaged", load_model(path, weights="ema")
+    yield "raw", load_model(path, weights="raw")
+
+
+def probe_model(
+    path: str, sources: Sequence[str], methods: Sequence[Literal["knn", "linear"]], *, batch_size: int = 64
+) -> Iterator[dict]:
+    """Accuracy of classifiers on a model's frozen features: fitted to a source's training images, scored on its tests.
+
+    The classes need not be those that the model was trained for; of a run, the averaged weights are taken.
+
+    Yields:
+        model, data, method, training_images, images, top1 with the ends of its 95% interval.
+
+    Raises:
+        InputError: as `evaluate_model`; or a source has no training images.
+    """
+    wanted = test_data(path, sources)
+    for data in wanted:
+        if data.source.partition(":")[0] in RELATIVES:
+            raise InputError(f"{data.source} has no training images, to which a probe is fitted; folder:PATH has both")
+    _, model = next(models_in(path))
+    for data in wanted:
+        train = open_source(data.source, data.train_split)
+        test = open_source(data.source, data.eval_split)
+        train_features, train_labels = features_of(model, train, data, batch_size=batch_size)
+        test_features, labels = features_of(model, test, data, batch_size=batch_size)
+        for method in methods:
+            if method == "knn":
+                classes = len(train.class_names)
+                found = nearest_neighbours(train_features, train_labels, test_features, classes=classes)
+            else:
+                found = linear_probe(train_features, train_labels, test_features)
+            right = int((found == labels).sum())
+            low, high = wilson(right, len(labels))
+            yield {
+                "model": path,
+                "data": data.source,
+                "method": {"knn": f"{NEIGHBOURS} nearest neighbours", "linear": "linear probe"}[method],
+                "training_images": len(train_labels),
+                "images": len(labels),
+                "top1": right / len(labels),
+                "top1_low": low,
+                "top1_high": high,
+            }

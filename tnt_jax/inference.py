@@ -1,8 +1,10 @@
 """Classes of images from a model: pixels on the host, normalising and everything after it on the device."""
 
 import functools
+import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,11 +86,12 @@ def inference_model(model: Model | str | os.PathLike, image: ImageSource) -> dic
 
 
 def predict_images(
-    model: Model, images: Sequence[ImageSource], *, batch_size: int = 32
+    model: Model, images: Iterable[ImageSource], *, batch_size: int = 32
 ) -> Iterator[dict[str, Any] | InputError]:
     """For each image in turn what `inference_model` returns, or the error that says why it cannot be read.
 
-    Batches have one size, so that the model is compiled once; the last is filled up with black images.
+    Images are asked for as they are needed, two batches ahead of what has been predicted, and read on threads. Batches
+    have one size, so that the model is compiled once; the last is filled up with black images.
 
     Raises:
         InputError: the model has no classes, or the batch size is not positive.
@@ -98,18 +101,34 @@ def predict_images(
         raise InputError(f"{description.config.name} was made with num_classes=0: it has features, and no classes")
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}, and must be at least 1")
+    return _predict(model, iter(images), description, batch_size)
+
+
+def _predict(
+    model: Model, images: Iterator[ImageSource], description: ModelDescription, batch_size: int
+) -> Iterator[dict[str, Any] | InputError]:
     graph, state = nnx.split(model)
-    batch_size = min(batch_size, len(images))
-    for start in range(0, len(images), batch_size or 1):
-        pixels = [_pixels(image, description) for image in images[start : start + batch_size]]
-        readable = [image for image in pixels if not isinstance(image, InputError)]
-        scores = iter(())
-        if readable:
-            batch = np.zeros((batch_size, *readable[0].shape), np.uint8)
-            batch[: len(readable)] = readable
-            scores = iter(np.asarray(_probabilities(graph, description.preprocessing, state, batch)))
-        for image in pixels:
-            yield image if isinstance(image, InputError) else _result(next(scores), description.class_names)
+    first = list(itertools.islice(images, batch_size))
+    batch_size = len(first)  # fewer images than a batch holds need no larger one
+    with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="images") as pool:
+
+        def read(chosen: list[ImageSource]) -> list[Future]:
+            return [pool.submit(_pixels, image, description) for image in chosen]
+
+        reading = read(first)
+        while reading:
+            # While the device computes this batch, the next one is read.
+            following = read(list(itertools.islice(images, batch_size)))
+            pixels = [future.result() for future in reading]
+            readable = [image for image in pixels if not isinstance(image, InputError)]
+            scores = iter(())
+            if readable:
+                batch = np.zeros((batch_size, *readable[0].shape), np.uint8)
+                batch[: len(readable)] = readable
+                scores = iter(np.asarray(_probabilities(graph, description.preprocessing, state, batch)))
+            for image in pixels:
+                yield image if isinstance(image, InputError) else _result(next(scores), description.class_names)
+            reading = following
 
 
 def _pixels(image: ImageSource, description: ModelDescription) -> np.ndarray | InputError:

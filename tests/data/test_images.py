@@ -1,4 +1,5 @@
 import io
+import os
 
 import numpy as np
 import published
@@ -6,7 +7,7 @@ import pytest
 from PIL import Image
 
 from tnt_jax.config import InputError
-from tnt_jax.data.images import evaluation_crop, list_images, open_image
+from tnt_jax.data.images import evaluation_crop, images_below, open_image
 
 CROPS, MANIFEST = published.record("timm_evaluation_crop")
 
@@ -111,9 +112,12 @@ def test_a_folder_is_listed_deeply_and_in_natural_order(tmp_path):
     for name in ("b10.jpg", "b2.JPG", "a/c.png", "notes.txt", ".hidden.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert [str(path.relative_to(tmp_path)) for path in list_images(tmp_path)] == ["a/c.png", "b2.JPG", "b10.jpg"]
+    assert [os.path.relpath(path, tmp_path) for path in images_below(tmp_path)] == ["a/c.png", "b2.JPG", "b10.jpg"]
+    first = next(images_below(tmp_path))
+    (tmp_path / "b1.jpg").touch()
+    assert next(images_below(tmp_path)) == first == str(tmp_path / "a/c.png")
     (tmp_path / "none").mkdir()
     with pytest.raises(InputError, match=r"there is no image in .*none"):
-        list_images(tmp_path / "none")
+        list(images_below(tmp_path / "none"))
     with pytest.raises(InputError, match=r"there is no folder .*nowhere"):
-        list_images(tmp_path / "nowhere")
+        list(images_below(tmp_path / "nowhere"))

@@ -4,7 +4,7 @@ import io
 import math
 import os
 import re
-from pathlib import Path
+from collections.abc import Iterator
 from typing import BinaryIO
 
 import numpy as np
@@ -94,20 +94,38 @@ def _resized_size(image_size: tuple[int, int], size: tuple[int, int], crop: floa
     return int(to_height * width / height), to_height
 
 
-def list_images(folder: str | os.PathLike) -> list[Path]:
-    """All images in a folder and the folders in it, by their suffix, numbers in names ordered as numbers.
+def images_below(folder: str | os.PathLike) -> Iterator[str]:
+    """The paths of all images in a folder and the folders in it, by their suffix, as they are asked for.
+
+    Names are in order, numbers in them ordered as numbers. One folder at a time is listed, so that the first image of
+    millions is there as soon as its own folder has been read.
 
     Raises:
-        InputError: there is no such folder, or no image is in it.
+        InputError: there is no such folder; or, at the end, no image was in it.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InputError(f"there is no folder {folder}")
-    files = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
-    images = sorted((path for path in files if path.is_file()), key=lambda path: natural_key(str(path)))
-    if not images:
+    found = False
+    for path in _walk(os.fspath(folder)):
+        found = True
+        yield path
+    if not found:
         raise InputError(f"there is no image in {folder}; known are {', '.join(SUFFIXES)}")
-    return images
+
+
+def _walk(folder: str) -> Iterator[str]:
+    with os.scandir(folder) as entries:
+        names = {
+            entry.name: entry.is_dir()
+            for entry in entries
+            if not entry.name.startswith(".") and (entry.name.lower().endswith(SUFFIXES) or entry.is_dir())
+        }
+    for name in sorted(names, key=natural_key):
+        path = os.path.join(folder, name)
+        if names[name]:
+            yield from _walk(path)
+        elif os.path.isfile(path):
+            yield path
 
 
 def natural_key(name: str) -> list:

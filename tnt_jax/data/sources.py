@@ -179,19 +179,19 @@ def _folder(argument: str, split: str) -> FolderSource:
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     if folder is None:
         raise _no_split(split, sorted(path.name for path in root.iterdir() if path.is_dir()))
-    class_names = _class_folders(root / "train" if (root / "train").is_dir() else folder)
+    class_names = class_folders(root / "train" if (root / "train").is_dir() else folder)
     if (folder / LABEL_FILE).is_file():
-        files = _images_below(folder)
+        files = images_below(folder)
         labels = _read_labels(folder / LABEL_FILE, len(files), class_names)
         return FolderSource(str(folder), tuple(files), labels, class_names)
-    differing = sorted(set(class_names) ^ set(_class_folders(folder)))
+    differing = sorted(set(class_names) ^ set(class_folders(folder)))
     if differing or not class_names:
         raise InputError(
             f"{folder} and {root / 'train'} do not have the same class folders: {', '.join(differing[:5])}"
             if class_names
             else f"{folder} holds neither class folders nor a {LABEL_FILE}"
         )
-    by_class = [[f"{name}/{file}" for file in _images_below(folder / name)] for name in class_names]
+    by_class = [[f"{name}/{file}" for file in images_below(folder / name)] for name in class_names]
     for name, found in zip(class_names, by_class, strict=True):
         if not found:
             raise InputError(f"class folder {folder / name} holds no image; known are {', '.join(SUFFIXES)}")
@@ -199,11 +199,12 @@ def _folder(argument: str, split: str) -> FolderSource:
     return FolderSource(str(folder), tuple(file for found in by_class for file in found), labels, class_names)
 
 
-def _class_folders(folder: pathlib.Path) -> tuple[str, ...]:
+def class_folders(folder: pathlib.Path) -> tuple[str, ...]:
+    """Names of the folders in a folder, sorted."""
     return tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
 
 
-def _images_below(folder: pathlib.Path) -> list[str]:
+def images_below(folder: pathlib.Path) -> list[str]:
     """Paths, in `folder`, of all images below it, sorted."""
     found = []
     for place, _, names in os.walk(folder, followlinks=True):

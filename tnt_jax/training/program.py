@@ -1,5 +1,6 @@
 """What a run computes: the state and the functions of a step, for the devices of a mesh."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -52,8 +53,19 @@ class Program:
         }
         self.init = jax.jit(lambda params: init_state(params, optimizer), out_shardings=shardings)
         self.train_step = jax.jit(
-            make_train_step(graphdef, optimizer, schedule, config),
+            _on(mesh, make_train_step(graphdef, optimizer, schedule, config)),
             donate_argnums=0,
             out_shardings=(shardings, replicated(mesh)),
         )
         self.eval_step = make_eval_step(graphdef, config.data)
+
+
+def _on(mesh: Mesh, function: Callable) -> Callable:
+    """The same function, whose modules can ask for the mesh and its platform: Pallas kernels are not cut by XLA."""
+
+    @functools.wraps(function)
+    def on_mesh(*arguments):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments)
+
+    return on_mesh

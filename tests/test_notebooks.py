@@ -1,0 +1,56 @@
+"""The notebooks run from top to bottom, each within three minutes. `make notebooks` runs these."""
+
+import gzip
+import os
+import struct
+import time
+
+import commands
+import numpy as np
+import pytest
+
+from tnt_jax.data.sources import IDX_FILES
+
+FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
+MOST_SECONDS = 180
+NOTEBOOKS = sorted((commands.ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture(scope="module")
+def clothes(tmp_path_factory):
+    """Fashion-MNIST, or where it is not installed noise in its place."""
+    if os.path.isdir(FASHION_MNIST):
+        return FASHION_MNIST
+    folder, rng = tmp_path_factory.mktemp("data") / "fashion", np.random.default_rng(0)
+    folder.mkdir()
+    for names, count in zip(IDX_FILES.values(), (4000, 500), strict=True):
+        for name, values in zip(names, (rng.integers(0, 256, (count, 28, 28)), np.arange(count) % 10), strict=True):
+            header = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape)
+            (folder / f"{name}.gz").write_bytes(gzip.compress(header + values.astype(np.uint8).tobytes(), 1))
+    return str(folder)
+
+
+def test_there_are_the_four_notebooks_with_their_outputs():
+    import nbformat
+
+    assert [path.stem for path in NOTEBOOKS] == ["convert", "finetune", "inside_tnt", "quickstart"]
+    for path in NOTEBOOKS:
+        code = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+        assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+        outputs = [output for cell in code for output in cell.outputs]
+        assert outputs
+        assert not any(output.output_type == "error" for output in outputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(path, clothes, monkeypatch):
+    import nbformat
+    from nbconvert.preprocessors import ExecutePreprocessor
+
+    monkeypatch.setenv("FASHION_MNIST", clothes)
+    monkeypatch.delenv("XLA_FLAGS")  # which compiles quickly for tests; a user's notebook does not
+    began = time.monotonic()
+    runner = ExecutePreprocessor(timeout=MOST_SECONDS, kernel_name="python3")
+    runner.preprocess(nbformat.read(path, 4), {"metadata": {"path": str(path.parent)}})
+    assert time.monotonic() - began < MOST_SECONDS

@@ -1,0 +1,50 @@
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from tnt_jax.scores import Answers, calibration_error, confusion, per_class, summary, wilson
+
+ANSWERS = Answers(
+    labels=np.array([0, 0, 1, 1]),
+    top=np.array([[0, 1], [1, 2], [1, 0], [1, 2]]),
+    scores=np.array([[0.9, 0.1], [0.6, 0.4], [0.8, 0.2], [0.7, 0.3]]),
+    loss=np.array([0.1, 2.0, 0.2, 0.3]),
+    images_per_second=10.0,
+)
+
+
+@pytest.mark.parametrize(("right", "count"), [(0, 7), (7, 7), (81, 100), (40753, 50000)])
+def test_the_interval_is_wilsons_as_scipy_has_it(right, count):
+    expected = binomtest(right, count).proportion_ci(0.95, method="wilson")
+    np.testing.assert_allclose(wilson(right, count), expected, atol=1e-12)
+
+
+def test_calibration_error_is_the_mean_gap_of_confidence_and_accuracy():
+    # Two bins: three answers at 0.95 of which two are right, one at 0.3 that is right.
+    confidence, right = np.array([0.95, 0.95, 0.95, 0.3]), np.array([True, True, False, True])
+    assert calibration_error(confidence, right) == pytest.approx((3 * abs(2 / 3 - 0.95) + 0.7) / 4)
+    # The ends of the bins: 0 and 1 belong to the first and the last.
+    assert calibration_error(np.array([0.0, 1.0]), np.array([False, True])) == 0
+
+
+def test_the_summary_counts_every_image_once():
+    scores = summary(ANSWERS)
+    assert (scores["images"], scores["top1"], scores["top5"]) == (4, 0.75, 0.75)
+    assert (scores["top1_low"], scores["top1_high"]) == wilson(3, 4)
+    assert scores["loss"] == pytest.approx(0.65)
+    assert scores["ece"] == pytest.approx((abs(1 - 0.9) + 0.6 + abs(1 - 0.8) + abs(1 - 0.7)) / 4)
+
+
+def test_classes_have_recall_and_precision():
+    ant, bee = per_class(ANSWERS, ("ant", "bee", "cat"))
+    assert (ant["class"], ant["images"], ant["recall"], ant["precision"]) == ("ant", 2, 0.5, 1.0)
+    assert (bee["recall"], bee["precision"]) == (1.0, pytest.approx(2 / 3))
+    assert per_class(ANSWERS.judged_by([frozenset({1})] * 4), "abc")[0]["precision"] is not None
+    np.testing.assert_array_equal(confusion(ANSWERS, 3), [[1, 1, 0], [0, 2, 0], [0, 0, 0]])
+
+
+def test_several_right_answers_count_and_images_without_any_are_left_out():
+    judged = ANSWERS.judged_by([frozenset({5}), frozenset({1, 7}), frozenset(), frozenset({2})])
+    assert judged.right(1).tolist() == [False, True, False]
+    assert judged.right(5).tolist() == [False, True, True]
+    assert np.isnan(judged.loss).all()

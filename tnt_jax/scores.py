@@ -1,0 +1,118 @@
+"""What answers are worth: shares with their uncertainty, calibration, classes. Plain NumPy, after the model has run."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+
+Z95 = 1.959963984540054  # of the normal distribution: what 95% of it lie within
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """A model's answers for a number of images. Classes are those of the model."""
+
+    labels: Int[np.ndarray, " images"]
+    """The right classes."""
+    top: Int[np.ndarray, "images k"]
+    """The likeliest classes, up to five, the likeliest first."""
+    scores: Float[np.ndarray, "images k"]
+    """Their probabilities."""
+    loss: Float[np.ndarray, " images"]
+    """Cross-entropy in nats."""
+    images_per_second: float
+    """NaN where one batch was all there was: the first is compiled, and says nothing of the rate."""
+
+    accepted: Sequence[frozenset[int]] | None = None
+    """Where an image has several right answers: all of them. The others stand in `labels`."""
+
+    def right(self, k: int) -> np.ndarray:
+        """Whether a right class is among the k likeliest, bool (images,)."""
+        if self.accepted is None:
+            return (self.top[:, :k] == self.labels[:, None]).any(axis=1)
+        return np.array(
+            [
+                not accepted.isdisjoint(top)
+                for accepted, top in zip(self.accepted, self.top[:, :k].tolist(), strict=True)
+            ]
+        )
+
+    def judged_by(self, accepted: Sequence[frozenset[int]]) -> "Answers":
+        """The same answers with other right ones. Images that have none are left out, and there is no loss."""
+        kept = [index for index, classes in enumerate(accepted) if classes]
+        return Answers(
+            self.labels[kept],
+            self.top[kept],
+            self.scores[kept],
+            np.full(len(kept), np.nan),
+            self.images_per_second,
+            [accepted[index] for index in kept],
+        )
+
+
+def wilson(right: int, count: int) -> tuple[float, float]:
+    """The 95% confidence interval of a share of right answers, `right` of `count` (Wilson 1927).
+
+    Unlike the interval of the normal approximation it holds for few images and for shares near 0 and 1.
+    """
+    if count == 0:
+        return 0.0, 1.0
+    share = right / count
+    middle = share + Z95**2 / (2 * count)
+    half = Z95 * math.sqrt(share * (1 - share) / count + Z95**2 / (4 * count**2))
+    return (middle - half) / (1 + Z95**2 / count), (middle + half) / (1 + Z95**2 / count)
+
+
+def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 15) -> float:
+    """Expected calibration error: how far confidence and accuracy lie apart, on average over the images.
+
+    Images are put into equal bins of confidence. Source: Guo et al., arXiv 1706.04599, with their 15 bins.
+    """
+    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    counts = np.bincount(place, minlength=bins)
+    gaps = np.abs(np.bincount(place, right, bins) - np.bincount(place, confidence, bins))
+    return float(gaps.sum() / counts.sum())
+
+
+def summary(answers: Answers) -> dict[str, float]:
+    """images, top1 and top5 (shares) with the ends of their 95% intervals, ece, loss (mean), images_per_second."""
+    count = len(answers.labels)
+    scores: dict[str, float] = {"images": count}
+    for k in (1, 5):
+        right = int(answers.right(k).sum())
+        low, high = wilson(right, count)
+        scores |= {f"top{k}": right / count, f"top{k}_low": low, f"top{k}_high": high}
+    scores["ece"] = calibration_error(answers.scores[:, 0], answers.right(1))
+    return scores | {"loss": float(answers.loss.mean()), "images_per_second": answers.images_per_second}
+
+
+def per_class(answers: Answers, class_names: Sequence[str]) -> list[dict]:
+    """For each class that has images: how many, how many were found (recall) with its interval, and precision.
+
+    Precision is None where the class was never the answer.
+    """
+    rows, answered = [], np.bincount(answers.top[:, 0], minlength=len(class_names))
+    for label in np.unique(answers.labels):
+        of_class = answers.labels == label
+        right = int(answers.right(1)[of_class].sum())
+        low, high = wilson(right, int(of_class.sum()))
+        rows.append(
+            {
+                "class": class_names[label],
+                "images": int(of_class.sum()),
+                "recall": right / int(of_class.sum()),
+                "recall_low": low,
+                "recall_high": high,
+                "precision": right / int(answered[label]) if answered[label] else None,
+            }
+        )
+    return rows
+
+
+def confusion(answers: Answers, classes: int) -> Int[np.ndarray, "classes classes"]:
+    """How often an image of a class (row) was given a class (column)."""
+    matrix = np.zeros((classes, classes), np.int64)
+    np.add.at(matrix, (answers.labels, answers.top[:, 0]), 1)
+    return matrix

@@ -1,0 +1,133 @@
+"""What the pictures share: an image as the model sees it, figures with a part for each image, maps over an image."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from tnt_jax.config import InputError
+from tnt_jax.data.images import ImageSource, evaluation_crop, open_image
+from tnt_jax.data.mixing import normalise
+from tnt_jax.models.saving import description_of
+from tnt_jax.models.variants import Model
+
+MAP = "viridis"  # rises evenly in lightness: it holds in grey print and for the colour-blind
+MARK = "#ff2a2a"  # the paper's red
+PANEL = 1.7  # inches
+TITLE_WIDTH = 4.8  # inches: no narrower, or the title is cut off
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """An image as the model sees it."""
+
+    pixels: UInt8[np.ndarray, "height width channels"]
+    """Cut as evaluation cuts."""
+    batch: Float[Array, "1 height width channels"]
+    """Normalised: what the model is called with."""
+
+
+def see(model: Model, image: ImageSource) -> Seen:
+    """Raises InputError where the image cannot be read."""
+    feeding, channels = description_of(model).preprocessing, model.config.in_channels
+    pixels = evaluation_crop(open_image(image, channels), feeding.image_size, feeding.crop)
+    return Seen(pixels, normalise(jnp.asarray(pixels)[None], feeding))
+
+
+def new_figure(width: float, height: float):
+    """A figure of so many inches that belongs to no window, laid out so that nothing is cut off."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained", dpi=120)
+
+
+def per_image(
+    model: Model,
+    images: ImageSource | Sequence[ImageSource],
+    size: tuple[float, float],
+    draw: Callable[[Any, Seen], None],
+):
+    """A figure with one part of `size` (inches) for each image, one below the other, in which `draw` draws it.
+
+    Raises:
+        InputError: an image cannot be read, or there is none.
+    """
+    images = list(images) if isinstance(images, list | tuple) else [images]
+    if not images:
+        raise InputError("no image was given")
+    all_seen = [see(model, image) for image in images]
+    figure = new_figure(max(size[0], TITLE_WIDTH), size[1] * len(images))
+    parts = figure.subfigures(len(images), squeeze=False)[:, 0]
+    for part, seen in zip(parts, all_seen, strict=True):
+        draw(part, seen)
+    return figure
+
+
+def panels(part, count: int, columns: int) -> list:
+    """`count` axes without ticks in rows of `columns`; what is left of the last row is empty."""
+    axes = part.subplots(-(-count // columns), columns, squeeze=False).ravel()
+    for each in axes:
+        each.set_xticks([])
+        each.set_yticks([])
+    for each in axes[count:]:
+        each.set_visible(False)
+    return list(axes[:count])
+
+
+def show_image(axes, pixels: np.ndarray, title: str = "") -> None:
+    """The image with a pixel's corner at (0, 0), so that patches lie at multiples of their size."""
+    height, width, channels = pixels.shape
+    grey = {"cmap": "gray", "vmin": 0, "vmax": 255} if channels == 1 else {}
+    axes.imshow(pixels[..., 0] if channels == 1 else pixels, extent=(0, width, height, 0), **grey)
+    title_of(axes, title)
+
+
+def show_map(axes, values: Float[np.ndarray, "rows columns"], pixels: np.ndarray, title: str = "") -> None:
+    """A map in colours from its least to its greatest value, with the image shining through it."""
+    height, width = pixels.shape[:2]
+    show_image(axes, np.repeat(pixels.mean(axis=-1, keepdims=True).astype(np.uint8), 3, axis=-1), title)
+    axes.imshow(values, cmap=MAP, alpha=0.75, extent=(0, width, height, 0), interpolation="nearest")
+
+
+def title_of(axes, title: str) -> None:
+    axes.set_title(title, fontsize=8, pad=3)
+
+
+def mark_box(axes, row: float, column: float, height: float, width: float) -> None:
+    """A red frame around a patch, in pixels."""
+    from matplotlib.patches import Rectangle
+
+    axes.add_patch(Rectangle((column, row), width, height, fill=False, edgecolor=MARK, linewidth=1.6))
+
+
+def check_out(out: str | os.PathLike) -> None:
+    """Raises InputError unless a picture can be written as this file, by its ending and its folder."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    known = sorted(set(FigureCanvasAgg.get_supported_filetypes()) & {"png", "jpg", "pdf", "svg", "webp"})
+    path = Path(out)
+    if path.suffix[1:].lower() not in known:
+        raise InputError(f"--out is {out}, and a picture ends in .{', .'.join(known)}")
+    if not path.parent.is_dir():
+        raise InputError(f"--out is {out}, and there is no folder {path.parent}")
+
+
+def chosen_block(wanted: int | None, possible: Iterable[int], what: str) -> int:
+    """The index of a block that has what a picture shows: the last of them, or the one that was asked for.
+
+    Raises:
+        InputError: it has not.
+    """
+    possible = list(possible)
+    if not possible:
+        raise InputError(f"no block of this model has {what}")
+    if wanted is None:
+        return possible[-1]
+    if wanted not in possible:
+        raise InputError(f"block {wanted} has no {what}; the blocks with it are {', '.join(map(str, possible))}")
+    return wanted
