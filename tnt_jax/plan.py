@@ -180,7 +180,7 @@ def main() -> None:
     console = rich.console.Console(highlight=False, soft_wrap=True)
     config, note = _resolved(config)
     devices = _devices(topology)
-    chip = chip_of(devices[0].device_kind)
+    chip = _chip(topology, devices)
     if note:
         console.print(note)
     step = _timed(console, config, devices, config.batch_size // len(devices))
@@ -219,6 +219,15 @@ def _devices(topology: str) -> list:
         raise InputError(
             f"libtpu knows no topology {topology!r}; there are {KNOWN}. It said: {str(error).splitlines()[0]}"
         ) from error
+
+
+def _chip(topology: str, devices: list) -> Chip | None:
+    """What one device of a topology is; libtpu describes the v4 as two devices a chip, which a real one joins."""
+    chip = chip_of(devices[0].device_kind)
+    chips = math.prod(map(int, topology.partition(":")[2].split("x")))
+    if chip is None or len(devices) != 2 * chips or chip.name.startswith("half"):
+        return chip
+    return Chip(f"half a {chip.name}", chip.memory / 2, chip.flops / 2, chip.bandwidth / 2)
 
 
 def _timed(console: rich.console.Console, config: TrainConfig, devices: list, batch: int) -> Compiled:
