@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 from commands import ROOT, run
@@ -11,7 +12,7 @@ from small_runs import config_file
 
 from tnt_jax.chips import GIB, chip_of
 from tnt_jax.collectives import Collective, collectives, loops
-from tnt_jax.plan import Compiled, environment_for, largest_batch
+from tnt_jax.plan import Compiled, _chip, environment_for, largest_batch
 
 # Prints what a train step of the tiny run sends between devices, and the bytes of its parameters.
 SENT = """
@@ -149,3 +150,6 @@ def test_chips_are_known_under_what_jax_calls_them():
     assert chip_of("TPU v5 lite").memory == 16 * GIB
     assert chip_of("TPU v5e") == chip_of("TPU v5 lite")
     assert chip_of("abacus") is None
+    devices = [types.SimpleNamespace(device_kind="TPU v4")]
+    assert _chip("v4:2x2x2", 16 * devices).memory == 16 * GIB
+    assert _chip("v4:2x2x2", 8 * devices).memory == 32 * GIB

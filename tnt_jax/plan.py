@@ -13,7 +13,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 
 import rich.console
@@ -21,14 +20,11 @@ import rich.table
 
 from tnt_jax.chips import GIB, Chip, chip_of, training_flops
 from tnt_jax.cli import run_command
-from tnt_jax.collectives import Collective, collectives, loops
+from tnt_jax.collectives import Collective
+from tnt_jax.compiling import Compiled, compile_step, largest_batch
 from tnt_jax.config import InputError, TrainConfig, from_json, to_json
 
 KNOWN = "v5e:2x4, v5e:16x16, v6e:4x4, v5p:2x2x1, v4:2x2x2, v3:2x2, tpu7x:2x2x1, ... or cpu:8"
-SEARCHES = 3
-"""Compilations that look for the largest batch; each may take minutes."""
-STEEPEST = 8
-"""How many times larger than the last one a batch may be that is tried: from further away, the line says little."""
 
 
 def plan(config: TrainConfig, topology: str) -> int:
@@ -83,96 +79,6 @@ def environment_for(topology: str) -> dict[str, str]:
     return environment
 
 
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-    """What the compiler says of a train step, per device."""
-
-    batch: int
-    """Images of a step on one device."""
-    memory: int | None
-    """Bytes at the peak; None where it did not fit and the compiler did not say."""
-    fits: bool
-    seconds: float
-    flops: float = 0.0
-    traffic: float = 0.0
-    """Bytes from and to the device's memory."""
-    collectives: tuple[Collective, ...] = ()
-    loops: tuple[int, ...] = ()
-
-
-def compile_step(config: TrainConfig, devices: Sequence, steps_per_epoch: int = 1000) -> Compiled:
-    """The train step of a run, compiled for these devices.
-
-    Args:
-        steps_per_epoch: a number in the schedule; it changes nothing of what is reported.
-
-    Raises:
-        InputError: the batch cannot be divided among the devices.
-    """
-    from tnt_jax.training.mesh import check_batch_size, make_mesh
-    from tnt_jax.training.program import Program
-
-    mesh = make_mesh(config.fsdp, devices)
-    check_batch_size(config.batch_size, mesh, config.accumulation_steps)
-    program = Program(config, mesh, steps_per_epoch)
-    batch, start = config.batch_size // len(devices), time.perf_counter()
-    try:
-        compiled = program.train_step.lower(program.abstract_state, program.abstract_batch).compile()
-    except Exception as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return Compiled(batch, _used(str(error)), fits=False, seconds=time.perf_counter() - start)
-    seconds = time.perf_counter() - start
-    memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
-    return Compiled(
-        batch,
-        # What is given away is used again for what comes out.
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes,
-        True,
-        seconds,
-        cost.get("flops", 0.0),
-        cost.get("bytes accessed", 0.0),
-        tuple(collectives(text)),
-        tuple(loops(text)),
-    )
-
-
-def _used(message: str) -> int | None:
-    """The bytes in the compiler's "Used 27.10G of 15.75G hbm"."""
-    found = re.search(r"Used ([\d.]+)([KMG]) of", message)
-    return int(float(found[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[found[2]]) if found else None
-
-
-def largest_batch(first: Compiled, capacity: float, fixed: int, unit: int, compile_at) -> tuple[int, int | None, int]:
-    """Looks for the largest batch of a device that fits, from one compilation and a few more.
-
-    Memory is nearly a line over the batch that begins at `fixed` bytes: each guess is where the line through the last
-    compilation reaches `capacity`, between what is known to fit and what is known not to.
-
-    Returns:
-        The largest batch that was seen to fit (0 for none), the smallest that was seen not to (None for none), and the
-        compilations that it took.
-    """
-    fits, too_large, last = (first.batch, None, first) if first.fits else (0, first.batch, first)
-    for search in range(SEARCHES):
-        per_image = ((last.memory or 2 * capacity) - fixed) / last.batch
-        reaches = min((capacity - fixed) / per_image, STEEPEST * last.batch)
-        guess = max(1, int(reaches) // unit) * unit
-        if guess <= fits:
-            guess = fits + unit
-        if too_large is not None and guess >= too_large:
-            guess = max(too_large - unit, (fits + too_large) // 2 // unit * unit)
-        if guess <= fits or (too_large is not None and guess >= too_large):
-            return fits, too_large, search
-        last = compile_at(guess)
-        fits, too_large = (guess, too_large) if last.fits else (fits, guess)
-    return fits, too_large, SEARCHES
-
-
 def main() -> None:
     """The process that `plan` starts."""
     given = json.load(sys.stdin)
@@ -180,7 +86,7 @@ def main() -> None:
     console = rich.console.Console(highlight=False, soft_wrap=True)
     config, note = _resolved(config)
     devices = _devices(topology)
-    chip = chip_of(devices[0].device_kind)
+    chip = _chip(topology, devices)
     if note:
         console.print(note)
     step = _timed(console, config, devices, config.batch_size // len(devices))
@@ -219,6 +125,15 @@ def _devices(topology: str) -> list:
         raise InputError(
             f"libtpu knows no topology {topology!r}; there are {KNOWN}. It said: {str(error).splitlines()[0]}"
         ) from error
+
+
+def _chip(topology: str, devices: list) -> Chip | None:
+    """What one device of a topology is; libtpu describes the v4 as two devices a chip, which a real one joins."""
+    chip = chip_of(devices[0].device_kind)
+    chips = math.prod(map(int, topology.partition(":")[2].split("x")))
+    if chip is None or len(devices) != 2 * chips or chip.name.startswith("half"):
+        return chip
+    return Chip(f"half a {chip.name}", chip.memory / 2, chip.flops / 2, chip.bandwidth / 2)
 
 
 def _timed(console: rich.console.Console, config: TrainConfig, devices: list, batch: int) -> Compiled:
