@@ -141,7 +141,7 @@ def test_one_command_evaluates_several_and_writes_tables_and_answers(tmp_path, i
     assert code == 0, err
     rows = list(csv.DictReader(tables[0].open()))
     assert [row["data"] for row in rows] == [relative, f"imagenet-r:{imagenet_a}"]
-    (first, _) = evaluate_model(str(thousand), [relative, relative])
+    (first,) = evaluate_model(str(thousand), [relative])
     assert float(rows[0]["top5"]) == first.answers.right(5).mean()
     assert tables[1].read_text().count("\n") == 4
     answers = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
