@@ -14,7 +14,7 @@ test-slow: .venv/.installed-dev
 	.venv/bin/python -m pytest -m slow
 
 notebooks: .venv/.installed-dev
-	.venv/bin/python -m pytest -m slow tests/test_notebooks.py
+	.venv/bin/python -m pytest -m slow --durations=4 tests/test_notebooks.py
 
 # Needs chromium and chromedriver (Debian: chromium-driver). Gradio asks for an older Pillow and works with ours, which comes after it.
 test-demo: .venv-demo/.installed
