@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: digits test test-slow test-demo notebooks lint clean
+.PHONY: digits test test-slow smoke test-demo notebooks lint clean
 
 digits: .venv/.installed
 	.venv/bin/python train.py
@@ -12,6 +12,9 @@ test: .venv/.installed-dev lint
 
 test-slow: .venv/.installed-dev
 	.venv/bin/python -m pytest -m slow
+
+smoke: .venv/.installed-dev
+	.venv/bin/python -m pytest -n 2 -m slow --durations=0 tests/test_configs.py
 
 notebooks: .venv/.installed-dev
 	.venv/bin/python -m pytest -m slow --durations=4 tests/test_notebooks.py

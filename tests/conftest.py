@@ -4,3 +4,8 @@ import os
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first: of two workers, none is left with a test of a minute at the end."""
+    items.sort(key=lambda item: "tests/training" not in item.nodeid)

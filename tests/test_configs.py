@@ -50,17 +50,9 @@ def test_sizes_of_stages_are_numbers_on_the_command_line():
     assert (config.model.depth, config.model.inner_blocks) == ((1, 2, 1, 1), (0, 3))
 
 
+# One in the ordinary suite, all in `make smoke`.
 @pytest.mark.parametrize(
-    "name",
-    [
-        "imagenet_tnt_ti.py",
-        "finetune_folder.py",
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in CONFIGS
-            if name not in ("imagenet_tnt_ti.py", "finetune_folder.py")
-        ),
-    ],
+    "name", [pytest.param(name, marks=() if name == "finetune_folder.py" else pytest.mark.slow) for name in CONFIGS]
 )
 def test_trains_when_shrunk(name, tmp_path):
     config = pathlib.Path(ROOT / "configs" / name)
