@@ -21,7 +21,7 @@ notebooks: .venv/.installed-dev
 
 # Needs chromium and chromedriver (Debian: chromium-driver). Gradio asks for an older Pillow and works with ours, which comes after it.
 test-demo: .venv-demo/.installed
-	.venv-demo/bin/python -m pytest -m demo
+	.venv-demo/bin/python -m pytest -m demo tests/test_demo.py
 
 lint: .venv/.installed-dev
 	.venv/bin/ruff check .
