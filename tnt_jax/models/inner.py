@@ -22,7 +22,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from tnt_jax.config import ModelConfig
-from tnt_jax.models.kernels import inner_block
+from tnt_jax.models.kernels.inner_block import inner_block
+from tnt_jax.models.kernels.tile import SUBLANES, Layer, Sizes, covers
 from tnt_jax.models.layers import NORM_EPSILON, InitialRngs, LayerNorm, TransformerLayer, gelu, split_key, survivors
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ class InnerTransformer(TransformerLayer):
         _, attn_key, _, mlp_key = split_key(key, 4)
         return jnp.stack([survivors(sentences, self.drop_path_rate, each) for each in (attn_key, mlp_key)])
 
-    def columns(self) -> inner_block.Layer:
+    def columns(self) -> Layer:
         """The parameters as columns and matrices that multiply from the left; matrices in the dtype of the model."""
 
         def matrix(linear: nnx.Linear) -> Array:
@@ -77,7 +78,7 @@ class InnerTransformer(TransformerLayer):
         def column(vector: nnx.Param) -> Array:
             return vector[...].astype(jnp.float32)[:, None]
 
-        return inner_block.Layer(
+        return Layer(
             column(self.norm1.scale),
             column(self.norm1.bias),
             matrix(self.attn.qkv),
@@ -113,8 +114,8 @@ def _obstacle(layer: InnerTransformer, sentences: int, platform: str, mesh: jax.
     channels = layer.attn.qkv.in_features
     if platform != "tpu":
         return f"the Pallas kernel runs on TPUs, and this is a {platform}"
-    if not inner_block.covers(channels, layer.attn.num_heads):
-        return f"the Pallas kernel wants channels in multiples of {inner_block.SUBLANES}"
+    if not covers(channels, layer.attn.num_heads):
+        return f"the Pallas kernel wants channels in multiples of {SUBLANES}"
     if layer.norm_axes != (1,):
         return "the Pallas kernel normalises each word by itself"
     if mesh.empty and jax.device_count() > 1:
@@ -138,8 +139,8 @@ def pallas(
 ) -> Float[Array, "rows sentences"]:
     """The layer in one kernel; on a mesh, each device runs it on its own sentences. `interpret` runs it anywhere."""
     channels = layer.attn.qkv.in_features
-    sizes = inner_block.Sizes(words.shape[0] // channels, channels, layer.attn.num_heads, NORM_EPSILON, layer.dtype)
-    kernel = functools.partial(inner_block.inner_block, sizes, interpret)
+    sizes = Sizes(words.shape[0] // channels, channels, layer.attn.num_heads, NORM_EPSILON, layer.dtype)
+    kernel = functools.partial(inner_block, sizes, interpret)
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
         cut = PartitionSpec(None, mesh.axis_names)
