@@ -38,7 +38,8 @@ from tnt_jax.models.kernels.tile import (
     total,
 )
 
-VMEM_LIMIT = 48 * 2**20  # bytes; the backward kernel of TNT-B needs most, 40 MiB
+# Blocks, twice each, and scratch of the backward kernel of TNT-B are 34 MiB in bfloat16 and 45 in float32; TNT-S has less.
+VMEM_LIMIT = 60 * 2**20  # bytes
 
 
 def norm1(sizes: Sizes, layer: Layer, x_ref, blocks: list) -> tuple[list, list]:
