@@ -192,6 +192,8 @@ def pallas_words_to_sentence(
     )
     kernel = functools.partial(words_to_sentence.words_to_sentence, NORM_EPSILON, interpret)
     return _on_each_device(kernel, arrays=1, axis=0)(words.reshape(words.shape[0], -1).T, layer)
+
+
 def _on_each_device(kernel: Callable, *, arrays: int, axis: int) -> Callable:
     """The kernel, which takes arrays of sentences as columns and then parameters, on each device's own sentences.
 

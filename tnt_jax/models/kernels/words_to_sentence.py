@@ -25,7 +25,6 @@ from tnt_jax.models.kernels.tile import (
     start_sums,
 )
 
-
 GROUP = 2 * LANES  # sentences at a time, for which the matrix product is prepared once
 
 
