@@ -25,7 +25,16 @@ from tnt_jax.config import ModelConfig
 from tnt_jax.models.kernels import words_to_sentence
 from tnt_jax.models.kernels.inner_block import inner_block
 from tnt_jax.models.kernels.tile import LANES, SUBLANES, Layer, Sizes, covers
-from tnt_jax.models.layers import NORM_EPSILON, InitialRngs, LayerNorm, TransformerLayer, gelu, split_key, survivors
+from tnt_jax.models.layers import (
+    NORM_EPSILON,
+    InitialRngs,
+    LayerNorm,
+    TransformerLayer,
+    gelu,
+    platform,
+    split_key,
+    survivors,
+)
 
 log = logging.getLogger(__name__)
 
@@ -121,22 +130,17 @@ def runs_kernel(projection: nnx.Module, sentences: int) -> bool:
     return obstacle is None
 
 
-def _platform() -> str:
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
-
-
 def _preferred(asked: str) -> str:
     if asked != "auto":
         return asked
-    return {"tpu": "pallas", "cpu": "reference"}.get(_platform(), "feature_major")
+    return {"tpu": "pallas", "cpu": "reference"}.get(platform(), "feature_major")
 
 
 def _obstacle(sentences: int) -> str | None:
     """Why no kernel can run on so many sentences here, or None."""
-    mesh, platform = jax.sharding.get_abstract_mesh(), _platform()
-    if platform != "tpu":
-        return f"the Pallas kernel runs on TPUs, and this is a {platform}"
+    mesh = jax.sharding.get_abstract_mesh()
+    if platform() != "tpu":
+        return f"the Pallas kernel runs on TPUs, and this is a {platform()}"
     if mesh.empty and jax.device_count() > 1:
         return "the Pallas kernel needs to know the mesh of several devices: call the model under jax.set_mesh(mesh)"
     if not mesh.empty and sentences % mesh.size:

@@ -18,6 +18,12 @@ NORM_EPSILON = 1e-5  # PyTorch's default, which every published TNT uses; Flax's
 BATCH_NORM_MOMENTUM = 0.1  # of the new value, as PyTorch counts it
 
 
+def platform() -> str:
+    """What is computed for: the devices of the mesh, which need not be here, or those of this process."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+
+
 class InitialRngs:
     """Stands in for `nnx.Rngs` while a module is made: one NumPy generator for each parameter.
 
@@ -86,12 +92,47 @@ class LayerNorm(nnx.LayerNorm):
             epsilon=NORM_EPSILON,
             scale_init=ones_init,
             bias_init=zeros_init,
-            # E[x^2] - E[x]^2 loses digits that the golden records have.
-            use_fast_variance=False,
             dtype=jnp.dtype(config.dtype),
             param_dtype=jnp.dtype(config.param_dtype),
             rngs=rngs,
         )
+
+    def __call__(self, x: Float[Array, "*leading channels"]) -> Float[Array, "*leading channels"]:
+        return layer_norm(x.astype(self.dtype), self.scale[...], self.bias[...])
+
+
+@jax.custom_vjp
+def layer_norm(
+    x: Float[Array, "*leading channels"], scale: Float[Array, " channels"], bias: Float[Array, " channels"]
+) -> Float[Array, "*leading channels"]:
+    """Layer norm, computed in float32. For its gradient it keeps what it was given and two numbers for each row.
+
+    XLA would keep two float32 copies of all rows, and read them again.
+    """
+    return _layer_norm_forward(x, scale, bias)[0]
+
+
+def _layer_norm_forward(x: Array, scale: Array, bias: Array) -> tuple[Array, tuple]:
+    x32 = x.astype(jnp.float32)
+    mean = x32.mean(-1, keepdims=True)
+    # E[x^2] - E[x]^2 would lose digits that the golden records have.
+    inverse = jax.lax.rsqrt(jnp.square(x32 - mean).mean(-1, keepdims=True) + NORM_EPSILON)
+    out = (x32 - mean) * (inverse * scale.astype(jnp.float32)) + bias.astype(jnp.float32)
+    return out.astype(x.dtype), (x, mean, inverse, scale, bias)
+
+
+def _layer_norm_backward(saved: tuple, gradient: Array) -> tuple[Array, Array, Array]:
+    x, mean, inverse, scale, bias = saved
+    normed, gradient = (x.astype(jnp.float32) - mean) * inverse, gradient.astype(jnp.float32)
+    rows = tuple(range(x.ndim - 1))
+    scaled = gradient * scale.astype(jnp.float32)
+    along = (scaled * normed).mean(-1, keepdims=True)
+    dx = inverse * (scaled - scaled.mean(-1, keepdims=True) - normed * along)
+    dscale, dbias = (gradient * normed).sum(rows), gradient.sum(rows)
+    return dx.astype(x.dtype), dscale.astype(scale.dtype), dbias.astype(bias.dtype)
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
 class BatchNorm(nnx.Module):
@@ -173,8 +214,13 @@ class Attention(nnx.Module):
         self.qkv = Linear(dim, 3 * dim, use_bias=False, config=config, rngs=rngs)
         self.proj = Linear(dim, dim, config=config, rngs=rngs)
 
-    def _qkv(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "3 batch heads tokens head_dim"]:
+    def _qkv(self, x: Float[Array, "batch tokens dim"]) -> tuple[Float[Array, "batch heads tokens head_dim"], ...]:
         batch, tokens, dim = x.shape
+        if platform() == "tpu":
+            # A product for each of the three puts every head where attention reads it. One for all would be turned
+            # on its way forth and back, a fifth of a train step.
+            kernels = self.qkv.kernel[...].astype(x.dtype).reshape(dim, 3, self.num_heads, -1)
+            return tuple(jnp.einsum("bnd,dhe->bhne", x, kernels[:, part]) for part in range(3))
         return self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads).transpose(2, 0, 3, 1, 4)
 
     def weights(
@@ -200,8 +246,15 @@ class Attention(nnx.Module):
         weights_key, proj_key = split_key(key, 2)
         query, keys, value = self._qkv(x)
         weights = dropout(self._softmax(query, keys, bias).astype(value.dtype), self.attn_drop_rate, weights_key)
-        attended = jnp.einsum("bhqk,bhkd->bqhd", weights, value).reshape(x.shape)
-        return dropout(self.proj(attended), self.drop_rate, proj_key)
+        attended = jnp.einsum("bhqk,bhkd->bhqd", weights, value)
+        return dropout(self._project(attended), self.drop_rate, proj_key)
+
+    def _project(self, attended: Float[Array, "batch heads tokens head_dim"]) -> Float[Array, "batch tokens dim"]:
+        batch, heads, tokens, _ = attended.shape
+        if platform() == "tpu":
+            kernel = self.proj.kernel[...].astype(attended.dtype).reshape(heads, -1, self.proj.out_features)
+            return jnp.einsum("bhne,hed->bnd", attended, kernel) + self.proj.bias[...].astype(attended.dtype)
+        return self.proj(attended.transpose(0, 2, 1, 3).reshape(batch, tokens, -1))
 
 
 class Mlp(nnx.Module):
