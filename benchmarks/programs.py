@@ -1,0 +1,119 @@
+"""What the compiler says of a program for a TPU that is not there, and how long a program takes where it can run."""
+
+import functools
+import json
+import os
+import pathlib
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+from tnt_jax.plan import environment_for
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+KERNELS = r"(inner_block|words_to_sentence)_(forward|backward)"
+TILE, WORDS = 1024, 16  # sentences that a kernel takes at a time, and how often the loops within it run
+ROUNDS = 5
+
+
+def child(script: str, topology: str, *arguments: object, environment: dict[str, str] | None = None) -> dict:
+    """The answer of `script --child`, a process that compiles for a topology, or for this machine ("here").
+
+    JAX has to be told about its devices before it starts, so each has a process of its own.
+    """
+    settings = {} if topology == "here" else environment_for(topology)
+    settings |= {"PYTHONPATH": str(ROOT)} | (environment or {})
+    command = [sys.executable, script, "--child", topology, *map(str, arguments)]
+    done = subprocess.run(command, env=os.environ | settings, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def device(topology: str):
+    """The first device of a topology; of this machine if it is "here"."""
+    import jax
+    from jax.experimental import topologies
+
+    if topology == "here":
+        return jax.devices()[0]
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+
+
+def account(function: Callable, shapes: tuple, topology: str) -> dict:
+    """A program compiled for one device: `cycles` that XLA estimates, `calls` of our kernels, which it cannot see into,
+    bytes of HBM `traffic` and of `temporary` memory, compile `seconds`, and where it can run, the `wall` time."""
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from tnt_jax.training.mesh import make_mesh
+
+    mesh = make_mesh(1, [device(topology)])
+    whole = NamedSharding(mesh, PartitionSpec())
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), shapes)
+    start = time.perf_counter()
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(function).lower(*shapes).compile()
+    seconds, program = time.perf_counter() - start, compiled.as_text()
+    called = re.findall(rf"%({KERNELS})[.\d]* = .*custom-call", program)
+    return {
+        "cycles": sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', program))),
+        "calls": {name: [found[0] for found in called].count(name) for name in {found[0] for found in called}},
+        "traffic": compiled.cost_analysis()["bytes accessed"],
+        "temporary": compiled.memory_analysis().temp_size_in_bytes,
+        "seconds": seconds,
+        "wall": wall_time(compiled, shapes) if topology == "here" else None,
+        "device": mesh.devices.flat[0].device_kind,
+    }
+
+
+def wall_time(compiled: Callable, shapes: tuple) -> float:
+    """Seconds of a call, the median of a few rounds."""
+    import jax
+    import jax.numpy as jnp
+
+    arrays = jax.tree.map(lambda leaf: jax.device_put(jnp.ones(leaf.shape, leaf.dtype), leaf.sharding), shapes)
+    jax.block_until_ready(compiled(*arrays))
+    rounds = []
+    for _ in range(ROUNDS):
+        start, calls = time.perf_counter(), 0
+        while calls < 3 or time.perf_counter() - start < 0.3:
+            jax.block_until_ready(compiled(*arrays))
+            calls += 1
+        rounds.append((time.perf_counter() - start) / calls)
+    return statistics.median(rounds)
+
+
+def cycles(found: dict, sentences: int, topology: str) -> float:
+    """XLA's estimate, and for each call of a kernel its schedule, once for each tile."""
+    tiles = -(-sentences // TILE)
+    which = "gradient" if any("backward" in name for name in found["calls"]) else "forward"
+    scheduled = schedules(topology, which) if found["calls"] else {}
+    return found["cycles"] + sum(calls * tiles * scheduled[name] for name, calls in found["calls"].items())
+
+
+@functools.cache
+def schedules(topology: str, which: str) -> dict[str, int]:
+    """Instruction bundles of each kernel for one tile: those of the loops within it run once for every word.
+
+    They are read from libtpu's final program of a small forward pass or gradient, as if memory never made it wait.
+    """
+    with tempfile.TemporaryDirectory() as dump:
+        flags = {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"}
+        child(str(ROOT / "benchmarks/inner.py"), topology, "pallas", which, 6, environment=flags)
+        found = {}
+        for path in pathlib.Path(dump).glob("*-final_bundles.txt"):
+            name = re.search(KERNELS, path.name)
+            if name and "schedule-analysis" not in path.name:
+                found[name[0]] = _bundles(path)
+    return found
+
+
+def _bundles(path: pathlib.Path) -> int:
+    count = 0
+    for line in path.read_text().splitlines():
+        if bundle := re.match(r"\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z]{2}:)?\s*:?\s*([>\s]*)\{", line):
+            count += WORDS if bundle[1].count(">") >= 2 else 1
+    return count
