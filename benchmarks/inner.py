@@ -80,7 +80,8 @@ def measure(topology: str, formulation: str, which: str, batch: int) -> dict:
         inner, words_to_sentence = nnx.merge(graphdef, params)
         key = None if seed is None else jax.random.wrap_key_data(seed)
         words = inner(words.reshape(patches, 16, -1), key)
-        return words.reshape(patches, -1), words_to_sentence(words, batch=batch)
+        words, sentences = words_to_sentence(words, batch=batch)
+        return words.reshape(patches, -1), sentences
 
     def gradient(params, words, seed, slopes):
         out, backward = jax.vjp(lambda params, words: forward(params, words, seed), params, words)
@@ -89,7 +90,7 @@ def measure(topology: str, formulation: str, which: str, batch: int) -> dict:
     shapes = (params, words)
     if which == "gradient":
         shapes = (*shapes, jax.ShapeDtypeStruct((2,), jnp.uint32), (words, sentences))
-    found = programs.account({"forward": forward, "gradient": gradient}[which], shapes, topology)
+    found = programs.account({"forward": forward, "gradient": gradient}[which], shapes, topology, free_layouts=True)
     macs = count_macs(dataclasses.replace(config, num_classes=1))
     of_a_block = (macs["inner transformers"] + macs["words to sentences"]) / config.depth
     moved = (2 * words.size + sentences.size) * dtype.itemsize

@@ -42,20 +42,25 @@ def device(topology: str):
     return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
 
 
-def account(function: Callable, shapes: tuple, topology: str) -> dict:
+def account(function: Callable, shapes: tuple, topology: str, *, free_layouts: bool = False) -> dict:
     """A program compiled for one device: `cycles` that XLA estimates, `calls` of our kernels, which it cannot see into,
-    bytes of HBM `traffic` and of `temporary` memory, compile `seconds`, and where it can run, the `wall` time."""
+    bytes of HBM `traffic` and of `temporary` memory, compile `seconds`, and where it can run, the `wall` time.
+
+    With `free_layouts`, arrays come and go in the layouts that suit the program, as within a larger one.
+    """
     import jax
+    from jax.experimental.layout import Format, Layout
     from jax.sharding import NamedSharding, PartitionSpec
 
     from tnt_jax.training.mesh import make_mesh
 
     mesh = make_mesh(1, [device(topology)])
     whole = NamedSharding(mesh, PartitionSpec())
+    formats = {"in_shardings": Format(Layout.AUTO, whole), "out_shardings": Format(Layout.AUTO, whole)}
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), shapes)
     start = time.perf_counter()
     with jax.set_mesh(mesh):
-        compiled = jax.jit(function).lower(*shapes).compile()
+        compiled = jax.jit(function, **formats if free_layouts else {}).lower(*shapes).compile()
     seconds, program = time.perf_counter() - start, compiled.as_text()
     called = re.findall(rf"%({KERNELS})[.\d]* = .*custom-call", program)
     return {
@@ -74,7 +79,10 @@ def wall_time(compiled: Callable, shapes: tuple) -> float:
     import jax
     import jax.numpy as jnp
 
-    arrays = jax.tree.map(lambda leaf: jax.device_put(jnp.ones(leaf.shape, leaf.dtype), leaf.sharding), shapes)
+    def ones(leaf, form):
+        return jax.device_put(jnp.ones(leaf.shape, leaf.dtype), form)
+
+    arrays = jax.tree.map(ones, shapes, compiled.input_formats[0])
     jax.block_until_ready(compiled(*arrays))
     rounds = []
     for _ in range(ROUNDS):

@@ -161,7 +161,7 @@ def test_attention_maps_are_what_the_blocks_use():
     # An attention that is made of these weights gives what the layer gives.
     block = model.blocks[0]
     words, sentences = model.embed(x)
-    sentences = block.add_words(block.inner(words), sentences)
+    _, sentences = block.add_words(block.inner(words), sentences)
     normed = block.outer.norm1(sentences)
     value = (normed @ block.outer.attn.qkv.kernel[:, 48:]).reshape(2, 17, 3, 8)
     mixed = jnp.einsum("bhqk,bkhd->bqhd", outer[0], value).reshape(2, 17, 24)

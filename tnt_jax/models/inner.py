@@ -173,13 +173,13 @@ def pallas(
     channels = layer.attn.qkv.in_features
     sizes = Sizes(words.shape[0] // channels, channels, layer.attn.num_heads, NORM_EPSILON, layer.dtype)
     kernel = functools.partial(inner_block, sizes, interpret)
-    return _on_each_device(kernel, arrays=2, axis=1)(words, survival, layer.columns())
+    return _on_each_device(kernel, 2, 1)(words, survival, layer.columns())
 
 
 def pallas_words_to_sentence(
     projection: nnx.Module, words: Float[Array, "sentences words inner"], *, interpret: bool = False
-) -> Float[Array, "sentences outer"]:
-    """A WordsToSentence in one kernel, as `pallas`."""
+) -> tuple[Float[Array, "sentences words inner"], Float[Array, "sentences outer"]]:
+    """A WordsToSentence in one kernel, as `pallas`, and the words that it was given."""
 
     def column(vector: nnx.Param) -> Array:
         return vector[...].astype(jnp.float32)[:, None]
@@ -195,20 +195,22 @@ def pallas_words_to_sentence(
         column(norm2.bias),
     )
     kernel = functools.partial(words_to_sentence.words_to_sentence, NORM_EPSILON, interpret)
-    return _on_each_device(kernel, arrays=1, axis=0)(words.reshape(words.shape[0], -1).T, layer)
+    rows, sentences = _on_each_device(kernel, 1, (1, 0))(words.reshape(words.shape[0], -1).T, layer)
+    return rows.T.reshape(words.shape), sentences
 
 
-def _on_each_device(kernel: Callable, *, arrays: int, axis: int) -> Callable:
-    """The kernel, which takes arrays of sentences as columns and then parameters, on each device's own sentences.
+def _on_each_device(kernel: Callable, arrays: int, axes: int | tuple[int, ...]) -> Callable:
+    """The kernel, which takes arrays with sentences as columns and then parameters, on each device's own sentences.
 
-    `axis` is that of the sentences in what it returns.
+    `axes` are those of the sentences in what it returns.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return kernel
     cut = [PartitionSpec(mesh.axis_names), PartitionSpec(None, mesh.axis_names)]
     in_specs = (*[cut[1]] * arrays, PartitionSpec())
-    return jax.shard_map(kernel, in_specs=in_specs, out_specs=cut[axis], check_vma=False)
+    out_specs = jax.tree.map(lambda axis: cut[axis], axes)
+    return jax.shard_map(kernel, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def feature_major(

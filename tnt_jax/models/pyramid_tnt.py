@@ -162,7 +162,8 @@ class Block(nnx.Module):
         if self.inner is None:
             return words, sentences
         words = self.inner(words, key)
-        return words, sentences + self.words_to_sentence(words, batch=sentences.shape[0])
+        words, from_words = self.words_to_sentence(words, batch=sentences.shape[0])
+        return words, sentences + from_words
 
     def __call__(
         self,

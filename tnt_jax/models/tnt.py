@@ -147,16 +147,23 @@ class WordsToSentence(nnx.Module):
         self.proj = Linear(flat_dim, config.outer_dim, use_bias=use_bias, config=config, rngs=rngs)
         self.norm2 = None if in_legacy_block else LayerNorm(config.outer_dim, config=config, rngs=rngs)
 
-    def __call__(self, words: Float[Array, "sentences words inner"], batch: int) -> Float[Array, "batch patches outer"]:
+    def __call__(
+        self, words: Float[Array, "sentences words inner"], batch: int
+    ) -> tuple[Float[Array, "sentences words inner"], Float[Array, "batch patches outer"]]:
+        """The words as they were given, and their sentences.
+
+        Who goes on with the words does so with those that are returned: their two gradients then meet in the kernel.
+        """
+        patches = words.shape[0] // batch
         if runs_kernel(self, words.shape[0]):
-            return pallas_words_to_sentence(self, words).reshape(batch, words.shape[0] // batch, -1)
-        if self.norm_each_word:
-            words = self.norm1(words)
-        flat = words.reshape(batch, words.shape[0] // batch, -1)
+            words, sentences = pallas_words_to_sentence(self, words)
+            return words, sentences.reshape(batch, patches, -1)
+        normed = self.norm1(words) if self.norm_each_word else words
+        flat = normed.reshape(batch, patches, -1)
         if not self.norm_each_word:
             flat = self.norm1(flat)
         sentences = self.proj(flat)
-        return sentences if self.norm2 is None else self.norm2(sentences)
+        return words, sentences if self.norm2 is None else self.norm2(sentences)
 
 
 class Block(nnx.Module):
@@ -185,10 +192,10 @@ class Block(nnx.Module):
 
     def add_words(
         self, words: Float[Array, "sentences words inner"], sentences: Float[Array, "batch 1+patches outer"]
-    ) -> Float[Array, "batch 1+patches outer"]:
-        """Adds the projected words to their sentences; the class token, which comes first, gets none."""
-        from_words = self.words_to_sentence(words, batch=sentences.shape[0])
-        return sentences + jnp.pad(from_words, ((0, 0), (1, 0), (0, 0)))
+    ) -> tuple[Float[Array, "sentences words inner"], Float[Array, "batch 1+patches outer"]]:
+        """The words, and the sentences to which they are added, projected; the class token, gets none."""
+        words, from_words = self.words_to_sentence(words, batch=sentences.shape[0])
+        return words, sentences + jnp.pad(from_words, ((0, 0), (1, 0), (0, 0)))
 
     def __call__(
         self,
@@ -199,7 +206,7 @@ class Block(nnx.Module):
         inner_key, outer_key = split_key(key, 2)
         if self.inner is not None:
             words = self.inner(words, inner_key)
-            sentences = self.add_words(words, sentences)
+            words, sentences = self.add_words(words, sentences)
         return words, self.outer(sentences, outer_key)
 
 
@@ -303,7 +310,8 @@ class TNT(nnx.Module):
         if self.word_positions is not None:
             words = words + self.word_positions[...].astype(dtype)
         class_tokens = jnp.broadcast_to(self.class_token[...].astype(dtype), (batch, 1, self.config.outer_dim))
-        sentences = jnp.concatenate([class_tokens, self.sentence_embedding(words, batch)], axis=1)
+        words, from_words = self.sentence_embedding(words, batch)
+        sentences = jnp.concatenate([class_tokens, from_words], axis=1)
         if self.sentence_positions is not None:
             sentences = sentences + self.sentence_positions[...].astype(dtype)
         return words, dropout(sentences, self.config.drop_rate, key)
@@ -360,7 +368,7 @@ class TNT(nnx.Module):
                 weights = block.inner.attention_weights(words)
                 inner[-1] = weights.reshape(*grid, *weights.shape[1:])
                 words = block.inner(words)
-                sentences = block.add_words(words, sentences)
+                words, sentences = block.add_words(words, sentences)
             outer.append(block.outer.attention_weights(sentences))
             sentences = block.outer(sentences)
         return inner, outer

@@ -70,8 +70,11 @@ def forward_kernel(epsilon: float, x_ref, *refs) -> None:
         y_ref[lanes, :] = (normed * layer.norm2_scale[...] + layer.norm2_bias[...]).T.astype(y_ref.dtype)
 
 
-def backward_kernel(epsilon: float, sentences: int, x_ref, dy_ref, *refs) -> None:
-    """Gradients of the words and, summed over the tiles, of the parameters; those of vectors with 128 partial sums."""
+def backward_kernel(epsilon: float, sentences: int, x_ref, passed_ref, dy_ref, *refs) -> None:
+    """Gradients of the words and, summed over the tiles, of the parameters; those of vectors with 128 partial sums.
+
+    `passed_ref` is the gradient that reaches the words by other ways, and is added.
+    """
     count = len(Projection._fields)
     layer, dx_ref, gradients = Projection(*refs[:count]), refs[count], Projection(*refs[count + 1 :])
     start_sums(gradients)
@@ -90,14 +93,18 @@ def backward_kernel(epsilon: float, sentences: int, x_ref, dy_ref, *refs) -> Non
         dh = dot(layer.proj[...], dz, (0, 0))
         gradients.norm1_bias[...] += partial_sums(dh)
         gradients.norm1_scale[...] += partial_sums(dh * normed1)
-        dx_ref[:, lanes] = normalise_gradient(dh * layer.norm1_scale[...], normed1, scale1).astype(dx_ref.dtype)
+        dx = normalise_gradient(dh * layer.norm1_scale[...], normed1, scale1)
+        dx_ref[:, lanes] = (passed_ref[:, lanes].astype(jnp.float32) + dx).astype(dx_ref.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def words_to_sentence(
     epsilon: float, interpret: bool, words: Float[Array, "words*channels sentences"], layer: Projection
-) -> Float[Array, "sentences outer"]:
-    """The words of every sentence as one vector; in the dtype of the words, with matrix products in that of `proj`.
+) -> tuple[Float[Array, "words*channels sentences"], Float[Array, "sentences outer"]]:
+    """The words as they were given, and those of every sentence as one vector, in the dtype of the words.
+
+    What goes on with the words that are returned has its gradient added in the backward kernel, not in a pass of its
+    own.
 
     `interpret` runs the kernels step by step on any platform, for tests.
     """
@@ -111,20 +118,20 @@ def words_to_sentence(
         flops=2 * sentences * layer.proj.size,
         interpret=interpret,
     )
-    return out
+    return words, out
 
 
 def _forward(epsilon: float, interpret: bool, words, layer: Projection):
     return words_to_sentence(epsilon, interpret, words, layer), (words, layer)
 
 
-def _backward(epsilon: float, interpret: bool, saved, gradient):
-    words, layer = saved
+def _backward(epsilon: float, interpret: bool, saved, gradients):
+    (words, layer), (passed, gradient) = saved, gradients
     _, sentences = words.shape
     dwords, *dlayer = over_tiles(
         "words_to_sentence_backward",
         functools.partial(backward_kernel, epsilon, sentences),
-        [PerSentence(words), PerSentence(gradient, axis=0)],
+        [PerSentence(words), PerSentence(passed), PerSentence(gradient, axis=0)],
         layer,
         [PerSentence(jax.ShapeDtypeStruct(words.shape, words.dtype))],
         sums=True,
