@@ -242,14 +242,16 @@ NOT_THE_RUN = ("wandb", "profile", "distributed")
 
 
 def smoke(config: TrainConfig) -> TrainConfig:
-    """The same run shrunk to a minute on a laptop: two blocks (one in each stage of a PyramidTNT), few patches, a
-    few steps on noise, in a folder of its own.
+    """The same run shrunk to a minute on a laptop: two blocks (one in each stage of a PyramidTNT, and those as narrow as
+    in the smallest one), few patches, a few steps on noise, in a folder of its own.
 
     What it trains is worth nothing; that it trains shows that the configuration holds together.
     """
     patch = config.model.patch_size or 16
-    depth = (1, 1, 1, 1) if config.model.name.startswith("ptnt_") else 2
-    shrunk = {"image_size": 2 * patch, "depth": depth, "inner_blocks": None, "num_classes": None}
+    shrunk = {"image_size": 2 * patch, "depth": 2, "inner_blocks": None, "num_classes": None}
+    if config.model.name.startswith("ptnt_"):
+        shrunk |= {"depth": (1, 1, 1, 1), "inner_dim": (5, 10, 20, 20), "inner_heads": (1, 2, 4, 4)}
+        shrunk |= {"outer_dim": (80, 160, 320, 320), "outer_heads": (2, 4, 8, 8)}
     return dataclasses.replace(
         config,
         run_dir=f"{config.run_dir}_smoke",

@@ -101,15 +101,18 @@ class Report:
         if step % self.log_every == 0 or step == self.total_steps:
             if step > self._clock_step:
                 self._rate = (step - self._clock_step) * self.batch_size / (now - self._clock)
-            self._write("train", step, metrics | {"images_per_second": self._rate})
+            rate = {} if math.isnan(self._rate) else {"images_per_second": self._rate}
+            self._write("train", step, metrics | rate)
         epoch = f"{math.ceil(step / self.steps_per_epoch)}/{math.ceil(self.total_steps / self.steps_per_epoch)}"
-        text = f"loss {metrics['loss']:.3f}  accuracy {metrics['accuracy']:.1%}  {self._rate:.0f} images/s"
-        if self._peak_rate:
+        text = f"loss {metrics['loss']:.3f}  accuracy {metrics['accuracy']:.1%}"
+        if not math.isnan(self._rate):
+            text += f"  {self._rate:.0f} images/s"
+        if self._peak_rate and not math.isnan(self._rate):
             text += f"  {self._rate / self._peak_rate:.1%} of the chips' peak"
         self._progress.update(self._task, completed=step, epoch=epoch, text=text)
         if not self.console.is_terminal and step % self.steps_per_epoch == 0:
             left = (self.total_steps - step) * self.batch_size / self._rate
-            self.console.print(f"epoch {epoch}  {text}  {left:.0f} s left")
+            self.console.print(f"epoch {epoch}  {text}" + ("" if math.isnan(left) else f"  {left:.0f} s left"))
 
     def test(self, step: int, scores: dict[str, float]) -> None:
         """Logs an evaluation after step `step`."""
