@@ -242,8 +242,8 @@ NOT_THE_RUN = ("wandb", "profile", "distributed")
 
 
 def smoke(config: TrainConfig) -> TrainConfig:
-    """The same run shrunk to a minute on a laptop: two blocks (one in each stage of a PyramidTNT, and those as narrow as
-    in the smallest one), few patches, a few steps on noise, in a folder of its own.
+    """The same run shrunk to a minute on a laptop: two blocks (one in each stage of a PyramidTNT, as narrow as in the
+    smallest one), few patches, a few steps on noise, in a folder of its own.
 
     What it trains is worth nothing; that it trains shows that the configuration holds together.
     """
