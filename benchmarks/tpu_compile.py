@@ -119,9 +119,10 @@ def measure(model: str, which: str, topology: str, batch: int, depth: int, dump:
 def kernels(dump: str) -> dict[str, pathlib.Path]:
     """The final schedule of each Pallas kernel by its name."""
     found = {}
-    for path in pathlib.Path(dump).glob("*-inner_block_*-final_bundles.txt"):
-        if "schedule-analysis" not in path.name:
-            found[re.search(r"inner_block_[a-z]+", path.name)[0]] = path
+    for path in pathlib.Path(dump).glob("*-final_bundles.txt"):
+        name = re.search(r"(inner_block|words_to_sentence)_(forward|backward)", path.name)
+        if name and "schedule-analysis" not in path.name:
+            found[name[0]] = path
     return found
 
 

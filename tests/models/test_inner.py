@@ -19,15 +19,25 @@ from tnt_jax.models import inner
 from tnt_jax.models.kernels import tile
 from tnt_jax.models.layers import InitialRngs, LayerNorm, gelu
 from tnt_jax.models.pyramid_tnt import PatchNorm
+from tnt_jax.models.tnt import WordsToSentence
 from tnt_jax.models.variants import resolve
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
 
 
 def make_layer(formulation, channels, heads, *, norm=LayerNorm, **fields):
-    """A layer whose parameters are all random: fresh ones have zero biases, which hide mistakes."""
     config = dataclasses.replace(resolve(ModelConfig()), inner=formulation, **fields)
-    layer = inner.InnerTransformer(channels, heads, 0.3, norm=norm, config=config, rngs=InitialRngs(0))
+    return randomised(inner.InnerTransformer(channels, heads, 0.3, norm=norm, config=config, rngs=InitialRngs(0)))
+
+
+def make_projection(formulation="reference", *, use_bias=True, in_legacy_block=False, **fields):
+    config = dataclasses.replace(resolve(ModelConfig()), inner=formulation, **fields)
+    layer = WordsToSentence(in_legacy_block=in_legacy_block, use_bias=use_bias, config=config, rngs=InitialRngs(0))
+    return randomised(layer)
+
+
+def randomised(layer):
+    """The layer with random parameters: fresh ones have zero biases, which hide mistakes."""
     random = np.random.default_rng(1)
     return jax.tree.map(lambda leaf: leaf + jnp.asarray(0.2 * random.standard_normal(leaf.shape), leaf.dtype), layer)
 
@@ -35,7 +45,8 @@ def make_layer(formulation, channels, heads, *, norm=LayerNorm, **fields):
 def results(layer, words, run):
     """What a layer returns, and the gradients of its words and parameters, for a fixed cotangent."""
     graphdef, params = nnx.split(layer)
-    cotangent = np.random.default_rng(2).standard_normal(words.shape)
+    shape = jax.eval_shape(lambda words: run(layer, words), words).shape
+    cotangent = np.random.default_rng(2).standard_normal(shape)
 
     @jax.jit
     def value_and_gradients(params, words):
@@ -116,6 +127,23 @@ def test_the_kernel_is_the_reference_at_the_published_size(dtype):
     )
 
 
+def project(layer, words):
+    return layer(words, batch=1)[0]
+
+
+def project_by_kernel(layer, words):
+    return inner.pallas_words_to_sentence(layer, words, interpret=True)
+
+
+@pytest.mark.parametrize(
+    ("sentences", "dtype", "use_bias"), [(1100, "float32", False), (2, "float32", True), (1100, "bfloat16", True)]
+)
+def test_the_projections_kernel_is_the_reference(sentences, dtype, use_bias):
+    layer = make_projection(use_bias=use_bias, outer_dim=256, dtype=dtype)
+    x = random_words(sentences, 16, 24, dtype)
+    assert_equal(results(layer, x, project_by_kernel), results(layer, x, project), TOLERANCE[dtype])
+
+
 def test_the_kernels_gelu_is_within_its_bound():
     x = np.concatenate([np.linspace(-8, 8, 4001), [-1e4, -30, 30, 1e4]]).astype(np.float32)
     value, slope = tile.gelu(x, exact=False)
@@ -141,6 +169,10 @@ def compare_a_mesh_with_one_device():
     mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     with jax.set_mesh(mesh):
         assert_equal(results(layer, x, run), expected, 1e-6)
+    projection, x = make_projection(inner_dim=8, outer_dim=256), random_words(16, 16, 8, "float32")
+    expected = results(projection, x, project_by_kernel)
+    with jax.set_mesh(mesh):
+        assert_equal(results(projection, x, project_by_kernel), expected, 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +196,25 @@ def test_what_is_run_where(monkeypatch, caplog, asked, platform, channels, field
         assert [inner.choose(layer, 196, training=training) for _ in range(2)] == [chosen] * 2
     fell_back = chosen != asked and (asked != "auto" or channels == 12)
     assert len(caplog.records) == fell_back, "a fallback is logged once, a plain choice never"
+
+
+@pytest.mark.parametrize(
+    ("asked", "platform", "fields", "kernel"),
+    [
+        ("auto", "tpu", {}, True),
+        ("auto", "cpu", {}, False),
+        ("feature_major", "tpu", {}, False),
+        ("pallas", "tpu", {"in_legacy_block": True}, False),
+        ("pallas", "tpu", {"inner_dim": 12, "outer_dim": 192}, False),  # TNT-Ti: no whole registers
+    ],
+)
+def test_which_projections_are_kernels(monkeypatch, caplog, asked, platform, fields, kernel):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    inner._log_once.cache_clear()
+    layer = make_projection(asked, **fields)
+    with caplog.at_level(logging.WARNING):
+        assert [inner.runs_kernel(layer, 196) for _ in range(2)] == [kernel] * 2
+    assert len(caplog.records) == bool(fields), "a fallback is logged once, a plain choice never"
 
 
 @pytest.mark.parametrize("formulation", ["feature_major", "pallas"])

@@ -22,8 +22,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from tnt_jax.config import ModelConfig
+from tnt_jax.models.kernels import words_to_sentence
 from tnt_jax.models.kernels.inner_block import inner_block
-from tnt_jax.models.kernels.tile import SUBLANES, Layer, Sizes, covers
+from tnt_jax.models.kernels.tile import LANES, SUBLANES, Layer, Sizes, covers
 from tnt_jax.models.layers import NORM_EPSILON, InitialRngs, LayerNorm, TransformerLayer, gelu, split_key, survivors
 
 log = logging.getLogger(__name__)
@@ -95,12 +96,8 @@ class InnerTransformer(TransformerLayer):
 
 def choose(layer: InnerTransformer, sentences: int, *, training: bool) -> str:
     """The formulation that a layer runs: the one that was asked for, if platform and sizes allow it."""
-    mesh = jax.sharding.get_abstract_mesh()
-    platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
-    asked = layer.formulation
-    if asked == "auto":
-        asked = {"tpu": "pallas", "cpu": "reference"}.get(platform, "feature_major")
-    if asked == "pallas" and (obstacle := _obstacle(layer, sentences, platform, mesh)):
+    asked = _preferred(layer.formulation)
+    if asked == "pallas" and (obstacle := _obstacle(sentences) or _size_obstacle(layer)):
         _log_once(f"inner transformer of {layer.attn.qkv.in_features} channels: feature_major, because {obstacle}")
         asked = "feature_major"
     if asked == "feature_major" and training and layer.has_dropout:
@@ -109,19 +106,50 @@ def choose(layer: InnerTransformer, sentences: int, *, training: bool) -> str:
     return asked
 
 
-def _obstacle(layer: InnerTransformer, sentences: int, platform: str, mesh: jax.sharding.AbstractMesh) -> str | None:
-    """Why the kernel cannot run, or None."""
-    channels = layer.attn.qkv.in_features
+def runs_kernel(projection: nnx.Module, sentences: int) -> bool:
+    """Whether a WordsToSentence runs its kernel; XLA makes the others of its equations."""
+    if _preferred(projection.formulation) != "pallas":
+        return False
+    proj = projection.proj
+    obstacle = _obstacle(sentences)
+    if not words_to_sentence.covers(proj.in_features, proj.out_features):
+        obstacle = obstacle or f"the Pallas kernel wants widths in multiples of {LANES}"
+    if projection.norm_each_word or projection.norm2 is None:
+        obstacle = obstacle or "the Pallas kernel normalises whole patches"
+    if obstacle:
+        _log_once(f"words to sentence, {proj.in_features} to {proj.out_features}: plain JAX, because {obstacle}")
+    return obstacle is None
+
+
+def _platform() -> str:
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+
+
+def _preferred(asked: str) -> str:
+    if asked != "auto":
+        return asked
+    return {"tpu": "pallas", "cpu": "reference"}.get(_platform(), "feature_major")
+
+
+def _obstacle(sentences: int) -> str | None:
+    """Why no kernel can run on so many sentences here, or None."""
+    mesh, platform = jax.sharding.get_abstract_mesh(), _platform()
     if platform != "tpu":
         return f"the Pallas kernel runs on TPUs, and this is a {platform}"
-    if not covers(channels, layer.attn.num_heads):
-        return f"the Pallas kernel wants channels in multiples of {SUBLANES}"
-    if layer.norm_axes != (1,):
-        return "the Pallas kernel normalises each word by itself"
     if mesh.empty and jax.device_count() > 1:
         return "the Pallas kernel needs to know the mesh of several devices: call the model under jax.set_mesh(mesh)"
     if not mesh.empty and sentences % mesh.size:
         return f"{sentences} patches cannot be divided among {mesh.size} devices"
+    return None
+
+
+def _size_obstacle(layer: InnerTransformer) -> str | None:
+    """Why the kernel cannot run this layer, or None."""
+    if not covers(layer.attn.qkv.in_features, layer.attn.num_heads):
+        return f"the Pallas kernel wants channels in multiples of {SUBLANES}"
+    if layer.norm_axes != (1,):
+        return "the Pallas kernel normalises each word by itself"
     return None
 
 
@@ -141,11 +169,42 @@ def pallas(
     channels = layer.attn.qkv.in_features
     sizes = Sizes(words.shape[0] // channels, channels, layer.attn.num_heads, NORM_EPSILON, layer.dtype)
     kernel = functools.partial(inner_block, sizes, interpret)
+    return _on_each_device(kernel, arrays=2, axis=1)(words, survival, layer.columns())
+
+
+def pallas_words_to_sentence(
+    projection: nnx.Module, words: Float[Array, "sentences words inner"], *, interpret: bool = False
+) -> Float[Array, "sentences outer"]:
+    """A WordsToSentence in one kernel, as `pallas`."""
+
+    def column(vector: nnx.Param) -> Array:
+        return vector[...].astype(jnp.float32)[:, None]
+
+    norm1, proj, norm2 = projection.norm1, projection.proj, projection.norm2
+    bias = jnp.zeros((proj.out_features, 1)) if proj.bias is None else column(proj.bias)
+    layer = words_to_sentence.Projection(
+        column(norm1.scale),
+        column(norm1.bias),
+        proj.kernel[...].T.astype(words.dtype),
+        bias,
+        column(norm2.scale),
+        column(norm2.bias),
+    )
+    kernel = functools.partial(words_to_sentence.words_to_sentence, NORM_EPSILON, interpret)
+    return _on_each_device(kernel, arrays=1, axis=0)(words.reshape(words.shape[0], -1).T, layer)
+
+
+def _on_each_device(kernel: Callable, *, arrays: int, axis: int) -> Callable:
+    """The kernel, which takes arrays of sentences as columns and then parameters, on each device's own sentences.
+
+    `axis` is that of the sentences in what it returns.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty:
-        cut = PartitionSpec(None, mesh.axis_names)
-        kernel = jax.shard_map(kernel, in_specs=(cut, cut, PartitionSpec()), out_specs=cut, check_vma=False)
-    return kernel(words, survival, layer.columns())
+    if mesh.empty:
+        return kernel
+    cut = [PartitionSpec(mesh.axis_names), PartitionSpec(None, mesh.axis_names)]
+    in_specs = (*[cut[1]] * arrays, PartitionSpec())
+    return jax.shard_map(kernel, in_specs=in_specs, out_specs=cut[axis], check_vma=False)
 
 
 def feature_major(

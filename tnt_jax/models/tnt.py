@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from tnt_jax.config import InputError, ModelConfig
-from tnt_jax.models.inner import InnerTransformer
+from tnt_jax.models.inner import InnerTransformer, pallas_words_to_sentence, runs_kernel
 from tnt_jax.models.layers import (
     InitialRngs,
     LayerNorm,
@@ -141,12 +141,15 @@ class WordsToSentence(nnx.Module):
 
     def __init__(self, *, in_legacy_block: bool = False, use_bias: bool, config: ModelConfig, rngs: InitialRngs):
         flat_dim = words_per_side(config) ** 2 * config.inner_dim
+        self.formulation = config.inner
         self.norm_each_word = in_legacy_block
         self.norm1 = LayerNorm(config.inner_dim if in_legacy_block else flat_dim, config=config, rngs=rngs)
         self.proj = Linear(flat_dim, config.outer_dim, use_bias=use_bias, config=config, rngs=rngs)
         self.norm2 = None if in_legacy_block else LayerNorm(config.outer_dim, config=config, rngs=rngs)
 
     def __call__(self, words: Float[Array, "sentences words inner"], batch: int) -> Float[Array, "batch patches outer"]:
+        if runs_kernel(self, words.shape[0]):
+            return pallas_words_to_sentence(self, words).reshape(batch, words.shape[0] // batch, -1)
         if self.norm_each_word:
             words = self.norm1(words)
         flat = words.reshape(batch, words.shape[0] // batch, -1)

@@ -18,8 +18,6 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from tnt_jax.models.kernels.tile import (
@@ -27,19 +25,20 @@ from tnt_jax.models.kernels.tile import (
     SUBLANES,
     TILE,
     Layer,
+    PerSentence,
     Sizes,
     blocks_of_word,
     channel_of_word,
     channels_of_word,
     dot,
     gelu,
+    is_sentence,
     normalise,
-    normalise_gradient,
+    over_tiles,
+    start_sums,
+    through_norm,
     total,
 )
-
-# Blocks, twice each, and scratch of the backward kernel of TNT-B are 34 MiB in bfloat16 and 45 in float32; TNT-S has less.
-VMEM_LIMIT = 60 * 2**20  # bytes
 
 
 def norm1(sizes: Sizes, layer: Layer, x_ref, blocks: list) -> tuple[list, list]:
@@ -157,17 +156,11 @@ def backward_kernel(sizes: Sizes, sentences: int, x_ref, keep_ref, attended_ref,
     x32_ref, dx32_ref, attended32_ref, qkv_ref, dattended_ref, dkv_ref = scratch
     channels, exact = sizes.channels, sizes.dtype == jnp.float32
 
-    @pl.when(pl.program_id(0) == 0)
-    def _():
-        for ref in gradients:
-            ref[...] = jnp.zeros(ref.shape, ref.dtype)
-
-    # What lies beyond the last sentence is undefined, and would spoil the sums.
-    lane = lax.broadcasted_iota(jnp.int32, (1, TILE), 1)
-    is_sentence = lane < sentences - pl.program_id(0) * TILE
+    start_sums(gradients)
+    there = is_sentence(sentences)
     for whole, ref in ((x32_ref, x_ref), (dx32_ref, dy_ref), (attended32_ref, attended_ref)):
-        whole[...] = jnp.where(is_sentence, ref[...].astype(jnp.float32), 0)
-    keep_ref[...] = jnp.where(is_sentence, keep_ref[...], 0)
+        whole[...] = jnp.where(there, ref[...].astype(jnp.float32), 0)
+    keep_ref[...] = jnp.where(there, keep_ref[...], 0)
     dkv_ref[...] = jnp.zeros(dkv_ref.shape, jnp.float32)
     project_qkv(sizes, layer, x32_ref, qkv_ref)
 
@@ -236,13 +229,6 @@ def backward_kernel(sizes: Sizes, sentences: int, x_ref, keep_ref, attended_ref,
     dx_ref[...] = dx32_ref[...].astype(dx_ref.dtype)
 
 
-def through_norm(dh: list, parts: list, scale_ref, dscale_ref, dbias_ref) -> list:
-    """Gradients of what a norm was given; those of its scale and bias are added up."""
-    dbias_ref[...] += total(dh)
-    dscale_ref[...] += total([dh * normed for dh, (normed, _) in zip(dh, parts, strict=True)])
-    return [normalise_gradient(dh * scale_ref[...], *part) for dh, part in zip(dh, parts, strict=True)]
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def inner_block(
     sizes: Sizes,
@@ -261,14 +247,22 @@ def inner_block(
 
 
 def _forward(sizes: Sizes, interpret: bool, words, keep, layer: Layer, *, saves: bool) -> list[Array]:
-    rows, _ = words.shape
-    results = [jax.ShapeDtypeStruct(words.shape, words.dtype)]
+    rows, sentences = words.shape
+    results = [PerSentence(jax.ShapeDtypeStruct(words.shape, words.dtype))]
     scratch = [(rows, TILE), (3 * sizes.channels * sizes.pitch, LANES)]
     if saves:
-        results.append(jax.ShapeDtypeStruct(words.shape, sizes.dtype))
+        results.append(PerSentence(jax.ShapeDtypeStruct(words.shape, sizes.dtype)))
         scratch.append((rows, TILE))
-    kernel = functools.partial(forward_kernel, sizes, saves)
-    return _over_tiles("inner_block_forward", kernel, (words, keep), layer, results, (), scratch, interpret)
+    return over_tiles(
+        "inner_block_forward",
+        functools.partial(forward_kernel, sizes, saves),
+        [PerSentence(words), PerSentence(keep)],
+        layer,
+        results,
+        scratch=scratch,
+        flops=sentences * flops(sizes, layer),
+        interpret=interpret,
+    )
 
 
 def _forward_saving(sizes: Sizes, interpret: bool, words, keep, layer: Layer):
@@ -279,50 +273,25 @@ def _forward_saving(sizes: Sizes, interpret: bool, words, keep, layer: Layer):
 def _backward(sizes: Sizes, interpret: bool, saved, gradient):
     words, keep, attended, layer = saved
     rows, sentences = words.shape
-
-    def of_parameter(value: Array) -> jax.ShapeDtypeStruct:
-        height, width = value.shape
-        return jax.ShapeDtypeStruct((height, LANES if width == 1 else width), jnp.float32)
-
     registers = sizes.channels * sizes.pitch
-    dwords, *dlayer = _over_tiles(
+    dwords, *dlayer = over_tiles(
         "inner_block_backward",
         functools.partial(backward_kernel, sizes, sentences),
-        (words, keep, attended, gradient),
+        [PerSentence(array) for array in (words, keep, attended, gradient)],
         layer,
-        [jax.ShapeDtypeStruct(words.shape, words.dtype)],
-        [of_parameter(value) for value in layer],
-        [*[(rows, TILE)] * 3, (3 * registers, LANES), (registers, LANES), (2 * registers, LANES)],
-        interpret,
+        [PerSentence(jax.ShapeDtypeStruct(words.shape, words.dtype))],
+        sums=True,
+        scratch=[*[(rows, TILE)] * 3, (3 * registers, LANES), (registers, LANES), (2 * registers, LANES)],
+        flops=3 * sentences * flops(sizes, layer),
+        interpret=interpret,
     )
-    dlayer = [d.sum(1, keepdims=True) if value.shape[1] == 1 else d for d, value in zip(dlayer, layer, strict=True)]
-    dlayer = Layer(*(d.astype(value.dtype) for d, value in zip(dlayer, layer, strict=True)))
-    return dwords, jnp.zeros_like(keep), dlayer
+    return dwords, jnp.zeros_like(keep), Layer(*dlayer)
+
+
+def flops(sizes: Sizes, layer: Layer) -> int:
+    """Of the matrix products and the attention of one sentence, forward."""
+    of_a_word = sum(matrix.size for matrix in (layer.qkv, layer.proj, layer.fc1, layer.fc2))
+    return 2 * sizes.words * (of_a_word + 2 * sizes.words * sizes.channels)
 
 
 inner_block.defvjp(_forward_saving, _backward)
-
-
-def _over_tiles(name: str, kernel, arrays, layer: Layer, results, sums, scratch, interpret: bool) -> list[Array]:
-    """Runs a kernel for one tile after the other.
-
-    `arrays` and `results` have a column for each sentence; `layer` and `sums` are the same for all tiles.
-    """
-
-    def tiled(value) -> pl.BlockSpec:
-        return pl.BlockSpec((value.shape[0], TILE), lambda tile: (0, tile))
-
-    def whole(value) -> pl.BlockSpec:
-        return pl.BlockSpec(value.shape, lambda tile: (0, 0))
-
-    return pl.pallas_call(
-        kernel,
-        grid=(pl.cdiv(arrays[0].shape[1], TILE),),
-        in_specs=[*map(tiled, arrays), *map(whole, layer)],
-        out_specs=[*map(tiled, results), *map(whole, sums)],
-        out_shape=[*results, *sums],
-        scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT),
-        interpret=interpret,
-        name=name,
-    )(*arrays, *layer)

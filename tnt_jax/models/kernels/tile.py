@@ -1,18 +1,25 @@
-"""A tile of 1,024 sentences on a TPU: where its channels lie in registers, and the arithmetic of a layer on it.
+"""A tile of 1,024 sentences on a TPU: where its channels lie in registers, the arithmetic of a layer on it, and how a
+kernel goes from tile to tile.
 
 inner_block.py, whose kernels are made of these, says why it is so.
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
 LANES, SUBLANES = 128, 8
 TILE = LANES * SUBLANES  # sentences
+# Blocks, twice each, and scratch of the largest kernel, the backward one of TNT-B's inner block, are 34 MiB in bfloat16
+# and 45 in float32; TNT-S has less.
+VMEM_LIMIT = 60 * 2**20  # bytes
 
 # 0.5 x (1 + tanh(x (c0 + c1 x^2 + c2 x^4))) is within 2.6e-5 of the exact GELU, a hundredth of what bfloat16 resolves,
 # at a quarter of erf's arithmetic. The polynomial is good up to x^2 = 36, where tanh is 1.
@@ -83,6 +90,13 @@ def normalise_gradient(gradient: Array, normed: Array, scale: Array) -> Array:
     return scale * (gradient - jnp.mean(gradient, 0, keepdims=True) - normed * along)
 
 
+def through_norm(dh: list, parts: list, scale_ref, dscale_ref, dbias_ref) -> list:
+    """Gradients of what a norm was given; those of its scale and bias are added up."""
+    dbias_ref[...] += total(dh)
+    dscale_ref[...] += total([dh * normed for dh, (normed, _) in zip(dh, parts, strict=True)])
+    return [normalise_gradient(dh * scale_ref[...], *part) for dh, part in zip(dh, parts, strict=True)]
+
+
 def gelu(x: Array, *, exact: bool) -> tuple[Array, Array]:
     """GELU and its derivative."""
     if exact:
@@ -117,3 +131,88 @@ def blocks_of_word(sizes: Sizes, word: Array) -> list[tuple]:
     """Where the channels of a word lie in a matrix (words * channels, 1024), for each group of 128 sentences."""
     rows = pl.ds(pl.multiple_of(word * sizes.channels, SUBLANES), sizes.channels)
     return [(rows, pl.ds(group * LANES, LANES)) for group in range(SUBLANES)]
+
+
+class PerSentence(NamedTuple):
+    """An array, or the shape of one, with a column (axis 1) or a row (axis 0) for each sentence."""
+
+    value: Array | jax.ShapeDtypeStruct
+    axis: int = 1
+
+    @property
+    def block(self) -> pl.BlockSpec:
+        if self.axis:
+            return pl.BlockSpec((self.value.shape[0], TILE), lambda tile: (0, tile))
+        return pl.BlockSpec((TILE, self.value.shape[1]), lambda tile: (tile, 0))
+
+
+def over_tiles(
+    name: str,
+    kernel: Callable,
+    arrays: Sequence[PerSentence],
+    parameters: Sequence[Array],
+    results: Sequence[PerSentence],
+    *,
+    sums: bool = False,
+    scratch: Sequence[tuple[int, int]] = (),
+    flops: int,
+    interpret: bool,
+) -> list[Array]:
+    """Runs a kernel for one tile after the other; what it returns beyond the last sentence is cut off.
+
+    Args:
+        parameters: the same for all tiles.
+        sums: the kernel also returns the gradients of the parameters, added up over all tiles; those of a vector with
+            128 partial sums, which are added here.
+        scratch: shapes of float32 arrays in VMEM.
+        flops: of all sentences, for the compiler's account.
+    """
+
+    def whole(value) -> pl.BlockSpec:
+        return pl.BlockSpec(value.shape, lambda tile: (0, 0))
+
+    def sum_of(value: Array) -> jax.ShapeDtypeStruct:
+        height, width = value.shape
+        return jax.ShapeDtypeStruct((height, LANES if width == 1 else width), jnp.float32)
+
+    gradients = [sum_of(value) for value in parameters] if sums else []
+    moved = [*(array.value for array in (*arrays, *results)), *parameters, *gradients]
+    first = arrays[0]
+    call = pl.pallas_call(
+        kernel,
+        grid=(pl.cdiv(first.value.shape[first.axis], TILE),),
+        in_specs=[*(array.block for array in arrays), *map(whole, parameters)],
+        out_specs=[*(result.block for result in results), *map(whole, gradients)],
+        out_shape=[*(result.value for result in results), *gradients],
+        scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT),
+        cost_estimate=pl.CostEstimate(
+            flops=flops, transcendentals=0, bytes_accessed=sum(value.size * value.dtype.itemsize for value in moved)
+        ),
+        interpret=interpret,
+        name=name,
+    )
+    returned = list(call(*(array.value for array in arrays), *parameters))
+    for index, parameter in enumerate(parameters if sums else (), start=len(results)):
+        if parameter.shape[1] == 1:
+            returned[index] = returned[index].sum(1, keepdims=True)
+        returned[index] = returned[index].astype(parameter.dtype)
+    return returned
+
+
+def is_sentence(sentences: int, axis: int = 1) -> Array:
+    """Which columns (axis 1) or rows (axis 0) of the tile at hand are sentences.
+
+    What lies beyond the last one is undefined, and would spoil sums.
+    """
+    shape = (1, TILE) if axis else (TILE, 1)
+    return lax.broadcasted_iota(jnp.int32, shape, axis) < sentences - pl.program_id(0) * TILE
+
+
+def start_sums(refs: Sequence) -> None:
+    """Zeroes at the first tile what is added up over all of them."""
+
+    @pl.when(pl.program_id(0) == 0)
+    def _():
+        for ref in refs:
+            ref[...] = jnp.zeros(ref.shape, ref.dtype)
