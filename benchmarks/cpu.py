@@ -56,7 +56,7 @@ def main() -> None:
             with contextlib.ExitStack() as stack:
                 children = {name: stack.enter_context(_Child(pythons[name], name, model, task)) for name in can}
                 rounds = [{name: child.turn() for name, child in children.items()} for _ in range(given.rounds)]
-                shares = {name: child.flops_at_peak for name, child in children.items()}
+                shares = {name: child.at_peak for name, child in children.items()}
             seconds[task, model] = rounds
             for name in can:
                 print(_row(task, model, name, rounds, shares[name]), flush=True)
@@ -95,7 +95,7 @@ def _available(name: str, python: str) -> bool:
     return not missing
 
 
-def _row(task: str, model: str, name: str, rounds: list[dict[str, float]], flops_at_peak: float | None) -> str:
+def _row(task: str, model: str, name: str, rounds: list[dict[str, float]], at_peak: float | None) -> str:
     def ratio(of: Callable[[dict[str, float]], float]) -> str:
         return f"{statistics.median(of(turn) / turn[name] for turn in rounds):.2f}"
 
@@ -106,7 +106,7 @@ def _row(task: str, model: str, name: str, rounds: list[dict[str, float]], flops
     cells.append(f"{statistics.median(mine) * 1e3:.0f} ({min(mine) * 1e3:.0f} to {max(mine) * 1e3:.0f})")
     cells.append(ratio(lambda turn: turn["timm"]) if "timm" in peers else "-")
     cells.append(ratio(lambda turn: turn[best]) if best and name == "ours" else "-")
-    cells.append(f"{flops_at_peak / statistics.median(mine):.1%}" if flops_at_peak else "-")
+    cells.append(f"{at_peak / statistics.median(mine):.1%}" if at_peak else "-")
     return f"| {' | '.join(cells)} |"
 
 
@@ -122,7 +122,7 @@ class _Child:
 
     def __enter__(self):
         answer = self._answer()
-        self.first, self.flops_at_peak = answer["first"], answer["flops_at_peak"]
+        self.first, self.at_peak = answer["first"], answer["at_peak"]
         return self
 
     def __exit__(self, *_):
@@ -145,10 +145,10 @@ class _Child:
 def child(name: str, model: str, task: str) -> None:
     kind, batch = TASKS[task]
     make = {"ours": ours, "ONNX Runtime": onnx_runtime}.get(name, timms)
-    run, flops_at_peak = make(model, kind, batch) if make is not timms else timms(model, kind, batch, "compiled" in name)
+    run, at_peak = make(model, kind, batch) if make is not timms else timms(model, kind, batch, "compiled" in name)
     start = time.perf_counter()
     run()
-    print(json.dumps({"first": time.perf_counter() - start, "flops_at_peak": flops_at_peak}), flush=True)
+    print(json.dumps({"first": time.perf_counter() - start, "at_peak": at_peak}), flush=True)
     for _ in sys.stdin:
         run()
         start, calls = time.perf_counter(), 0
@@ -172,7 +172,9 @@ def ours(model: str, kind: str, batch: int) -> tuple[Callable[[], None], float |
     from tnt_jax.models.layers import InitialRngs
     from tnt_jax.models.tnt import TNT
     from tnt_jax.models.variants import VARIANTS, resolve
+    from tnt_jax.training.memory import keep_memory
 
+    keep_memory()  # as train.py does
     config = resolve(ModelConfig())
     network = {"TNT-S": TNT, "DeiT-S": DeiT}[model](config, rngs=InitialRngs(0))
     graphdef, params = nnx.split(network)
@@ -210,7 +212,11 @@ def ours(model: str, kind: str, batch: int) -> tuple[Callable[[], None], float |
     return run, batch * (2 * macs if kind == "infer" else training_flops(macs)) / chip.flops
 
 
-def timms(model: str, kind: str, batch: int, compiled: bool) -> tuple[Callable[[], None], None]:
+def compiled_timms(model: str, kind: str, batch: int) -> tuple[Callable[[], None], None]:
+    return timms(model, kind, batch, compiled=True)
+
+
+def timms(model: str, kind: str, batch: int, compiled: bool = False) -> tuple[Callable[[], None], None]:
     import timm
     import torch
 

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from tnt_jax.config import ModelConfig
+from tnt_jax.models.gradients import platform
 from tnt_jax.models.kernels import words_to_sentence
 from tnt_jax.models.kernels.inner_block import inner_block
 from tnt_jax.models.kernels.tile import LANES, SUBLANES, Layer, Sizes, covers
@@ -121,22 +122,17 @@ def runs_kernel(projection: nnx.Module, sentences: int) -> bool:
     return obstacle is None
 
 
-def _platform() -> str:
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
-
-
 def _preferred(asked: str) -> str:
     if asked != "auto":
         return asked
-    return {"tpu": "pallas", "cpu": "reference"}.get(_platform(), "feature_major")
+    return {"tpu": "pallas", "cpu": "reference"}.get(platform(), "feature_major")
 
 
 def _obstacle(sentences: int) -> str | None:
     """Why no kernel can run on so many sentences here, or None."""
-    mesh, platform = jax.sharding.get_abstract_mesh(), _platform()
-    if platform != "tpu":
-        return f"the Pallas kernel runs on TPUs, and this is a {platform}"
+    mesh, here = jax.sharding.get_abstract_mesh(), platform()
+    if here != "tpu":
+        return f"the Pallas kernel runs on TPUs, and this is a {here}"
     if mesh.empty and jax.device_count() > 1:
         return "the Pallas kernel needs to know the mesh of several devices: call the model under jax.set_mesh(mesh)"
     if not mesh.empty and sentences % mesh.size:

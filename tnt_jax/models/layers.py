@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from tnt_jax.config import ModelConfig
+from tnt_jax.models.gradients import layer_norm, product, softmax, written_out
 
 NORM_EPSILON = 1e-5  # PyTorch's default, which every published TNT uses; Flax's is 1e-6
 BATCH_NORM_MOMENTUM = 0.1  # of the new value, as PyTorch counts it
@@ -92,6 +93,12 @@ class LayerNorm(nnx.LayerNorm):
             param_dtype=jnp.dtype(config.param_dtype),
             rngs=rngs,
         )
+
+    def __call__(self, x: Float[Array, "*leading channels"]) -> Float[Array, "*leading channels"]:
+        if not written_out(x):
+            return super().__call__(x)
+        scale, bias = (param[...].astype(jnp.float32) for param in (self.scale, self.bias))
+        return layer_norm(x.reshape(-1, x.shape[-1]), scale, bias, self.epsilon).reshape(x.shape).astype(self.dtype)
 
 
 class BatchNorm(nnx.Module):
@@ -187,8 +194,8 @@ class Attention(nnx.Module):
     @staticmethod
     def _softmax(query: Array, keys: Array, bias: Array | None) -> Float[Array, "batch heads queries keys"]:
         scale = query.shape[-1] ** -0.5
-        logits = jnp.einsum("bhqd,bhkd->bhqk", query * scale, keys, preferred_element_type=jnp.float32)
-        return jax.nn.softmax(logits if bias is None else logits + bias, axis=-1)
+        logits = product(query * scale, keys.mT, jnp.float32)
+        return softmax(logits if bias is None else logits + bias)
 
     def __call__(
         self,
@@ -200,7 +207,7 @@ class Attention(nnx.Module):
         weights_key, proj_key = split_key(key, 2)
         query, keys, value = self._qkv(x)
         weights = dropout(self._softmax(query, keys, bias).astype(value.dtype), self.attn_drop_rate, weights_key)
-        attended = jnp.einsum("bhqk,bhkd->bqhd", weights, value).reshape(x.shape)
+        attended = product(weights, value).swapaxes(1, 2).reshape(x.shape)
         return dropout(self.proj(attended), self.drop_rate, proj_key)
 
 
