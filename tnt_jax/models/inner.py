@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from tnt_jax.config import ModelConfig
+from tnt_jax.models.gradients import platform
 from tnt_jax.models.kernels import words_to_sentence
 from tnt_jax.models.kernels.inner_block import inner_block
 from tnt_jax.models.kernels.tile import LANES, SUBLANES, Layer, Sizes, covers
@@ -31,7 +32,6 @@ from tnt_jax.models.layers import (
     LayerNorm,
     TransformerLayer,
     gelu,
-    platform,
     split_key,
     survivors,
 )
@@ -138,9 +138,9 @@ def _preferred(asked: str) -> str:
 
 def _obstacle(sentences: int) -> str | None:
     """Why no kernel can run on so many sentences here, or None."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if platform() != "tpu":
-        return f"the Pallas kernel runs on TPUs, and this is a {platform()}"
+    mesh, here = jax.sharding.get_abstract_mesh(), platform()
+    if here != "tpu":
+        return f"the Pallas kernel runs on TPUs, and this is a {here}"
     if mesh.empty and jax.device_count() > 1:
         return "the Pallas kernel needs to know the mesh of several devices: call the model under jax.set_mesh(mesh)"
     if not mesh.empty and sentences % mesh.size:

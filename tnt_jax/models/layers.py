@@ -13,15 +13,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from tnt_jax.config import ModelConfig
+from tnt_jax.models.gradients import layer_norm, platform, product, softmax
 
 NORM_EPSILON = 1e-5  # PyTorch's default, which every published TNT uses; Flax's is 1e-6
 BATCH_NORM_MOMENTUM = 0.1  # of the new value, as PyTorch counts it
-
-
-def platform() -> str:
-    """What is computed for: the devices of the mesh, which need not be here, or those of this process."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
 class InitialRngs:
@@ -98,41 +93,7 @@ class LayerNorm(nnx.LayerNorm):
         )
 
     def __call__(self, x: Float[Array, "*leading channels"]) -> Float[Array, "*leading channels"]:
-        return layer_norm(x.astype(self.dtype), self.scale[...], self.bias[...])
-
-
-@jax.custom_vjp
-def layer_norm(
-    x: Float[Array, "*leading channels"], scale: Float[Array, " channels"], bias: Float[Array, " channels"]
-) -> Float[Array, "*leading channels"]:
-    """Layer norm, computed in float32. For its gradient it keeps what it was given and two numbers for each row.
-
-    XLA would keep two float32 copies of all rows, and read them again.
-    """
-    return _layer_norm_forward(x, scale, bias)[0]
-
-
-def _layer_norm_forward(x: Array, scale: Array, bias: Array) -> tuple[Array, tuple]:
-    x32 = x.astype(jnp.float32)
-    mean = x32.mean(-1, keepdims=True)
-    # E[x^2] - E[x]^2 would lose digits that the golden records have.
-    inverse = jax.lax.rsqrt(jnp.square(x32 - mean).mean(-1, keepdims=True) + NORM_EPSILON)
-    out = (x32 - mean) * (inverse * scale.astype(jnp.float32)) + bias.astype(jnp.float32)
-    return out.astype(x.dtype), (x, mean, inverse, scale, bias)
-
-
-def _layer_norm_backward(saved: tuple, gradient: Array) -> tuple[Array, Array, Array]:
-    x, mean, inverse, scale, bias = saved
-    normed, gradient = (x.astype(jnp.float32) - mean) * inverse, gradient.astype(jnp.float32)
-    rows = tuple(range(x.ndim - 1))
-    scaled = gradient * scale.astype(jnp.float32)
-    along = (scaled * normed).mean(-1, keepdims=True)
-    dx = inverse * (scaled - scaled.mean(-1, keepdims=True) - normed * along)
-    dscale, dbias = (gradient * normed).sum(rows), gradient.sum(rows)
-    return dx.astype(x.dtype), dscale.astype(scale.dtype), dbias.astype(bias.dtype)
-
-
-layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+        return layer_norm(x.astype(self.dtype), self.scale[...], self.bias[...], NORM_EPSILON)
 
 
 class BatchNorm(nnx.Module):
@@ -233,8 +194,8 @@ class Attention(nnx.Module):
     @staticmethod
     def _softmax(query: Array, keys: Array, bias: Array | None) -> Float[Array, "batch heads queries keys"]:
         scale = query.shape[-1] ** -0.5
-        logits = jnp.einsum("bhqd,bhkd->bhqk", query * scale, keys, preferred_element_type=jnp.float32)
-        return jax.nn.softmax(logits if bias is None else logits + bias, axis=-1)
+        logits = product(query * scale, keys.mT, jnp.float32)
+        return softmax(logits if bias is None else logits + bias)
 
     def __call__(
         self,
@@ -246,15 +207,14 @@ class Attention(nnx.Module):
         weights_key, proj_key = split_key(key, 2)
         query, keys, value = self._qkv(x)
         weights = dropout(self._softmax(query, keys, bias).astype(value.dtype), self.attn_drop_rate, weights_key)
-        attended = jnp.einsum("bhqk,bhkd->bhqd", weights, value)
-        return dropout(self._project(attended), self.drop_rate, proj_key)
+        return dropout(self._project(product(weights, value)), self.drop_rate, proj_key)
 
     def _project(self, attended: Float[Array, "batch heads tokens head_dim"]) -> Float[Array, "batch tokens dim"]:
         batch, heads, tokens, _ = attended.shape
         if platform() == "tpu":
             kernel = self.proj.kernel[...].astype(attended.dtype).reshape(heads, -1, self.proj.out_features)
             return jnp.einsum("bhne,hed->bnd", attended, kernel) + self.proj.bias[...].astype(attended.dtype)
-        return self.proj(attended.transpose(0, 2, 1, 3).reshape(batch, tokens, -1))
+        return self.proj(attended.swapaxes(1, 2).reshape(batch, tokens, -1))
 
 
 class Mlp(nnx.Module):

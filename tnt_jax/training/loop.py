@@ -20,6 +20,7 @@ from tnt_jax.models.adapting import adapt
 from tnt_jax.models.saving import model_from_parameters, model_parameters
 from tnt_jax.models.variants import abstract_model, build_model, resolve
 from tnt_jax.training.checkpoint import Checkpoints, WriteError, claim_run_dir
+from tnt_jax.training.memory import keep_memory
 from tnt_jax.training.mesh import check_batch_size, make_mesh, to_devices
 from tnt_jax.training.processes import together
 from tnt_jax.training.program import Program
@@ -43,6 +44,7 @@ def train(config: TrainConfig) -> dict[str, float]:
         PeersError: not all processes of the run came.
     """
     began = time.perf_counter()
+    keep_memory()
     with together(config.distributed):
         use_compilation_cache()
         console = rich.console.Console(highlight=False, soft_wrap=True, quiet=jax.process_index() > 0)

@@ -1,0 +1,103 @@
+"""The gradients that are written out are those of the plain formulas, and of PyTorch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from tnt_jax.models import gradients
+from tnt_jax.models.gradients import layer_norm, product, softmax
+
+EPSILON = 1e-5
+
+
+def plain_layer_norm(x, scale, bias):
+    return (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + EPSILON) * scale + bias
+
+
+CASES = {
+    "softmax": (softmax, jax.nn.softmax, [(5, 3, 16, 16)]),
+    "scores of words": (product, jnp.matmul, [(7, 4, 16, 6), (7, 4, 6, 16)]),
+    "words attended": (product, jnp.matmul, [(7, 4, 16, 16), (7, 4, 16, 6)]),
+    "few queries, wide heads": (product, jnp.matmul, [(2, 3, 16), (2, 16, 5)]),
+    "layer norm": (lambda *of: layer_norm(*of, EPSILON), plain_layer_norm, [(200, 24), (24,), (24,)]),
+    "layer norm of one row": (lambda *of: layer_norm(*of, EPSILON), plain_layer_norm, [(1, 384), (384,), (384,)]),
+}
+
+
+def random(shapes):
+    rng = np.random.default_rng(0)
+    # Off centre, as the residual stream is.
+    return [jnp.asarray(0.5 + rng.standard_normal(shape), jnp.float32) for shape in shapes]
+
+
+def value_and_gradients(function, arguments):
+    value, pull = jax.vjp(function, *arguments)
+    return [value, *pull(random([value.shape])[0])]
+
+
+def assert_close(actual, expected):
+    for one, other in zip(actual, expected, strict=True):
+        other = np.asarray(other)
+        np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max(), rtol=0)
+
+
+@pytest.mark.parametrize("around", [jax.jit, jax.checkpoint, jax.vmap], ids=["jit", "checkpoint", "vmap"])
+@pytest.mark.parametrize("case", CASES)
+def test_they_are_those_of_the_plain_formula(case, around):
+    ours, plain, shapes = CASES[case]
+    arguments = random([(2, *shape) if around is jax.vmap else shape for shape in shapes])
+    plain = jax.vmap(plain) if around is jax.vmap else plain
+    assert_close(value_and_gradients(around(ours), arguments), value_and_gradients(plain, arguments))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("offset", [0, 100], ids=["near zero", "far from zero"])
+def test_layer_norm_is_that_of_pytorch(monkeypatch, platform, offset):
+    monkeypatch.setattr(gradients, "platform", lambda: platform)
+    arguments = random([(200, 24), (24,), (24,)])
+    arguments[0] += offset
+    x, scale, bias = (torch.tensor(np.asarray(each), requires_grad=True) for each in arguments)
+    out = torch.nn.functional.layer_norm(x, (24,), scale, bias, EPSILON)
+    out.backward(torch.tensor(np.asarray(random([out.shape])[0])))
+    actual = value_and_gradients(lambda *of: layer_norm(*of, EPSILON), arguments)
+    assert_close(actual, [out.detach(), x.grad, scale.grad, bias.grad])
+
+
+def test_layer_norm_of_low_precision_is_summed_in_high():
+    x = jnp.asarray(1000 + np.random.default_rng(0).standard_normal((4, 512)), jnp.bfloat16)
+    ones, zeros = jnp.ones(512), jnp.zeros(512)
+    out, pull = jax.vjp(lambda *of: layer_norm(*of, EPSILON), x, ones, zeros)
+    assert [gradient.dtype for gradient in pull(out)] == [jnp.bfloat16, jnp.float32, jnp.float32]
+    expected = torch.nn.functional.layer_norm(torch.tensor(np.asarray(x, np.float32)), (512,))
+    np.testing.assert_allclose(np.asarray(out, np.float32), expected, atol=2e-2)
+
+
+def test_attention_is_that_of_pytorch():
+    arguments = random([(3, 4, 16, 6)] * 3)
+    tensors = [torch.tensor(np.asarray(each), requires_grad=True) for each in arguments]
+    out = torch.nn.functional.scaled_dot_product_attention(*tensors)
+    out.backward(torch.tensor(np.asarray(random([out.shape])[0])))
+
+    def attention(query, keys, value):
+        return product(softmax(product(query * 6**-0.5, keys.mT)), value)
+
+    assert_close(value_and_gradients(attention, arguments), [out.detach(), *(each.grad for each in tensors)])
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "own"), [("cpu", "float32", True), ("cpu", "bfloat16", False), ("tpu", "float32", False)]
+)
+def test_where_they_are_taken(monkeypatch, platform, dtype, own):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    x = jnp.ones((2, 3, 3), dtype)
+    for function in (softmax, lambda x: product(x, x)):
+        # Not the trace of another case, which JAX remembers by the function.
+        jaxpr = jax.make_jaxpr(lambda x, function=function: function(x))(x)
+        assert any("custom_vjp" in str(equation.primitive) for equation in jaxpr.eqns) == own
+
+
+def test_sums_of_low_precision_are_taken_in_high():
+    a = jnp.full((1, 300), 1.01, jnp.bfloat16)
+    assert product(a, a.mT, jnp.float32).dtype == jnp.float32

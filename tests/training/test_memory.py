@@ -1,0 +1,32 @@
+"""A step finds the memory of the step before it."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+STEPS = """
+import resource, jax, jax.numpy as jnp
+from tnt_jax.training.memory import keep_memory
+if {keep}: keep_memory()
+x = jnp.ones((2048, 2048))
+step = jax.jit(lambda x: jnp.linalg.norm(jnp.stack([jnp.sort(x + i) for i in range(8)]) @ x))
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    before = faults()
+    step(x).block_until_ready()
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
+def test_a_step_takes_no_new_pages():
+    def faults(keep: bool) -> int:
+        """Pages that the system hands out for the third step."""
+        command = [sys.executable, "-c", STEPS.format(keep=keep)]
+        environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+        return int(subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+    assert faults(keep=True) < faults(keep=False) / 20

@@ -1,0 +1,128 @@
+"""Softmax, batched products and layer norm with gradients in the form that a CPU computes fast.
+
+Values and gradients are those of the plain formulas. XLA's CPU backend has fast kernels for products that contract the
+last axis from the left, and for no other; sums over few channels, or over all rows, it computes fastest as products
+with a vector of ones. On a CPU these forms are taken; elsewhere XLA's own gradients are, but for layer norm, which
+keeps less for its gradient on all platforms. What has its gradient written out cannot be differentiated forward
+(`jax.jvp`).
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+
+def platform() -> str:
+    """What is being traced for: cpu, gpu or tpu."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+
+
+def written_out(x: Array) -> bool:
+    """Whether gradients are taken in the forms of this file."""
+    return platform() == "cpu" and x.dtype == jnp.float32
+
+
+def softmax(logits: Float[Array, "*leading n"]) -> Float[Array, "*leading n"]:
+    """Softmax of the last axis."""
+    return _softmax(logits) if written_out(logits) else jax.nn.softmax(logits)
+
+
+@jax.custom_vjp
+def _softmax(logits: Float[Array, "*leading n"]) -> Float[Array, "*leading n"]:
+    return jax.nn.softmax(logits)
+
+
+def _softmax_forward(logits: Array) -> tuple[Array, Array]:
+    weights = jax.nn.softmax(logits)
+    return weights, weights
+
+
+def _softmax_backward(weights: Array, slope: Array) -> tuple[Array]:
+    return (weights * (slope - (weights * slope).sum(-1, keepdims=True)),)
+
+
+_softmax.defvjp(_softmax_forward, _softmax_backward)
+
+
+def product(
+    a: Float[Array, "*leading m k"], b: Float[Array, "*leading k n"], dtype: DTypeLike | None = None
+) -> Float[Array, "*leading m n"]:
+    """The matrix products a @ b, summed up and returned in `dtype`."""
+    return _product(a, b) if written_out(a) else jnp.matmul(a, b, preferred_element_type=dtype)
+
+
+@jax.custom_vjp
+def _product(a: Float[Array, "*leading m k"], b: Float[Array, "*leading k n"]) -> Float[Array, "*leading m n"]:
+    return a @ b
+
+
+def _product_forward(a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
+    return a @ b, (a, b)
+
+
+def _product_backward(operands: tuple[Array, Array], slope: Array) -> tuple[Array, Array]:
+    a, b = operands
+    # a^T slope contracts rows: the narrower of the two is turned first, and XLA is kept from taking that back.
+    narrow_a = a.shape[-1] <= slope.shape[-1]
+    of_b = _fixed(_fixed(a.mT) @ slope) if narrow_a else _fixed(_fixed(slope.mT) @ a).mT
+    return slope @ b.mT, of_b
+
+
+_product.defvjp(_product_forward, _product_backward)
+_fixed = jax.lax.optimization_barrier
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(
+    x: Float[Array, "*rows n"], scale: Float[Array, " n"], bias: Float[Array, " n"], epsilon: float
+) -> Float[Array, "*rows n"]:
+    """Each row less its mean, over its standard deviation, times `scale`, plus `bias`; computed in float32.
+
+    For its gradient it keeps what it was given and two numbers for each row. XLA would keep two float32 copies of it.
+    """
+    return _normalised(x, scale, bias, epsilon, lambda x: x.mean(-1, keepdims=True))[0]
+
+
+def _normalised(x: Array, scale: Array, bias: Array, epsilon: float, mean_of: Callable) -> tuple[Array, Array, Array]:
+    x32 = x.astype(jnp.float32)
+    mean = mean_of(x32)
+    # E[x^2] - E[x]^2 would lose digits that the golden records have.
+    inverse = jax.lax.rsqrt(mean_of(jnp.square(x32 - mean)) + epsilon)
+    out = (x32 - mean) * (inverse * scale.astype(jnp.float32)) + bias.astype(jnp.float32)
+    return out.astype(x.dtype), mean, inverse
+
+
+def _mean(x: Float[Array, "*rows n"]) -> Float[Array, "*rows 1"]:
+    if platform() != "cpu":
+        return x.mean(-1, keepdims=True)
+    n = x.shape[-1]
+    return (x.reshape(-1, n) @ jnp.full((n, 1), 1 / n, x.dtype)).reshape(*x.shape[:-1], 1)
+
+
+def _sum_of_rows(x: Float[Array, "*rows n"]) -> Float[Array, " n"]:
+    if platform() != "cpu":
+        return x.sum(range(x.ndim - 1))
+    x = x.reshape(-1, x.shape[-1])
+    return (jnp.ones((1, x.shape[0]), x.dtype) @ x)[0]
+
+
+def _layer_norm_forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, tuple[Array, ...]]:
+    out, mean, inverse = _normalised(x, scale, bias, epsilon, _mean)
+    return out, (x, mean, inverse, scale, bias)
+
+
+def _layer_norm_backward(epsilon: float, saved: tuple[Array, ...], slope: Array) -> tuple[Array, Array, Array]:
+    x, mean, inverse, scale, bias = saved
+    normed, slope = (x.astype(jnp.float32) - mean) * inverse, slope.astype(jnp.float32)
+    of_normed = slope * scale.astype(jnp.float32)
+    of_x = (of_normed - _mean(of_normed) - normed * _mean(of_normed * normed)) * inverse
+    of_scale, of_bias = _sum_of_rows(slope * normed), _sum_of_rows(slope)
+    return of_x.astype(x.dtype), of_scale.astype(scale.dtype), of_bias.astype(bias.dtype)
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
