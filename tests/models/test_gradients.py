@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tnt_jax.models import gradients
-from tnt_jax.models.gradients import layer_norm, product, softmax
+from tnt_jax.models.gradients import layer_norm, product, softmax, with_bias, with_kernel
 
 EPSILON = 1e-5
 
@@ -101,3 +101,27 @@ def test_where_they_are_taken(monkeypatch, platform, dtype, own):
 def test_sums_of_low_precision_are_taken_in_high():
     a = jnp.full((1, 300), 1.01, jnp.bfloat16)
     assert product(a, a.mT, jnp.float32).dtype == jnp.float32
+
+
+def test_gradients_of_parameters_are_those_of_float32_parameters():
+    """Of a bfloat16 product and sum: not rounded on the way, so that what devices add up is float32."""
+    x, kernel, bias = random([(4, 64, 24), (24, 8), (1, 64, 8)])
+    x = x.astype(jnp.bfloat16)
+
+    def ours(kernel, bias):
+        return with_bias(with_kernel("bnd,de->bne", x, kernel), bias)
+
+    out, pull = jax.vjp(ours, kernel, bias)
+    assert out.dtype == jnp.bfloat16
+    slope = jnp.asarray(random([out.shape])[0], jnp.bfloat16)
+    wide = slope.astype(jnp.float32)
+    expected = [jnp.einsum("bnd,bne->de", x.astype(jnp.float32), wide), wide.sum(0, keepdims=True)]
+    assert_close(pull(slope), expected)
+    exact = x.astype(jnp.float32) @ kernel + bias
+    np.testing.assert_allclose(np.asarray(out, np.float32), exact, atol=1e-2 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("shape", [(8,), (1, 1, 8), (4, 1, 8)])
+def test_gradient_of_a_bias_is_that_of_the_sum(shape):
+    x, bias = random([(4, 5, 8), shape])
+    assert_close(value_and_gradients(with_bias, [x, bias]), value_and_gradients(jnp.add, [x, bias]))

@@ -126,3 +126,53 @@ def _layer_norm_backward(epsilon: float, saved: tuple[Array, ...], slope: Array)
 
 
 layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+def with_kernel(equation: str, x: Array, kernel: Float[Array, "..."]) -> Array:
+    """`jnp.einsum(equation, x, kernel)` in the dtype of `x`, with the gradient of the kernel in that of the kernel.
+
+    In plain JAX the gradient of a float32 parameter of a bfloat16 network is bfloat16 until the last moment: each
+    device rounds its part of the batch's sum before the parts are added up.
+    """
+    if x.dtype == kernel.dtype:
+        return jnp.einsum(equation, x, kernel)
+    return _with_kernel(equation, x, kernel)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _with_kernel(equation: str, x: Array, kernel: Array) -> Array:
+    return jnp.einsum(equation, x, kernel.astype(x.dtype))
+
+
+def _with_kernel_forward(equation: str, x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _with_kernel(equation, x, kernel), (x, kernel)
+
+
+def _with_kernel_backward(equation: str, saved: tuple[Array, Array], slope: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    inputs, result = equation.split("->")
+    of_x, of_kernel = inputs.split(",")
+    dx = jnp.einsum(f"{result},{of_kernel}->{of_x}", slope, kernel.astype(x.dtype))
+    return dx, jnp.einsum(f"{of_x},{result}->{of_kernel}", x, slope, preferred_element_type=kernel.dtype)
+
+
+_with_kernel.defvjp(_with_kernel_forward, _with_kernel_backward)
+
+
+@jax.custom_vjp
+def with_bias(x: Float[Array, "*batch n"], bias: Float[Array, "*positions n"]) -> Float[Array, "*batch n"]:
+    """The sum in the dtype of `x`, with the gradient of the bias, or of positions, in that of the bias."""
+    return x + bias.astype(x.dtype)
+
+
+def _with_bias_forward(x: Array, bias: Array) -> tuple[Array, Array]:
+    return with_bias(x, bias), bias
+
+
+def _with_bias_backward(bias: Array, slope: Array) -> tuple[Array, Array]:
+    missing = slope.ndim - bias.ndim
+    repeated = [axis for axis in range(slope.ndim) if axis < missing or bias.shape[axis - missing] == 1]
+    return slope, slope.sum(repeated, dtype=bias.dtype).reshape(bias.shape)
+
+
+with_bias.defvjp(_with_bias_forward, _with_bias_backward)

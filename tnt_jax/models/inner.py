@@ -80,10 +80,10 @@ class InnerTransformer(TransformerLayer):
         return jnp.stack([survivors(sentences, self.drop_path_rate, each) for each in (attn_key, mlp_key)])
 
     def columns(self) -> Layer:
-        """The parameters as columns and matrices that multiply from the left; matrices in the dtype of the model."""
+        """The parameters as columns and matrices that multiply from the left."""
 
         def matrix(linear: nnx.Linear) -> Array:
-            return linear.kernel[...].T.astype(self.dtype)
+            return linear.kernel[...].T.astype(jnp.float32)
 
         def column(vector: nnx.Param) -> Array:
             return vector[...].astype(jnp.float32)[:, None]
@@ -189,7 +189,7 @@ def pallas_words_to_sentence(
     layer = words_to_sentence.Projection(
         column(norm1.scale),
         column(norm1.bias),
-        proj.kernel[...].T.astype(words.dtype),
+        proj.kernel[...].T.astype(jnp.float32),
         bias,
         column(norm2.scale),
         column(norm2.bias),
@@ -228,7 +228,8 @@ def feature_major(
         return normed * scale.reshape(-1, channels, 1) + bias.reshape(-1, channels, 1)
 
     def linear(matrix: Array, x: Array) -> Float[Array, "words outputs sentences"]:
-        return jnp.einsum("oc,wcn->won", matrix, x.astype(dtype), preferred_element_type=jnp.float32)
+        matrix, x = matrix.astype(dtype), x.astype(dtype)
+        return jnp.einsum("oc,wcn->won", matrix, x, preferred_element_type=jnp.float32)
 
     def attention(h: Array) -> Float[Array, "words channels sentences"]:
         qkv = linear(p.qkv, h).astype(dtype).reshape(h.shape[0], 3, heads, -1, h.shape[-1])

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from tnt_jax.config import ModelConfig
-from tnt_jax.models.gradients import layer_norm, platform, product, softmax
+from tnt_jax.models.gradients import layer_norm, platform, product, softmax, with_bias, with_kernel
 
 NORM_EPSILON = 1e-5  # PyTorch's default, which every published TNT uses; Flax's is 1e-6
 BATCH_NORM_MOMENTUM = 0.1  # of the new value, as PyTorch counts it
@@ -75,7 +75,10 @@ class Linear(nnx.Linear):
 
     def __call__(self, x: Float[Array, "*leading inputs"]) -> Float[Array, "*leading outputs"]:
         # XLA's CPU backend has a fast path for the weight gradient of a matrix product, and only for two axes.
-        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+        rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
+        out = with_kernel("ni,io->no", rows, self.kernel[...])
+        out = out if self.bias is None else with_bias(out, self.bias[...])
+        return out.reshape(*x.shape[:-1], -1)
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -180,8 +183,8 @@ class Attention(nnx.Module):
         if platform() == "tpu":
             # A product for each of the three puts every head where attention reads it. One for all would be turned
             # on its way forth and back, a fifth of a train step.
-            kernels = self.qkv.kernel[...].astype(x.dtype).reshape(dim, 3, self.num_heads, -1)
-            return tuple(jnp.einsum("bnd,dhe->bhne", x, kernels[:, part]) for part in range(3))
+            kernels = self.qkv.kernel[...].reshape(dim, 3, self.num_heads, -1)
+            return tuple(with_kernel("bnd,dhe->bhne", x, kernels[:, part]) for part in range(3))
         return self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads).transpose(2, 0, 3, 1, 4)
 
     def weights(
@@ -212,8 +215,8 @@ class Attention(nnx.Module):
     def _project(self, attended: Float[Array, "batch heads tokens head_dim"]) -> Float[Array, "batch tokens dim"]:
         batch, heads, tokens, _ = attended.shape
         if platform() == "tpu":
-            kernel = self.proj.kernel[...].astype(attended.dtype).reshape(heads, -1, self.proj.out_features)
-            return jnp.einsum("bhne,hed->bnd", attended, kernel) + self.proj.bias[...].astype(attended.dtype)
+            kernel = self.proj.kernel[...].reshape(heads, -1, self.proj.out_features)
+            return with_bias(with_kernel("bhne,hed->bnd", attended, kernel), self.proj.bias[...])
         return self.proj(attended.swapaxes(1, 2).reshape(batch, tokens, -1))
 
 

@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from tnt_jax.config import InputError, ModelConfig
+from tnt_jax.models.gradients import with_bias, with_kernel
 from tnt_jax.models.inner import InnerTransformer
 from tnt_jax.models.layers import (
     Attention,
@@ -114,8 +115,9 @@ class ReducedAttention(Attention):
         maps = x.reshape(batch, *self.grid, dim)[:, : rows * self.reduction, : columns * self.reduction]
         means = maps.reshape(batch, rows, self.reduction, columns, self.reduction, dim).mean(axis=(2, 4))
         reduced = self.norm(self.linear(means.reshape(batch, -1, dim)))
-        kernel = self.qkv.kernel[...].astype(x.dtype)
-        query, keys, value = x @ kernel[:, :dim], *jnp.split(reduced @ kernel[:, dim:], 2, axis=-1)
+        of_query, of_rest = jnp.split(self.qkv.kernel[...], [dim], axis=1)
+        keys, value = jnp.split(with_kernel("bnd,de->bne", reduced, of_rest), 2, axis=-1)
+        query = with_kernel("bnd,de->bne", x, of_query)
         return tuple(
             part.reshape(batch, -1, self.num_heads, dim // self.num_heads).transpose(0, 2, 1, 3)
             for part in (query, keys, value)
@@ -297,12 +299,12 @@ class PyramidTNT(nnx.Module):
     ) -> tuple[Float[Array, "sentences words inner"], Float[Array, "batch patches outer"]]:
         """The words and sentences that enter the first block, with their positions."""
         check_images(images, self.config)
-        dtype = jnp.dtype(self.config.dtype)
         words, sentences = self.stem(images, training=key is not None)
         if self.word_positions is not None:
-            words = words + self.word_positions[...].astype(dtype)
+            words = with_bias(words, self.word_positions[...])
         if self.sentence_positions is not None:
-            sentences = sentences + dropout(self.sentence_positions[...].astype(dtype), self.config.drop_rate, key)
+            places = dropout(self.sentence_positions[...], self.config.drop_rate, key)
+            sentences = with_bias(sentences, places)
         return words, sentences
 
     def enter(self, index: int, words: Array, sentences: Array) -> tuple[Array, Array]:

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from tnt_jax.config import InputError, ModelConfig
+from tnt_jax.models.gradients import with_bias, with_kernel
 from tnt_jax.models.inner import InnerTransformer, pallas_words_to_sentence, runs_kernel
 from tnt_jax.models.layers import (
     InitialRngs,
@@ -84,14 +85,15 @@ class WordEmbedding(nnx.Module):
         no unit of a TPU.
         """
         dtype, inner = self.conv.dtype, self.conv.out_features
-        kernel, bias = self.conv.kernel[...].astype(dtype), self.conv.bias[...].astype(dtype)
+        kernel, bias = self.conv.kernel[...], self.conv.bias[...]
         if self.cut_first:
             patches = to_patches(images.astype(dtype), self.patch_size)
             matrix = whole_patch_matrix(kernel, self.patch_size, self.stride)
-            words = patches.reshape(patches.shape[0], -1) @ matrix
-            return words.reshape(patches.shape[0], -1, inner) + bias
+            words = with_kernel("np,pw->nw", patches.reshape(patches.shape[0], -1), matrix)
+            return with_bias(words.reshape(patches.shape[0], -1, inner), bias)
         windows = unfold(images.astype(dtype), self.kernel_size, self.stride)
-        words = windows.reshape(-1, windows.shape[-1]) @ kernel.reshape(-1, inner) + bias
+        rows = windows.reshape(-1, windows.shape[-1])
+        words = with_bias(with_kernel("np,pc->nc", rows, kernel.reshape(-1, inner)), bias)
         words = to_patches(words.reshape(*windows.shape[:3], inner), self.words_per_side)
         return words.reshape(words.shape[0], -1, inner)
 
@@ -308,12 +310,12 @@ class TNT(nnx.Module):
         batch = images.shape[0]
         words = self.word_embedding(images)
         if self.word_positions is not None:
-            words = words + self.word_positions[...].astype(dtype)
-        class_tokens = jnp.broadcast_to(self.class_token[...].astype(dtype), (batch, 1, self.config.outer_dim))
+            words = with_bias(words, self.word_positions[...])
+        class_tokens = with_bias(jnp.zeros((batch, 1, self.config.outer_dim), dtype), self.class_token[...])
         words, from_words = self.sentence_embedding(words, batch)
         sentences = jnp.concatenate([class_tokens, from_words], axis=1)
         if self.sentence_positions is not None:
-            sentences = sentences + self.sentence_positions[...].astype(dtype)
+            sentences = with_bias(sentences, self.sentence_positions[...])
         return words, dropout(sentences, self.config.drop_rate, key)
 
     def forward_intermediates(

@@ -38,6 +38,7 @@ from tnt_jax.models.kernels.tile import (
     start_sums,
     through_norm,
     total,
+    with_matrices_in,
 )
 
 
@@ -257,7 +258,7 @@ def _forward(sizes: Sizes, interpret: bool, words, keep, layer: Layer, *, saves:
         "inner_block_forward",
         functools.partial(forward_kernel, sizes, saves),
         [PerSentence(words), PerSentence(keep)],
-        layer,
+        with_matrices_in(sizes.dtype, layer),
         results,
         scratch=scratch,
         flops=sentences * flops(sizes, layer),
@@ -278,7 +279,7 @@ def _backward(sizes: Sizes, interpret: bool, saved, gradient):
         "inner_block_backward",
         functools.partial(backward_kernel, sizes, sentences),
         [PerSentence(array) for array in (words, keep, attended, gradient)],
-        layer,
+        with_matrices_in(sizes.dtype, layer),
         [PerSentence(jax.ShapeDtypeStruct(words.shape, words.dtype))],
         sums=True,
         scratch=[*[(rows, TILE)] * 3, (3 * registers, LANES), (registers, LANES), (2 * registers, LANES)],

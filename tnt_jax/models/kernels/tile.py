@@ -133,6 +133,14 @@ def blocks_of_word(sizes: Sizes, word: Array) -> list[tuple]:
     return [(rows, pl.ds(group * LANES, LANES)) for group in range(SUBLANES)]
 
 
+def with_matrices_in(dtype: DTypeLike, parameters: NamedTuple) -> NamedTuple:
+    """Parameters as the kernels take them: columns stay what they are.
+
+    It is done within the functions that have a gradient of their own, so that the parameters' gradients are float32.
+    """
+    return type(parameters)(*(value if value.shape[1] == 1 else value.astype(dtype) for value in parameters))
+
+
 class PerSentence(NamedTuple):
     """An array, or the shape of one, with a column (axis 1) or a row (axis 0) for each sentence."""
 
@@ -163,7 +171,7 @@ def over_tiles(
     Args:
         parameters: the same for all tiles.
         sums: the kernel also returns the gradients of the parameters, added up over all tiles; those of a vector with
-            128 partial sums, which are added here.
+            128 partial sums, which are added here. They are float32.
         scratch: shapes of float32 arrays in VMEM.
         flops: of all sentences, for the compiler's account.
     """
@@ -196,7 +204,6 @@ def over_tiles(
     for index, parameter in enumerate(parameters if sums else (), start=len(results)):
         if parameter.shape[1] == 1:
             returned[index] = returned[index].sum(1, keepdims=True)
-        returned[index] = returned[index].astype(parameter.dtype)
     return returned
 
 

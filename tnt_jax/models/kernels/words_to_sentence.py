@@ -23,6 +23,7 @@ from tnt_jax.models.kernels.tile import (
     normalise_gradient,
     over_tiles,
     start_sums,
+    with_matrices_in,
 )
 
 GROUP = 2 * LANES  # sentences at a time, for which the matrix product is prepared once
@@ -113,7 +114,7 @@ def words_to_sentence(
         "words_to_sentence_forward",
         functools.partial(forward_kernel, epsilon),
         [PerSentence(words)],
-        layer,
+        with_matrices_in(words.dtype, layer),
         [PerSentence(jax.ShapeDtypeStruct((sentences, layer.proj.shape[0]), words.dtype), axis=0)],
         flops=2 * sentences * layer.proj.size,
         interpret=interpret,
@@ -132,7 +133,7 @@ def _backward(epsilon: float, interpret: bool, saved, gradients):
         "words_to_sentence_backward",
         functools.partial(backward_kernel, epsilon, sentences),
         [PerSentence(words), PerSentence(passed), PerSentence(gradient, axis=0)],
-        layer,
+        with_matrices_in(words.dtype, layer),
         [PerSentence(jax.ShapeDtypeStruct(words.shape, words.dtype))],
         sums=True,
         flops=6 * sentences * layer.proj.size,
