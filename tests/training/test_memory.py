@@ -11,8 +11,8 @@ STEPS = """
 import resource, jax, jax.numpy as jnp
 from tnt_jax.training.memory import keep_memory
 if {keep}: keep_memory()
-x = jnp.ones((2048, 2048))
-step = jax.jit(lambda x: jnp.linalg.norm(jnp.stack([jnp.sort(x + i) for i in range(8)]) @ x))
+x = jnp.ones((2048, 64))
+step = jax.jit(lambda x: jnp.linalg.norm(jnp.tile(x, (128, 1)) @ jnp.ones((64, 64))))
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(3):
     before = faults()
