@@ -33,6 +33,7 @@ def main() -> None:
     arguments.add_argument("--topologies", nargs="+", default=("v5e:2x2", "v5p:2x2x1", "v6e:2x2"))
     arguments.add_argument("--batch", type=int, default=128, help="images on the chip")
     arguments.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    arguments.add_argument("--remat", choices=("none", "linear", "all"), default="none", help="of TNT-S alone")
     arguments.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
     given = arguments.parse_args()
     for topology in given.topologies:
@@ -43,7 +44,7 @@ def main() -> None:
         for which in given.passes:
             yardstick = None
             for model in given.models:
-                found = programs.child(__file__, topology, model, which, given.batch)
+                found = programs.child(__file__, topology, model, which, given.batch, given.remat)
                 found["spent"] = found["wall"] or programs.cycles(found, 196 * given.batch, topology)
                 yardstick = yardstick or found
                 print(_row(which, model, found, yardstick, given.batch), flush=True)
@@ -65,7 +66,7 @@ def _row(which: str, model: str, found: dict, yardstick: dict, batch: int) -> st
     return f"| {' | '.join(cells)} |"
 
 
-def measure(topology: str, model: str, which: str, batch: int) -> dict:
+def measure(topology: str, model: str, which: str, batch: int, remat: str) -> dict:
     import jax
     import jax.numpy as jnp
     from deit import DeiT
@@ -77,7 +78,7 @@ def measure(topology: str, model: str, which: str, batch: int) -> dict:
     from tnt_jax.models.summary import count_macs
     from tnt_jax.models.variants import abstract_model, resolve
 
-    config = resolve(ModelConfig(dtype="bfloat16", inner="auto" if model == "deit" else model))
+    config = resolve(ModelConfig(dtype="bfloat16", inner="auto" if model == "deit" else model, remat=remat))
     network = DeiT(config, rngs=InitialRngs(None)) if model == "deit" else abstract_model(config)
     graphdef, params = nnx.split(network)
     images = jax.ShapeDtypeStruct((batch, *config.image_size, 3), jnp.bfloat16)
@@ -102,7 +103,7 @@ def measure(topology: str, model: str, which: str, batch: int) -> dict:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        topology, model, which, batch = sys.argv[2:]
-        print(json.dumps(measure(topology, model, which, int(batch))))
+        topology, model, which, batch, remat = sys.argv[2:]
+        print(json.dumps(measure(topology, model, which, int(batch), remat)))
     else:
         main()

@@ -44,7 +44,7 @@ def published_batches(manifest):
     return images.transpose(0, 1, 3, 4, 2), labels
 
 
-def forty_steps(record, manifest, *, devices=None, fsdp=1, remat=False, accumulation_steps=1):
+def forty_steps(record, manifest, *, devices=None, fsdp=1, remat="none", accumulation_steps=1):
     """The graph definition, the final state and the metrics of every step."""
     config = TrainConfig(
         model=resolve(dataclasses.replace(MODEL, remat=remat)),
@@ -80,7 +80,7 @@ def forty_steps(record, manifest, *, devices=None, fsdp=1, remat=False, accumula
 VARIANTS = {
     "1 device, 4 parts": {"devices": 1, "accumulation_steps": 4},
     "2 devices": {"devices": 2},
-    "4 devices, sharded over 2, rematerialised": {"devices": 4, "fsdp": 2, "remat": True},
+    "4 devices, sharded over 2, rematerialised": {"devices": 4, "fsdp": 2, "remat": "all"},
     "4 devices, sharded over 4, 2 parts": {"devices": 4, "fsdp": 4, "accumulation_steps": 2},
     "8 devices, sharded over 8": {"devices": 8, "fsdp": 8},
 }

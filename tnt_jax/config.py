@@ -69,8 +69,9 @@ class ModelConfig:
     """What is computed in. Statistics of norms, softmax and logits are float32 in any case."""
     param_dtype: Literal["float32", "bfloat16"] | None = None
     """What parameters are stored in."""
-    remat: bool | None = None
-    """Compute each block again in the backward pass instead of keeping its activations: less memory, more time."""
+    remat: Literal["none", "linear", "all"] | None = None
+    """What the backward pass computes again instead of keeping it, for less memory and more time: nothing; all of a
+    block but what its linear maps return; or all of it."""
     inner: Literal["auto", "reference", "feature_major", "pallas"] | None = None
     """How the inner transformers are computed; auto is what is fastest on the platform. The results are the same."""
 

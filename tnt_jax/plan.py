@@ -203,15 +203,15 @@ def _largest(console: rich.console.Console, config: TrainConfig, devices: list, 
     unit = config.accumulation_steps * (8 if first.batch >= 8 * config.accumulation_steps else 1)
     fits, too_large, _ = largest_batch(first, 0.98 * chip.memory, _state_bytes(config, devices), unit, compile_at)
     if not fits:
-        smaller = "" if config.model.remat else "--model.remat True, "
+        smaller = "" if config.model.remat == "all" else "--model.remat all, "
         return (
             f"The smallest batch that was tried, {too_large} images a device, does not fit. "
             f"Less memory: {smaller}--accumulation-steps, --fsdp, --model.dtype bfloat16"
         )
     limit = f"{too_large} does not" if too_large else "larger ones were not tried"
     text = f"Largest batch: {fits} images a device fit ({fits * len(devices)} in all), {limit}."
-    if not first.fits and not config.model.remat:
-        text += " For larger ones: --model.remat True, or --accumulation-steps N, which computes a batch in N parts."
+    if not first.fits and config.model.remat != "all":
+        text += " For larger ones: --model.remat all, or --accumulation-steps N, which computes a batch in N parts."
     return text
 
 

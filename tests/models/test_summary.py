@@ -155,3 +155,10 @@ def test_summary_shows_the_totals_of_a_name_a_configuration_and_a_module():
     changes = {"image_size": 32, "patch_size": 8, "word_stride": 2, "depth": 1, "num_classes": 3}
     model = tnt_jax.create_model("tnt_ti_patch16_224", **changes)
     assert summary(model) == summary("tnt_ti_patch16_224", **changes) == summary(model.config)
+
+
+def test_summary_says_how_the_inner_transformers_are_computed(monkeypatch):
+    assert "inner transformers: reference" in summary("tnt_s_patch16_224")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert "inner transformers: feature_major" in summary("tnt_s_patch16_224")
+    assert "inner transformers: none" in summary("tnt_s_patch16_224", inner_blocks=())

@@ -119,11 +119,12 @@ def test_initialisation_is_the_published_one():
     assert np.abs(model.word_embedding.conv.bias[...]).max() <= bound
 
 
-def test_remat_changes_neither_loss_nor_gradients():
+@pytest.mark.parametrize("remat", ["linear", "all"])
+def test_remat_changes_neither_loss_nor_gradients(remat):
     x, key = images(2, 32, 32, 3), jax.random.key(1)
     model = small(drop_path_rate=0.3)
     graphdef, state = nnx.split(model)
-    model.config = dataclasses.replace(model.config, remat=True)
+    model.config = dataclasses.replace(model.config, remat=remat)
     remat_graphdef, _ = nnx.split(model)
 
     def loss(state, graphdef):

@@ -116,7 +116,7 @@ def test_in_parts_of_a_step_the_running_averages_go_from_part_to_part():
 
 @pytest.mark.parametrize("changes", [{}, {"accumulation_steps": 2}])
 def test_a_pyramid_that_is_rematerialised_keeps_its_running_averages(changes):
-    model = small_pyramid(in_channels=1, remat=True)
+    model = small_pyramid(in_channels=1, remat="all")
     state, step = state_and_step(model, **changes)
     batch = {"image": np.zeros((8, 32, 32, 1), np.float32), "label": LABELS}
     new, _ = jax.eval_shape(step, state, batch)

@@ -166,6 +166,14 @@ def gelu(x: Array) -> Array:
     return x * (0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5))
 
 
+def rematerialised(block: Callable, remat: str) -> Callable:
+    """A block's function that keeps of its activations what `ModelConfig.remat` says."""
+    if remat == "none":
+        return block
+    linear = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(block, policy=linear if remat == "linear" else None)
+
+
 class Attention(nnx.Module):
     """Multi-head self-attention, softmax(q k^T / sqrt(head_dim)) v, without bias in q, k and v (equation 1).
 

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -27,6 +26,7 @@ from tnt_jax.models.layers import (
     TransformerLayer,
     dropout,
     initializer,
+    rematerialised,
     split_key,
 )
 from tnt_jax.models.stem import PATCH_SIZE, WORD_STRIDE, WORDS_PER_SIDE, Stem, conv3x3
@@ -231,7 +231,7 @@ class Stage(nnx.Module):
         key: PRNGKeyArray | None = None,
     ) -> list[tuple[Float[Array, "sentences words inner"], Float[Array, "batch patches outer"]]]:
         """What every block returns."""
-        run = jax.checkpoint(Block.__call__) if self.remat else Block.__call__
+        run = rematerialised(Block.__call__, self.remat)
         outputs = []
         for block, block_key in zip(self.blocks, split_key(key, len(self.blocks)), strict=True):
             words, sentences = run(block, words, sentences, self.position_bias[...], block_key)

@@ -10,6 +10,7 @@ import rich.table
 from flax import nnx
 
 from tnt_jax.config import ModelConfig
+from tnt_jax.models.inner import choose
 from tnt_jax.models.pyramid_tnt import SPATIAL_REDUCTION, STAGES, key_grid, stage_config, stage_grids
 from tnt_jax.models.tnt import WordEmbedding, grid_size, words_per_side
 from tnt_jax.models.variants import abstract_model, resolve
@@ -127,6 +128,17 @@ def _output_shapes(config: ModelConfig) -> dict[str, str]:
     }
 
 
+def _formulation(config: ModelConfig) -> str:
+    """How the inner transformers are computed on this machine, in training."""
+    model = abstract_model(config)
+    blocks = model.blocks if config.architecture != "pyramid" else [b for stage in model.stages for b in stage.blocks]
+    rows, columns = grid_size(config)
+    # A multiple of any number of devices, as the patches of a batch that can be divided among them are.
+    sentences = rows * columns * jax.device_count()
+    chosen = {choose(block.inner, sentences, training=True) for block in blocks if block.inner is not None}
+    return " and ".join(sorted(chosen)) or "none"
+
+
 def summary(model: str | ModelConfig | nnx.Module, **changes) -> str:
     """A table of a model's parts, given by its name (and changes as for `create_model`), its configuration or itself.
 
@@ -156,7 +168,10 @@ def summary(model: str | ModelConfig | nnx.Module, **changes) -> str:
         share = f"{macs[part] / sum(macs.values()):.1%}"
         table.add_row(part, str(layers.get(part, 1)), shapes[part], f"{parameters[part]:,}", f"{macs[part]:,}", share)
     height, width = config.image_size
-    heading = f"{config.name} ({config.architecture}), {height} x {width} x {config.in_channels}, {config.dtype}"
+    heading = (
+        f"{config.name} ({config.architecture}), {height} x {width} x {config.in_channels}, {config.dtype}, "
+        f"inner transformers: {_formulation(config)}"
+    )
     out = io.StringIO()
     console = rich.console.Console(file=out, width=110)
     console.print(heading, table, sep="\n", end="", highlight=False)

@@ -25,6 +25,7 @@ from tnt_jax.models.layers import (
     dropout,
     fan_in_uniform,
     normal_init,
+    rematerialised,
     split_key,
 )
 
@@ -296,7 +297,7 @@ class TNT(nnx.Module):
         """All tokens after the last norm, the class token first."""
         embed_key, *block_keys = split_key(key, 1 + len(self.blocks))
         words, sentences = self.embed(images, embed_key)
-        run = jax.checkpoint(Block.__call__) if self.config.remat else Block.__call__
+        run = rematerialised(Block.__call__, self.config.remat)
         for block, block_key in zip(self.blocks, block_keys, strict=True):
             words, sentences = run(block, words, sentences, block_key)
         return self.norm(sentences)

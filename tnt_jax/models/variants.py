@@ -58,7 +58,7 @@ _TNT_S = ModelConfig(
     drop_path_rate=0.1,
     dtype="float32",
     param_dtype="float32",
-    remat=False,
+    remat="none",
     inner="auto",
 )
 _TNT_TI = dataclasses.replace(
