@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import os
-import sys
 
 import commands
 import numpy as np
@@ -13,12 +11,13 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 from small_models import small_model, small_pyramid
+from state_dicts import as_torch, save_safetensors, state_dict
 
 import tnt_jax
 from tnt_jax.config import InputError, ModelConfig
 from tnt_jax.models.saving import model_parameters, parameter_shapes
 from tnt_jax.models.variants import VARIANTS, resolve
-from tnt_jax.torch_weights.convert import convert, export, parse_image_size
+from tnt_jax.torch_weights.convert import convert, export
 from tnt_jax.torch_weights.layouts import layout_shapes
 from tnt_jax.torch_weights.read import read_file, recognise_config, recognise_layout, to_parameters
 
@@ -32,34 +31,9 @@ SOURCES = {
 }
 
 
-def state_dict(layout, name, **changes):
-    shapes = {path: of.shape for path, of in parameter_shapes(ModelConfig(name=name, **changes)).items()}
-    return {name: published.tensor(name, shape, seed=0) for name, shape in layout_shapes(shapes, layout).items()}
-
-
-def as_torch(tensors):
-    return {name: torch.tensor(np.ascontiguousarray(tensor)) for name, tensor in tensors.items()}
-
-
-def save_safetensors(tensors, path):
-    safetensors.numpy.save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, path)
-    return path
-
-
 @pytest.fixture(scope="module")
 def tensors():
     return {name: state_dict(*source) for name, source in SOURCES.items()}
-
-
-@pytest.fixture(scope="module")
-def small():
-    """TNT-Ti for small images, 10 classes, in huawei's layout."""
-    return state_dict("huawei", "tnt_ti_patch16_224", image_size=32, num_classes=10)
-
-
-@pytest.fixture
-def checkpoint(small, tmp_path):
-    return save_safetensors(small, tmp_path / "model.safetensors")
 
 
 def loaded(folder):
@@ -257,144 +231,6 @@ def test_a_head_of_another_size_is_kept_left_out_or_made_fresh_on_request(checkp
     with pytest.raises(InputError, match="has no head"):
         convert(checkpoint, tmp_path / "model")
     assert convert(checkpoint, tmp_path / "model", num_classes=0).config.num_classes == 0
-
-
-class RunsCode:
-    def __reduce__(self):
-        return os.system, ("touch owned",)
-
-
-def _damage_tensor(path):
-    """One bit in the middle, which is in the data of a tensor."""
-    damaged = bytearray(path.read_bytes())
-    damaged[len(damaged) // 2] ^= 1
-    path.write_bytes(damaged)
-
-
-def _faulty_files(folder, small):
-    """name -> what to write, and a pattern for what is said of it."""
-    huge = small["norm.bias"].copy()
-    huge[3] = np.inf
-    faults = {
-        "left_over.safetensors": ({"extra.weight": huge}, r"extra\.weight \(192,\) is not in this model"),
-        "shape.safetensors": ({"norm.bias": huge[:5]}, r"norm\.bias is \(5,\), and should be \(192,\)"),
-        "infinite.safetensors": (
-            {"norm.bias": huge, "norm.weight": huge * np.nan},
-            r"norm\.bias has values that are NaN or infinite\n  norm\.weight has values that are NaN or infinite",
-        ),
-        "integer.safetensors": ({"norm.bias": np.ones(192, np.int32)}, r"norm\.bias is int32"),
-        "wide.safetensors": ({"cls_token": np.ones((1, 1, 77), np.float32)}, "sentences of 77 channels"),
-    }
-    for name, (change, message) in faults.items():
-        save_safetensors({**small, **change}, folder / name)
-        yield name, message
-    missing = {name: tensor for name, tensor in small.items() if name not in ("norm.bias", "blocks.3.proj.weight")}
-    save_safetensors(missing, folder / "missing.safetensors")
-    yield "missing.safetensors", r"blocks\.3\.proj\.weight .* is missing\n  norm\.bias .* is missing"
-    save_safetensors({"cls_token": huge, "pos_embed": huge}, folder / "vit.safetensors")
-    yield "vit.safetensors", r"another network \(2 tensors: cls_token, pos_embed"
-
-    torch.save({"state_dict": as_torch(small), "hook": RunsCode()}, folder / "code.pth")
-    yield "code.pth", r"(posix|nt)\.system, which is not plain data"
-    torch.save(as_torch(small), folder / "cut.pth")
-    (folder / "cut.pth").write_bytes((folder / "cut.pth").read_bytes()[:-5000])
-    yield "cut.pth", "is damaged or no PyTorch file"
-    torch.save(as_torch(small), folder / "flipped.pth")
-    _damage_tensor(folder / "flipped.pth")
-    yield "flipped.pth", r"flipped\.pth is damaged: the checksum of .* in it is wrong"
-    (folder / "text.pt").write_text("no checkpoint")
-    yield "text.pt", "is damaged or no PyTorch file"
-    torch.save([1, 2], folder / "list.pth")
-    yield "list.pth", "holds a list and no state dict"
-    torch.save({"epoch": 3, "lr": 0.1}, folder / "numbers.pth")
-    yield "numbers.pth", "epoch, lr are not tensors"
-    save_safetensors(small, folder / "cut.safetensors")
-    (folder / "cut.safetensors").write_bytes((folder / "cut.safetensors").read_bytes()[:-100])
-    yield "cut.safetensors", "is damaged or no safetensors file"
-    (folder / "weights.h5").touch()
-    yield "weights.h5", "is none of"
-    yield "nowhere.pth", "there is no file"
-    (folder / "folder").mkdir()
-    yield "folder", "is a folder, and a checkpoint is a file"
-    metadata = {"tnt_jax": "{"}
-    safetensors.numpy.save_file({"norm.bias": huge}, folder / "description.safetensors", metadata=metadata)
-    yield "description.safetensors", "the description of the model in .* is damaged"
-
-
-def test_bad_files_give_one_message_and_leave_nothing(small, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name, message in list(_faulty_files(tmp_path, small)):
-        with pytest.raises(InputError, match=message):
-            convert(tmp_path / name, tmp_path / "out" / "model", num_classes=10)
-        assert not (tmp_path / "out").exists(), name
-    assert not (tmp_path / "owned").exists()
-
-
-def test_a_bad_file_ends_the_command_with_2_and_one_message(small, tmp_path):
-    checkpoint = save_safetensors({**small, "extra": small["norm.bias"]}, tmp_path / "a.safetensors")
-    code, out, err = commands.run("convert_torch_weights.py", checkpoint, tmp_path / "model", "--num-classes", "10")
-    assert (code, out) == (2, "")
-    assert err.startswith("error: this is no tnt_ti_patch16_224 as huawei names it; nothing was converted:")
-    assert not (tmp_path / "model").exists()
-
-
-def test_an_existing_destination_is_kept_unless_told_otherwise(checkpoint, tmp_path):
-    convert(checkpoint, tmp_path / "model", num_classes=10)
-    with pytest.raises(InputError, match="model exists"):
-        convert(checkpoint, tmp_path / "model", num_classes=10)
-    convert(checkpoint, tmp_path / "model", num_classes=0, overwrite=True)
-    assert tnt_jax.load_model(tmp_path / "model").config.num_classes == 0
-
-
-def test_without_pytorch_safetensors_work_and_pth_says_what_to_install(checkpoint, small, tmp_path, monkeypatch):
-    torch.save(as_torch(small), tmp_path / "a.pth")
-    monkeypatch.setitem(sys.modules, "torch", None)
-    convert(checkpoint, tmp_path / "model", num_classes=10)
-    model = tnt_jax.load_model(tmp_path / "model")
-    export(model, tmp_path / "back.safetensors", "timm")
-    with pytest.raises(InputError, match=r"PyTorch is needed to read a\.pth, and is not installed: pip install torch"):
-        convert(tmp_path / "a.pth", tmp_path / "other", num_classes=10)
-    with pytest.raises(InputError, match=r"PyTorch is needed to write \.pth"):
-        export(model, tmp_path / "back.pth", "timm")
-
-
-@pytest.mark.parametrize(
-    ("file", "layout", "message"),
-    [
-        ("a.pth", "mmpretrain", "mmpretrain has no official TNT, .* it can go to huawei or timm"),
-        ("a.bin", "timm", r"a\.bin should end in \.safetensors or \.pth"),
-        ("there.pth", "timm", r"there\.pth exists"),
-        ("folder.pth", "timm", r"folder\.pth is a folder"),
-    ],
-)
-def test_what_cannot_be_written_is_refused(file, layout, message, tmp_path):
-    (tmp_path / "there.pth").touch()
-    (tmp_path / "folder.pth").mkdir()
-    with pytest.raises(InputError, match=message):
-        export(small_model(), tmp_path / file, layout)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.pth", "there.pth"]
-
-
-def test_image_sizes_are_numbers_or_height_x_width():
-    assert (parse_image_size("384"), parse_image_size("256x320")) == ((384, 384), (256, 320))
-    for text in ("big", "256x", "0", "1x2x3", "-16"):
-        with pytest.raises(InputError, match="should be a number such as 384"):
-            parse_image_size(text)
-
-
-def test_a_destination_that_cannot_be_written_is_an_input_error(checkpoint, tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="model cannot be written"):
-        convert(checkpoint, tmp_path / "file" / "model", num_classes=10)
-
-
-def test_options_for_reading_are_refused_when_writing(tmp_path):
-    tnt_jax.save_model(small_model(), tmp_path / "model")
-    code, _, err = commands.run(
-        "convert_torch_weights.py", tmp_path / "model", tmp_path / "a.pth", "--to", "timm", "--num-classes", "3"
-    )
-    assert code == 2
-    assert "--num-classes is for reading a checkpoint" in err
 
 
 def test_the_table_names_every_tensor_of_the_published_state_dicts():

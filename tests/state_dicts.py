@@ -1,0 +1,24 @@
+"""State dicts with the names and shapes of the published ones, and made-up values."""
+
+import numpy as np
+import published
+import safetensors.numpy
+import torch
+
+from tnt_jax.config import ModelConfig
+from tnt_jax.models.saving import parameter_shapes
+from tnt_jax.torch_weights.layouts import layout_shapes
+
+
+def state_dict(layout, name, **changes):
+    shapes = {path: of.shape for path, of in parameter_shapes(ModelConfig(name=name, **changes)).items()}
+    return {name: published.tensor(name, shape, seed=0) for name, shape in layout_shapes(shapes, layout).items()}
+
+
+def as_torch(tensors):
+    return {name: torch.tensor(np.ascontiguousarray(tensor)) for name, tensor in tensors.items()}
+
+
+def save_safetensors(tensors, path):
+    safetensors.numpy.save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, path)
+    return path
