@@ -6,7 +6,7 @@ machine (docs/performance.md):
 
 - `reference`: the equations as the paper has them, (sentences, words, channels). Fastest on a CPU.
 - `feature_major`: sentences on the last axis, which fills the registers of TPUs and GPUs; attention is elementwise.
-- `pallas`: the whole layer in one TPU kernel, kernels/inner_block.py.
+- `pallas`: the whole layer in one TPU kernel, kernels/inner_block.py, and what makes sentences of its words in another.
 
 Those that a platform or a size does not allow fall back to the next one above, with a line in the log.
 """
