@@ -10,7 +10,8 @@ a second is over; the ratios are medians of the ratios within a round. The first
 without compilation caches: from the call to the updated parameters, compilation included.
 
 Where JAX has the library of an accelerator that is not there, run it with JAX_PLATFORMS=cpu: only then is memory kept
-between steps, as in `train.py`. On a GPU or TPU it runs as it is, timm on CUDA where PyTorch has it, and tells the share of the published peak.
+between steps, as in `train.py`. On a GPU or TPU it runs as it is, timm on CUDA where PyTorch has it, and tells the
+share of the published peak.
 """
 
 import argparse
