@@ -137,6 +137,15 @@ def test_remat_changes_neither_loss_nor_gradients(remat):
     assert text.count("remat") == model.config.depth or text.count("checkpoint") == model.config.depth
 
 
+def test_remat_computes_linear_maps_again_only_where_it_is_told_to():
+    x, products = images(2, 32, 32, 3), {}
+    for remat in ("none", "linear", "all"):
+        graphdef, state = nnx.split(small(dtype="bfloat16", remat=remat))
+        gradient = jax.grad(lambda state, graphdef=graphdef: nnx.merge(graphdef, state)(x).sum())
+        products[remat] = str(jax.make_jaxpr(gradient)(state)).count("dot_general")
+    assert products["none"] < products["linear"] < products["all"]
+
+
 def test_bfloat16_is_for_computing_alone():
     model, reference = small(dtype="bfloat16"), small()
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}

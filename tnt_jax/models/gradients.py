@@ -12,8 +12,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+LINEAR = "linear"
+"""The name of what linear maps return, for rematerialisation."""
 
 
 def platform() -> str:
@@ -134,9 +138,9 @@ def with_kernel(equation: str, x: Array, kernel: Float[Array, "..."]) -> Array:
     In plain JAX the gradient of a float32 parameter of a bfloat16 network is bfloat16 until the last moment: each
     device rounds its part of the batch's sum before the parts are added up.
     """
-    if x.dtype == kernel.dtype:
-        return jnp.einsum(equation, x, kernel)
-    return _with_kernel(equation, x, kernel)
+    plain = x.dtype == kernel.dtype
+    out = jnp.einsum(equation, x, kernel) if plain else _with_kernel(equation, x, kernel)
+    return checkpoint_name(out, LINEAR)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

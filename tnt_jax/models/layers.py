@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from tnt_jax.config import ModelConfig
-from tnt_jax.models.gradients import layer_norm, platform, product, softmax, with_bias, with_kernel
+from tnt_jax.models.gradients import LINEAR, layer_norm, platform, product, softmax, with_bias, with_kernel
 
 NORM_EPSILON = 1e-5  # PyTorch's default, which every published TNT uses; Flax's is 1e-6
 BATCH_NORM_MOMENTUM = 0.1  # of the new value, as PyTorch counts it
@@ -170,7 +170,7 @@ def rematerialised(block: Callable, remat: str) -> Callable:
     """A block's function that keeps of its activations what `ModelConfig.remat` says."""
     if remat == "none":
         return block
-    linear = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    linear = jax.checkpoint_policies.save_only_these_names(LINEAR)
     return jax.checkpoint(block, policy=linear if remat == "linear" else None)
 
 
