@@ -3,6 +3,7 @@
 import ctypes
 import importlib.metadata
 import importlib.util
+import platform
 
 import jax
 
@@ -18,10 +19,10 @@ def keep_memory() -> None:
     which therefore has to compute itself, and the process stays as large as it has been at most. To be called before
     JAX is first used. Other C libraries than glibc, and processes that may have an accelerator, are left as they are.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None and _on_cpu_alone():
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
+    if platform.libc_ver()[0] == "glibc" and _on_cpu_alone():
+        c_library = ctypes.CDLL(None)
+        c_library.mallopt(M_MMAP_MAX, 0)
+        c_library.mallopt(M_TRIM_THRESHOLD, -1)
         jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
