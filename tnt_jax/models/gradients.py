@@ -1,10 +1,14 @@
 """What the layers compute with gradients that are written out: faster, smaller or more exact than JAX's own.
 
-Values and gradients are those of the plain formulas. Softmax, batched products and layer norm: XLA's CPU backend has fast kernels for products that contract the
-last axis from the left, and for no other; sums over few channels, or over all rows, it computes fastest as products
-with a vector of ones. On a CPU these forms are taken; elsewhere XLA's own gradients are, but for layer norm, which
-keeps less for its gradient on all platforms. Products with parameters and sums with them: of a bfloat16 network the
-parameters' gradients are float32. What has its gradient written out cannot be differentiated forward (`jax.jvp`).
+Values and gradients are those of the plain formulas.
+
+- Softmax, batched products and layer norm. XLA's CPU backend has fast kernels for products that contract the last axis
+  from the left, and for no other; sums over few channels, or over all rows, it computes fastest as products with a
+  vector of ones. On a CPU these forms are taken; elsewhere XLA's own gradients are, but for layer norm, which keeps
+  less for its gradient on all platforms.
+- Products with parameters, and sums with them: in a bfloat16 network the parameters' gradients are float32.
+
+What has its gradient written out cannot be differentiated forward (`jax.jvp`).
 """
 
 import functools
