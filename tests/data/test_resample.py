@@ -86,18 +86,3 @@ def test_mirroring_turns_left_and_right(channels):
     image = noise(5, 7, channels)
     np.testing.assert_array_equal(resample.mirror(image), image[:, ::-1])
     np.testing.assert_array_equal(resample.mirror(image[1:4, 2:5]), image[1:4, 4:1:-1])
-
-
-def test_a_machine_without_a_compiler_says_so_once_and_goes_on(monkeypatch, tmp_path, caplog):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CC", "no-such-compiler")
-    assert resample._library.__wrapped__() is None
-    assert "no-such-compiler" in caplog.text
-
-
-def test_it_is_compiled_once(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert resample._library.__wrapped__()
-    monkeypatch.setenv("CC", "no-such-compiler")
-    assert resample._library.__wrapped__()
-    assert len(list((tmp_path / "tnt_jax").iterdir())) == 1

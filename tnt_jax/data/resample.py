@@ -1,26 +1,19 @@
 """Resizing, and affine maps: where the host spends its time. Pixel for pixel what Pillow does.
 
-For RGB images, resample.c does it several times faster. It is compiled once, when it is first needed, with the
-machine's C compiler, into `~/.cache/tnt_jax`. Where there is no compiler Pillow itself is called: the pixels are the
-same.
+For RGB images, resample.c does it several times faster. Where there is no C compiler Pillow itself is called: the
+pixels are the same.
 """
 
 import ctypes
-import functools
-import hashlib
-import logging
-import os
 import pathlib
-import platform
-import subprocess
-import tempfile
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from tnt_jax import native
+
 Pixels = UInt8[np.ndarray, "height width channels"]
-logger = logging.getLogger(__name__)
 SOURCE = pathlib.Path(__file__).with_suffix(".c")
 
 
@@ -93,32 +86,8 @@ def _checked(done: int, out: Pixels) -> Pixels:
     return out
 
 
-@functools.cache
 def _library() -> ctypes.CDLL | None:
     """resample.c, compiled; None where that cannot be done."""
     # Without contraction, so that sums are rounded as Pillow's are.
-    flags = ["-O3", "-ffp-contract=off", "-fPIC", "-shared"]
-    if platform.machine() == "x86_64" and "avx2" in _processor():
-        flags.append("-mavx2")
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tnt_jax"
-    version = hashlib.sha256(SOURCE.read_bytes() + repr((flags, platform.machine())).encode()).hexdigest()[:16]
-    path = cache / f"resample-{version}.so"
-    try:
-        if not path.exists():
-            cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache) as folder:  # others may be compiling it at the same time
-                made = pathlib.Path(folder) / path.name
-                command = [os.environ.get("CC", "cc"), *flags, str(SOURCE), "-o", str(made), "-lm"]
-                subprocess.run(command, check=True, capture_output=True, timeout=60)
-                made.replace(path)
-        return ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError) as error:
-        logger.warning("resample.c is not used, so that preparing images takes up to twice as long: %s", error)
-        return None
-
-
-def _processor() -> str:
-    try:
-        return pathlib.Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return ""
+    flags = ("-O3", "-ffp-contract=off") + (("-mavx2",) if "avx2" in native.processor_flags() else ())
+    return native.library(SOURCE, flags, without="preparing images takes up to twice as long")
