@@ -3,8 +3,8 @@
 Values and gradients are those of the plain formulas.
 
 - Softmax, batched products and layer norm. XLA's CPU backend has fast kernels for products that contract the last axis
-  from the left, and for no other; sums over few channels, or over all rows, it computes fastest as products with a
-  vector of ones. On a CPU these forms are taken; elsewhere XLA's own gradients are, but for layer norm, which keeps
+  from the left, and for no other; sums over few channels, or over all rows, it computes fastest as products with
+  ones. On a CPU these forms are taken; elsewhere XLA's own gradients are, but for layer norm, which keeps
   less for its gradient on all platforms.
 - Products with parameters, and sums with them: in a bfloat16 network the parameters' gradients are float32.
 
@@ -105,18 +105,22 @@ def _normalised(x: Array, scale: Array, bias: Array, epsilon: float, mean_of: Ca
     return out.astype(x.dtype), mean, inverse
 
 
+COLUMNS = 8
+"""Of ones, in a product that sums up: with a single one XLA compiles each such product by itself, hundreds of them."""
+
+
 def _mean(x: Float[Array, "*rows n"]) -> Float[Array, "*rows 1"]:
     if platform() != "cpu":
         return x.mean(-1, keepdims=True)
     n = x.shape[-1]
-    return (x.reshape(-1, n) @ jnp.full((n, 1), 1 / n, x.dtype)).reshape(*x.shape[:-1], 1)
+    return (x.reshape(-1, n) @ jnp.full((n, COLUMNS), 1 / n, x.dtype))[:, :1].reshape(*x.shape[:-1], 1)
 
 
 def _sum_of_rows(x: Float[Array, "*rows n"]) -> Float[Array, " n"]:
     if platform() != "cpu":
         return x.sum(range(x.ndim - 1))
     x = x.reshape(-1, x.shape[-1])
-    return (jnp.ones((1, x.shape[0]), x.dtype) @ x)[0]
+    return (jnp.ones((COLUMNS, x.shape[0]), x.dtype) @ x)[0]
 
 
 def _layer_norm_forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, tuple[Array, ...]]:
