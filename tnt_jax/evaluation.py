@@ -25,16 +25,15 @@ from tnt_jax.probes import NEIGHBOURS, linear_probe, nearest_neighbours
 from tnt_jax.published import published
 from tnt_jax.scores import Answers, wilson
 from tnt_jax.training.checkpoint import is_run, read_config
-from tnt_jax.training.mesh import check_batch_size, make_mesh, to_devices
+from tnt_jax.training.mesh import check_batch_size, make_mesh, on_mesh, to_devices
 
 
 def make_eval_step(graphdef: nnx.GraphDef, feeding: Feeding) -> Callable[[dict, dict], dict]:
-    """The jitted function (params, batch) -> sums over the images that the batch's mask marks as real.
+    """The function (params, batch) -> sums over the images that the batch's mask marks as real.
 
     The sums: count, top1 and top5 (right answers), loss (cross-entropy).
     """
 
-    @jax.jit
     def eval_step(params: dict, batch: dict) -> dict:
         logits = nnx.merge(graphdef, params)(normalise(batch["image"], feeding)).astype(jnp.float32)
         labels, mask = batch["label"], batch["mask"]
@@ -65,10 +64,10 @@ def _over(images: Source, data: DataConfig, model: Model, batch_size: int, compu
     check_batch_size(batch_size, mesh)
     graphdef, params = nnx.split(model)
 
-    @jax.jit
-    def step(params, batch: dict):
+    def compute_batch(params, batch: dict):
         return compute(nnx.merge(graphdef, params), normalise(batch["image"], feeding), batch["label"])
 
+    step = jax.jit(on_mesh(mesh, compute_batch))
     parts, started = [], None
     batches = eval_batches(
         images,

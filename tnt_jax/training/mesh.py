@@ -1,6 +1,7 @@
 """Devices, and where things lie on them."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -36,6 +37,17 @@ def check_batch_size(batch_size: int, mesh: Mesh, accumulation_steps: int = 1) -
         nearest = max(1, round(batch_size / parts)) * parts
         devices = f"{mesh.devices.size} devices{steps}"
         raise InputError(f"batch_size {batch_size} cannot be divided among {devices}; the nearest is {nearest}")
+
+
+def on_mesh(mesh: Mesh, function: Callable) -> Callable:
+    """The same function, whose modules can ask for the mesh and its platform: kernels are not cut by XLA."""
+
+    @functools.wraps(function)
+    def on_it(*arguments):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments)
+
+    return on_it
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,6 +1,5 @@
 """What a run computes: the state and the functions of a step, for the devices of a mesh."""
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -11,7 +10,7 @@ from jax.sharding import Mesh
 from tnt_jax.config import TrainConfig
 from tnt_jax.evaluation import make_eval_step
 from tnt_jax.models.variants import abstract_model
-from tnt_jax.training.mesh import over_batch, replicated, shardings_of
+from tnt_jax.training.mesh import on_mesh, over_batch, replicated, shardings_of
 from tnt_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from tnt_jax.training.step import TrainState, init_state, make_train_step
 
@@ -53,19 +52,8 @@ class Program:
         }
         self.init = jax.jit(lambda params: init_state(params, optimizer), out_shardings=shardings)
         self.train_step = jax.jit(
-            _on(mesh, make_train_step(graphdef, optimizer, schedule, config)),
+            on_mesh(mesh, make_train_step(graphdef, optimizer, schedule, config)),
             donate_argnums=0,
             out_shardings=(shardings, replicated(mesh)),
         )
-        self.eval_step = make_eval_step(graphdef, config.data)
-
-
-def _on(mesh: Mesh, function: Callable) -> Callable:
-    """The same function, whose modules can ask for the mesh and its platform: Pallas kernels are not cut by XLA."""
-
-    @functools.wraps(function)
-    def on_mesh(*arguments):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return function(*arguments)
-
-    return on_mesh
+        self.eval_step = jax.jit(on_mesh(mesh, make_eval_step(graphdef, config.data)))
