@@ -72,7 +72,7 @@ class ModelConfig:
     remat: Literal["none", "linear", "all"] | None = None
     """What the backward pass computes again instead of keeping it, for less memory and more time: nothing; all of a
     block but what its linear maps return; or all of it."""
-    inner: Literal["auto", "reference", "feature_major", "pallas"] | None = None
+    inner: Literal["auto", "reference", "native", "feature_major", "pallas"] | None = None
     """How the inner transformers are computed; auto is what is fastest on the platform. The results are the same."""
 
 

@@ -16,7 +16,7 @@ from flax import nnx
 
 from tnt_jax.config import ModelConfig
 from tnt_jax.models import inner
-from tnt_jax.models.kernels import tile
+from tnt_jax.models.kernels import inner_layer, tile
 from tnt_jax.models.layers import InitialRngs, LayerNorm, gelu
 from tnt_jax.models.pyramid_tnt import PatchNorm
 from tnt_jax.models.tnt import WordsToSentence
@@ -102,6 +102,60 @@ def test_feature_major_is_the_reference(channels, heads, words, norm, dtype, key
 
 
 @pytest.mark.parametrize(
+    ("sentences", "channels", "heads", "words", "norm", "key"),
+    [
+        (1568, 24, 4, 16, LayerNorm, 7),
+        (37, 24, 4, 16, LayerNorm, None),
+        (1, 12, 2, 16, LayerNorm, 7),  # TNT-Ti
+        (100, 40, 4, 4, LayerNorm, 7),  # TNT-B with four words
+        (64, 10, 2, 16, PatchNorm, 7),
+        (3, 5, 1, 9, LayerNorm, 7),  # nothing divides into the blocks of its products
+    ],
+)
+def test_native_is_the_reference(sentences, channels, heads, words, norm, key):
+    x = random_words(sentences, words, channels, "float32")
+    run = functools.partial(call, key=None if key is None else jax.random.key(key))
+    actual, expected = (
+        results(make_layer(formulation, channels, heads, norm=norm), x, run) for formulation in ("native", "reference")
+    )
+    assert_equal(actual, expected, TOLERANCE["float32"])
+
+
+def test_natives_functions_are_within_their_bounds_far_out():
+    """GELU of -100 to 100, and softmax of logits that float32's exponential has no value for."""
+    layer, reference = (make_layer(formulation, 24, 4) for formulation in ("native", "reference"))
+    x = random_words(50, 16, 24, "float32")
+    for each in (layer, reference):
+        each.mlp.fc1.kernel[...] *= 50
+        each.attn.qkv.kernel[...] *= 10
+    assert_equal(*(results(each, x, functools.partial(call, key=None)) for each in (layer, reference)), 1e-4)
+
+
+def test_native_gives_the_same_bits_every_time():
+    """Threads take the sentences as they come, and the sums of the gradients do not show it."""
+    layer, x = make_layer("native", 24, 4), random_words(700, 16, 24, "float32")
+    run = functools.partial(call, key=jax.random.key(7))
+    first = results(layer, x, run)
+    for _ in range(5):
+        for one, other in zip(results(layer, x, run), first, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_what_is_not_finite_stays_so_in_native():
+    layer, x = make_layer("native", 24, 4), random_words(20, 16, 24, "float32")
+    for value in (np.nan, np.inf):
+        out = layer(x.at[7, 3, 2].set(value))
+        finite = np.isfinite(np.asarray(out)).all((1, 2))
+        np.testing.assert_array_equal(finite, np.arange(20) != 7)
+
+
+def test_native_under_vmap_is_the_reference():
+    layer, reference = (make_layer(formulation, 12, 2) for formulation in ("native", "reference"))
+    x = random_words(6, 16, 12, "float32").reshape(2, 3, 16, 12)
+    assert_equal([jax.vmap(layer)(x)], [reference(x.reshape(6, 16, 12)).reshape(x.shape)], 1e-5)
+
+
+@pytest.mark.parametrize(
     ("sentences", "dtype", "key"),
     [(1100, "float32", 7), (5, "bfloat16", None)],
 )
@@ -157,16 +211,32 @@ def test_the_kernels_gelu_is_within_its_bound():
     np.testing.assert_allclose(slope, exact_slope, atol=2e-4)
 
 
-@pytest.mark.slow
-def test_every_device_of_a_mesh_runs_the_kernel_on_its_own_sentences():
+@pytest.mark.parametrize(
+    "compare", ["compare_native_on_a_mesh", pytest.param("compare_pallas_on_a_mesh", marks=pytest.mark.slow)]
+)
+def test_every_device_of_a_mesh_runs_the_kernel_on_its_own_sentences(compare):
     """Four devices, whose gradients of the parameters are added up, in a process of their own."""
     flags = "--xla_force_host_platform_device_count=4"
-    command = [sys.executable, "-c", f"import {__name__}; {__name__}.compare_a_mesh_with_one_device()"]
+    command = [sys.executable, "-c", f"import {__name__}; {__name__}.{compare}()"]
     environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": f"{pathlib.Path(__file__).parent}:."}
     subprocess.run(command, env=environment, check=True)
 
 
-def compare_a_mesh_with_one_device():
+def compare_native_on_a_mesh():
+    """Four devices know their mesh, or take the reference."""
+    layer, reference = (make_layer(formulation, 8, 2) for formulation in ("native", "reference"))
+    x, run = random_words(36, 4, 8, "float32"), functools.partial(call, key=jax.random.key(7))
+    expected = results(reference, x, run)
+    assert jax.device_count() == 4
+    assert inner.choose(layer, 36, training=True) == "reference"
+    mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh):
+        assert inner.choose(layer, 36, training=True) == "native"
+        assert inner.choose(layer, 37, training=True) == "reference"
+        assert_equal(results(layer, x, run), expected, 1e-5)
+
+
+def compare_pallas_on_a_mesh():
     layer, x = make_layer("reference", 8, 2, mlp_ratio=2.0), random_words(16, 2, 8, "float32")
     run = functools.partial(call_kernel, key=jax.random.key(7))
     expected = results(layer, x, run)
@@ -183,7 +253,11 @@ def compare_a_mesh_with_one_device():
 @pytest.mark.parametrize(
     ("asked", "platform", "channels", "fields", "training", "chosen"),
     [
-        ("auto", "cpu", 24, {}, True, "reference"),
+        ("auto", "cpu", 24, {}, True, "native"),
+        ("auto", "cpu", 24, {"dtype": "bfloat16"}, True, "reference"),
+        ("auto", "cpu", 24, {"drop_rate": 0.1}, True, "reference"),
+        ("auto", "cpu", 24, {"drop_rate": 0.1}, False, "native"),
+        ("native", "tpu", 24, {}, True, "reference"),
         ("auto", "gpu", 24, {}, True, "feature_major"),
         ("auto", "tpu", 24, {}, True, "pallas"),
         ("auto", "tpu", 12, {}, True, "feature_major"),  # TNT-Ti: no whole registers
@@ -199,8 +273,18 @@ def test_what_is_run_where(monkeypatch, caplog, asked, platform, channels, field
     layer = make_layer(asked, channels, 4, **fields)
     with caplog.at_level(logging.WARNING):
         assert [inner.choose(layer, 196, training=training) for _ in range(2)] == [chosen] * 2
-    fell_back = chosen != asked and (asked != "auto" or channels == 12)
+    usual = {"cpu": "native", "gpu": "feature_major", "tpu": "pallas"}[platform]
+    fell_back = chosen != (usual if asked == "auto" else asked)
     assert len(caplog.records) == fell_back, "a fallback is logged once, a plain choice never"
+
+
+def test_without_a_c_compiler_the_reference_is_run(monkeypatch, caplog):
+    monkeypatch.setattr(inner_layer, "available", lambda: False)
+    inner._log_once.cache_clear()
+    layer, reference = (make_layer(formulation, 12, 2) for formulation in ("auto", "reference"))
+    x = random_words(4, 16, 12, "float32")
+    np.testing.assert_array_equal(layer(x), reference(x))
+    assert "could not be compiled" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,13 @@ way to compute it.
 A block calls it and knows nothing of how it is computed. Words are few and narrow, so what is fast depends on the
 machine (docs/performance.md):
 
-- `reference`: the equations as the paper has them, (sentences, words, channels). Fastest on a CPU.
+- `reference`: the equations as the paper has them, (sentences, words, channels).
+- `native`: the whole layer as one function in C for CPUs, kernels/inner_layer.c.
 - `feature_major`: sentences on the last axis, which fills the registers of TPUs and GPUs; attention is elementwise.
 - `pallas`: the whole layer in one TPU kernel, kernels/inner_block.py, and what makes sentences of its words in another.
 
-Those that a platform or a size does not allow fall back to the next one above, with a line in the log.
+Where a platform or a size does not allow one, `pallas` falls back to `feature_major` and the others to `reference`,
+with a line in the log.
 """
 
 import functools
@@ -23,7 +25,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from tnt_jax.config import ModelConfig
 from tnt_jax.models.gradients import platform
-from tnt_jax.models.kernels import words_to_sentence
+from tnt_jax.models.kernels import inner_layer, words_to_sentence
 from tnt_jax.models.kernels.inner_block import inner_block
 from tnt_jax.models.kernels.tile import LANES, SUBLANES, Layer, Sizes, covers
 from tnt_jax.models.layers import (
@@ -69,6 +71,8 @@ class InnerTransformer(TransformerLayer):
         if formulation == "reference":
             return super().__call__(words, key)
         count, num_words, channels = words.shape
+        if formulation == "native":
+            return native(self, words, self.branch_survival(count, key))
         run = {"feature_major": feature_major, "pallas": pallas}[formulation]
         # Transposing moves nothing: XLA gives the words the layout that the formulation wants.
         out = run(self, words.reshape(count, -1).T, self.branch_survival(count, key))
@@ -109,10 +113,14 @@ def choose(layer: InnerTransformer, sentences: int, *, training: bool) -> str:
     if asked == "pallas" and (obstacle := _obstacle(sentences) or _size_obstacle(layer)):
         _log_once(f"inner transformer of {layer.attn.qkv.in_features} channels: feature_major, because {obstacle}")
         asked = "feature_major"
-    if asked == "feature_major" and training and layer.has_dropout:
-        _log_once("inner transformer: reference, because feature_major and pallas have no dropout")
-        asked = "reference"
-    return asked
+    obstacle = None
+    if asked == "native":
+        obstacle = _native_obstacle(layer, sentences)
+    if asked != "reference" and training and layer.has_dropout:
+        obstacle = obstacle or f"{asked} has no dropout"
+    if obstacle:
+        _log_once(f"inner transformer of {layer.attn.qkv.in_features} channels: reference, because {obstacle}")
+    return "reference" if obstacle else asked
 
 
 def runs_kernel(projection: nnx.Module, sentences: int) -> bool:
@@ -133,16 +141,30 @@ def runs_kernel(projection: nnx.Module, sentences: int) -> bool:
 def _preferred(asked: str) -> str:
     if asked != "auto":
         return asked
-    return {"tpu": "pallas", "cpu": "reference"}.get(platform(), "feature_major")
+    return {"tpu": "pallas", "cpu": "native"}.get(platform(), "feature_major")
 
 
 def _obstacle(sentences: int) -> str | None:
-    """Why no kernel can run on so many sentences here, or None."""
-    mesh, here = jax.sharding.get_abstract_mesh(), platform()
-    if here != "tpu":
-        return f"the Pallas kernel runs on TPUs, and this is a {here}"
+    """Why no Pallas kernel can run on so many sentences here, or None."""
+    if platform() != "tpu":
+        return f"the Pallas kernel runs on TPUs, and this is a {platform()}"
+    return _mesh_obstacle(sentences)
+
+
+def _native_obstacle(layer: InnerTransformer, sentences: int) -> str | None:
+    """Why the function in C cannot run this layer on so many sentences here, or None."""
+    if platform() != "cpu":
+        return f"native runs on CPUs, and this is a {platform()}"
+    if layer.dtype != jnp.float32:
+        return f"native computes in float32, and this is {layer.dtype}"
+    return _mesh_obstacle(sentences) or (None if inner_layer.available() else "native could not be compiled")
+
+
+def _mesh_obstacle(sentences: int) -> str | None:
+    """Why the devices cannot each compute their own sentences, or None."""
+    mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty and jax.device_count() > 1:
-        return "the Pallas kernel needs to know the mesh of several devices: call the model under jax.set_mesh(mesh)"
+        return "kernels need to know the mesh of several devices: call the model under jax.set_mesh(mesh)"
     if not mesh.empty and sentences % mesh.size:
         return f"{sentences} patches cannot be divided among {mesh.size} devices"
     return None
@@ -162,6 +184,20 @@ def _log_once(message: str) -> None:
     log.warning(message)
 
 
+def native(
+    layer: InnerTransformer, words: Float[Array, "sentences words channels"], survival: Float[Array, "2 sentences"]
+) -> Float[Array, "sentences words channels"]:
+    """The layer as one function in C; on a mesh, each device runs it on its own sentences."""
+    norm1, attn, norm2, mlp = layer.norm1, layer.attn, layer.norm2, layer.mlp
+    parameters = inner_layer.Parameters(
+        norm1.scale, norm1.bias, attn.qkv.kernel, attn.proj.kernel, attn.proj.bias,
+        norm2.scale, norm2.bias, mlp.fc1.kernel, mlp.fc1.bias, mlp.fc2.kernel, mlp.fc2.bias,
+    )  # fmt: skip
+    parameters = inner_layer.Parameters(*(each[...].astype(jnp.float32) for each in parameters))
+    kernel = functools.partial(inner_layer.inner_layer, attn.num_heads, NORM_EPSILON)
+    return _on_each_device(kernel, (0, 1), 0)(words, survival, parameters)
+
+
 def pallas(
     layer: InnerTransformer,
     words: Float[Array, "rows sentences"],
@@ -173,7 +209,7 @@ def pallas(
     channels = layer.attn.qkv.in_features
     sizes = Sizes(words.shape[0] // channels, channels, layer.attn.num_heads, NORM_EPSILON, layer.dtype)
     kernel = functools.partial(inner_block, sizes, interpret)
-    return _on_each_device(kernel, 2, 1)(words, survival, layer.columns())
+    return _on_each_device(kernel, (1, 1), 1)(words, survival, layer.columns())
 
 
 def pallas_words_to_sentence(
@@ -195,21 +231,21 @@ def pallas_words_to_sentence(
         column(norm2.bias),
     )
     kernel = functools.partial(words_to_sentence.words_to_sentence, NORM_EPSILON, interpret)
-    rows, sentences = _on_each_device(kernel, 1, (1, 0))(words.reshape(words.shape[0], -1).T, layer)
+    rows, sentences = _on_each_device(kernel, (1,), (1, 0))(words.reshape(words.shape[0], -1).T, layer)
     return rows.T.reshape(words.shape), sentences
 
 
-def _on_each_device(kernel: Callable, arrays: int, axes: int | tuple[int, ...]) -> Callable:
-    """The kernel, which takes arrays with sentences as columns and then parameters, on each device's own sentences.
+def _on_each_device(kernel: Callable, axes: tuple[int, ...], out_axes: int | tuple[int, ...]) -> Callable:
+    """The kernel, which takes arrays of sentences and then parameters, on each device's own sentences.
 
-    `axes` are those of the sentences in what it returns.
+    `axes` are those of the sentences in the arrays, `out_axes` those in what it returns.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return kernel
     cut = [PartitionSpec(mesh.axis_names), PartitionSpec(None, mesh.axis_names)]
-    in_specs = (*[cut[1]] * arrays, PartitionSpec())
-    out_specs = jax.tree.map(lambda axis: cut[axis], axes)
+    in_specs = (*(cut[axis] for axis in axes), PartitionSpec())
+    out_specs = jax.tree.map(lambda axis: cut[axis], out_axes)
     return jax.shard_map(kernel, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
