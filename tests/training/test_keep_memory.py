@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+import types
 
 from tnt_jax.training import memory
 
@@ -40,3 +41,13 @@ def test_other_c_libraries_are_left_as_they_are(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", loaded.append)
     memory.keep_memory()
     assert not loaded
+
+
+def test_a_tpus_library_without_a_tpu_is_no_accelerator(monkeypatch, tmp_path):
+    """It is what `--plan` needs on a laptop."""
+    monkeypatch.setattr(memory.jax, "config", types.SimpleNamespace(jax_platforms=None))
+    monkeypatch.setattr(memory.importlib.util, "find_spec", lambda name: object() if name == "libtpu" else None)
+    monkeypatch.setattr(memory.importlib.metadata, "entry_points", lambda group: ())
+    assert memory._on_cpu_alone()
+    monkeypatch.setattr(memory, "_chips", lambda: [tmp_path])
+    assert not memory._on_cpu_alone()

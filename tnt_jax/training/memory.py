@@ -3,6 +3,7 @@
 import ctypes
 import importlib.metadata
 import importlib.util
+import pathlib
 import platform
 
 import jax
@@ -26,8 +27,14 @@ def keep_memory() -> None:
         jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
+def _chips() -> list[pathlib.Path]:
+    """The TPU chips of this machine, as Linux shows them."""
+    return [path for pattern in ("accel*", "vfio/[0-9]*") for path in pathlib.Path("/dev").glob(pattern)]
+
+
 def _on_cpu_alone() -> bool:
     """Whether JAX is told to use the CPU, or has nothing else: asking JAX itself would start its threads."""
     if jax.config.jax_platforms:
         return jax.config.jax_platforms == "cpu"
-    return not importlib.metadata.entry_points(group="jax_plugins") and importlib.util.find_spec("libtpu") is None
+    has_tpu = importlib.util.find_spec("libtpu") is not None and _chips()
+    return not importlib.metadata.entry_points(group="jax_plugins") and not has_tpu
