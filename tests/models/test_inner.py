@@ -16,7 +16,7 @@ from flax import nnx
 
 from tnt_jax.config import ModelConfig
 from tnt_jax.models import inner
-from tnt_jax.models.kernels import inner_layer, tile
+from tnt_jax.models.kernels import on_cpu, tile
 from tnt_jax.models.layers import InitialRngs, LayerNorm, gelu
 from tnt_jax.models.pyramid_tnt import PatchNorm
 from tnt_jax.models.tnt import WordsToSentence
@@ -279,7 +279,7 @@ def test_what_is_run_where(monkeypatch, caplog, asked, platform, channels, field
 
 
 def test_without_a_c_compiler_the_reference_is_run(monkeypatch, caplog):
-    monkeypatch.setattr(inner_layer, "available", lambda: False)
+    monkeypatch.setattr(on_cpu, "compiled", lambda name: False)
     inner._log_once.cache_clear()
     layer, reference = (make_layer(formulation, 12, 2) for formulation in ("auto", "reference"))
     x = random_words(4, 16, 12, "float32")

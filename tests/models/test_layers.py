@@ -26,12 +26,13 @@ def to_torch(*arrays):
     return [torch.tensor(np.asarray(array), requires_grad=True) for array in arrays]
 
 
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
-def test_attention_is_pytorchs(monkeypatch, platform):
+@pytest.mark.parametrize(("platform", "inner"), [("cpu", "native"), ("cpu", "reference"), ("tpu", "reference")])
+def test_attention_is_pytorchs(monkeypatch, platform, inner):
     """What is computed for a TPU is other products of the same parameters."""
     monkeypatch.setattr(layers, "platform", lambda: platform)
     random = np.random.default_rng(0)
-    attention = layers.Attention(48, 6, config=CONFIG, rngs=layers.InitialRngs(0))
+    config = dataclasses.replace(CONFIG, inner=inner)
+    attention = layers.Attention(48, 6, config=config, rngs=layers.InitialRngs(0))
     attention.proj.bias[...] = jnp.asarray(random.standard_normal(48), jnp.float32)
     x, cotangent = (random.standard_normal((3, 7, 48)).astype(np.float32) for _ in range(2))
     graphdef, params = nnx.split(attention)

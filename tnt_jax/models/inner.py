@@ -20,12 +20,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from tnt_jax.config import ModelConfig
 from tnt_jax.models.gradients import platform
-from tnt_jax.models.kernels import inner_layer, words_to_sentence
+from tnt_jax.models.kernels import inner_layer, on_cpu, words_to_sentence
+from tnt_jax.models.kernels.devices import mesh_obstacle, on_each_device
 from tnt_jax.models.kernels.inner_block import inner_block
 from tnt_jax.models.kernels.tile import LANES, SUBLANES, Layer, Sizes, covers
 from tnt_jax.models.layers import (
@@ -115,7 +115,7 @@ def choose(layer: InnerTransformer, sentences: int, *, training: bool) -> str:
         asked = "feature_major"
     obstacle = None
     if asked == "native":
-        obstacle = _native_obstacle(layer, sentences)
+        obstacle = on_cpu.obstacle("inner_layer", layer.dtype, sentences)
     if asked != "reference" and training and layer.has_dropout:
         obstacle = obstacle or f"{asked} has no dropout"
     if obstacle:
@@ -148,26 +148,7 @@ def _obstacle(sentences: int) -> str | None:
     """Why no Pallas kernel can run on so many sentences here, or None."""
     if platform() != "tpu":
         return f"the Pallas kernel runs on TPUs, and this is a {platform()}"
-    return _mesh_obstacle(sentences)
-
-
-def _native_obstacle(layer: InnerTransformer, sentences: int) -> str | None:
-    """Why the function in C cannot run this layer on so many sentences here, or None."""
-    if platform() != "cpu":
-        return f"native runs on CPUs, and this is a {platform()}"
-    if layer.dtype != jnp.float32:
-        return f"native computes in float32, and this is {layer.dtype}"
-    return _mesh_obstacle(sentences) or (None if inner_layer.available() else "native could not be compiled")
-
-
-def _mesh_obstacle(sentences: int) -> str | None:
-    """Why the devices cannot each compute their own sentences, or None."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty and jax.device_count() > 1:
-        return "kernels need to know the mesh of several devices: call the model under jax.set_mesh(mesh)"
-    if not mesh.empty and sentences % mesh.size:
-        return f"{sentences} patches cannot be divided among {mesh.size} devices"
-    return None
+    return mesh_obstacle(sentences)
 
 
 def _size_obstacle(layer: InnerTransformer) -> str | None:
@@ -195,7 +176,7 @@ def native(
     )  # fmt: skip
     parameters = inner_layer.Parameters(*(each[...].astype(jnp.float32) for each in parameters))
     kernel = functools.partial(inner_layer.inner_layer, attn.num_heads, NORM_EPSILON)
-    return _on_each_device(kernel, (0, 1), 0)(words, survival, parameters)
+    return on_each_device(kernel, (0, 1, None), 0)(words, survival, parameters)
 
 
 def pallas(
@@ -209,7 +190,7 @@ def pallas(
     channels = layer.attn.qkv.in_features
     sizes = Sizes(words.shape[0] // channels, channels, layer.attn.num_heads, NORM_EPSILON, layer.dtype)
     kernel = functools.partial(inner_block, sizes, interpret)
-    return _on_each_device(kernel, (1, 1), 1)(words, survival, layer.columns())
+    return on_each_device(kernel, (1, 1, None), 1)(words, survival, layer.columns())
 
 
 def pallas_words_to_sentence(
@@ -231,22 +212,8 @@ def pallas_words_to_sentence(
         column(norm2.bias),
     )
     kernel = functools.partial(words_to_sentence.words_to_sentence, NORM_EPSILON, interpret)
-    rows, sentences = _on_each_device(kernel, (1,), (1, 0))(words.reshape(words.shape[0], -1).T, layer)
+    rows, sentences = on_each_device(kernel, (1, None), (1, 0))(words.reshape(words.shape[0], -1).T, layer)
     return rows.T.reshape(words.shape), sentences
-
-
-def _on_each_device(kernel: Callable, axes: tuple[int, ...], out_axes: int | tuple[int, ...]) -> Callable:
-    """The kernel, which takes arrays of sentences and then parameters, on each device's own sentences.
-
-    `axes` are those of the sentences in the arrays, `out_axes` those in what it returns.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return kernel
-    cut = [PartitionSpec(mesh.axis_names), PartitionSpec(None, mesh.axis_names)]
-    in_specs = (*(cut[axis] for axis in axes), PartitionSpec())
-    out_specs = jax.tree.map(lambda axis: cut[axis], out_axes)
-    return jax.shard_map(kernel, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def feature_major(

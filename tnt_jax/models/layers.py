@@ -3,6 +3,7 @@
 Linear and norms with the published constants, attention, MLP, transformer layer, stochastic depth.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -14,6 +15,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from tnt_jax.config import ModelConfig
 from tnt_jax.models.gradients import LINEAR, layer_norm, platform, product, softmax, with_bias, with_kernel
+from tnt_jax.models.kernels import on_cpu
+from tnt_jax.models.kernels.attention import attention
+from tnt_jax.models.kernels.devices import on_each_device
 
 NORM_EPSILON = 1e-5  # PyTorch's default, which every published TNT uses; Flax's is 1e-6
 BATCH_NORM_MOMENTUM = 0.1  # of the new value, as PyTorch counts it
@@ -182,6 +186,7 @@ class Attention(nnx.Module):
 
     def __init__(self, dim: int, num_heads: int, *, config: ModelConfig, rngs: InitialRngs):
         self.num_heads = num_heads
+        self.formulation = config.inner
         self.drop_rate, self.attn_drop_rate = config.drop_rate, config.attn_drop_rate
         self.qkv = Linear(dim, 3 * dim, use_bias=False, config=config, rngs=rngs)
         self.proj = Linear(dim, dim, config=config, rngs=rngs)
@@ -216,9 +221,17 @@ class Attention(nnx.Module):
     ) -> Float[Array, "batch tokens dim"]:
         """Attention of `x` to itself; `bias` is added to the logits of the softmax."""
         weights_key, proj_key = split_key(key, 2)
+        if bias is None and (weights_key is None or not self.attn_drop_rate) and self._runs_kernel(x):
+            attended = on_each_device(functools.partial(attention, self.num_heads), (0,), 0)(self.qkv(x))
+            return dropout(self.proj(attended), self.drop_rate, proj_key)
         query, keys, value = self._qkv(x)
         weights = dropout(self._softmax(query, keys, bias).astype(value.dtype), self.attn_drop_rate, weights_key)
         return dropout(self._project(product(weights, value)), self.drop_rate, proj_key)
+
+    def _runs_kernel(self, x: Float[Array, "batch tokens dim"]) -> bool:
+        """Whether attention is a function in C: on CPUs, where its three steps in XLA take twice as long."""
+        may = self.formulation in ("auto", "native") and type(self)._qkv is Attention._qkv
+        return may and on_cpu.obstacle("attention", self.qkv.dtype, x.shape[0]) is None
 
     def _project(self, attended: Float[Array, "batch heads tokens head_dim"]) -> Float[Array, "batch tokens dim"]:
         batch, heads, tokens, _ = attended.shape

@@ -7,8 +7,7 @@
 
 #include <string.h>
 
-#include "lanes.h"
-#include "threads.h"
+#include "xla_call.h"
 
 /* The parameters, in the order in which they come. */
 enum { NORM1_SCALE, NORM1_BIAS, QKV, PROJ, PROJ_BIAS, NORM2_SCALE, NORM2_BIAS, FC1, FC1_BIAS, FC2, FC2_BIAS, PARAMETERS };
@@ -230,18 +229,6 @@ static void backward(const Layer *layer, const Tile *tile, size first, float *of
     store_tile(tile->of_x, first, layer->sentences, numbers, of_words_in);
 }
 
-/* What is left over from a call for the next one, so that it needs no new pages. */
-static vec *scratch(size count) {
-    static _Thread_local vec *kept;
-    static _Thread_local size kept_count;
-    if (count > kept_count) {
-        free(kept);
-        kept = aligned_alloc(sizeof(vec), count * sizeof(vec));
-        kept_count = kept ? count : 0;
-    }
-    return kept;
-}
-
 static int do_chunk(void *work, size chunk) {
     const Layer *layer = work;
     Tile tile;
@@ -264,24 +251,6 @@ static int do_chunk(void *work, size chunk) {
         layer->partial[chunk * layer->all_parameters + i] = sum_of_lanes(tile.of_parameters[i]);
     return 1;
 }
-
-static XLA_FFI_Error *failure(const XLA_FFI_CallFrame *call, XLA_FFI_Error_Code code, const char *message) {
-    XLA_FFI_Error_Create_Args args = {XLA_FFI_Error_Create_Args_STRUCT_SIZE, NULL, message, code};
-    return call->api->XLA_FFI_Error_Create(&args);
-}
-
-static int is_question_of_version(XLA_FFI_CallFrame *call) {
-    XLA_FFI_Extension_Base *extension = call->extension_start;
-    if (!extension || extension->type != XLA_FFI_Extension_Metadata) return 0;
-    XLA_FFI_Metadata *metadata = ((XLA_FFI_Metadata_Extension *)extension)->metadata;
-    metadata->api_version.major_version = XLA_FFI_API_MAJOR;
-    metadata->api_version.minor_version = XLA_FFI_API_MINOR;
-    return 1;
-}
-
-static const XLA_FFI_Buffer *argument(const XLA_FFI_CallFrame *call, int i) { return call->args.args[i]; }
-
-static const XLA_FFI_Buffer *result(const XLA_FFI_CallFrame *call, int i) { return call->rets.rets[i]; }
 
 /* Arguments: words (sentences, words, channels), survival (2, sentences), the parameters. Attributes, in the order of
    their names: epsilon, heads. */
@@ -306,16 +275,16 @@ static Layer read(const XLA_FFI_CallFrame *call) {
     return layer;
 }
 
-XLA_FFI_Error *inner_forward(XLA_FFI_CallFrame *call) {
+XLA_FFI_Error *inner_layer_forward(XLA_FFI_CallFrame *call) {
     if (is_question_of_version(call)) return NULL;
     Layer layer = read(call);
     size tiles = (layer.sentences + LANES - 1) / LANES;
-    return do_all(call, do_chunk, &layer, tiles) ? NULL : failure(call, XLA_FFI_Error_Code_RESOURCE_EXHAUSTED, "no memory");
+    return do_all(call, do_chunk, &layer, tiles);
 }
 
-/* As `inner_forward`, with what reaches its result as one more argument; returns what reaches the words, and the
+/* As `inner_layer_forward`, with what reaches its result as one more argument; returns what reaches the words, and the
    parameters. Their sums are taken chunk by chunk, whichever thread has done them: they are the same every time. */
-XLA_FFI_Error *inner_gradient(XLA_FFI_CallFrame *call) {
+XLA_FFI_Error *inner_layer_gradient(XLA_FFI_CallFrame *call) {
     if (is_question_of_version(call)) return NULL;
     Layer layer = read(call);
     layer.slope = argument(call, 2 + PARAMETERS)->data;
@@ -323,14 +292,14 @@ XLA_FFI_Error *inner_gradient(XLA_FFI_CallFrame *call) {
     layer.chunk_tiles = few < 1 ? 1 : few < 8 ? few : 8;
     size chunks = (tiles + layer.chunk_tiles - 1) / layer.chunk_tiles;
     layer.partial = malloc(chunks * layer.all_parameters * sizeof(float));
-    int done = layer.partial && do_all(call, do_chunk, &layer, chunks);
+    XLA_FFI_Error *error = layer.partial ? do_all(call, do_chunk, &layer, chunks) : no_memory(call);
     const float *partial = layer.partial;
-    for (int i = 0; done && i < PARAMETERS; partial += layer.sizes[i++]) {
+    for (int i = 0; !error && i < PARAMETERS; partial += layer.sizes[i++]) {
         float *sum = result(call, 1 + i)->data;
         memset(sum, 0, layer.sizes[i] * sizeof(float));
         for (size chunk = 0; chunk < chunks; chunk++)
             for (size j = 0; j < layer.sizes[i]; j++) sum[j] += partial[chunk * layer.all_parameters + j];
     }
     free(layer.partial);
-    return done ? NULL : failure(call, XLA_FFI_Error_Code_RESOURCE_EXHAUSTED, "no memory");
+    return error;
 }

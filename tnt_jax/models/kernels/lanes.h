@@ -1,5 +1,7 @@
 /* Arithmetic between vectors whose lanes have nothing to do with each other, and matrix products of them. */
 
+#pragma once
+
 #include <math.h>
 #include <stdint.h>
 
@@ -102,7 +104,7 @@ INLINE void block_of_numbers(int high, int wide, size depth, Vectors a, Numbers 
 
 /* c = a b, or c += a b, where a has `rows` rows and `depth` columns and b `columns` columns. */
 #define PRODUCT(name, Right, block)                                                                        \
-    static void name(size rows, size depth, size columns, Vectors a, Right b, Vectors c, int add) {        \
+    static __attribute__((unused)) void name(size rows, size depth, size columns, Vectors a, Right b, Vectors c, int add) {        \
         for (size j = 0; j < columns; j += WIDE) {                                                         \
             size wide = columns - j < WIDE ? columns - j : WIDE, high;                                     \
             for (size i = 0; i < rows; i += high) {                                                        \

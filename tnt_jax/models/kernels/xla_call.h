@@ -1,11 +1,43 @@
-/* Chunks of work on the threads that XLA has. */
+/* A call by XLA: its arguments and results, and its work in chunks on XLA's own threads. */
 
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
 
+#include "lanes.h"
 #include "xla/ffi/api/c_api.h"
+
+static XLA_FFI_Error *no_memory(const XLA_FFI_CallFrame *call) {
+    XLA_FFI_Error_Create_Args args = {XLA_FFI_Error_Create_Args_STRUCT_SIZE, NULL, "there is no memory left",
+                                      XLA_FFI_Error_Code_RESOURCE_EXHAUSTED};
+    return call->api->XLA_FFI_Error_Create(&args);
+}
+
+static int is_question_of_version(XLA_FFI_CallFrame *call) {
+    XLA_FFI_Extension_Base *extension = call->extension_start;
+    if (!extension || extension->type != XLA_FFI_Extension_Metadata) return 0;
+    XLA_FFI_Metadata *metadata = ((XLA_FFI_Metadata_Extension *)extension)->metadata;
+    metadata->api_version.major_version = XLA_FFI_API_MAJOR;
+    metadata->api_version.minor_version = XLA_FFI_API_MINOR;
+    return 1;
+}
+
+static const XLA_FFI_Buffer *argument(const XLA_FFI_CallFrame *call, int i) { return call->args.args[i]; }
+
+static const XLA_FFI_Buffer *result(const XLA_FFI_CallFrame *call, int i) { return call->rets.rets[i]; }
+
+/* What is left over from a call for the next one, so that it needs no new pages. */
+static vec *scratch(size count) {
+    static _Thread_local vec *kept;
+    static _Thread_local size kept_count;
+    if (count > kept_count) {
+        free(kept);
+        kept = aligned_alloc(sizeof(vec), count * sizeof(vec));
+        kept_count = kept ? count : 0;
+    }
+    return kept;
+}
 
 typedef struct {
     int (*do_chunk)(void *work, int64_t chunk); /* 0 where there is no memory */
@@ -35,10 +67,10 @@ static int succeeded(const XLA_FFI_CallFrame *call, XLA_FFI_Error *error) {
 }
 
 /* Does all chunks, on this thread and on those of XLA's that are free. A thread that comes late finds nothing to do
-   and never looks at the work, so none is waited for that has not begun. 0 where there is no memory. */
-static int do_all(const XLA_FFI_CallFrame *call, int (*do_chunk)(void *, int64_t), void *work, int64_t chunks) {
+   and never looks at the work, so none is waited for that has not begun. */
+static XLA_FFI_Error *do_all(const XLA_FFI_CallFrame *call, int (*do_chunk)(void *, int64_t), void *work, int64_t chunks) {
     Job *job = malloc(sizeof *job);
-    if (!job) return 0;
+    if (!job) return no_memory(call);
     int64_t threads = 1;
     XLA_FFI_ThreadPool_NumThreads_Args size = {XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE, NULL, call->ctx, &threads};
     if (!succeeded(call, call->api->XLA_FFI_ThreadPool_NumThreads(&size))) threads = 1;
@@ -54,5 +86,5 @@ static int do_all(const XLA_FFI_CallFrame *call, int (*do_chunk)(void *, int64_t
     while (atomic_load(&job->done) < chunks) sched_yield();
     int done = !atomic_load(&job->failed);
     let_go(job, 1);
-    return done;
+    return done ? NULL : no_memory(call);
 }

@@ -1,0 +1,82 @@
+"""Attention as a function in C: the equations, and when it is run."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tnt_jax.config import ModelConfig
+from tnt_jax.models.kernels import on_cpu
+from tnt_jax.models.layers import Attention, InitialRngs
+from tnt_jax.models.variants import resolve
+
+
+def make_attention(dim, heads, **fields):
+    config = dataclasses.replace(resolve(ModelConfig()), **fields)
+    layer = Attention(dim, heads, config=config, rngs=InitialRngs(0))
+    layer.qkv.kernel[...] *= 5  # weights that are far from equal
+    return layer
+
+
+def random_tokens(batch, tokens, dim):
+    return jnp.asarray(np.random.default_rng(1).standard_normal((batch, tokens, dim)), jnp.float32)
+
+
+def results(layer, x):
+    """What a layer returns, and the gradients of what it is given and of its parameters, for a fixed cotangent."""
+    graphdef, params = nnx.split(layer)
+    cotangent = np.random.default_rng(2).standard_normal(x.shape).astype(np.float32)
+
+    @jax.jit
+    def value_and_gradients(params, x):
+        def weighted(params, x):
+            out = nnx.merge(graphdef, params)(x)
+            return (out * cotangent).sum(), out
+
+        return jax.grad(weighted, argnums=(0, 1), has_aux=True)(params, x)
+
+    return jax.tree.leaves(value_and_gradients(params, x))
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "dim", "heads"),
+    [
+        (2, 197, 384, 6),  # TNT-S
+        (1, 64, 40, 4),  # a block of queries, heads that fill no vector
+        (3, 5, 24, 2),
+        (1, 1, 7, 1),
+        (1, 577, 64, 1),  # 384 x 384 pixels
+    ],
+)
+def test_native_is_the_reference(batch, tokens, dim, heads):
+    x = random_tokens(batch, tokens, dim)
+    native, reference = (results(make_attention(dim, heads, inner=how), x) for how in ("native", "reference"))
+    for one, other in zip(native, reference, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max(), rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "training", "native"),
+    [
+        ({}, True, True),
+        ({"inner": "reference"}, False, False),
+        ({"dtype": "bfloat16"}, False, False),
+        ({"attn_drop_rate": 0.1}, True, False),
+        ({"attn_drop_rate": 0.1}, False, True),
+    ],
+)
+def test_when_native_is_run(fields, training, native):
+    layer, x = make_attention(24, 2, **fields), random_tokens(1, 5, 24)
+    program = jax.make_jaxpr(lambda x: layer(x, jax.random.key(0) if training else None))(x)
+    assert ("ffi_call" in str(program)) == native
+
+
+def test_a_bias_of_the_logits_and_a_machine_without_a_compiler_take_the_equations(monkeypatch):
+    layer, reference = (make_attention(24, 2, inner=how) for how in ("auto", "reference"))
+    x, bias = random_tokens(2, 5, 24), random_tokens(2, 5, 5)[None]
+    np.testing.assert_array_equal(layer(x, bias=bias), reference(x, bias=bias))
+    monkeypatch.setattr(on_cpu, "compiled", lambda name: False)
+    np.testing.assert_array_equal(layer(x), reference(x))

@@ -1,0 +1,49 @@
+"""Functions in C that XLA calls on CPUs: one file has a forward function and its gradient, both in float32."""
+
+import functools
+import pathlib
+import platform
+from collections.abc import Sequence
+
+import jax
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from tnt_jax import native
+from tnt_jax.models.gradients import platform as platform_of_program
+from tnt_jax.models.kernels.devices import mesh_obstacle
+
+FOLDER = pathlib.Path(__file__).parent
+
+
+@functools.cache
+def compiled(name: str) -> bool:
+    """Whether this machine has compiled the file NAME.c; XLA knows its functions from then on."""
+    include = pathlib.Path(jax.ffi.include_dir())
+    headers = (FOLDER / "lanes.h", FOLDER / "xla_call.h", include / "xla/ffi/api/c_api.h")
+    processor = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+    # Roots that set no errno are vector instructions.
+    flags = ("-std=gnu11", "-O3", processor, "-fno-math-errno", f"-I{include}")
+    library = native.library(FOLDER / f"{name}.c", flags, headers, without="the network is up to twice as slow")
+    if library is None:
+        return False
+    for function in (f"{name}_forward", f"{name}_gradient"):
+        capsule = jax.ffi.pycapsule(getattr(library, function))
+        jax.ffi.register_ffi_target(f"tnt_jax_{function}", capsule, platform="cpu")
+    return True
+
+
+def obstacle(name: str, dtype: DTypeLike, count: int) -> str | None:
+    """Why the functions of a file cannot run on `count` rows of this dtype here, or None."""
+    if platform_of_program() != "cpu":
+        return f"native runs on CPUs, and this is a {platform_of_program()}"
+    if dtype != "float32":
+        return f"native computes in float32, and this is {dtype}"
+    return mesh_obstacle(count) or (None if compiled(name) else f"{name}.c could not be compiled")
+
+
+def call(function: str, like: Array | Sequence[Array], *arguments: Array, **attributes) -> Array | list[Array]:
+    """What a function gives for these arguments: arrays like `like`."""
+    shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), like)
+    run = jax.ffi.ffi_call(f"tnt_jax_{function}", shapes, vmap_method="sequential")
+    return run(*arguments, **attributes)
