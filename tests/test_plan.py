@@ -77,7 +77,7 @@ def test_plan_of_eight_processors_is_a_table(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "on cpu:8 (8 x cpu): batch 128" in done.stdout
     (row,) = [line.split() for line in done.stdout.splitlines() if "all-reduce" in line]
-    assert row[1:3] == ["1", "all"] or int(row[1]) > 1
+    assert row[2] in ("all", "8")
     # 3,030 parameters in float32, the stem's 196 as a matrix of 1,024.
     assert 15_300 < int(row[-1].replace(",", "")) < 15_600
     assert not (tmp_path / "run").exists()
