@@ -3,8 +3,7 @@
 Values and gradients are those of the plain formulas.
 
 - Softmax, batched products and layer norm. XLA's CPU backend has fast kernels for products that contract the last axis
-  from the left, and for no other; sums over few channels, or over all rows, it computes fastest as products with
-  ones. On a CPU these forms are taken; elsewhere XLA's own gradients are, but for layer norm, which keeps
+  from the left, and for no other; means over few channels it computes fastest as products with a matrix of ones. On a CPU these forms are taken; elsewhere XLA's own gradients are, but for layer norm, which keeps
   less for its gradient on all platforms.
 - Products with parameters, and sums with them: in a bfloat16 network the parameters' gradients are float32.
 
@@ -105,22 +104,11 @@ def _normalised(x: Array, scale: Array, bias: Array, epsilon: float, mean_of: Ca
     return out.astype(x.dtype), mean, inverse
 
 
-COLUMNS = 8
-"""Of ones, in a product that sums up: with a single one XLA compiles each such product by itself, hundreds of them."""
-
-
 def _mean(x: Float[Array, "*rows n"]) -> Float[Array, "*rows 1"]:
     if platform() != "cpu":
         return x.mean(-1, keepdims=True)
-    n = x.shape[-1]
-    return (x.reshape(-1, n) @ jnp.full((n, COLUMNS), 1 / n, x.dtype))[:, :1].reshape(*x.shape[:-1], 1)
-
-
-def _sum_of_rows(x: Float[Array, "*rows n"]) -> Float[Array, " n"]:
-    if platform() != "cpu":
-        return x.sum(range(x.ndim - 1))
-    x = x.reshape(-1, x.shape[-1])
-    return (jnp.ones((COLUMNS, x.shape[0]), x.dtype) @ x)[0]
+    n, columns = x.shape[-1], 8  # with a single column XLA compiles each such product by itself, hundreds of them
+    return (x.reshape(-1, n) @ jnp.full((n, columns), 1 / n, x.dtype))[:, :1].reshape(*x.shape[:-1], 1)
 
 
 def _layer_norm_forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, tuple[Array, ...]]:
@@ -133,7 +121,8 @@ def _layer_norm_backward(epsilon: float, saved: tuple[Array, ...], slope: Array)
     normed, slope = (x.astype(jnp.float32) - mean) * inverse, slope.astype(jnp.float32)
     of_normed = slope * scale.astype(jnp.float32)
     of_x = (of_normed - _mean(of_normed) - normed * _mean(of_normed * normed)) * inverse
-    of_scale, of_bias = _sum_of_rows(slope * normed), _sum_of_rows(slope)
+    rows = range(x.ndim - 1)
+    of_scale, of_bias = (slope * normed).sum(rows), slope.sum(rows)
     return of_x.astype(x.dtype), of_scale.astype(scale.dtype), of_bias.astype(bias.dtype)
 
 
