@@ -3,8 +3,9 @@
 Values and gradients are those of the plain formulas.
 
 - Softmax, batched products and layer norm. XLA's CPU backend has fast kernels for products that contract the last axis
-  from the left, and for no other; means over few channels it computes fastest as products with a matrix of ones. On a CPU these forms are taken; elsewhere XLA's own gradients are, but for layer norm, which keeps
-  less for its gradient on all platforms.
+  from the left, and for no other; means over few channels it computes fastest as products with a matrix of ones. On a
+  CPU these forms are taken; elsewhere XLA's own gradients are, but for layer norm, which keeps less for its gradient on
+  all platforms.
 - Products with parameters, and sums with them: in a bfloat16 network the parameters' gradients are float32.
 
 What has its gradient written out cannot be differentiated forward (`jax.jvp`).
