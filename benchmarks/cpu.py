@@ -9,9 +9,8 @@ which sleeps on a pipe while another is timed. In a turn every runner has one ca
 a second is over; the ratios are medians of the ratios within a round. The first step is timed in fresh processes
 without compilation caches: from the call to the updated parameters, compilation included.
 
-Where JAX has the library of an accelerator that is not there, run it with JAX_PLATFORMS=cpu: only then is memory kept
-between steps, as in `train.py`. On a GPU or TPU it runs as it is, timm on CUDA where PyTorch has it, and tells the
-share of the published peak.
+Memory is kept between steps, as in `train.py`. On a GPU or TPU it runs as it is, timm on CUDA where PyTorch has it, and
+tells the share of the published peak.
 """
 
 import argparse

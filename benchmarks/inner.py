@@ -17,7 +17,7 @@ import sys
 
 import programs
 
-FORMULATIONS = ("reference", "feature_major", "pallas")
+FORMULATIONS = ("reference", "native", "feature_major", "pallas")
 PASSES = ("forward", "gradient")
 CLOCK = {"TPU v5e": 1.5e9, "TPU v5p": 1.75e9, "TPU v6e": 1.75e9}  # from their peaks and the sizes of their matrix units
 
@@ -26,16 +26,25 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--topology", default="v5e:2x2")
     arguments.add_argument("--batch", type=int, default=128, help="images on the device")
-    arguments.add_argument("--formulations", nargs="+", choices=FORMULATIONS, default=FORMULATIONS)
+    arguments.add_argument("--formulations", nargs="+", choices=FORMULATIONS, help="those that can run there")
     given = arguments.parse_args()
+    formulations = given.formulations or _that_can_run(given.topology)
     unit = "µs" if given.topology == "here" else "kilocycles"
     print(f"{given.topology}, {given.batch} images, one block of TNT-S; {unit} of an image")
     print("| | | " + unit + " | floor | of the floor | HBM MB | temporary MiB |")
     print("|---|---|---|---|---|---|---|")
     for which in PASSES:
-        for formulation in given.formulations:
+        for formulation in formulations:
             found = programs.child(__file__, given.topology, formulation, which, given.batch)
             print(_row(which, formulation, found, given), flush=True)
+
+
+def _that_can_run(topology: str) -> tuple[str, ...]:
+    import jax
+
+    kind = jax.default_backend() if topology == "here" else "tpu"
+    impossible = {"cpu": {"pallas"}, "gpu": {"native", "pallas"}, "tpu": {"native"}}[kind]
+    return tuple(each for each in FORMULATIONS if each not in impossible)
 
 
 def _row(which: str, formulation: str, found: dict, given: argparse.Namespace) -> str:
