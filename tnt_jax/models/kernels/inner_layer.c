@@ -137,6 +137,23 @@ static void attention(const Layer *layer, const Tile *tile) {
     }
 }
 
+/* branch = x + survival (branch + bias) */
+static void add_branch(const Layer *layer, int bias_at, const vec *x, vec survival, vec *branch) {
+    const float *bias = layer->parameters[bias_at];
+    for (const vec *end = x + layer->words * layer->channels; x < end;)
+        for (size i = 0; i < layer->channels; i++, x++, branch++) *branch = *x + (*branch + bias[i]) * survival;
+}
+
+/* Of the hidden channels of a word, which begin at `first`; the derivative where it is wanted. */
+static void gelu(const Layer *layer, const Tile *tile, size first, int gradient) {
+    vec *hidden = tile->hidden + first, *bend = tile->bend + first;
+    for (size i = 0; i < layer->hidden; i++) {
+        vec h = hidden[i] + layer->parameters[FC1_BIAS][i], below = cumulative(h);
+        hidden[i] = h * below;
+        if (gradient) bend[i] = below + h * 0.398942280f * exponential(h * h * -0.5f);
+    }
+}
+
 /* x1 = x + survival (attention(norm(x)) W + b), x2 = x1 + survival (gelu(norm(x1) W + b) W + b); x2 goes to `out`. */
 static void forward(const Layer *layer, const Tile *tile, size first, vec *out, int gradient) {
     size words = layer->words, channels = layer->channels, hidden = layer->hidden, numbers = words * channels;
@@ -148,25 +165,20 @@ static void forward(const Layer *layer, const Tile *tile, size first, vec *out, 
     attention(layer, tile);
     linear(words, channels, channels, rows_of(tile->attended, channels), matrix(layer, PROJ, channels),
            rows_of(tile->x1, channels), 0);
-    for (size i = 0; i < numbers; i++)
-        tile->x1[i] = tile->x[i] + (tile->x1[i] + layer->parameters[PROJ_BIAS][i % channels]) * survival1;
+    add_branch(layer, PROJ_BIAS, tile->x, survival1, tile->x1);
     norm(layer, NORM2_SCALE, tile->x1, tile->normed2, tile->n2, tile->inverse2);
     linear(words, channels, hidden, rows_of(tile->n2, channels), matrix(layer, FC1, hidden),
            rows_of(tile->hidden, hidden), 0);
-    for (size i = 0; i < words * hidden; i++) {
-        vec h = tile->hidden[i] + layer->parameters[FC1_BIAS][i % hidden], below = cumulative(h);
-        tile->hidden[i] = h * below;
-        if (gradient) tile->bend[i] = below + h * 0.398942280f * exponential(h * h * -0.5f);
-    }
+    for (size word = 0; word < words; word++) gelu(layer, tile, word * hidden, gradient);
     linear(words, hidden, channels, rows_of(tile->hidden, hidden), matrix(layer, FC2, channels),
            rows_of(out, channels), 0);
-    for (size i = 0; i < numbers; i++)
-        out[i] = tile->x1[i] + (out[i] + layer->parameters[FC2_BIAS][i % channels]) * survival2;
+    add_branch(layer, FC2_BIAS, tile->x1, survival2, out);
 }
 
-/* of_parameters += sums over the words of what reaches a bias. */
-INLINE void add_bias_gradient(const vec *slope, size words, size channels, vec *of_bias) {
-    for (size i = 0; i < words * channels; i++) of_bias[i % channels] += slope[i];
+/* of_bias += sums over the words of what reaches it. */
+static void add_bias_gradient(const vec *slope, size words, size channels, vec *of_bias) {
+    for (const vec *end = slope + words * channels; slope < end;)
+        for (size i = 0; i < channels; i++) of_bias[i] += *slope++;
 }
 
 static void attention_gradient(const Layer *layer, const Tile *tile) {

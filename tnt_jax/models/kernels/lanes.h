@@ -84,16 +84,16 @@ INLINE void block_of_numbers(int high, int wide, size depth, Vectors a, Numbers 
                 sums[i][j] += a.data[i * a.row + k * a.column] * b.data[k * b.row + j * b.column];
 }
 
-#define CASE(what, h, w)                                      \
-    case h * 8 + w: {                                         \
-        vec sums[HIGH][WIDE] = {0};                           \
-        what(h, w, depth, at_a, at_b, sums);                  \
-        for (int y = 0; y < h; y++)                           \
-            for (int x = 0; x < w; x++) {                     \
+#define CASE(what, h, w)                                                 \
+    case h * 8 + w: {                                                    \
+        vec sums[HIGH][WIDE] = {0};                                      \
+        what(h, w, depth, at_a, at_b, sums);                             \
+        for (int y = 0; y < h; y++)                                      \
+            for (int x = 0; x < w; x++) {                                \
                 vec *to = c.data + (i + y) * c.row + (j + x) * c.column; \
-                *to = add ? *to + sums[y][x] : sums[y][x];    \
-            }                                                 \
-        break;                                                \
+                *to = add ? *to + sums[y][x] : sums[y][x];               \
+            }                                                            \
+        break;                                                           \
     }
 #if defined(__AVX__) && !defined(__AVX512F__)
 #define CASES(what, h) CASE(what, h, 1) CASE(what, h, 2) CASE(what, h, 3)
@@ -103,17 +103,18 @@ INLINE void block_of_numbers(int high, int wide, size depth, Vectors a, Numbers 
 #endif
 
 /* c = a b, or c += a b, where a has `rows` rows and `depth` columns and b `columns` columns. */
-#define PRODUCT(name, Right, block)                                                                        \
-    static __attribute__((unused)) void name(size rows, size depth, size columns, Vectors a, Right b, Vectors c, int add) {        \
-        for (size j = 0; j < columns; j += WIDE) {                                                         \
-            size wide = columns - j < WIDE ? columns - j : WIDE, high;                                     \
-            for (size i = 0; i < rows; i += high) {                                                        \
-                high = rows - i < HIGH ? 1 : HIGH;                                                         \
-                Vectors at_a = {a.data + i * a.row, a.row, a.column};                                      \
-                Right at_b = {b.data + j * b.column, b.row, b.column};                                     \
-                switch (high * 8 + wide) { CASES(block, 1) CASES(block, HIGH) }                            \
-            }                                                                                              \
-        }                                                                                                  \
+#define PRODUCT(name, Right, block)                                                              \
+    __attribute__((unused)) static void name(size rows, size depth, size columns, Vectors a,     \
+                                             Right b, Vectors c, int add) {                      \
+        for (size j = 0; j < columns; j += WIDE) {                                               \
+            size wide = columns - j < WIDE ? columns - j : WIDE, high;                           \
+            for (size i = 0; i < rows; i += high) {                                              \
+                high = rows - i < HIGH ? 1 : HIGH;                                               \
+                Vectors at_a = {a.data + i * a.row, a.row, a.column};                            \
+                Right at_b = {b.data + j * b.column, b.row, b.column};                           \
+                switch (high * 8 + wide) { CASES(block, 1) CASES(block, HIGH) }                  \
+            }                                                                                    \
+        }                                                                                        \
     }
 PRODUCT(product, Vectors, block_of_vectors)
 PRODUCT(linear, Numbers, block_of_numbers)
