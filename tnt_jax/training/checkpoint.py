@@ -265,7 +265,8 @@ class Checkpoints:
         with self._reading(step, "its description"), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             description = checkpointer.metadata(folder).custom_metadata
             scores = folder / "metrics" / "metrics"
-            if description["scores"] != (json.loads(scores.read_text()) if scores.exists() else None):
+            there = json.loads(scores.read_text()) if scores.exists() else None
+            if repr(there) != repr(description["scores"]):  # in which NaN is NaN
                 raise ValueError
             return {name: description[name] for name in ("layouts", "checksums")}
 
