@@ -23,10 +23,12 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SMALL = {"depth": 1, "word-stride": 4, "inner-dim": 4, "outer-dim": 24, "outer-heads": 2}
-RUN = ["--config", str(ROOT / "configs/digits.py"), "--batch-size", "128", "--epochs", "60", "--log-every-steps", "1"]
+RUN = ["--config", str(ROOT / "configs/digits.py"), "--batch-size", "128", "--epochs", "60"]
+RUN += ["--eval-every-epochs", "1", "--log-every-steps", "1"]
 RUN += [f"--model.{name}={value}" for name, value in SMALL.items()]
 MOMENTS = ("starting", "training", "saving", "saving", "training")  # in turns
 PATIENCE = 600  # seconds
@@ -130,31 +132,24 @@ def digest(run_dir: pathlib.Path) -> dict:
 
     step = max(int(path.name) for path in (run_dir / "checkpoints").iterdir() if path.name.isdecimal())
     result = {"step": step}
+    warnings.filterwarnings("ignore", message="Sharding info not provided")
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        items = checkpointer.restore(run_dir / "checkpoints" / str(step) / "default")
     for item in ("params", "ema", "opt_state"):
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-            tree = checkpointer.restore(run_dir / "checkpoints" / str(step) / item)
         hashed = hashlib.sha256()
-        for path, leaf in sorted(_leaves(tree)):
-            hashed.update(path.encode() + np.asarray(leaf).tobytes())
+        for name in sorted(items[item]):
+            hashed.update(name.encode() + np.asarray(items[item][name]).tobytes())
         result[item] = hashed.hexdigest()
     history = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     result["metrics"] = [{name: line[name] for name in line if name != "images_per_second"} for line in history]
     return result
 
 
-def _leaves(tree, prefix=""):
-    if isinstance(tree, dict):
-        return [leaf for name in tree for leaf in _leaves(tree[name], f"{prefix}/{name}")]
-    if isinstance(tree, list | tuple):
-        return [leaf for at, each in enumerate(tree) for leaf in _leaves(each, f"{prefix}/{at}")]
-    return [] if tree is None else [(prefix, tree)]
-
-
 def damage(run_dir: pathlib.Path, kind: str) -> str:
     """Damages the newest checkpoint, and says which."""
     folder = run_dir / "checkpoints"
     step = max(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
-    largest = max((folder / str(step) / "params").rglob("*"), key=lambda path: path.stat().st_size)
+    largest = max((folder / str(step)).rglob("*"), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     if kind == "one byte flipped":
         content[len(content) // 2] ^= 1

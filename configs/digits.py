@@ -23,6 +23,6 @@ def get_config() -> TrainConfig:
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_epochs=5, ema_decay=0.995),
         batch_size=16,
         epochs=28,
-        eval_every_epochs=7,
+        eval_every_epochs=2,
         log_every_steps=20,
     )

@@ -5,10 +5,10 @@ import json
 import logging
 import os
 import pathlib
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
@@ -18,6 +18,7 @@ from orbax.checkpoint import checkpoint_managers
 from tnt_jax.config import InputError, TrainConfig, from_json, to_json
 from tnt_jax.models.saving import ModelDescription, Preprocessing, describe, read_description, write_description
 from tnt_jax.models.variants import Model, abstract_model
+from tnt_jax.training.packing import checksums, layout, pack, packed_shapes, unpack
 from tnt_jax.training.step import TrainState
 
 CONFIG_FILE = "config.json"
@@ -126,7 +127,7 @@ def load_run(run_dir: str | os.PathLike, *, weights: str = "ema", step: int | No
             kept = f"it has {checkpoints.steps}" if checkpoints.steps else "it has none yet"
             raise InputError(f"the run in {run_dir} has no checkpoint of step {step}; {kept}")
         item = {"ema": "ema", "raw": "params"}[weights]
-        params = checkpoints.restore_item(step, item, like)
+        params = checkpoints.restore(step, {item: like})[item]
     model = nnx.merge(graphdef, params)
     model.description = description
     return model
@@ -143,14 +144,24 @@ class Checkpoints:
     """The checkpoints of a run.
 
     The latest few and the best one, each with parameters, their average and the optimizer.
+
+    Args:
+        keep: how many of the latest.
+        warn: is told of each checkpoint that is damaged, which is then put aside as `damaged-STEP`.
+
+    Raises:
+        InputError: a checkpoint is damaged, and there is no `warn`.
     """
 
-    def __init__(self, run_dir: str, *, keep: int = 1):
+    def __init__(self, run_dir: str | os.PathLike, *, keep: int = 1, warn: Callable[[str], None] | None = None):
         policies = checkpoint_managers.preservation_policy
         # Every thread of Orbax logs pages of what it then raises, which becomes one message here.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._folder = pathlib.Path(run_dir).resolve() / "checkpoints"
+        self._warn = warn
         self._failed = False
+        for step in self._written():  # the manager does not start beside one that it cannot read
+            self._read_or_put_aside(step, self._description)
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
@@ -164,7 +175,6 @@ class Checkpoints:
                 ),
                 enable_async_checkpointing=True,
             ),
-            item_names=(*ITEMS, "checksums"),
         )
 
     @property
@@ -175,13 +185,17 @@ class Checkpoints:
     @property
     def latest_step(self) -> int | None:
         """The newest step that was written to its end, None before the first."""
-        # As they lie on the disk: the manager counts what it has only begun to write.
-        return max((int(path.name) for path in self._folder.iterdir() if path.name.isdecimal()), default=None)
+        return max(self._written(), default=None)
 
     @property
     def best_step(self) -> int | None:
         """The step with the highest test accuracy of the averaged weights, None where nothing was evaluated."""
         return self._manager.best_step()
+
+    def _written(self) -> list[int]:
+        # As they lie on the disk: the manager counts what it has only begun to write.
+        names = os.listdir(self._folder) if self._folder.is_dir() else ()
+        return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
     def save(self, step: int, state: TrainState, scores: dict[str, float] | None) -> None:
         """Begins to write a checkpoint; `scores` are those of this step, if it was evaluated.
@@ -189,12 +203,16 @@ class Checkpoints:
         Raises:
             WriteError: it cannot be written, or one before it could not.
         """
-        items = {name: ocp.args.StandardSave(getattr(state, name)) for name in ITEMS}
-        sums = {name: checksums(getattr(state, name)) for name in ITEMS}
-        args = ocp.args.Composite(**items, checksums=ocp.args.JsonSave(sums))
+        trees = {name: getattr(state, name) for name in ITEMS}
+        packed = {name: pack(tree) for name, tree in trees.items()}
+        description = {
+            "layouts": {name: layout(tree) for name, tree in trees.items()},
+            "checksums": {name: checksums(arrays) for name, arrays in packed.items()},
+            "scores": scores,
+        }
         with self._writing():
             self._manager.check_for_errors()
-            self._manager.save(step, args=args, metrics=scores)
+            self._manager.save(step, args=ocp.args.PyTreeSave(packed), metrics=scores, custom_metadata=description)
 
     def check(self) -> None:
         """Raises WriteError if a checkpoint that is being written has failed."""
@@ -209,45 +227,80 @@ class Checkpoints:
             self._failed = True
             raise WriteError(f"a checkpoint cannot be written into {self._folder}: {_first_line(error)}") from error
 
-    def restore_latest(self, like: TrainState, *, warn: Callable[[str], None]) -> TrainState | None:
-        """The newest state that is sound, with the shapes and shardings of `like`; None where there is none.
-
-        A damaged checkpoint is reported to `warn` and put aside as `damaged-STEP`.
-        """
+    def restore_latest(self, like: TrainState) -> TrainState | None:
+        """The newest state that is sound, with the shapes and shardings of `like`; None where there is none."""
+        wanted = {name: getattr(like, name) for name in ITEMS}
         for step in reversed(self.steps):
-            items, damage = None, None
-            try:
-                items = {name: self.restore_item(step, name, getattr(like, name)) for name in ITEMS}
-            except InputError as error:
-                damage = error
-            if not _everywhere(items is not None):
-                fallback = max((other for other in self.steps if other < step), default=None)
-                what = damage or f"the checkpoint of step {step} is damaged for another process"
-                warn(f"{what}. Going back to {'the beginning' if fallback is None else f'step {fallback}'}")
-                if jax.process_index() == 0:
-                    (self._folder / str(step)).rename(self._folder / f"damaged-{step}")
-                _everywhere(True)  # waits for the first process
-                self._manager.reload()
-            else:
+            if items := self._read_or_put_aside(step, lambda step: self.restore(step, wanted)):
                 return TrainState(step=jax.device_put(np.int32(step), like.step.sharding), **items)
+            self._manager.reload()
         return None
 
-    def restore_item(self, step: int, item: str, like: dict) -> dict:
-        """One of params, ema and opt_state of a step, with the shapes and shardings of `like`, verified.
+    def restore(self, step: int, like: dict[str, dict]) -> dict[str, dict]:
+        """Some of params, ema and opt_state of a step, with the shapes and shardings of `like`, verified.
+
+        The others are not read.
 
         Raises:
             InputError: it cannot be read, or is not what was saved.
         """
-        what = f"the checkpoint of step {step} in {self._folder.parent}"
-        args = {item: ocp.args.StandardRestore(like), "checksums": ocp.args.JsonRestore()}
+        saved = self._description(step)
+        for name, tree in like.items():
+            if saved["layouts"].get(name) != layout(tree):
+                raise InputError(f"{self._name(step)} is damaged ({name} is of another model)")
+        shapes = {name: packed_shapes(tree) for name, tree in like.items()}
+        args = ocp.args.PyTreeRestore(
+            shapes, restore_args=ocp.checkpoint_utils.construct_restore_args(shapes), partial_restore=True
+        )
+        with self._reading(step, ", ".join(like)):
+            packed = self._manager.restore(step, args=args)
+        for name in like:
+            if checksums(packed[name]) != saved["checksums"].get(name):
+                raise InputError(f"{self._name(step)} is damaged (wrong checksum in {name})")
+        return {name: unpack(packed[name], tree) for name, tree in like.items()}
+
+    def _description(self, step: int) -> dict:
+        """What was saved beside the arrays of a step. Raises InputError if it cannot be read, or contradicts itself."""
+        folder = self._folder / str(step)
+        with self._reading(step, "its description"), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            description = checkpointer.metadata(folder).custom_metadata
+            scores = folder / "metrics" / "metrics"
+            there = json.loads(scores.read_text()) if scores.exists() else None
+            if repr(there) != repr(description["scores"]):  # in which NaN is NaN
+                raise ValueError
+            return {name: description[name] for name in ("layouts", "checksums")}
+
+    @contextlib.contextmanager
+    def _reading(self, step: int, what: str) -> Iterator[None]:
         try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+            yield
         except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
-            raise InputError(f"{what} is damaged ({type(error).__name__} in {item})") from error
-        saved, found = restored["checksums"][item], checksums(restored[item])
-        if damaged := [name for name in found if found[name] != saved.get(name)]:
-            raise InputError(f"{what} is damaged (wrong checksum in {item}: {', '.join(damaged[:3])})")
-        return restored[item]
+            raise InputError(f"{self._name(step)} is damaged ({type(error).__name__} in {what})") from error
+
+    def _name(self, step: int) -> str:
+        return f"the checkpoint of step {step} in {self._folder.parent}"
+
+    def _read_or_put_aside(self, step: int, read: Callable[[int], dict]) -> dict | None:
+        """What is read of a step; None if that could not be done in all processes, and the step was put aside."""
+        if self._warn is None:
+            return read(step)
+        result, damage = None, f"{self._name(step)} is damaged for another process"
+        try:
+            result = read(step)
+        except InputError as error:
+            damage = error
+        if _everywhere(result is not None):
+            return result
+        older = max((other for other in self._written() if other < step), default=None)
+        back = "the beginning" if older is None else f"step {older}"
+        self._warn(f"{damage}. " + (f"Going back to {back}" if step == self.latest_step else "It is put aside"))
+        _everywhere(True)  # has looked
+        if jax.process_index() == 0:
+            aside = self._folder / f"damaged-{step}"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self._folder / str(step)).rename(aside)
+        _everywhere(True)  # may look again
+        return None
 
     def scores(self, step: int) -> dict[str, float]:
         """The scores that were saved with a step."""
@@ -272,28 +325,6 @@ def _everywhere(sound: bool) -> bool:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
-
-
-def checksums(tree) -> dict[str, int]:
-    """A 32-bit checksum of every array by its path, computed where the array lies, the same on any number of devices.
-
-    The bits of each element times an odd number of its own, summed modulo 2^32: no change of one element goes unseen.
-    """
-    sums = jax.device_get(_checksums(tree))
-    return {jax.tree_util.keystr(path): int(value) for path, value in jax.tree_util.tree_leaves_with_path(sums)}
-
-
-@jax.jit
-def _checksums(tree):
-    def checksum(leaf: jax.Array) -> jax.Array:
-        unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
-        bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
-        place = jnp.zeros(leaf.shape, jnp.uint32)
-        for axis, length in enumerate(leaf.shape):
-            place = place * jnp.uint32(length) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-        return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
-
-    return jax.tree.map(checksum, tree)
 
 
 def _score(scores: dict[str, float]) -> float:

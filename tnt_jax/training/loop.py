@@ -50,8 +50,10 @@ def train(config: TrainConfig) -> dict[str, float]:
         console = rich.console.Console(highlight=False, soft_wrap=True, quiet=jax.process_index() > 0)
         run = Run(config)
         claim_run_dir(run.config, run.train_source.class_names)
-        with contextlib.closing(Checkpoints(config.run_dir, keep=config.keep_checkpoints)) as checkpoints:
-            state = checkpoints.restore_latest(run.program.abstract_state, warn=console.print) or run.initial_state()
+        with contextlib.closing(
+            Checkpoints(config.run_dir, keep=config.keep_checkpoints, warn=console.print)
+        ) as checkpoints:
+            state = checkpoints.restore_latest(run.program.abstract_state) or run.initial_state()
             start = int(state.step)
             if start == run.total_steps:
                 console.print(f"The run in {config.run_dir} is finished. Another --run-dir starts another one.")
