@@ -42,5 +42,4 @@ def test_digits_at_another_size_lose_no_accuracy(tmp_path):
         optimizer=dataclasses.replace(first.optimizer, learning_rate=1e-3),
         epochs=8,
     )
-    # Two standard errors of the difference of two accuracies of 99 % over 360 images.
-    assert train(second)["ema_top1"] > before - 0.015
+    assert train(second)["ema_top1"] > before - 0.01  # three of the 360 test images
