@@ -1,6 +1,7 @@
 """A train step compiled for devices that need not be there, and the search for the largest batch that fits them."""
 
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -8,10 +9,12 @@ from collections.abc import Callable, Sequence
 from tnt_jax.collectives import Collective, collectives, loops
 from tnt_jax.config import TrainConfig
 
-SEARCHES = 3
-"""Compilations that look for the largest batch; each may take minutes."""
-STEEPEST = 8
-"""How many times larger than the last one a batch may be that is tried: from further away, the line says little."""
+SEARCHES = 4
+"""Compilations that look for the largest batch; one that fits may take minutes."""
+BEYOND = 1.05
+"""How far beyond the largest batch that may fit the search begins."""
+STEEPEST = 64
+"""How many times larger than the first one a batch may be that is tried."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +55,7 @@ def compile_step(config: TrainConfig, devices: Sequence, steps_per_epoch: int = 
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return Compiled(batch, _used(str(error)), fits=False, seconds=time.perf_counter() - start)
+        return Compiled(batch, memory_wanted(str(error)), fits=False, seconds=time.perf_counter() - start)
     seconds = time.perf_counter() - start
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
     return Compiled(
@@ -72,7 +75,7 @@ def compile_step(config: TrainConfig, devices: Sequence, steps_per_epoch: int = 
     )
 
 
-def _used(message: str) -> int | None:
+def memory_wanted(message: str) -> int | None:
     """The bytes in the compiler's "Used 27.10G of 15.75G hbm"."""
     found = re.search(r"Used ([\d.]+)([KMG]) of", message)
     return int(float(found[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[found[2]]) if found else None
@@ -83,24 +86,29 @@ def largest_batch(
 ) -> tuple[int, int | None, int]:
     """Looks for the largest batch of a device that fits, from one compilation and a few more.
 
-    Memory is nearly a line over the batch that begins at `fixed` bytes: each guess is where the line through the last
-    compilation reaches `capacity`, between what is known to fit and what is known not to.
+    Memory is nearly a line over the batch that begins at `fixed` bytes. The compiler says in seconds that a batch does
+    not fit and how much it would take, and needs minutes for one that fits. So the search comes from above: the first
+    guess is a little beyond where the line reaches `capacity`, the next ones are where the line through the last two
+    compilations does, between what is known to fit and what is known not to.
 
     Returns:
         The largest batch that was seen to fit (0 for none), the smallest that was seen not to (None for none), and the
         compilations that it took.
     """
-    fits, too_large, last = (first.batch, None, first) if first.fits else (0, first.batch, first)
+    fits, too_large = (first.batch, None) if first.fits else (0, first.batch)
+    before, last = (0, fixed), (first.batch, first.memory or 2 * capacity)
     for search in range(SEARCHES):
-        per_image = ((last.memory or 2 * capacity) - fixed) / last.batch
-        reaches = min((capacity - fixed) / per_image, STEEPEST * last.batch)
-        guess = max(1, int(reaches) // unit) * unit
-        if guess <= fits:
-            guess = fits + unit
-        if too_large is not None and guess >= too_large:
-            guess = max(too_large - unit, (fits + too_large) // 2 // unit * unit)
-        if guess <= fits or (too_large is not None and guess >= too_large):
-            return fits, too_large, search
-        last = compile_at(guess)
-        fits, too_large = (guess, too_large) if last.fits else (fits, guess)
+        slope = (last[1] - before[1]) / (last[0] - before[0])
+        reaches = last[0] + (capacity - last[1]) / slope if slope > 0 else math.inf
+        if too_large is None:
+            # From a few images the line says little.
+            reaches = min(reaches, STEEPEST * last[0])
+            guess = max(math.ceil(BEYOND * reaches / unit) * unit, fits + unit)
+        else:
+            guess = min(max(1, int(reaches) // unit) * unit, too_large - unit)
+            if guess <= fits:
+                return fits, too_large, search
+        found = compile_at(guess)
+        before, last = last, (guess, found.memory or 2 * capacity)
+        fits, too_large = (guess, too_large) if found.fits else (fits, guess)
     return fits, too_large, SEARCHES
