@@ -12,7 +12,8 @@ from small_runs import config_file
 
 from tnt_jax.chips import GIB, chip_of
 from tnt_jax.collectives import Collective, collectives, loops
-from tnt_jax.plan import Compiled, _chip, environment_for, largest_batch
+from tnt_jax.compiling import Compiled, largest_batch, memory_wanted
+from tnt_jax.plan import _chip, environment_for
 
 # Prints what a train step of the tiny run sends between devices, the bytes of its parameters, and how many more the
 # stem's gradient has as the matrix that it is computed with (1.2% of a TNT-S).
@@ -115,30 +116,43 @@ def test_what_cannot_be_planned_is_a_message(arguments, message):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("first", [4, 40, 400])
-def test_search_for_the_largest_batch_that_fits(first):
-    """A compiler with which a gibibyte is taken by the state and 0.1 by each image."""
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [(4, [256, 240]), (40, [304, 240]), (400, [240])],
+)
+def test_search_for_the_largest_batch_that_fits(first, then):
+    """A compiler with which each image takes 0.1 GiB, or 0.0625 where it computes things again for lack of memory.
+
+    It says so in seconds of a batch that does not fit, and takes minutes for one that does: a single one of those.
+    """
     tried = []
 
     def compile_at(batch):
         tried.append(batch)
-        memory = int((1 + 0.1 * batch) * GIB)
-        return Compiled(batch, memory, memory <= 16 * GIB, 0.0)
+        memory = max(0.0625 * batch, min(0.1 * batch, 14.0))
+        return Compiled(batch, int((1 + memory) * GIB), memory <= 15, 0.0)
 
-    found = largest_batch(compile_at(first), 16 * GIB, GIB, 8, compile_at)
-    # One that fits takes minutes, one that does not takes seconds: beside the first one, a single one fits.
-    assert found == (144, 400 if first == 400 else 160, len(tried) - 1)
-    assert tried == ([400, 144] if first == 400 else [first, 160, 144])
+    too_large = {4: 256, 40: 304, 400: 400}[first]
+    assert largest_batch(compile_at(first), 16 * GIB, GIB, 8, compile_at) == (240, too_large, len(then))
+    assert tried == [first, *then]
 
 
-def test_search_from_a_batch_whose_memory_says_little():
-    """A compiler that needs another 3 GiB at any batch: each of 4 images seems to take 0.85."""
+def test_search_where_not_one_image_fits():
+    found = largest_batch(Compiled(1, None, fits=False, seconds=0.0), 16 * GIB, GIB, 1, pytest.fail)
+    assert found == (0, 1, 0)
 
-    def compile_at(batch):
-        memory = int((4 + 0.1 * batch) * GIB)
-        return Compiled(batch, memory, memory <= 16 * GIB, 0.0)
 
-    assert largest_batch(compile_at(4), 16 * GIB, GIB, 8, compile_at) == (120, 128, 3)
+@pytest.mark.parametrize(
+    ("message", "wanted"),
+    [
+        ("RESOURCE_EXHAUSTED: Used 27.50G of 15.75G hbm. Exceeded", 27.5),
+        ("the total memory required for HLO temporaries (19.50G) exceeds available HBM (15.75G)", 20.5),
+        ("RESOURCE_EXHAUSTED: something else", None),
+    ],
+)
+def test_what_a_program_that_does_not_fit_would_take(message, wanted):
+    """Temporaries are without the arguments, here a gibibyte."""
+    assert memory_wanted(message, arguments=GIB) == (wanted and wanted * GIB)
 
 
 HLO = """

@@ -5,16 +5,17 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from tnt_jax.collectives import Collective, collectives, loops
 from tnt_jax.config import TrainConfig
 
-SEARCHES = 4
-"""Compilations that look for the largest batch; one that fits may take minutes."""
-BEYOND = 1.05
-"""How far beyond the largest batch that may fit the search begins."""
+SEARCHES = 5
+"""Compilations that look for the largest batch: seconds for one that does not fit, minutes for one that does."""
+BEYOND = 2
+"""How far beyond the largest batch that seems to fit the search begins: half of a step's memory can be spared."""
 STEEPEST = 64
-"""How many times larger than the first one a batch may be that is tried."""
+"""How many times larger than the last one a batch may be that is tried: from further away, the line says little."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +50,16 @@ def compile_step(config: TrainConfig, devices: Sequence, steps_per_epoch: int = 
     mesh = make_mesh(config.fsdp, devices)
     check_batch_size(config.batch_size, mesh, config.accumulation_steps)
     program = Program(config, mesh, steps_per_epoch)
+    arguments = program.abstract_state, program.abstract_batch
     batch, start = config.batch_size // len(devices), time.perf_counter()
     try:
-        compiled = program.train_step.lower(program.abstract_state, program.abstract_batch).compile()
+        compiled = program.train_step.lower(*arguments).compile()
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return Compiled(batch, memory_wanted(str(error)), fits=False, seconds=time.perf_counter() - start)
+        return Compiled(
+            batch, memory_wanted(str(error), bytes_of(arguments)), fits=False, seconds=time.perf_counter() - start
+        )
     seconds = time.perf_counter() - start
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
     return Compiled(
@@ -75,10 +79,26 @@ def compile_step(config: TrainConfig, devices: Sequence, steps_per_epoch: int = 
     )
 
 
-def memory_wanted(message: str) -> int | None:
-    """The bytes in the compiler's "Used 27.10G of 15.75G hbm"."""
-    found = re.search(r"Used ([\d.]+)([KMG]) of", message)
-    return int(float(found[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[found[2]]) if found else None
+def bytes_of(shapes: Any) -> int:
+    """Bytes on one device of a tree of shapes with shardings."""
+    import jax
+
+    leaves = [(leaf.sharding.shard_shape(leaf.shape), leaf.dtype.itemsize) for leaf in jax.tree.leaves(shapes)]
+    return sum(size * math.prod(shape) for shape, size in leaves)
+
+
+def memory_wanted(message: str, arguments: int = 0) -> int | None:
+    """The bytes that a program would take, by the compiler's message that it does not fit.
+
+    Args:
+        message: "Used 27.10G of 15.75G hbm" counts all, "required for HLO temporaries (19.71G)" not the arguments.
+        arguments: their bytes.
+    """
+    found = re.search(r"(Used |temporaries \()([\d.]+)([KMG])", message)
+    if not found:
+        return None
+    bytes_ = int(float(found[2]) * {"K": 2**10, "M": 2**20, "G": 2**30}[found[3]])
+    return bytes_ if found[1] == "Used " else bytes_ + arguments
 
 
 def largest_batch(
@@ -86,29 +106,27 @@ def largest_batch(
 ) -> tuple[int, int | None, int]:
     """Looks for the largest batch of a device that fits, from one compilation and a few more.
 
-    Memory is nearly a line over the batch that begins at `fixed` bytes. The compiler says in seconds that a batch does
-    not fit and how much it would take, and needs minutes for one that fits. So the search comes from above: the first
-    guess is a little beyond where the line reaches `capacity`, the next ones are where the line through the last two
-    compilations does, between what is known to fit and what is known not to.
+    XLA computes things again where memory runs out, so what a batch takes that fits says little of larger ones. Of one
+    that does not fit it says, in seconds, what would be left to take after all that: nearly a line over the batch that
+    begins at `fixed` bytes. So the search comes from above, each guess where that line reaches `capacity`, and ends
+    with the first batch that fits, whose program takes minutes to make.
 
     Returns:
         The largest batch that was seen to fit (0 for none), the smallest that was seen not to (None for none), and the
         compilations that it took.
     """
-    fits, too_large = (first.batch, None) if first.fits else (0, first.batch)
-    before, last = (0, fixed), (first.batch, first.memory or 2 * capacity)
+    fits, too_large, last = (first.batch, None, first) if first.fits else (0, first.batch, first)
     for search in range(SEARCHES):
-        slope = (last[1] - before[1]) / (last[0] - before[0])
-        reaches = last[0] + (capacity - last[1]) / slope if slope > 0 else math.inf
+        per_image = ((last.memory or 2 * capacity) - fixed) / last.batch
+        reaches = (capacity - fixed) / per_image
         if too_large is None:
-            # From a few images the line says little.
-            reaches = min(reaches, STEEPEST * last[0])
-            guess = max(math.ceil(BEYOND * reaches / unit) * unit, fits + unit)
+            guess = max(math.ceil(min(BEYOND * reaches, STEEPEST * last.batch) / unit) * unit, fits + unit)
         else:
             guess = min(max(1, int(reaches) // unit) * unit, too_large - unit)
-            if guess <= fits:
-                return fits, too_large, search
-        found = compile_at(guess)
-        before, last = last, (guess, found.memory or 2 * capacity)
-        fits, too_large = (guess, too_large) if found.fits else (fits, guess)
+        if guess <= fits or guess < 1:
+            return fits, too_large, search
+        last = compile_at(guess)
+        fits, too_large = (guess, too_large) if last.fits else (fits, guess)
+        if last.fits and too_large:
+            return fits, too_large, search + 1
     return fits, too_large, SEARCHES
