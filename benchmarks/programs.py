@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 
+from tnt_jax.compiling import memory_wanted
 from tnt_jax.plan import environment_for
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -46,6 +47,7 @@ def account(function: Callable, shapes: tuple, topology: str, *, free_layouts: b
     """A program compiled for one device: `cycles` that XLA estimates, `calls` of our kernels, which it cannot see into,
     bytes of HBM `traffic` and of `temporary` memory, compile `seconds`, and where it can run, the `wall` time.
 
+    Of a program that does not fit, `wanted` alone: the bytes that it would take, or None.
     With `free_layouts`, arrays come and go in the layouts that suit the program, as within a larger one.
     """
     import jax
@@ -60,7 +62,13 @@ def account(function: Callable, shapes: tuple, topology: str, *, free_layouts: b
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), shapes)
     start = time.perf_counter()
     with jax.set_mesh(mesh):
-        compiled = jax.jit(function, **formats if free_layouts else {}).lower(*shapes).compile()
+        lowered = jax.jit(function, **formats if free_layouts else {}).lower(*shapes)
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return {"wanted": memory_wanted(str(error))}
     seconds, program = time.perf_counter() - start, compiled.as_text()
     called = re.findall(rf"%({KERNELS})[.\d]* = .*custom-call", program)
     return {

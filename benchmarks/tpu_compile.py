@@ -45,6 +45,10 @@ def main() -> None:
             yardstick = None
             for model in given.models:
                 found = programs.child(__file__, topology, model, which, given.batch, given.remat)
+                if "wanted" in found:
+                    wanted = f"{found['wanted'] / 2**30:.1f} GiB" if found["wanted"] else "more than there is"
+                    print(f"| {which} | {model} | does not fit: {wanted} |" + " |" * (len(columns) - 1), flush=True)
+                    continue
                 found["spent"] = found["wall"] or programs.cycles(found, 196 * given.batch, topology)
                 yardstick = yardstick or found
                 print(_row(which, model, found, yardstick, given.batch), flush=True)

@@ -12,7 +12,8 @@ from small_runs import config_file
 
 from tnt_jax.chips import GIB, chip_of
 from tnt_jax.collectives import Collective, collectives, loops
-from tnt_jax.plan import Compiled, _chip, environment_for, largest_batch
+from tnt_jax.compiling import Compiled, largest_batch, memory_wanted
+from tnt_jax.plan import _chip, environment_for
 
 # Prints what a train step of the tiny run sends between devices, the bytes of its parameters, and how many more the
 # stem's gradient has as the matrix that it is computed with (1.2% of a TNT-S).
@@ -115,21 +116,43 @@ def test_what_cannot_be_planned_is_a_message(arguments, message):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("first", [4, 40, 400])
-def test_search_for_the_largest_batch_that_fits(first):
-    """A compiler with which a gibibyte is taken by the state and 0.1 by each image."""
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [(4, [256, 240]), (40, [304, 240]), (400, [240])],
+)
+def test_search_for_the_largest_batch_that_fits(first, then):
+    """A compiler with which each image takes 0.1 GiB, or 0.0625 where it computes things again for lack of memory.
+
+    It says so in seconds of a batch that does not fit, and takes minutes for one that does: a single one of those.
+    """
     tried = []
 
     def compile_at(batch):
         tried.append(batch)
-        memory = int((1 + 0.1 * batch) * GIB)
-        return Compiled(batch, memory, memory <= 16 * GIB, 0.0)
+        memory = max(0.0625 * batch, min(0.1 * batch, 14.0))
+        return Compiled(batch, int((1 + memory) * GIB), memory <= 15, 0.0)
 
-    fits, too_large, _ = largest_batch(compile_at(first), 16 * GIB, GIB, 8, compile_at)
-    assert fits in (144, 128) or first == 4
-    assert fits <= 150
-    assert too_large is None or too_large > 150
-    assert len(tried) <= 4
+    too_large = {4: 256, 40: 304, 400: 400}[first]
+    assert largest_batch(compile_at(first), 16 * GIB, GIB, 8, compile_at) == (240, too_large, len(then))
+    assert tried == [first, *then]
+
+
+def test_search_where_not_one_image_fits():
+    found = largest_batch(Compiled(1, None, fits=False, seconds=0.0), 16 * GIB, GIB, 1, pytest.fail)
+    assert found == (0, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("message", "wanted"),
+    [
+        ("RESOURCE_EXHAUSTED: Used 27.50G of 15.75G hbm. Exceeded", 27.5),
+        ("the total memory required for HLO temporaries (19.50G) exceeds available HBM (15.75G)", 20.5),
+        ("RESOURCE_EXHAUSTED: something else", None),
+    ],
+)
+def test_what_a_program_that_does_not_fit_would_take(message, wanted):
+    """Temporaries are without the arguments, here a gibibyte."""
+    assert memory_wanted(message, arguments=GIB) == (wanted and wanted * GIB)
 
 
 HLO = """

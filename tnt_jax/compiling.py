@@ -1,16 +1,20 @@
 """A train step compiled for devices that need not be there, and the search for the largest batch that fits them."""
 
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from tnt_jax.collectives import Collective, collectives, loops
 from tnt_jax.config import TrainConfig
 
-SEARCHES = 3
-"""Compilations that look for the largest batch; each may take minutes."""
-STEEPEST = 8
+SEARCHES = 5
+"""Compilations that look for the largest batch: seconds for one that does not fit, minutes for one that does."""
+BEYOND = 2
+"""How far beyond the largest batch that seems to fit the search begins: half of a step's memory can be spared."""
+STEEPEST = 64
 """How many times larger than the last one a batch may be that is tried: from further away, the line says little."""
 
 
@@ -46,13 +50,16 @@ def compile_step(config: TrainConfig, devices: Sequence, steps_per_epoch: int = 
     mesh = make_mesh(config.fsdp, devices)
     check_batch_size(config.batch_size, mesh, config.accumulation_steps)
     program = Program(config, mesh, steps_per_epoch)
+    arguments = program.abstract_state, program.abstract_batch
     batch, start = config.batch_size // len(devices), time.perf_counter()
     try:
-        compiled = program.train_step.lower(program.abstract_state, program.abstract_batch).compile()
+        compiled = program.train_step.lower(*arguments).compile()
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return Compiled(batch, _used(str(error)), fits=False, seconds=time.perf_counter() - start)
+        return Compiled(
+            batch, memory_wanted(str(error), bytes_of(arguments)), fits=False, seconds=time.perf_counter() - start
+        )
     seconds = time.perf_counter() - start
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
     return Compiled(
@@ -72,10 +79,26 @@ def compile_step(config: TrainConfig, devices: Sequence, steps_per_epoch: int = 
     )
 
 
-def _used(message: str) -> int | None:
-    """The bytes in the compiler's "Used 27.10G of 15.75G hbm"."""
-    found = re.search(r"Used ([\d.]+)([KMG]) of", message)
-    return int(float(found[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[found[2]]) if found else None
+def bytes_of(shapes: Any) -> int:
+    """Bytes on one device of a tree of shapes with shardings."""
+    import jax
+
+    leaves = [(leaf.sharding.shard_shape(leaf.shape), leaf.dtype.itemsize) for leaf in jax.tree.leaves(shapes)]
+    return sum(size * math.prod(shape) for shape, size in leaves)
+
+
+def memory_wanted(message: str, arguments: int = 0) -> int | None:
+    """The bytes that a program would take, by the compiler's message that it does not fit.
+
+    Args:
+        message: "Used 27.10G of 15.75G hbm" counts all, "required for HLO temporaries (19.71G)" not the arguments.
+        arguments: their bytes.
+    """
+    found = re.search(r"(Used |temporaries \()([\d.]+)([KMG])", message)
+    if not found:
+        return None
+    bytes_ = int(float(found[2]) * {"K": 2**10, "M": 2**20, "G": 2**30}[found[3]])
+    return bytes_ if found[1] == "Used " else bytes_ + arguments
 
 
 def largest_batch(
@@ -83,8 +106,10 @@ def largest_batch(
 ) -> tuple[int, int | None, int]:
     """Looks for the largest batch of a device that fits, from one compilation and a few more.
 
-    Memory is nearly a line over the batch that begins at `fixed` bytes: each guess is where the line through the last
-    compilation reaches `capacity`, between what is known to fit and what is known not to.
+    XLA computes things again where memory runs out, so what a batch takes that fits says little of larger ones. Of one
+    that does not fit it says, in seconds, what would be left to take after all that: nearly a line over the batch that
+    begins at `fixed` bytes. So the search comes from above, each guess where that line reaches `capacity`, and ends
+    with the first batch that fits, whose program takes minutes to make.
 
     Returns:
         The largest batch that was seen to fit (0 for none), the smallest that was seen not to (None for none), and the
@@ -93,14 +118,15 @@ def largest_batch(
     fits, too_large, last = (first.batch, None, first) if first.fits else (0, first.batch, first)
     for search in range(SEARCHES):
         per_image = ((last.memory or 2 * capacity) - fixed) / last.batch
-        reaches = min((capacity - fixed) / per_image, STEEPEST * last.batch)
-        guess = max(1, int(reaches) // unit) * unit
-        if guess <= fits:
-            guess = fits + unit
-        if too_large is not None and guess >= too_large:
-            guess = max(too_large - unit, (fits + too_large) // 2 // unit * unit)
-        if guess <= fits or (too_large is not None and guess >= too_large):
+        reaches = (capacity - fixed) / per_image
+        if too_large is None:
+            guess = max(math.ceil(min(BEYOND * reaches, STEEPEST * last.batch) / unit) * unit, fits + unit)
+        else:
+            guess = min(max(1, int(reaches) // unit) * unit, too_large - unit)
+        if guess <= fits or guess < 1:
             return fits, too_large, search
         last = compile_at(guess)
         fits, too_large = (guess, too_large) if last.fits else (fits, guess)
+        if last.fits and too_large:
+            return fits, too_large, search + 1
     return fits, too_large, SEARCHES

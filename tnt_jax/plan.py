@@ -21,7 +21,7 @@ import rich.table
 from tnt_jax.chips import GIB, Chip, chip_of, training_flops
 from tnt_jax.cli import run_command
 from tnt_jax.collectives import Collective
-from tnt_jax.compiling import Compiled, compile_step, largest_batch
+from tnt_jax.compiling import Compiled, bytes_of, compile_step, largest_batch
 from tnt_jax.config import InputError, TrainConfig, from_json, to_json
 
 KNOWN = "v5e:2x4, v5e:16x16, v6e:4x4, v5p:2x2x1, v4:2x2x2, v3:2x2, tpu7x:2x2x1, ... or cpu:8"
@@ -217,14 +217,10 @@ def _largest(console: rich.console.Console, config: TrainConfig, devices: list, 
 
 def _state_bytes(config: TrainConfig, devices: list) -> int:
     """Of parameters, average and optimizer on one device."""
-    import jax
-
     from tnt_jax.training.mesh import make_mesh
     from tnt_jax.training.program import Program
 
-    state = Program(config, make_mesh(config.fsdp, devices), 1000).abstract_state
-    shapes = [(leaf.sharding.shard_shape(leaf.shape), leaf.dtype.itemsize) for leaf in jax.tree.leaves(state)]
-    return sum(size * math.prod(shape) for shape, size in shapes)
+    return bytes_of(Program(config, make_mesh(config.fsdp, devices), 1000).abstract_state)
 
 
 if __name__ == "__main__":

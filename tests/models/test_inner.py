@@ -16,7 +16,7 @@ from flax import nnx
 
 from tnt_jax.config import ModelConfig
 from tnt_jax.models import inner
-from tnt_jax.models.kernels import on_cpu, tile
+from tnt_jax.models.kernels import inner_block, on_cpu, tile
 from tnt_jax.models.layers import InitialRngs, LayerNorm, gelu
 from tnt_jax.models.pyramid_tnt import PatchNorm
 from tnt_jax.models.tnt import WordsToSentence
@@ -25,9 +25,10 @@ from tnt_jax.models.variants import resolve
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
 
 
-def make_layer(formulation, channels, heads, *, norm=LayerNorm, **fields):
+def make_layer(formulation, channels, heads, *, norm=LayerNorm, drop_path_rate=0.3, **fields):
     config = dataclasses.replace(resolve(ModelConfig()), inner=formulation, **fields)
-    return randomised(inner.InnerTransformer(channels, heads, 0.3, norm=norm, config=config, rngs=InitialRngs(0)))
+    layer = inner.InnerTransformer(channels, heads, drop_path_rate, norm=norm, config=config, rngs=InitialRngs(0))
+    return randomised(layer)
 
 
 def make_projection(formulation="reference", *, use_bias=True, in_legacy_block=False, **fields):
@@ -179,6 +180,26 @@ def test_the_kernel_is_the_reference_at_the_published_size(dtype):
         results(layer, x, functools.partial(call, key=jax.random.key(7))),
         TOLERANCE[dtype],
     )
+
+
+def test_a_network_of_many_blocks_traces_each_kernel_once(monkeypatch):
+    """With and without stochastic depth, which the first block has not. Tracing a kernel takes seconds."""
+    traced, over_tiles = [], inner_block.over_tiles
+
+    def counted(name, *arguments, **options):
+        traced.append(name)
+        return over_tiles(name, *arguments, **options)
+
+    monkeypatch.setattr(inner_block, "over_tiles", counted)
+    layers = [make_layer("reference", 8, 2, mlp_ratio=2.0, drop_path_rate=rate) for rate in (0.0, 0.1, 0.2)]
+
+    def through_all(words):
+        for layer in layers:
+            words = call_kernel(layer, words, key=jax.random.key(7))
+        return words.sum()
+
+    jax.make_jaxpr(jax.grad(through_all))(random_words(9, 3, 8, "float32"))
+    assert traced == ["inner_block_forward", "inner_block_backward"]
 
 
 def project(layer, words):

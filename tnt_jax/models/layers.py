@@ -147,7 +147,7 @@ def survivors(count: int, rate: float, key: PRNGKeyArray | None) -> Float[Array,
     """Stochastic depth: 0 with probability `rate`, else 1 / (1 - rate); all ones without a key."""
     if key is None or rate == 0:
         return jnp.ones(count)
-    return jax.random.bernoulli(key, 1 - rate, (count,)) / (1 - rate)
+    return jax.random.bernoulli(key, 1 - rate, (count,)).astype(jnp.float32) / (1 - rate)
 
 
 def drop_path(x: Array, rate: float, key: PRNGKeyArray | None) -> Array:

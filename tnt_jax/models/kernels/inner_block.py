@@ -247,6 +247,8 @@ def inner_block(
     return out
 
 
+# Jitted, so that a network of many blocks traces each kernel, and turns it into a program, once.
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="saves")
 def _forward(sizes: Sizes, interpret: bool, words, keep, layer: Layer, *, saves: bool) -> list[Array]:
     rows, sentences = words.shape
     results = [PerSentence(jax.ShapeDtypeStruct(words.shape, words.dtype))]
@@ -271,6 +273,7 @@ def _forward_saving(sizes: Sizes, interpret: bool, words, keep, layer: Layer):
     return out, (words, keep, attended, layer)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _backward(sizes: Sizes, interpret: bool, saved, gradient):
     words, keep, attended, layer = saved
     rows, sentences = words.shape

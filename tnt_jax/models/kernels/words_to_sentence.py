@@ -109,6 +109,12 @@ def words_to_sentence(
 
     `interpret` runs the kernels step by step on any platform, for tests.
     """
+    return words, _sentences(epsilon, interpret, words, layer)
+
+
+# Jitted, as in inner_block.py.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _sentences(epsilon: float, interpret: bool, words, layer: Projection) -> Array:
     _, sentences = words.shape
     (out,) = over_tiles(
         "words_to_sentence_forward",
@@ -119,13 +125,14 @@ def words_to_sentence(
         flops=2 * sentences * layer.proj.size,
         interpret=interpret,
     )
-    return words, out
+    return out
 
 
 def _forward(epsilon: float, interpret: bool, words, layer: Projection):
     return words_to_sentence(epsilon, interpret, words, layer), (words, layer)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _backward(epsilon: float, interpret: bool, saved, gradients):
     (words, layer), (passed, gradient) = saved, gradients
     _, sentences = words.shape
