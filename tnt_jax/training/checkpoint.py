@@ -1,11 +1,13 @@
 """What lies in a run's folder: its configuration, and checkpoints that are written while training goes on."""
 
 import contextlib
+import functools
 import json
 import logging
 import os
 import pathlib
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -155,8 +157,7 @@ class Checkpoints:
 
     def __init__(self, run_dir: str | os.PathLike, *, keep: int = 1, warn: Callable[[str], None] | None = None):
         policies = checkpoint_managers.preservation_policy
-        # Every thread of Orbax logs pages of what it then raises, which becomes one message here.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        _quiet_orbax()
         self._folder = pathlib.Path(run_dir).resolve() / "checkpoints"
         self._warn = warn
         self._failed = False
@@ -316,6 +317,21 @@ class Checkpoints:
         with contextlib.suppress(WriteError) if self._failed else contextlib.nullcontext():
             self.wait()
             self._manager.close()
+
+
+@functools.cache
+def _quiet_orbax() -> None:
+    """Keeps Orbax from printing pages, in threads and of what it left half read, on what becomes one message here."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    others = sys.unraisablehook
+
+    def hook(unraisable) -> None:
+        code = getattr(unraisable.object, "cr_code", None)
+        left = (code and "orbax" in code.co_filename) or str(unraisable.exc_value) == "Event loop is closed"
+        if not left:
+            others(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _everywhere(sound: bool) -> bool:
