@@ -73,7 +73,8 @@ class ModelConfig:
     """What the backward pass computes again instead of keeping it, for less memory and more time: nothing; all of a
     block but what its linear maps return; or all of it."""
     inner: Literal["auto", "reference", "native", "feature_major", "pallas"] | None = None
-    """How the inner transformers are computed; auto is what is fastest on the platform. The results are the same."""
+    """How the inner transformers are computed; auto is what is fastest on the platform. The results are the same. With
+    auto or native, attention of the others on CPUs is a function in C too."""
 
 
 @dataclasses.dataclass(frozen=True)
