@@ -15,7 +15,7 @@ static XLA_FFI_Error *no_memory(const XLA_FFI_CallFrame *call) {
 }
 
 static int is_question_of_version(XLA_FFI_CallFrame *call) {
-    XLA_FFI_Extension_Base *extension = call->extension_start;
+    __typeof__(call->extension_start) extension = call->extension_start; /* its type's name depends on the release */
     if (!extension || extension->type != XLA_FFI_Extension_Metadata) return 0;
     XLA_FFI_Metadata *metadata = ((XLA_FFI_Metadata_Extension *)extension)->metadata;
     metadata->api_version.major_version = XLA_FFI_API_MAJOR;
