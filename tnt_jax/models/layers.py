@@ -229,7 +229,7 @@ class Attention(nnx.Module):
         return dropout(self._project(product(weights, value)), self.drop_rate, proj_key)
 
     def _runs_kernel(self, x: Float[Array, "batch tokens dim"]) -> bool:
-        """Whether attention is a function in C: on CPUs, where its three steps in XLA take twice as long."""
+        """Whether attention is a function in C: on CPUs, where XLA copies and turns q, k and v for it."""
         may = self.formulation in ("auto", "native") and type(self)._qkv is Attention._qkv
         return may and on_cpu.obstacle("attention", self.qkv.dtype, x.shape[0]) is None
 
