@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from tnt_jax.cli import run_command
+from tnt_jax.commands.cli import run_command
 from tnt_jax.config import InputError
 
 
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def _read(arguments: Arguments) -> None:
-    from tnt_jax.torch_weights.convert import convert, parse_image_size
+    from tnt_jax.storage.torch.convert import convert, parse_image_size
 
     done = convert(
         arguments.source,
@@ -64,7 +64,7 @@ def _read(arguments: Arguments) -> None:
 
 def _write(arguments: Arguments) -> None:
     from tnt_jax.inference import load_model
-    from tnt_jax.torch_weights.convert import export
+    from tnt_jax.storage.torch.convert import export
 
     for option in ("image_size", "num_classes", "weights"):
         if getattr(arguments, option) is not None:

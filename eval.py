@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from tnt_jax.cli import run_command
+from tnt_jax.commands.cli import run_command
 from tnt_jax.config import InputError
 
 
@@ -39,9 +39,9 @@ class Arguments:
 
 def main() -> None:
     arguments = tyro.cli(Arguments)
-    from tnt_jax.evaluation import evaluate_model, probe_model
-    from tnt_jax.scores import per_class, summary
-    from tnt_jax.tables import check_ending, write_rows
+    from tnt_jax.commands.tables import check_ending, write_rows
+    from tnt_jax.evaluation.evaluate import evaluate_model, probe_model
+    from tnt_jax.evaluation.scores import per_class, summary
 
     if not arguments.models:
         raise InputError("no model was given")
@@ -125,7 +125,7 @@ def _answers(done) -> list[dict]:
 
 
 def _print(console: Console, rows: list[dict[str, str]], title: str | None) -> None:
-    from tnt_jax.tables import columns_of
+    from tnt_jax.commands.tables import columns_of
 
     caption = "shares in percent, below them their 95% intervals"
     table = Table(title=title, caption=caption, box=rich.box.SIMPLE_HEAD, pad_edge=False)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from tnt_jax.cli import run_command
+from tnt_jax.commands.cli import run_command
 
 
 @dataclasses.dataclass(frozen=True)

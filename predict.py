@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from tnt_jax.cli import run_command
+from tnt_jax.commands.cli import run_command
 from tnt_jax.config import InputError
 
 
@@ -41,7 +41,7 @@ class Arguments:
 def main() -> None:
     arguments = tyro.cli(Arguments)
     from tnt_jax.inference import load_model, most_likely, predict_images
-    from tnt_jax.models.saving import description_of
+    from tnt_jax.storage.folder import description_of
 
     if arguments.top_k < 1 or not arguments.images:
         raise InputError("top_k must be at least 1" if arguments.images else "no images were given")

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from tnt_jax.cli import run_command, training_config
+from tnt_jax.commands.cli import run_command, training_config
 
 
 def main() -> None:
@@ -12,7 +12,7 @@ def main() -> None:
     given, rest = arguments.parse_known_args()
     config = training_config(rest)
     if given.plan:
-        from tnt_jax.plan import plan
+        from tnt_jax.planning.plan import plan
 
         sys.exit(plan(config, given.plan))
     from tnt_jax.training.loop import train

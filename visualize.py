@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from tnt_jax.cli import run_command, training_config
+from tnt_jax.commands.cli import run_command, training_config
 from tnt_jax.config import InputError, TrainConfig
 
 OF_IMAGES = ("inner-attention", "outer-attention", "class-attention", "words", "features", "tsne")
@@ -86,7 +86,7 @@ def _refuse_what_is_not_used(arguments: Arguments) -> None:
 
 def _of_images(arguments: Arguments):
     from tnt_jax import visualize
-    from tnt_jax.evaluation import features_of, open_test, test_data
+    from tnt_jax.evaluation.evaluate import features_of, open_test, test_data
     from tnt_jax.inference import load_model
 
     model = load_model(arguments.model)
@@ -109,7 +109,7 @@ def _of_images(arguments: Arguments):
 
 def _of_answers(arguments: Arguments):
     from tnt_jax import visualize
-    from tnt_jax.evaluation import answers_of, open_test, test_data
+    from tnt_jax.evaluation.evaluate import answers_of, open_test, test_data
     from tnt_jax.inference import load_model
 
     model = load_model(arguments.model)

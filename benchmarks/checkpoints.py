@@ -63,7 +63,7 @@ def child(kind: str, flags: list[str]) -> dict:
 
 def run(flags: list[str], *, saves: bool) -> dict:
     """The run, and what it took after its first step."""
-    from tnt_jax.cli import training_config
+    from tnt_jax.commands.cli import training_config
     from tnt_jax.training import loop
 
     began, waits = [], []
@@ -98,8 +98,8 @@ def alone(flags: list[str]) -> dict:
 
     import jax
 
-    from tnt_jax.cli import training_config
-    from tnt_jax.training.checkpoint import BEST_METRIC, Checkpoints
+    from tnt_jax.commands.cli import training_config
+    from tnt_jax.storage.checkpoint import BEST_METRIC, Checkpoints
     from tnt_jax.training.loop import Run
 
     config = training_config(["--config", str(ROOT / "configs/digits.py"), *flags])

@@ -16,9 +16,9 @@ from jaxtyping import Array, Float, UInt8
 from tnt_jax.config import InputError
 from tnt_jax.data.images import ImageSource, evaluation_crop, open_image
 from tnt_jax.data.mixing import normalise
-from tnt_jax.models.saving import ModelDescription, Preprocessing, description_of, load_folder
 from tnt_jax.models.variants import Model, get_variant
-from tnt_jax.training.checkpoint import is_run, load_run
+from tnt_jax.storage.checkpoint import is_run, load_run
+from tnt_jax.storage.folder import ModelDescription, Preprocessing, description_of, load_folder
 
 WEIGHTS_FOLDER = Path("weights")
 

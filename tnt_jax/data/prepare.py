@@ -18,7 +18,7 @@ from typing import Annotated
 import rich.progress
 import tyro
 
-from tnt_jax.cli import run_command
+from tnt_jax.commands.cli import run_command
 from tnt_jax.config import InputError
 from tnt_jax.data.records import INSTALL
 

@@ -14,12 +14,12 @@ from flax import nnx
 from tnt_jax.config import InputError, TrainConfig
 from tnt_jax.data.pipeline import Batch, check_fields, eval_batches, steps_per_epoch, train_batches
 from tnt_jax.data.sources import open_source
-from tnt_jax.evaluation import evaluate
+from tnt_jax.evaluation.evaluate import evaluate
 from tnt_jax.inference import load_model
 from tnt_jax.models.adapting import adapt
-from tnt_jax.models.saving import model_from_parameters, model_parameters
 from tnt_jax.models.variants import abstract_model, build_model, resolve
-from tnt_jax.training.checkpoint import Checkpoints, WriteError, claim_run_dir
+from tnt_jax.storage.checkpoint import Checkpoints, WriteError, claim_run_dir
+from tnt_jax.storage.folder import model_from_parameters, model_parameters
 from tnt_jax.training.memory import keep_memory
 from tnt_jax.training.mesh import check_batch_size, make_mesh, to_devices
 from tnt_jax.training.processes import together

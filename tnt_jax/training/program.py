@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from tnt_jax.config import TrainConfig
-from tnt_jax.evaluation import make_eval_step
+from tnt_jax.evaluation.evaluate import make_eval_step
 from tnt_jax.models.variants import abstract_model
 from tnt_jax.training.mesh import on_mesh, over_batch, replicated, shardings_of
 from tnt_jax.training.optimizer import learning_rate_schedule, make_optimizer

@@ -14,9 +14,9 @@ from commands import ROOT
 from jax.sharding import SingleDeviceSharding
 
 from tnt_jax.config import InputError
-from tnt_jax.training.checkpoint import ITEMS, Checkpoints
+from tnt_jax.storage.checkpoint import ITEMS, Checkpoints
+from tnt_jax.storage.packing import LEAST_ALONE, pack
 from tnt_jax.training.mesh import make_mesh, shardings_of
-from tnt_jax.training.packing import LEAST_ALONE, pack
 from tnt_jax.training.step import TrainState
 
 SCORES = {"ema_top1": 0.5, "count": 360, "ema_loss": float("nan")}
@@ -137,7 +137,7 @@ ON_OTHER_DEVICES = """
 import contextlib, itertools, sys
 import jax
 from test_checkpoint import SCORES, assert_equal, items, like, state_of
-from tnt_jax.training.checkpoint import Checkpoints
+from tnt_jax.storage.checkpoint import Checkpoints
 from tnt_jax.training.mesh import make_mesh
 
 assert jax.device_count() == 4
@@ -159,7 +159,7 @@ with contextlib.closing(Checkpoints(sys.argv[1], keep=len(meshes))) as checkpoin
 
 def test_saved_and_restored_on_any_devices_whole_or_in_shards(tmp_path):
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
-    paths = f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests/training'}"
+    paths = f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests/storage'}"
     done = subprocess.run(
         [sys.executable, "-c", ON_OTHER_DEVICES, tmp_path],
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths},

@@ -19,10 +19,10 @@ import rich.console
 import rich.table
 
 from tnt_jax.chips import GIB, Chip, chip_of, training_flops
-from tnt_jax.cli import run_command
-from tnt_jax.collectives import Collective
-from tnt_jax.compiling import Compiled, bytes_of, compile_step, largest_batch
+from tnt_jax.commands.cli import run_command
 from tnt_jax.config import InputError, TrainConfig, from_json, to_json
+from tnt_jax.planning.collectives import Collective
+from tnt_jax.planning.compiling import Compiled, bytes_of, compile_step, largest_batch
 
 KNOWN = "v5e:2x4, v5e:16x16, v6e:4x4, v5p:2x2x1, v4:2x2x2, v3:2x2, tpu7x:2x2x1, ... or cpu:8"
 
@@ -40,7 +40,7 @@ def plan(config: TrainConfig, topology: str) -> int:
         InputError: it is no topology, or libtpu is not installed.
     """
     child = subprocess.run(
-        [sys.executable, "-m", "tnt_jax.plan"],
+        [sys.executable, "-m", "tnt_jax.planning.plan"],
         input=json.dumps({"config": to_json(config), "topology": topology}),
         text=True,
         env=os.environ | environment_for(topology),

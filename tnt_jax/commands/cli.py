@@ -42,7 +42,7 @@ def config_of(path: str) -> TrainConfig:
         InputError: there is no such file, or it returns none, or the folder holds no run.
     """
     if pathlib.Path(path).is_dir():
-        from tnt_jax.training.checkpoint import read_config
+        from tnt_jax.storage.checkpoint import read_config
 
         return read_config(path)
     if not pathlib.Path(path).is_file():

@@ -18,9 +18,9 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from tnt_jax.config import InputError, TrainConfig, from_json, to_json
-from tnt_jax.models.saving import ModelDescription, Preprocessing, describe, read_description, write_description
 from tnt_jax.models.variants import Model, abstract_model
-from tnt_jax.training.packing import checksums, layout, pack, packed_shapes, unpack
+from tnt_jax.storage.folder import ModelDescription, Preprocessing, describe, read_description, write_description
+from tnt_jax.storage.packing import checksums, layout, pack, packed_shapes, unpack
 from tnt_jax.training.step import TrainState
 
 CONFIG_FILE = "config.json"

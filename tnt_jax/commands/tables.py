@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tnt_jax.config import InputError
-from tnt_jax.models.saving import write_whole
+from tnt_jax.storage.folder import write_whole
 
 Row = dict[str, Any]
 

@@ -18,13 +18,13 @@ from tnt_jax.data.imagenet import RELATIVES, ImageNetSource, open_imagenet, real
 from tnt_jax.data.mixing import Feeding, normalise
 from tnt_jax.data.pipeline import eval_batches
 from tnt_jax.data.sources import Source, open_source
+from tnt_jax.evaluation.probes import NEIGHBOURS, linear_probe, nearest_neighbours
+from tnt_jax.evaluation.published import published
+from tnt_jax.evaluation.scores import Answers, wilson
 from tnt_jax.inference import load_model
-from tnt_jax.models.saving import description_of
 from tnt_jax.models.variants import Model
-from tnt_jax.probes import NEIGHBOURS, linear_probe, nearest_neighbours
-from tnt_jax.published import published
-from tnt_jax.scores import Answers, wilson
-from tnt_jax.training.checkpoint import is_run, read_config
+from tnt_jax.storage.checkpoint import is_run, read_config
+from tnt_jax.storage.folder import description_of
 from tnt_jax.training.mesh import check_batch_size, make_mesh, on_mesh, to_devices
 
 
