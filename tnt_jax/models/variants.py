@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import fnmatch
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -292,7 +293,7 @@ def _check_stages(config: ModelConfig) -> None:
                 raise InputError(f"{branch}_dim {dim} cannot be divided among {branch}_heads {count}")
 
 
-def create_model(name: str, *, seed: int = 0, **changes) -> Model:
+def create_model(name: str, *, seed: int = 0, **changes: Any) -> Model:
     """A freshly initialised model, for example `create_model("tnt_s_patch16_224", num_classes=10, image_size=(192,
     320))`.
 
@@ -307,7 +308,7 @@ def create_model(name: str, *, seed: int = 0, **changes) -> Model:
     return build_model(model_config(name, **changes), seed)
 
 
-def model_config(name: str, **changes) -> ModelConfig:
+def model_config(name: str, **changes: Any) -> ModelConfig:
     """The complete configuration of a published model with other values of some fields.
 
     Raises:
