@@ -23,12 +23,13 @@ sys.path.insert(0, "tests")
 import jax
 from small_runs import tiny_run
 from tnt_jax.planning import plan
+from tnt_jax.planning.compiling import compile_step
 from tnt_jax.models.tnt import words_per_side
 from tnt_jax.training.mesh import make_mesh
 from tnt_jax.training.program import Program
 config, _ = plan._resolved(tiny_run("unused", batch_size={batch}, fsdp={fsdp}))
 devices = plan._devices("{topology}")
-step = plan.compile_step(config, devices)
+step = compile_step(config, devices)
 params = Program(config, make_mesh(1, devices), 10).abstract_state.params
 kernel, model = params["word_embedding"]["conv"]["kernel"], config.model
 matrix = model.patch_size**2 * model.in_channels * words_per_side(model) ** 2 * model.inner_dim
