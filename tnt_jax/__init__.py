@@ -3,8 +3,17 @@
 from tnt_jax.config import InputError
 from tnt_jax.inference import inference_model
 from tnt_jax.models.summary import summary
-from tnt_jax.models.variants import create_model, list_models
+from tnt_jax.models.variants import list_models
 from tnt_jax.storage.folder import save_model
-from tnt_jax.storage.load import load_model
+from tnt_jax.storage.load import create_model, get_model, load_model
 
-__all__ = ["InputError", "create_model", "inference_model", "list_models", "load_model", "save_model", "summary"]
+__all__ = [
+    "InputError",
+    "create_model",
+    "get_model",
+    "inference_model",
+    "list_models",
+    "load_model",
+    "save_model",
+    "summary",
+]

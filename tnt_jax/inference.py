@@ -16,7 +16,7 @@ from tnt_jax.config import InputError
 from tnt_jax.data.images import ImageSource, evaluation_crop, open_image
 from tnt_jax.data.mixing import normalise
 from tnt_jax.models.variants import Model
-from tnt_jax.storage.folder import ModelDescription, Preprocessing, description_of
+from tnt_jax.storage.description import ModelDescription, Preprocessing, description_of
 from tnt_jax.storage.load import load_model
 
 

@@ -7,6 +7,7 @@ import pytest
 from small_models import small_model
 
 from tnt_jax.config import InputError
+from tnt_jax.storage import description as described
 from tnt_jax.storage import folder as saving
 
 NAMES = ("ant", "bee", "cat")
@@ -30,7 +31,7 @@ def test_a_saved_model_comes_back_bit_for_bit_with_its_description(model, folder
     for path in before:
         np.testing.assert_array_equal(after[path], before[path], err_msg=path)
     assert loaded.config == model.config
-    description = saving.description_of(loaded)
+    description = described.description_of(loaded)
     assert description.class_names == NAMES
     assert description.source == {"file": "a.pth"}
     assert (description.preprocessing.image_size, description.preprocessing.crop) == ((32, 32), 0.9)
@@ -42,7 +43,7 @@ def test_a_bfloat16_model_of_grey_images_comes_back(tmp_path):
     loaded = saving.load_folder(tmp_path / "model")
     assert loaded.head.kernel[...].dtype == jnp.bfloat16
     np.testing.assert_array_equal(loaded.head.kernel[...], model.head.kernel[...])
-    assert saving.description_of(loaded).preprocessing.mean == (0.5,)
+    assert described.description_of(loaded).preprocessing.mean == (0.5,)
 
 
 def test_saving_a_loaded_model_keeps_its_class_names(folder, tmp_path):
@@ -119,7 +120,7 @@ def test_as_many_class_names_as_classes(model, tmp_path):
 
 
 def test_a_description_without_parameters_is_written_and_read_alone(model, tmp_path):
-    preprocessing = saving.Preprocessing((32, 32), 1.0, (0.1,) * 3, (0.3,) * 3)
-    description = saving.describe(model.config, class_names=NAMES, preprocessing=preprocessing)
+    preprocessing = described.Preprocessing((32, 32), 1.0, (0.1,) * 3, (0.3,) * 3)
+    description = described.describe(model.config, class_names=NAMES, preprocessing=preprocessing)
     saving.write_description(tmp_path, description)
     assert saving.read_description(tmp_path) == dataclasses.replace(description)

@@ -42,7 +42,7 @@ class Arguments:
 def main() -> None:
     arguments = tyro.cli(Arguments)
     from tnt_jax.inference import most_likely, predict_images
-    from tnt_jax.storage.folder import description_of
+    from tnt_jax.storage.description import description_of
     from tnt_jax.storage.load import load_model
 
     if arguments.top_k < 1 or not arguments.images:

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import fnmatch
 import typing
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -267,12 +268,17 @@ def create_model(name: str, *, seed: int = 0, **changes) -> Model:
     Raises:
         InputError: an unknown name, an unknown field, or sizes that contradict each other.
     """
+    check_fields(changes)
+    return build_model(ModelConfig(name=name, **changes), seed)
+
+
+def check_fields(changes: Iterable[str]) -> None:
+    """Raises InputError unless each of these is a field of `ModelConfig`."""
     fields = [field.name for field in dataclasses.fields(ModelConfig)]
     for field in changes:
         if field not in fields:
             nearest = difflib.get_close_matches(field, fields, n=1) or fields
             raise InputError(f"create_model has no argument {field!r}; did you mean {' or '.join(nearest)}?")
-    return build_model(ModelConfig(name=name, **changes), seed)
 
 
 def build_model(config: ModelConfig, seed: int = 0) -> Model:

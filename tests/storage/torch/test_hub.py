@@ -15,7 +15,7 @@ import torch
 import tnt_jax
 from tnt_jax.config import InputError, ModelConfig
 from tnt_jax.storage.folder import parameter_shapes
-from tnt_jax.storage.torch.convert import convert
+from tnt_jax.storage.convert import convert
 from tnt_jax.storage.torch.layouts import layout_shapes
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from tnt_jax.config import InputError
+
 # A row is one tensor, or a module whose `kernel` or `scale` is called `weight` there and whose `bias` is called `bias`.
 # A row that ends in .* gives what the names of the rows below begin with.
 # {qk,v}: the rows of two tensors, one after the other, are those of ours. -: the layout has no such module.
@@ -107,9 +109,10 @@ def _columns(table: str) -> dict[str, dict[str, str]]:
         if row[0].endswith("blocks.*"):
             prefixes = row
             continue
-        ours, *theirs = [prefix + name for prefix, name in zip(prefixes, row, strict=True)]
+        ours, *theirs = [name if name == "-" else prefix + name for prefix, name in zip(prefixes, row, strict=True)]
         for layout, name in zip(header[1:], theirs, strict=True):
-            columns[layout][ours] = name
+            if name != "-":
+                columns[layout][ours] = name
     return columns
 
 
@@ -122,6 +125,9 @@ def tensor_names(path: str, layout: str) -> tuple[str, ...]:
     """What the tensors are called in a layout that make up our parameter `path`, such as `blocks.0.inner.norm1.scale`.
 
     One name, or the names of the tensors whose rows follow each other in ours.
+
+    Raises:
+        InputError: the layout has no such module.
     """
     names = _NAMES[layout]
     numbers = re.findall(r"(?<=\.)\d+(?=\.)", path)
@@ -130,6 +136,8 @@ def tensor_names(path: str, layout: str) -> tuple[str, ...]:
         name = names[pattern]
     else:
         module, leaf = pattern.rsplit(".", 1)
+        if module not in names:
+            raise InputError(f"{layout} has no place for {path}")
         name = f"{names[module]}.{_LEAVES[leaf]}"
     for number in numbers:
         name = name.replace("*", number, 1)

@@ -284,7 +284,9 @@ def _known(limit: int) -> dict[str, Any]:
 
 
 def _mapping(pairs: Any) -> OrderedDict:
-    if not isinstance(pairs, list | tuple) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+    if not isinstance(pairs, list | tuple) or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs
+    ):
         raise Damaged("it has an ordered dictionary that is none")
     return OrderedDict((plain_key(key), value) for key, value in pairs)
 
