@@ -1,6 +1,6 @@
 """What was fetched and converted, under the user's cache: `$XDG_CACHE_HOME/tnt_jax`, or `~/.cache/tnt_jax`.
 
-    downloads/ADDRESS/FILE       what lay at an address, with `record.json`: the address, the size and the SHA-256
+    downloads/ADDRESS/FILE       what lay at an address, with `.record.json`: the address, the size and the SHA-256
     models/SHA256-DESCRIPTION/   the model folder that was made of a file, by both
     sources/NAME.json            which of these an address or a name on the hub became
 
@@ -117,8 +117,8 @@ def kept() -> list[Kept]:
     """Everything in the cache but the hub's own."""
     found, root = [], cache_root()
     for folder in sorted((root / "downloads").glob("*")):
-        fields = read_record(folder / "record.json") or read_record(folder / "unfinished.json") or {}
-        kind = "file" if (folder / "record.json").exists() else "unfinished"
+        fields = read_record(folder / ".record.json") or read_record(folder / ".unfinished.json") or {}
+        kind = "file" if (folder / ".record.json").exists() else "unfinished"
         found.append(Kept(kind, str(fields.get("address", folder.name)), folder, _size(folder)))
     sources: dict[str, list[str]] = {}
     for path in sorted((root / "sources").glob("*.json")):

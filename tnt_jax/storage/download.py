@@ -35,6 +35,10 @@ class Unreachable(InputError):
     """An address did not give its file. Another address may."""
 
 
+class WrongContent(Unreachable):
+    """An address gave something else than its file."""
+
+
 def download(address: str) -> Path:
     """The file at an address, from the cache if it is there.
 
@@ -54,7 +58,7 @@ def download(address: str) -> Path:
         raise Unreachable(_missing(address, f"{OFFLINE} is set, so nothing is fetched"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / "lock")
+        lock = filelock.FileLock(folder / ".lock")
         with _held(lock, address):
             return _complete(folder) or _fetch_from_any(address, folder)
     except (PermissionError, NotADirectoryError) as error:
@@ -71,7 +75,7 @@ def _without_keeping(address: str, error: OSError) -> Path:
 
 
 def _complete(folder: Path) -> Path | None:
-    fields = read_record(folder / "record.json")
+    fields = read_record(folder / ".record.json")
     path = folder / str((fields or {}).get("file", ""))
     return path if fields and path.is_file() and path.stat().st_size == fields.get("size") else None
 
@@ -86,13 +90,15 @@ def _held(lock: filelock.FileLock, address: str) -> filelock.FileLock:
 
 
 def _fetch_from_any(address: str, folder: Path) -> Path:
-    reasons = []
+    errors = []
     for place in _places(address):
         try:
             return _fetch(address, place, folder)
         except Unreachable as error:
-            reasons.append(f"{place}: {error}")
-    raise Unreachable(_missing(address, "; ".join(reasons)))
+            errors.append(error)
+    if len(errors) == 1 and isinstance(errors[0], WrongContent):
+        raise errors[0]
+    raise Unreachable(_missing(address, "; ".join(map(str, errors))))
 
 
 def _places(address: str) -> Iterator[str]:
@@ -103,8 +109,9 @@ def _places(address: str) -> Iterator[str]:
 
 def _fetch(address: str, place: str, folder: Path) -> Path:
     """Fetches a file into a folder, beginning where an earlier try ended."""
-    name = Path(urllib.parse.unquote(urllib.parse.urlsplit(address).path)).name or "download"
-    part, notes = folder / "unfinished", folder / "unfinished.json"
+    # What begins with a dot is ours.
+    name = Path(urllib.parse.unquote(urllib.parse.urlsplit(address).path)).name.lstrip(".") or "download"
+    part, notes = folder / ".unfinished", folder / ".unfinished.json"
     failures = 0
     while True:
         before = part.stat().st_size if part.exists() else 0
@@ -116,7 +123,7 @@ def _fetch(address: str, place: str, folder: Path) -> Path:
                 remove(part)  # it does not fit what is there now
                 continue
             if isinstance(error, urllib.error.HTTPError) and error.code < 500:
-                raise Unreachable(f"the server answers {error.code} ({error.reason})") from error
+                raise Unreachable(f"{place} answers {error.code} ({error.reason})") from error
             reason = error
         except (http.client.HTTPException, TimeoutError, ConnectionError, ssl.SSLError) as error:
             reason = error
@@ -129,7 +136,8 @@ def _fetch(address: str, place: str, folder: Path) -> Path:
             raise InputError(f"{place} cannot be written to {folder}: {error.strerror or error}") from error
         failures = 0 if part.exists() and part.stat().st_size > before else failures + 1
         if failures == TRIES or _is_final(reason):
-            raise Unreachable(f"it cannot be reached ({getattr(reason, 'reason', None) or reason or repr(reason)})")
+            why = getattr(reason, "reason", None) or str(reason) or repr(reason)
+            raise Unreachable(f"{place} cannot be reached ({why})")
         time.sleep(min(2.0**failures, 8.0) / 4)
     return _finished(address, part, notes, folder / name)
 
@@ -170,7 +178,7 @@ def _receive(address: str, place: str, part: Path, notes: Path) -> None:
 
 def _refuse_pages(place: str, kind: str, start: bytes) -> None:
     if kind.startswith("text/html") or "web page" in what_it_is(start[:1024]):
-        raise InputError(f"{place} gives a web page, not a checkpoint; look for the address of the file itself")
+        raise WrongContent(f"{place} gives a web page, not a checkpoint; look for the address of the file itself")
 
 
 def _finished(address: str, part: Path, notes: Path, path: Path) -> Path:
@@ -181,13 +189,13 @@ def _finished(address: str, part: Path, notes: Path, path: Path) -> Path:
     if expected and not digest.startswith(expected[1]):
         remove(part)
         remove(notes)
-        raise InputError(
+        raise WrongContent(
             f"{address} is not what its name says: its SHA-256 begins with {digest[: len(expected[1])]}, and should "
             f"with {expected[1]}; what was fetched is removed"
         )
     part.replace(path)
     size = path.stat().st_size
-    write_record(path.parent / "record.json", {"address": address, "file": path.name, "size": size, "sha256": digest})
+    write_record(path.parent / ".record.json", {"address": address, "file": path.name, "size": size, "sha256": digest})
     remove(notes)
     return path
 
