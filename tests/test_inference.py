@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from PIL import Image
-from small_models import small_model
+from small_models import small_model, small_pyramid
 
 import tnt_jax
 from tnt_jax.config import InputError
@@ -106,38 +106,6 @@ def test_a_model_without_names_names_numbers_and_one_without_classes_is_refused(
     assert result["pred_class"] == str(result["pred_label"])
     with pytest.raises(InputError, match="num_classes=0"):
         tnt_jax.inference_model(small_model(num_classes=0), photos / "0.png")
-
-
-@pytest.mark.parametrize(
-    ("name", "variant"),
-    [
-        ("tnt-small-p16_3rdparty_in1k", "tnt_s_legacy_patch16_224"),
-        ("timm/tnt_s_patch16_224.in1k", "tnt_s_patch16_224"),
-        ("tnt_b_patch16_224.in1k", "tnt_b_patch16_224"),
-    ],
-)
-def test_a_published_name_says_how_to_get_its_weights(name, variant, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    command = rf"python convert_torch_weights\.py timm/{variant}\.in1k weights/{variant}"
-    with pytest.raises(InputError, match=command):
-        tnt_jax.inference_model(name, "bird.jpg")
-    tnt_jax.save_model(small_model(name=variant), f"weights/{variant}", class_names=NAMES)
-    assert tnt_jax.load_model(name).description.class_names == NAMES
-    tnt_jax.save_model(small_model(), f"weights/{variant}", overwrite=True)
-    with pytest.raises(InputError, match=f"holds tnt_ti_patch16_224, and {name} is {variant}"):
-        tnt_jax.load_model(name)
-
-
-def test_what_is_no_model_is_refused_with_what_to_do(tmp_path):
-    (tmp_path / "a.pth").touch()
-    with pytest.raises(InputError, match=r"python convert_torch_weights\.py .*a\.pth"):
-        tnt_jax.load_model(tmp_path / "a.pth")
-    with pytest.raises(InputError, match=r"no folder tnt_s_patch16, and .* nearest names are tnt_s_patch16_224"):
-        tnt_jax.load_model("tnt_s_patch16")
-    with pytest.raises(InputError, match=r"(?s)py FILE weights/ptnt_s_patch16_256\n.*https://github.com/huawei-noah"):
-        tnt_jax.load_model("ptnt_s_patch16_256")
-    with pytest.raises(InputError, match="nobody has published weights of tnt_ti_patch16_224"):
-        tnt_jax.load_model("tnt_ti_patch16_224")
 
 
 def test_predict_prints_the_likeliest_classes(folder, photos):

@@ -5,9 +5,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from tnt_jax.fields import plain
 from tnt_jax.models.adapting import adapt
-from tnt_jax.models.variants import resolve
-from tnt_jax.storage.description import ModelDescription, describe, plain
+from tnt_jax.models.variants import changed
+from tnt_jax.storage.description import ModelDescription, describe
 from tnt_jax.storage.folder import check_destination, save_parameters
 from tnt_jax.storage.load import open_model
 
@@ -57,9 +58,7 @@ def convert(
     opened = open_model(source, weights=weights, image_size=image_size)
     known = opened.description
     changes = {"num_classes": num_classes, "image_size": image_size}
-    wanted = resolve(
-        dataclasses.replace(known.config, **{name: value for name, value in changes.items() if value is not None})
-    )
+    wanted = changed(known.config, {name: value for name, value in changes.items() if value is not None})
     parameters, adapted = adapt(opened.parameters, known.config, wanted)
     if class_names is None and wanted.num_classes == known.config.num_classes:
         class_names = known.class_names

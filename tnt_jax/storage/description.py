@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 
 from tnt_jax.config import InputError, ModelConfig
-from tnt_jax.models.variants import get_variant, resolve
+from tnt_jax.fields import plain
+from tnt_jax.models.variants import check_sizes
 
 FORMAT = 1
 DESCRIPTION = "model.json"
+PUBLISHED_CROP = 0.9  # of every published model, whose mean and std are 0.5
 INTERPOLATIONS = ("bicubic", "bilinear")
 
 
@@ -33,7 +35,6 @@ class ModelDescription:
     """Everything of a model but its numbers. A loaded model carries its own as `model.description`."""
 
     config: ModelConfig
-    """Resolved: no field is None."""
     preprocessing: Preprocessing
     class_names: tuple[str, ...] | None = None
     source: Mapping[str, Any] | None = dataclasses.field(default=None, compare=False)
@@ -55,15 +56,14 @@ def describe(
         InputError: the names are not one text for each class, the configuration contradicts itself, or the
             preprocessing is none.
     """
-    config = resolve(_plain_fields(config))
+    config = _plain_fields(config)
+    check_sizes(config)
     names = named_classes(class_names)
     if names is not None and len(names) != config.num_classes:
         raise InputError(f"there are {len(names)} class names for a model with {config.num_classes} classes")
     if preprocessing is None:
-        variant = get_variant(config.name)
-        grey = ((0.5,) * config.in_channels,) * 2
-        mean, std = (variant.mean, variant.std) if config.in_channels == len(variant.mean) else grey
-        preprocessing = Preprocessing(config.image_size, variant.crop, mean, std)
+        half = (0.5,) * config.in_channels
+        preprocessing = Preprocessing(config.image_size, PUBLISHED_CROP, half, half)
     preprocessing = _plain_fields(preprocessing)
     check_preprocessing(preprocessing, config)
     return ModelDescription(config, preprocessing, names, source)
@@ -151,13 +151,6 @@ def _plain_fields(record: Any) -> Any:
     """A dataclass with Python's numbers and tuples for NumPy's and for lists, so that JSON gives back what it got."""
     changes = {field.name: plain(getattr(record, field.name)) for field in dataclasses.fields(record)}
     return dataclasses.replace(record, **changes)
-
-
-def plain(value: Any) -> Any:
-    """A value with Python's numbers for NumPy's, and tuples for lists and arrays."""
-    if isinstance(value, np.generic | np.ndarray):
-        value = value.tolist()
-    return tuple(map(plain, value)) if isinstance(value, list | tuple) else value
 
 
 def description_of(model: Any) -> ModelDescription:

@@ -20,13 +20,13 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tnt_jax.config import InputError, ModelConfig
-from tnt_jax.models.variants import Model, abstract_model, resolve
+from tnt_jax.fields import plain
+from tnt_jax.models.variants import Model, abstract_model, check_sizes
 from tnt_jax.storage.description import (
     DESCRIPTION,
     ModelDescription,
     describe,
     description_of,
-    plain,
     read_description,
     write_description,
 )
@@ -42,13 +42,13 @@ def model_parameters(model: nnx.Module) -> dict[str, Any]:
 
 def parameter_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Path, shape and dtype of every parameter that the model of a configuration has. Nothing is computed."""
-    _, flat = _structure(resolve(config))
+    _, flat = _structure(config)
     return {".".join(map(str, path)): variable.get_value() for path, variable in flat}
 
 
 def model_from_parameters(config: ModelConfig, parameters: Mapping[str, Any]) -> Model:
     """The module of a configuration around parameters that are named and shaped as `parameter_shapes` says."""
-    graph, flat = _structure(resolve(config))
+    graph, flat = _structure(config)
     filled = [
         (path, variable.replace(jnp.asarray(parameters[".".join(map(str, path))], variable.dtype)))
         for path, variable in flat
@@ -129,13 +129,13 @@ def config_of_parameters(config: ModelConfig, parameters: Mapping[str, Any]) -> 
     Raises:
         InputError: the parameters are not those of such a model; the message lists every one that differs.
     """
-    config = resolve(config)
     shapes = {path: tuple(value.shape) for path, value in parameters.items()}
     classes = shapes["head.bias"][0] if len(shapes.get("head.bias", ())) == 1 else 0
     dtypes = {str(value.dtype) for value in parameters.values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else config.param_dtype
     dtype = dtype if dtype in ("float32", "bfloat16") else config.param_dtype
     config = dataclasses.replace(config, num_classes=classes, param_dtype=dtype)
+    check_sizes(config)
     wanted = parameter_shapes(config)
     faults = [f"{path} {shape} is not in such a model" for path, shape in shapes.items() if path not in wanted]
     for path, of in wanted.items():

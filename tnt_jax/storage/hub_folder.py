@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tnt_jax.config import InputError
-from tnt_jax.models.variants import VARIANTS, get_variant
-from tnt_jax.storage.description import ModelDescription, Preprocessing, describe, named_classes, plain
-from tnt_jax.storage.folder import parameter_shapes
+from tnt_jax.fields import plain
+from tnt_jax.models.variants import VARIANTS
+from tnt_jax.storage.description import ModelDescription, Preprocessing, describe, named_classes
 from tnt_jax.storage.torch.convert import Opened, open_checkpoint
 
 CONFIG = "config.json"
@@ -76,18 +76,10 @@ def open_hub_folder(
     opened = open_checkpoint(path, weights=weights, image_size=size, source=source, published=published)
     if fields is None:
         return opened
-    config = opened.description.config
-    if get_variant(fields["architecture"]).config.architecture != config.architecture or (
-        not _is_ours(opened) and fields["architecture"] != config.name
-    ):
-        raise InputError(f"{path} holds {config.name}, and {folder / CONFIG} says {fields['architecture']}")
+    said, config = VARIANTS[fields["architecture"]].config, opened.description.config
+    if said.architecture != config.architecture or (said.name != config.name and not opened.described):
+        raise InputError(f"{path} holds {config.name}, and {folder / CONFIG} says {said.name}")
     return dataclasses.replace(opened, description=_described(opened.description, fields, folder))
-
-
-def _is_ours(opened: Opened) -> bool:
-    """Whether sizes came with the file: they may be other ones than the architecture's."""
-    own = parameter_shapes(get_variant(opened.description.config.name).config)
-    return {path: value.shape for path, value in opened.parameters.items()} != {p: of.shape for p, of in own.items()}
 
 
 def _input_size(fields: Mapping[str, Any] | None) -> tuple[int, int] | None:

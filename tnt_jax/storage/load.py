@@ -14,7 +14,7 @@ from flax import nnx
 from tnt_jax.config import InputError
 from tnt_jax.models import variants
 from tnt_jax.models.adapting import adapt
-from tnt_jax.models.variants import Model, abstract_model, resolve
+from tnt_jax.models.variants import Model, abstract_model, changed
 from tnt_jax.storage import cache
 from tnt_jax.storage.checkpoint import Checkpoints
 from tnt_jax.storage.description import describe, description_of, description_text, read_description
@@ -73,10 +73,9 @@ def create_model(name: str, pretrained: bool | str | os.PathLike = False, *, see
     """
     if pretrained is False:
         return variants.create_model(name, seed=seed, **changes)
-    variants.check_fields(changes)
     opened = open_model(name if pretrained is True else pretrained)
     known = opened.description
-    wanted = resolve(dataclasses.replace(known.config, **changes))
+    wanted = changed(known.config, changes)
     parameters, notes = adapt(opened.parameters, known.config, wanted, seed=seed)
     for note in notes:
         _log.warning("%s: %s", name, note)

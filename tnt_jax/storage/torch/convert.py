@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tnt_jax.config import InputError, ModelConfig
-from tnt_jax.models.variants import VARIANTS, resolve
+from tnt_jax.models.variants import VARIANTS
 from tnt_jax.storage.cache import file_sha256
 from tnt_jax.storage.description import ModelDescription, describe, imagenet_names
 from tnt_jax.storage.torch.read import (
@@ -34,6 +34,8 @@ class Opened:
     """Of the checkpoint that it was read from, if it was one."""
     tensors: int = 0
     """How many were read from it."""
+    described: bool = True
+    """Whether the description came with it. Otherwise it was recognised from names and shapes."""
     notes: tuple[str, ...] = ()
     """What was left out or changed, for people."""
 
@@ -61,7 +63,7 @@ def open_checkpoint(
     shapes = shapes_of(found.tensors)
     layout = recognise_layout(shapes)
     known = found.description
-    config = known.config if known else resolve(recognise_config(layout, shapes, image_size))
+    config = known.config if known else recognise_config(layout, shapes, image_size)
     count = sum(map(is_array, found.tensors.values()))
     notes = [f"{name} was left out: no forward pass uses it" for name in sorted(filter(is_unused, found.tensors))]
     parameters = to_parameters(found.tensors, layout, config)
@@ -72,7 +74,7 @@ def open_checkpoint(
     description = dataclasses.replace(description, source=origin | dict(source or {}), checksums=None)
     if description.class_names is None and config.num_classes == IMAGENET_CLASSES:
         notes.append("its classes have no names; if they are those of ImageNet-1k, --class-names imagenet-1k says so")
-    return Opened(parameters, description, layout, count, tuple(notes))
+    return Opened(parameters, description, layout, count, known is not None, tuple(notes))
 
 
 def _described(config: ModelConfig, names: tuple[str, ...] | None, published: bool) -> ModelDescription:
