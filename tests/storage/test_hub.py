@@ -111,9 +111,7 @@ def test_a_hub_out_of_reach_says_what_to_do(filled, monkeypatch):
     load_model("me/old")
     filled.serve = lambda request: setattr(request, "close_connection", True)
     load_model("me/old")
-    with pytest.raises(
-        InputError, match=r"(?s)out of reach.*hf download me/new --local-dir FOLD"
-    ):
+    with pytest.raises(InputError, match=r"(?s)out of reach.*hf download me/new --local-dir FOLD"):
         load_model("me/new")
 
 

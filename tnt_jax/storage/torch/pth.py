@@ -266,6 +266,7 @@ def _known(limit: int) -> dict[str, Any]:
     known = {
         "collections.OrderedDict": lambda pairs=(), *_: _mapping(pairs),
         "collections.defaultdict": lambda *_: {},
+        "_codecs.encode": _encoded,
         "torch.Size": lambda sizes=(): sizes if isinstance(sizes, tuple) else (),
         "torch._utils._rebuild_tensor": tensor.from_storage,
         "torch._utils._rebuild_tensor_v2": tensor.from_storage,
@@ -289,6 +290,13 @@ def _mapping(pairs: Any) -> OrderedDict:
     ):
         raise Damaged("it has an ordered dictionary that is none")
     return OrderedDict((plain_key(key), value) for key, value in pairs)
+
+
+def _encoded(text: Any, encoding: Any = "latin1") -> Any:
+    """How protocol 2 has bytes: as text in latin-1."""
+    if isinstance(text, str) and encoding == "latin1" and all(letter <= "\xff" for letter in text):
+        return text.encode("latin-1")
+    raise Damaged("it has bytes in a form that is not known")
 
 
 def _rebuilt(function: Any, arguments: Any) -> Any:
