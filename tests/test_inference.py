@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from PIL import Image
-from small_models import small_model, small_pyramid
+from small_models import small_model
 
 import tnt_jax
 from tnt_jax.config import InputError

@@ -90,7 +90,8 @@ def _predict(
 def _pixels(image: ImageSource, description: ModelDescription) -> np.ndarray | InputError:
     feeding = description.preprocessing
     try:
-        return evaluation_crop(open_image(image, description.config.in_channels), feeding.image_size, feeding.crop)
+        pixels = open_image(image, description.config.in_channels)
+        return evaluation_crop(pixels, feeding.image_size, feeding.crop, feeding.interpolation)
     except InputError as error:
         return error
 

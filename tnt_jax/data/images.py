@@ -65,8 +65,10 @@ def _reason(error: Exception, source: ImageSource) -> str:
     return str(error) or type(error).__name__
 
 
-def evaluation_crop(image: Image.Image | Pixels, size: tuple[int, int], crop: float) -> Pixels:
-    """What evaluation shows of an image: resized (bicubic, antialiased) until it covers size / crop, cut at its centre.
+def evaluation_crop(
+    image: Image.Image | Pixels, size: tuple[int, int], crop: float, interpolation: str = "bicubic"
+) -> Pixels:
+    """What evaluation shows of an image: resized (antialiased) until it covers size / crop, and cut at its centre.
 
     Source: timm/data/transforms_factory.py, transforms_imagenet_eval with its default crop mode, and the Resize and
     CenterCrop of torchvision, rounding included.
@@ -74,12 +76,13 @@ def evaluation_crop(image: Image.Image | Pixels, size: tuple[int, int], crop: fl
     Args:
         size: height and width of the result.
         crop: share of the shorter side that is kept, above 0 and at most 1.
+        interpolation: bicubic or bilinear.
     """
     pixels = np.asarray(image)
     pixels = pixels.reshape(*pixels.shape[:2], -1)
     width, height = _resized_size(pixels.shape[1::-1], size, crop)
     top, left = round((height - size[0]) / 2), round((width - size[1]) / 2)
-    return resize(pixels, (height, width), Image.Resampling.BICUBIC, (top, left, *size))
+    return resize(pixels, (height, width), Image.Resampling[interpolation.upper()], (top, left, *size))
 
 
 def _resized_size(image_size: tuple[int, int], size: tuple[int, int], crop: float) -> tuple[int, int]:

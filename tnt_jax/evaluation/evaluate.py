@@ -44,6 +44,7 @@ def _over(images: Source, data: DataConfig, model: Model, batch_size: int, compu
         image_size=config.image_size,
         channels=config.in_channels,
         batch_size=batch_size,
+        interpolation=feeding.interpolation,
     )
     for batch in batches:
         computed = step(params, to_devices(batch, mesh))

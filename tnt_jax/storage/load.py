@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -192,6 +193,8 @@ def load_run(run_dir: str | os.PathLike, *, weights: str = "ema", step: int | No
             raise InputError(f"the run in {run_dir} has no checkpoint of step {step}; {kept}")
         item = {"ema": "ema", "raw": "params"}[weights]
         params = checkpoints.restore(step, {item: like})[item]
+        scores = {name: score for name, score in checkpoints.scores(step).items() if math.isfinite(score)}
     model = nnx.merge(graphdef, params)
-    model.description = description
+    origin = {**(description.source or {}), "step": step, "weights": weights, "scores": scores}
+    model.description = dataclasses.replace(description, source=origin)
     return model

@@ -1,7 +1,6 @@
 """A run from its configuration to its last step."""
 
 import contextlib
-import os
 import time
 from collections.abc import Iterator
 
@@ -18,7 +17,6 @@ from tnt_jax.models.variants import abstract_model, build_model, complete, resol
 from tnt_jax.storage.checkpoint import Checkpoints, WriteError, claim_run_dir
 from tnt_jax.storage.folder import model_from_parameters, model_parameters
 from tnt_jax.storage.load import load_model
-from tnt_jax.training.memory import keep_memory
 from tnt_jax.training.mesh import check_batch_size, make_mesh, to_devices
 from tnt_jax.training.processes import together
 from tnt_jax.training.program import Program
@@ -42,9 +40,7 @@ def train(config: TrainConfig[ModelChanges]) -> dict[str, float]:
         PeersError: not all processes of the run came.
     """
     began = time.perf_counter()
-    keep_memory()
     with together(config.distributed):
-        use_compilation_cache()
         console = rich.console.Console(highlight=False, soft_wrap=True, quiet=jax.process_index() > 0)
         run = Run(config)
         claim_run_dir(run.config, run.train_source.class_names)
@@ -59,13 +55,6 @@ def train(config: TrainConfig[ModelChanges]) -> dict[str, float]:
                 console.print(run.describe(start))
                 _train_from(start, state, run, checkpoints, console, began)
             return _conclude(checkpoints, run, console)
-
-
-def use_compilation_cache() -> None:
-    """Keeps what is compiled for the next start, in the user's cache unless JAX_COMPILATION_CACHE_DIR says where."""
-    if not jax.config.jax_compilation_cache_dir:
-        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "tnt_jax", "compiled"))
 
 
 def _train_from(
@@ -206,11 +195,9 @@ class Run:
 
 def _conclude(checkpoints: Checkpoints, run: Run, console: rich.console.Console) -> dict[str, float]:
     scores, best = checkpoints.scores(run.total_steps), checkpoints.best_step
-    folder = run.config.run_dir
     console.print(
         f"test accuracy {scores['ema_top1']:.2%} with averaged weights, {scores['raw_top1']:.2%} with raw ones, over "
         f"{scores['count']:,} images (best: {checkpoints.scores(best)['ema_top1']:.2%} after epoch "
-        f"{best / run.steps_per_epoch:.4g})\nThe run lies in {folder}. Next:\n"
-        f"  python eval.py {folder}\n  python predict.py {folder} IMAGE"
+        f"{best / run.steps_per_epoch:.4g})\nThe run lies in {run.config.run_dir}."
     )
     return scores

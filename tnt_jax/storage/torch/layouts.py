@@ -98,6 +98,8 @@ stages.*.blocks.*             stages.*.blocks.*
 # Tensors of huawei's models that no forward pass uses: a parameter that is always zero, and a count of batch norm.
 UNUSED = re.compile(r"outer_tokens|patch_embed\..*\.num_batches_tracked")
 ARCHITECTURES = {"huawei": ("official", "pyramid"), "timm": ("official", "legacy"), "mmpretrain": ("legacy",)}
+OURS = "tnt_jax"
+"""The layout that has our own names and shapes. Only a file that holds its description is in it."""
 
 
 def _columns(table: str) -> dict[str, dict[str, str]]:
@@ -129,6 +131,8 @@ def tensor_names(path: str, layout: str) -> tuple[str, ...]:
     Raises:
         InputError: the layout has no such module.
     """
+    if layout == OURS:
+        return (path,)
     names = _NAMES[layout]
     numbers = re.findall(r"(?<=\.)\d+(?=\.)", path)
     pattern = re.sub(r"\.\d+\.", ".*.", path)
@@ -150,6 +154,8 @@ def to_layout(parameters: Mapping[str, np.ndarray], layout: str) -> dict[str, np
 
     The arrays are views where they can be. What the layout has and nothing uses is added.
     """
+    if layout == OURS:
+        return dict(parameters)
     tensors = {}
     for path, value in parameters.items():
         names = tensor_names(path, layout)
@@ -164,6 +170,8 @@ def to_layout(parameters: Mapping[str, np.ndarray], layout: str) -> dict[str, np
 
 def from_layout(take: Callable[[str], np.ndarray], path: str, layout: str) -> np.ndarray:
     """The other way: our parameter `path` from the tensors of a layout, which `take` gives by their names."""
+    if layout == OURS:
+        return take(path)
     return _from_torch(path, [take(name) for name in tensor_names(path, layout)], layout)
 
 

@@ -17,7 +17,7 @@ from tnt_jax.models.variants import VARIANTS, model_config
 from tnt_jax.storage.description import ModelDescription, description_from_dict, named_classes
 from tnt_jax.storage.folder import parameter_shapes
 from tnt_jax.storage.torch.formats import is_tensor, read_checkpoint
-from tnt_jax.storage.torch.layouts import ARCHITECTURES, UNUSED, from_layout, layout_shapes, tensor_names
+from tnt_jax.storage.torch.layouts import ARCHITECTURES, OURS, UNUSED, from_layout, layout_shapes, tensor_names
 from tnt_jax.storage.torch.pth import NoTensor
 from tnt_jax.storage.torch.unpickle import Damaged
 from tnt_jax.storage.torch.wrappings import StateDict, find_state_dict
@@ -87,7 +87,9 @@ def _class_names(content: Any) -> tuple[str, ...] | None:
 
 
 LAYOUTS = tuple(ARCHITECTURES)
-_PYRAMID_MARKER = tensor_names("stages.0.blocks.0.outer.attn.qkv.kernel", "huawei")[0]
+# Parameters that every TNT and every PyramidTNT has.
+_OUR_MARKERS = ("blocks.0.outer.attn.qkv.kernel", "stages.0.blocks.0.outer.attn.qkv.kernel")
+_PYRAMID_MARKER = tensor_names(_OUR_MARKERS[1], "huawei")[0]
 
 
 def shapes_of(tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -101,16 +103,18 @@ def recognise_layout(shapes: Container[str]) -> str:
     Raises:
         InputError: it is no TNT and no PyramidTNT.
     """
+    if any(path in shapes for path in _OUR_MARKERS):
+        return OURS
+    if _PYRAMID_MARKER in shapes:
+        return "huawei"
     for layout in LAYOUTS:
-        if tensor_names("blocks.0.outer.attn.qkv.kernel", layout)[0] in shapes or (
-            layout == "huawei" and _is_pyramid(shapes)
-        ):
+        if tensor_names(_OUR_MARKERS[0], layout)[0] in shapes:
             return layout
     raise InputError(f"this is the state dict of another network: it has the names of none of {', '.join(LAYOUTS)}")
 
 
 def _is_pyramid(names: Container[str]) -> bool:
-    return _PYRAMID_MARKER in names
+    return _PYRAMID_MARKER in names or _OUR_MARKERS[1] in names
 
 
 def recognise_config(
@@ -125,6 +129,9 @@ def recognise_config(
     Raises:
         InputError: it has none of the published sizes.
     """
+
+    if layout == OURS:
+        raise InputError("it has the names of tnt_jax, and not the description that tnt_jax writes with them")
 
     def shape(path: str, rank: int) -> tuple[int, ...]:
         (name,) = tensor_names(path, layout)

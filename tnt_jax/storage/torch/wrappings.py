@@ -24,6 +24,8 @@ _ANCHORS = {
     "huawei": "blocks.0.outer_attn.qk.weight",
     "timm": "blocks.0.attn_out.qk.weight",
     "pyramid": "stages.0.blocks.0.outer_attn.q.weight",
+    "tnt_jax": "blocks.0.outer.attn.qkv.kernel",
+    "tnt_jax pyramid": "stages.0.blocks.0.outer.attn.qkv.kernel",
 }
 
 
@@ -114,6 +116,8 @@ def _prefixes(names: Mapping) -> list[str]:
     for name in names:
         for kind, anchor in _ANCHORS.items():
             if isinstance(name, str) and (name == anchor or name.endswith("." + anchor)):
+                if kind == "tnt_jax" and name.endswith("stages.0." + anchor):
+                    continue
                 prefix = name.removesuffix(anchor)
                 prefixes[prefix.removesuffix("backbone.") if kind == "mmpretrain" else prefix] = None
     return list(prefixes)
