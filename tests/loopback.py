@@ -150,6 +150,8 @@ class Hub(Server):
         if path.startswith("/objects/"):
             self.objects[path.rpartition("/")[2]] = body
             request.reply(200)
+        elif path == "/api/validate-yaml":
+            request.reply_json({"errors": [], "warnings": []})
         elif request.headers.get("Authorization") != "Bearer hf_loopback":
             request.reply_json({"error": "Invalid username or password."}, 401)
         elif path == "/api/repos/create":
@@ -180,6 +182,12 @@ class Hub(Server):
                     self.repositories[found[1]][value["path"]] = base64.b64decode(value["content"])
                 elif line["key"] == "lfsFile":
                     self.repositories[found[1]][value["path"]] = self.objects[value["oid"]]
-            request.reply_json({"commitUrl": f"{self.address}/commit", "commitOid": self.COMMIT, "success": True})
+            request.reply_json(
+                {
+                    "commitUrl": f"{self.address}/{found[1]}/commit/{self.COMMIT}",
+                    "commitOid": self.COMMIT,
+                    "success": True,
+                }
+            )
         else:
             request.reply_json({"error": f"no such thing: {path}"}, 404)

@@ -157,9 +157,8 @@ def outcome(path, kind, expected):
     try:
         opened = open_model(path)
         result = "right"
-    except InputError as error:
+    except InputError:
         result = "refused"
-        assert str(error)
     assert time.perf_counter() - started < SLOWEST
     if result == "right":
         for name, value in opened.parameters.items():

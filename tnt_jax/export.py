@@ -168,8 +168,8 @@ def _describe(model: Model, compute: Callable, format: str) -> dict:
         "format": format,
         "input": {"name": "pixels", "dtype": "uint8", "shape": ["batch", height, width, known.config.in_channels]},
         "output": {"name": "logits", "dtype": "float32", "shape": ["batch", width_of_output]},
-        "preprocessing": f"shorter side to floor(size / crop), {known.preprocessing.interpolation} with antialiasing; centre cut out; "
-        "0 to 255",
+        "preprocessing": f"shorter side to floor(size / crop), {known.preprocessing.interpolation} with antialiasing; "
+        "centre cut out; 0 to 255",
         "crop": known.preprocessing.crop,
         "class_names": known.class_names,
     }

@@ -25,6 +25,7 @@ def hub(own_cache, monkeypatch):
     with Hub() as server:
         # What the environment variable HF_ENDPOINT decides when the library is imported.
         template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)  # the hub here has LFS alone
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.address)
         monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         yield server

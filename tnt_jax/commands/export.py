@@ -14,7 +14,7 @@ from tnt_jax.config import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Writes a model as others read it: a file that needs none of this code, or a repository of the Hugging Face hub."""
+    """Writes a model as others read it: a file that needs none of this code, or a repository of the hub."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Folder of a training run or of a model, a checkpoint, a published name, an address, or OWNER/NAME on the hub."""
@@ -70,9 +70,8 @@ def _to_hub(arguments: Arguments, out: str) -> None:
         licence=arguments.license,
         overwrite=arguments.overwrite,
     )
-    print(
-        f"{done.folder}: {done.size:,} bytes of weights, which give the model back; read by {', '.join(done.readers)}"
-    )
+    readers = ", ".join(done.readers)
+    print(f"{done.folder}: {done.size:,} bytes of weights, which give the model back; read by {readers}")
     if done.address:
         print(f"pushed to {done.address}")
 

@@ -132,9 +132,5 @@ def _loading(name: str, for_timm: bool) -> list[str]:
         return [*lines, "timm and transformers have no architecture of this form: only tnt_jax reads it."]
     lines += ["```python", "import timm", "", f'model = timm.create_model("hf-hub:{name}", pretrained=True)', "```"]
     lines += ["", "```python", "import transformers", ""]
-    return [
-        *lines,
-        f'classify = transformers.pipeline("image-classification", "{name}")',
-        'classify("image.jpg")',
-        "```",
-    ]
+    lines += [f'classify = transformers.pipeline("image-classification", "{name}")', 'classify("image.jpg")', "```"]
+    return lines

@@ -100,12 +100,8 @@ def _out_of_reach(name: str, error: Exception) -> str:
     )
 
 
-def push_folder(folder: Path, name: str) -> str:
-    """Uploads a folder as the model OWNER/NAME, and returns its address.
-
-    Raises:
-        InputError: nobody is logged in, or the hub refuses it or is out of reach.
-    """
+def check_push(name: str) -> None:
+    """Raises InputError unless somebody is logged in who could push OWNER/NAME to the hub."""
     import huggingface_hub
 
     if not is_hub_name(name) or "@" in name:
@@ -114,6 +110,17 @@ def push_folder(folder: Path, name: str) -> str:
         raise InputError(
             "--push needs a token of the Hugging Face hub: `hf auth login`, or HF_TOKEN in the environment"
         )
+
+
+def push_folder(folder: Path, name: str) -> str:
+    """Uploads a folder as the model OWNER/NAME, and returns its address.
+
+    Raises:
+        InputError: nobody is logged in, or the hub refuses it or is out of reach.
+    """
+    import huggingface_hub
+
+    check_push(name)
     hub = huggingface_hub.HfApi()
     try:
         address = hub.create_repo(name, exist_ok=True)

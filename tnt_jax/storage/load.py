@@ -193,7 +193,7 @@ def load_run(run_dir: str | os.PathLike, *, weights: str = "ema", step: int | No
             raise InputError(f"the run in {run_dir} has no checkpoint of step {step}; {kept}")
         item = {"ema": "ema", "raw": "params"}[weights]
         params = checkpoints.restore(step, {item: like})[item]
-        scores = {name: score for name, score in checkpoints.scores(step).items() if math.isfinite(score)}
+        scores = {name: score for name, score in (checkpoints.scores(step) or {}).items() if math.isfinite(score)}
     model = nnx.merge(graphdef, params)
     origin = {**(description.source or {}), "step": step, "weights": weights, "scores": scores}
     model.description = dataclasses.replace(description, source=origin)

@@ -108,17 +108,17 @@ def timm_arguments(config: ModelConfig) -> dict[str, Any] | None:
         return None
     if not (config.word_positions and config.sentence_positions and config.inner_blocks == tuple(range(config.depth))):
         return None
-    base = VARIANTS[timm_architecture(config)].config
+    base = VARIANTS[architecture_name(config, for_timm=True)].config
     differ = [name for name in TIMM_ARGUMENTS if getattr(config, name) != getattr(base, name)]
     return {TIMM_ARGUMENTS[name]: getattr(config, name) for name in differ}
 
 
-def timm_architecture(config: ModelConfig) -> str:
-    """The architecture of timm's or ours that a configuration is a form of."""
-    if config.name in TIMM or config.architecture == "pyramid":
-        names = [name for name, variant in VARIANTS.items() if variant.config.architecture == config.architecture]
-        return config.name if config.name in VARIANTS else names[0]
-    return "tnt_s_legacy_patch16_224" if config.architecture == "legacy" else "tnt_s_patch16_224"
+def architecture_name(config: ModelConfig, *, for_timm: bool) -> str:
+    """The published architecture that a configuration is a form of: one of timm's, or else one of ours."""
+    known = TIMM if for_timm else VARIANTS
+    if config.name in known:
+        return config.name
+    return next(name for name in known if VARIANTS[name].config.architecture == config.architecture)
 
 
 def hub_config(description: ModelDescription, arguments: dict[str, Any] | None) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def hub_config(description: ModelDescription, arguments: dict[str, Any] | None) 
     outer_dim = config.outer_dim if isinstance(config.outer_dim, int) else config.outer_dim[-1]
     pyramid = config.architecture == "pyramid"
     fields: dict[str, Any] = {
-        "architecture": timm_architecture(config),
+        "architecture": architecture_name(config, for_timm=arguments is not None),
         "num_classes": config.num_classes,
         "num_features": outer_dim,
         "global_pool": "avg" if pyramid else "token",

@@ -115,11 +115,13 @@ def _prefixes(names: Mapping) -> list[str]:
     prefixes = {}
     for name in names:
         for kind, anchor in _ANCHORS.items():
-            if isinstance(name, str) and (name == anchor or name.endswith("." + anchor)):
-                if kind == "tnt_jax" and name.endswith("stages.0." + anchor):
-                    continue
-                prefix = name.removesuffix(anchor)
-                prefixes[prefix.removesuffix("backbone.") if kind == "mmpretrain" else prefix] = None
+            if not isinstance(name, str) or not (name == anchor or name.endswith("." + anchor)):
+                continue
+            prefix = name.removesuffix(anchor)
+            if kind == "mmpretrain":
+                prefix = prefix.removesuffix("backbone.")
+            if not re.search(r"(^|\.)stages\.\d+\.$", prefix):  # a PyramidTNT has blocks in its stages
+                prefixes[prefix] = None
     return list(prefixes)
 
 
