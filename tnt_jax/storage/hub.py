@@ -2,7 +2,10 @@
 
 import errno
 import re
+import socket
 import sys
+import urllib.parse
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from tnt_jax.storage.cache import temporary_folder
 from tnt_jax.storage.download import Unreachable
 from tnt_jax.storage.torch.formats import read_index
 
+CONNECT = 10.0  # seconds to wait for a connection
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 DESCRIPTION = "model.json"
@@ -54,6 +58,8 @@ def _fetcher(name: str, repository: str, revision: str | None, *, only_here: boo
     from huggingface_hub import errors
 
     elsewhere: dict[str, Path] = {}  # where the hub's cache cannot be written
+    if not only_here and (why := _why_unreachable()):  # the library would try for half a minute
+        raise Unreachable(_out_of_reach(name, why))
 
     def fetch(file: str) -> Path | None:
         try:
@@ -90,7 +96,24 @@ def _fetcher(name: str, repository: str, revision: str | None, *, only_here: boo
     return fetch
 
 
-def _out_of_reach(name: str, error: Exception) -> str:
+def _why_unreachable() -> str | None:
+    """Why nobody can be connected to where the hub is, if so. Behind a proxy this cannot be told."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    if urllib.request.getproxies():
+        return None
+    address = urllib.parse.urlsplit(constants.ENDPOINT)
+    try:
+        port = address.port or (443 if address.scheme == "https" else 80)
+        socket.create_connection((address.hostname, port), timeout=CONNECT).close()
+    except OSError as error:
+        return f"{address.hostname}: {error.strerror or error}"
+    return None
+
+
+def _out_of_reach(name: str, error: Exception | str) -> str:
     from huggingface_hub import constants
 
     first = next(iter(str(error).splitlines()), repr(error))

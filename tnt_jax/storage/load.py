@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +13,10 @@ import filelock
 import jax
 from flax import nnx
 
-from tnt_jax.config import InputError
+from tnt_jax.config import InputError, ModelConfig
+from tnt_jax.data.classes import match_classes
 from tnt_jax.models import variants
-from tnt_jax.models.adapting import adapt
+from tnt_jax.models.adapting import adapt, select_classes
 from tnt_jax.models.variants import Model, abstract_model, changed
 from tnt_jax.storage import cache
 from tnt_jax.storage.checkpoint import Checkpoints
@@ -129,6 +131,40 @@ def open_model(
         except Unreachable as error:
             reasons.append(str(error))
     raise InputError(f"the published weights of {model} cannot be fetched:\n  " + "\n  ".join(reasons))
+
+
+def open_for(
+    model: str | os.PathLike, wanted: ModelConfig, class_names: Sequence[str], data: str, *, seed: int = 0
+) -> dict[str, Any]:
+    """The parameters of a MODEL for a model that is to learn the classes of a dataset.
+
+    Positions are resized. Of a head whose classes have names, those of the dataset are taken by name; where it has
+    others the head is fresh. What was changed is said.
+
+    Args:
+        wanted: the configuration of the model that is to have them.
+        class_names: of the dataset.
+        data: what the dataset is called.
+        seed: of a fresh head.
+
+    Raises:
+        InputError: as `load_model`; or the parameters are those of a model of another form.
+    """
+    opened = open_model(model)
+    known, parameters, notes = opened.description, dict(opened.parameters), []
+    config = known.config
+    if known.class_names and config.num_classes:
+        try:
+            match = match_classes(known.class_names, config.num_classes, class_names, data)
+            parameters, config = select_classes(parameters, config, match.of_model)
+            notes += [match.note] if match.note else []
+        except InputError as error:
+            parameters, config = select_classes(parameters, config, None)
+            notes.append(f"{error}: the head is fresh")
+    parameters, adapted = adapt(parameters, config, wanted, seed=seed)
+    for note in (*notes, *(note for note in adapted if config.num_classes or "head" not in note)):
+        _log.warning("%s: %s", model, note)
+    return parameters
 
 
 def _open_folder(folder: Path) -> Opened:
