@@ -90,7 +90,7 @@ def _predict(
                 computed = np.asarray(_probabilities(graph, description.preprocessing, state, batch))
                 if not np.isfinite(computed).all():
                     raise InputError(
-                        f"{description.config.name} gives scores that are not numbers (NaN): its parameters are not right"
+                        f"{description.config.name} gives scores that are not numbers (NaN): its parameters are damaged"
                     )
                 scores = iter(computed)
             for image in pixels:

@@ -39,8 +39,8 @@ def open_image(source: ImageSource, channels: int = 3) -> Image.Image:
         source = _from_array(np.asarray(source.detach().cpu() if hasattr(source, "detach") else source))
     elif not isinstance(source, str | os.PathLike | Image.Image) and not hasattr(source, "read"):
         raise InputError(
-            f"{source!r:.80} is no image; one is a path, bytes, an open file, a PIL image, or a uint8 array (height, width, "
-            "channels)"
+            f"{source!r:.80} is no image; one is a path, bytes, an open file, a PIL image, or a uint8 array "
+            "(height, width, channels)"
         )
     try:
         image = source if isinstance(source, Image.Image) else Image.open(source)

@@ -51,7 +51,7 @@ def _is_published(description: ModelDescription) -> bool:
     """Whether these are published weights, unchanged."""
     source = description.source or {}
     places = [place for variant in VARIANTS.values() for place in variant.weights]
-    return source.get("hub") in places or source.get("address") in places
+    return description.config.name in VARIANTS and (source.get("hub") in places or source.get("address") in places)
 
 
 def _what_it_is(description: ModelDescription) -> list[str]:

@@ -17,7 +17,7 @@ from tnt_jax.config import InputError, ModelConfig
 from tnt_jax.data.classes import match_classes
 from tnt_jax.models import variants
 from tnt_jax.models.adapting import adapt, select_classes
-from tnt_jax.models.variants import Model, abstract_model, changed
+from tnt_jax.models.variants import Model, abstract_model, changed, get_variant
 from tnt_jax.storage import cache
 from tnt_jax.storage.checkpoint import Checkpoints
 from tnt_jax.storage.description import describe, description_of, description_text, read_description
@@ -127,7 +127,9 @@ def open_model(
     reasons = []
     for where in published_places(place.where):
         try:
-            return _fetched(where, weights, image_size, published=True)
+            opened = _fetched(where, weights, image_size, published=True)
+            check_published(opened.description.config, place.where, where)
+            return opened
         except Unreachable as error:
             reasons.append(str(error))
     raise InputError(f"the published weights of {model} cannot be fetched:\n  " + "\n  ".join(reasons))
@@ -165,6 +167,13 @@ def open_for(
     for note in (*notes, *(note for note in adapted if config.num_classes or "head" not in note)):
         _log.warning("%s: %s", model, note)
     return parameters
+
+
+def check_published(config: ModelConfig, name: str, where: str) -> None:
+    """Raises InputError unless weights that were fetched are those of the model that has the name."""
+    wanted = get_variant(name).config.name
+    if config.name != wanted:
+        raise InputError(f"{where} holds {config.name}, and {name} is {wanted}")
 
 
 def _open_folder(folder: Path) -> Opened:
