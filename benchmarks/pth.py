@@ -1,9 +1,9 @@
-"""Opening TNT-B's checkpoint of torch.save: this package's reader beside PyTorch's, each in a process of its own, in turns.
+"""Opening TNT-B's checkpoint of torch.save: this package's reader beside PyTorch's, each in its own process, in turns.
 
     python benchmarks/pth.py [--repeats 9]
 
-Ours verifies the checksum of every tensor, which PyTorch does not; `touched` reads every value after that. Memory is what
-the process has at its peak beyond what it had before, over the size of the file; pages of a mapped file count.
+Ours verifies the checksum of every tensor, which PyTorch does not; `touched` reads every value after that. Memory is
+what the process has at its peak beyond what it had before, over the size of the file; pages of a mapped file count.
 """
 
 import argparse

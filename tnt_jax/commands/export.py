@@ -17,7 +17,7 @@ class Arguments:
     """Writes a model as others read it: a file that needs none of this code, or a repository of the hub."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """Folder of a training run or of a model, a checkpoint, a published name, an address, or OWNER/NAME on the hub."""
+    """A folder of a run or a model, a published name, OWNER/NAME on the hub, an address, or a checkpoint file."""
     format: Literal["stablehlo", "onnx", "hub"]
     """StableHLO, which JAX loads without this code; ONNX; or a folder that timm and transformers load."""
     out: str | None = None
