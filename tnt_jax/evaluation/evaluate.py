@@ -1,6 +1,7 @@
 """Every image of a source exactly once: what a finished model answers, and its features."""
 
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from tnt_jax.config import DataConfig, InputError
+from tnt_jax.data.classes import Match, match_classes
 from tnt_jax.data.imagenet import RELATIVES, ImageNetSource, open_imagenet, real_labels
 from tnt_jax.data.mixing import normalise
 from tnt_jax.data.pipeline import eval_batches
@@ -20,10 +22,13 @@ from tnt_jax.evaluation.probes import NEIGHBOURS, linear_probe, nearest_neighbou
 from tnt_jax.evaluation.published import published
 from tnt_jax.evaluation.scores import Answers, wilson
 from tnt_jax.models.variants import Model
-from tnt_jax.storage.checkpoint import is_run, read_config
-from tnt_jax.storage.folder import description_of
+from tnt_jax.storage.checkpoint import read_config
+from tnt_jax.storage.description import description_of
 from tnt_jax.storage.load import load_model
+from tnt_jax.storage.resolve import is_run
 from tnt_jax.training.mesh import check_batch_size, make_mesh, on_mesh, to_devices
+
+_log = logging.getLogger(__name__)
 
 
 def _over(images: Source, data: DataConfig, model: Model, batch_size: int, compute: Callable) -> tuple[list, float]:
@@ -44,6 +49,7 @@ def _over(images: Source, data: DataConfig, model: Model, batch_size: int, compu
         image_size=config.image_size,
         channels=config.in_channels,
         batch_size=batch_size,
+        interpolation=feeding.interpolation,
     )
     for batch in batches:
         computed = step(params, to_devices(batch, mesh))
@@ -55,28 +61,41 @@ def _over(images: Source, data: DataConfig, model: Model, batch_size: int, compu
 
 
 def answers_of(model: Model, images: Source, data: DataConfig, *, batch_size: int = 64) -> Answers:
-    """What a model answers for every image of a source, in its order.
+    """What a model answers for every image of a source, in its order, in the classes of the source.
 
-    Of an `ImageNetSource`, only among the classes that it has.
+    Classes are matched by name: another order is mapped, and of more classes only those of the source are looked at,
+    as of an `ImageNetSource` those that it has. Either is said.
 
     Raises:
-        InputError: the model has other classes than the source, or an image cannot be read.
+        InputError: the source has classes that the model does not have, or an image cannot be read; or the model gives
+            numbers that are none (NaN).
     """
-    if len(images.class_names) != model.config.num_classes:
-        raise InputError(
-            f"the model has {model.config.num_classes} classes, and {data.source} has {len(images.class_names)}; "
-            "its features can be probed with any data: --probe knn linear"
-        )
-    asked = np.zeros(model.config.num_classes, bool)
+    match = _matched(model, images, data)
+    if match.note:
+        _log.warning(match.note)
+    asked = np.zeros(len(images.class_names), bool)
     asked[getattr(images, "classes", slice(None))] = True
 
     def compute(model: Model, inputs: jax.Array, labels: jax.Array):
-        log = jax.nn.log_softmax(jnp.where(asked, model(inputs).astype(jnp.float32), -jnp.inf))
+        logits = model(inputs).astype(jnp.float32)[:, match.of_model]
+        log = jax.nn.log_softmax(jnp.where(asked, logits, -jnp.inf))
         likeliest, top = jax.lax.top_k(log, min(5, int(asked.sum())))
         return labels, top, jnp.exp(likeliest), -jnp.take_along_axis(log, labels[:, None], axis=1)[:, 0]
 
     arrays, rate = _over(images, data, model, batch_size, compute)
+    if not np.isfinite(arrays[2]).all():
+        raise InputError(
+            f"the model gives scores that are not numbers (NaN) on {data.source}: its parameters cannot be right"
+        )
     return Answers(*arrays, rate)
+
+
+def _matched(model: Model, images: Source, data: DataConfig) -> Match:
+    described = description_of(model)
+    try:
+        return match_classes(described.class_names, described.config.num_classes, images.class_names, data.source)
+    except InputError as error:
+        raise InputError(f"{error}; its features can be probed with any data: --probe knn linear") from error
 
 
 def features_of(

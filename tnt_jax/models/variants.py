@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import fnmatch
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -314,12 +315,26 @@ def model_config(name: str, **changes: Any) -> ModelConfig:
     Raises:
         InputError: as `create_model`.
     """
-    fields = [field.name for field in dataclasses.fields(ModelChanges)]
-    for field in changes:
-        if field not in fields:
-            nearest = difflib.get_close_matches(field, fields, n=1) or fields
-            raise InputError(f"a model has no field {field!r}; did you mean {' or '.join(nearest)}?")
+    _check_names(changes)
     return resolve(ModelChanges(name=name, **changes))
+
+
+def changed(config: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:
+    """A complete configuration with other values of some fields.
+
+    Raises:
+        InputError: as `create_model`.
+    """
+    _check_names(changes)
+    return resolve(dataclasses.replace(changes_to(config), **changes))
+
+
+def _check_names(fields: Iterable[str]) -> None:
+    known = [field.name for field in dataclasses.fields(ModelChanges)]
+    for field in fields:
+        if field not in known:
+            nearest = difflib.get_close_matches(field, known, n=1) or known
+            raise InputError(f"a model has no field {field!r}; did you mean {' or '.join(nearest)}?")
 
 
 def build_model(config: ModelConfig, seed: int = 0) -> Model:

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from tnt_jax.config import InputError, TrainConfig, from_json, to_json
-from tnt_jax.storage.folder import ModelDescription, Preprocessing, describe, write_description
+from tnt_jax.storage.description import ModelDescription, Preprocessing, describe, write_description
 from tnt_jax.storage.packing import checksums, layout, pack, packed_shapes, unpack
 
 CONFIG_FILE = "config.json"
