@@ -1,24 +1,6 @@
 """Trains a model: `python train.py [--config configs/NAME.py] [--FIELD VALUE ...]`. `--help` lists the fields."""
 
-import argparse
-import sys
-
-from tnt_jax.cli import run_command, training_config
-
-
-def main() -> None:
-    arguments = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    arguments.add_argument("--plan")
-    given, rest = arguments.parse_known_args()
-    config = training_config(rest)
-    if given.plan:
-        from tnt_jax.plan import plan
-
-        sys.exit(plan(config, given.plan))
-    from tnt_jax.training.loop import train
-
-    train(config)
-
+from tnt_jax.commands.train import main
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

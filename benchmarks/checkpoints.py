@@ -63,7 +63,7 @@ def child(kind: str, flags: list[str]) -> dict:
 
 def run(flags: list[str], *, saves: bool) -> dict:
     """The run, and what it took after its first step."""
-    from tnt_jax.cli import training_config
+    from tnt_jax.commands.cli import training_config
     from tnt_jax.training import loop
 
     began, waits = [], []
@@ -98,9 +98,9 @@ def alone(flags: list[str]) -> dict:
 
     import jax
 
-    from tnt_jax.cli import training_config
-    from tnt_jax.training.checkpoint import BEST_METRIC, Checkpoints
-    from tnt_jax.training.loop import Run
+    from tnt_jax.commands.cli import training_config
+    from tnt_jax.storage.checkpoint import BEST_METRIC, Checkpoints
+    from tnt_jax.training.loop import Run, saved_trees
 
     config = training_config(["--config", str(ROOT / "configs/digits.py"), *flags])
     run, walls, cpus = Run(config), [], []
@@ -111,7 +111,7 @@ def alone(flags: list[str]) -> dict:
     with contextlib.closing(Checkpoints(config.run_dir, keep=config.keep_checkpoints)) as checkpoints:
         for step in range(SAVES_ALONE + 1):
             wall, cpu = time.perf_counter(), time.process_time()
-            checkpoints.save(step, state, {BEST_METRIC: 0.0})
+            checkpoints.save(step, saved_trees(state), {BEST_METRIC: 0.0})
             checkpoints.wait()
             walls.append((time.perf_counter() - wall) * 1e3)
             cpus.append((time.process_time() - cpu) * 1e3)

@@ -12,8 +12,8 @@ import tempfile
 import time
 from collections.abc import Callable
 
-from tnt_jax.compiling import memory_wanted
-from tnt_jax.plan import environment_for
+from tnt_jax.planning.compiling import memory_wanted
+from tnt_jax.planning.plan import environment_for
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 KERNELS = r"(inner_block|words_to_sentence)_(forward|backward)"

@@ -13,9 +13,9 @@ import published
 from flax import nnx
 
 from tnt_jax.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
-from tnt_jax.models.saving import model_from_parameters
 from tnt_jax.models.variants import resolve
-from tnt_jax.torch_weights.read import to_parameters
+from tnt_jax.storage.folder import model_from_parameters
+from tnt_jax.storage.torch.read import to_parameters
 from tnt_jax.training.mesh import make_mesh, replicated, shardings_of, to_devices
 from tnt_jax.training.optimizer import make_optimizer
 from tnt_jax.training.step import init_state, make_train_step

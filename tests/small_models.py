@@ -3,7 +3,7 @@
 import numpy as np
 
 from tnt_jax.config import ModelConfig
-from tnt_jax.models.saving import model_from_parameters, parameter_shapes
+from tnt_jax.storage.folder import model_from_parameters, parameter_shapes
 
 SMALL_PYRAMID = {
     "name": "ptnt_ti_patch16_192",

@@ -6,8 +6,8 @@ import safetensors.numpy
 import torch
 
 from tnt_jax.config import ModelConfig
-from tnt_jax.models.saving import parameter_shapes
-from tnt_jax.torch_weights.layouts import layout_shapes
+from tnt_jax.storage.folder import parameter_shapes
+from tnt_jax.storage.torch.layouts import layout_shapes
 
 
 def state_dict(layout, name, **changes):

@@ -9,7 +9,7 @@ import runpy
 import pytest
 from commands import ROOT, run
 
-from tnt_jax.cli import training_config
+from tnt_jax.commands.cli import training_config
 from tnt_jax.models.variants import resolve
 
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.py"))

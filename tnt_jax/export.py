@@ -20,8 +20,9 @@ from jaxtyping import Array, Float, UInt8
 
 from tnt_jax.config import InputError
 from tnt_jax.data.mixing import normalise
-from tnt_jax.models.saving import description_of, write_whole
 from tnt_jax.models.variants import Model, abstract_model
+from tnt_jax.storage.files import write_whole
+from tnt_jax.storage.folder import description_of
 
 SUFFIXES = {"stablehlo": ".stablehlo", "onnx": ".onnx"}
 PLATFORMS = ("cpu", "cuda", "tpu")

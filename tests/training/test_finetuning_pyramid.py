@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from commands import ROOT
 
-from tnt_jax.cli import training_config
+from tnt_jax.commands.cli import training_config
 from tnt_jax.config import ModelConfig
 from tnt_jax.training.loop import train
 

@@ -12,8 +12,8 @@ from commands import ROOT
 from flax import nnx
 from golden_training import VARIANTS, forty_steps
 
-from tnt_jax.models.saving import model_parameters
-from tnt_jax.torch_weights.layouts import to_layout
+from tnt_jax.storage.folder import model_parameters
+from tnt_jax.storage.torch.layouts import to_layout
 
 
 @pytest.fixture(scope="module")

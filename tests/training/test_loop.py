@@ -17,8 +17,8 @@ from small_runs import config_file, metrics_of, parameters, tiny_run
 
 import tnt_jax
 from tnt_jax.chips import CHIPS, GIB, Chip
-from tnt_jax.evaluation import evaluate_model
-from tnt_jax.scores import summary
+from tnt_jax.evaluation.evaluate import evaluate_model
+from tnt_jax.evaluation.scores import summary
 from tnt_jax.training.loop import train
 from tnt_jax.training.report import NonFiniteLossError
 

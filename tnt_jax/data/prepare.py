@@ -1,6 +1,6 @@
 """ImageNet from its official archives to ArrayRecord, without TensorFlow.
 
-    python -m tnt_jax.data.prepare imagenet --train ILSVRC2012_img_train.tar --val ILSVRC2012_img_val.tar --out FOLDER
+    python -m tnt_jax.commands.prepare imagenet --train TRAIN.tar --val VAL.tar --out FOLDER
 
 FOLDER then holds `imagenet2012/5.1.0`, which `array_record:FOLDER/imagenet2012/5.1.0` reads, and `tfds:imagenet2012`
 where TFDS_DATA_DIR is FOLDER. The files of the images are kept as they are. A run that was stopped goes on where it
@@ -13,12 +13,9 @@ import io
 import pathlib
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
-from typing import Annotated
 
 import rich.progress
-import tyro
 
-from tnt_jax.cli import run_command
 from tnt_jax.config import InputError
 from tnt_jax.data.records import INSTALL
 
@@ -192,29 +189,3 @@ def _finish(info, folder: pathlib.Path, name: str, lengths: dict[str, list[int]]
         splits.append(SplitInfo(name=split, shard_lengths=shard_lengths, num_bytes=size, filename_template=template))
     info.set_splits(SplitDict(splits))
     info.write_to_directory(folder)
-
-
-@dataclasses.dataclass(frozen=True)
-class Arguments:
-    """Writes a dataset in the form that trains fastest. There is one: `imagenet`."""
-
-    dataset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="imagenet")]
-    """What to prepare."""
-    train: str
-    """ILSVRC2012_img_train.tar."""
-    val: str
-    """ILSVRC2012_img_val.tar."""
-    out: str
-    """Folder to write to; it takes as much space as the archives, 145 GB."""
-
-
-def main() -> None:
-    arguments = tyro.cli(Arguments, prog="python -m tnt_jax.data.prepare")
-    if arguments.dataset != "imagenet":
-        raise InputError(f"there is no dataset {arguments.dataset!r} to prepare; there is imagenet")
-    folder = prepare_imagenet(arguments.train, arguments.val, arguments.out, imagenet_archives())
-    print(f"{folder} is complete. Train on it with --data.source array_record:{folder}")
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -14,18 +14,17 @@ from flax import nnx
 from tnt_jax.config import InputError, TrainConfig
 from tnt_jax.data.pipeline import Batch, check_fields, eval_batches, steps_per_epoch, train_batches
 from tnt_jax.data.sources import open_source
-from tnt_jax.evaluation import evaluate
-from tnt_jax.inference import load_model
 from tnt_jax.models.adapting import adapt
-from tnt_jax.models.saving import model_from_parameters, model_parameters
 from tnt_jax.models.variants import abstract_model, build_model, resolve
-from tnt_jax.training.checkpoint import Checkpoints, WriteError, claim_run_dir
+from tnt_jax.storage.checkpoint import Checkpoints, WriteError, claim_run_dir
+from tnt_jax.storage.folder import model_from_parameters, model_parameters
+from tnt_jax.storage.load import load_model
 from tnt_jax.training.memory import keep_memory
 from tnt_jax.training.mesh import check_batch_size, make_mesh, to_devices
 from tnt_jax.training.processes import together
 from tnt_jax.training.program import Program
 from tnt_jax.training.report import NonFiniteLossError, Report, check_wandb
-from tnt_jax.training.step import TrainState
+from tnt_jax.training.step import TrainState, evaluate
 from tnt_jax.training.stopping import StoppedError, StopSignal, stop_request
 
 
@@ -53,7 +52,7 @@ def train(config: TrainConfig) -> dict[str, float]:
         with contextlib.closing(
             Checkpoints(config.run_dir, keep=config.keep_checkpoints, warn=console.print)
         ) as checkpoints:
-            state = checkpoints.restore_latest(run.program.abstract_state) or run.initial_state()
+            state = run.saved_state(checkpoints) or run.initial_state()
             start = int(state.step)
             if start == run.total_steps:
                 console.print(f"The run in {config.run_dir} is finished. Another --run-dir starts another one.")
@@ -108,13 +107,18 @@ def _take_steps(
         scores = run.evaluate(state) if evaluates else None
         if scores:
             report.test(step, scores)
-        checkpoints.save(step, state, scores)
+        checkpoints.save(step, saved_trees(state), scores)
         if signal_number and step < run.total_steps:
             checkpoints.wait()
             raise StoppedError(
                 f"stopped after step {step} of {run.total_steps}, which is saved; the same command goes on from there",
                 signal_number,
             )
+
+
+def saved_trees(state: TrainState) -> dict[str, dict]:
+    """What a checkpoint holds of a state, beside its step."""
+    return {"params": state.params, "ema": state.ema, "opt_state": state.opt_state}
 
 
 class Run:
@@ -148,6 +152,14 @@ class Run:
             "process_index": jax.process_index(),
             "process_count": jax.process_count(),
         }
+
+    def saved_state(self, checkpoints: Checkpoints) -> TrainState | None:
+        """The newest sound state, on all devices; None before the first checkpoint."""
+        abstract = self.program.abstract_state
+        if saved := checkpoints.restore_latest(saved_trees(abstract)):
+            step, trees = saved
+            return TrainState(step=jax.device_put(np.int32(step), abstract.step.sharding), **trees)
+        return None
 
     def initial_state(self) -> TrainState:
         """The state before the first step, on all devices."""

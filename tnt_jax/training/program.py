@@ -8,11 +8,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from tnt_jax.config import TrainConfig
-from tnt_jax.evaluation import make_eval_step
 from tnt_jax.models.variants import abstract_model
 from tnt_jax.training.mesh import on_mesh, over_batch, replicated, shardings_of
 from tnt_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from tnt_jax.training.step import TrainState, init_state, make_train_step
+from tnt_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
 
 
 class Program:

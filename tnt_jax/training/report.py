@@ -18,7 +18,7 @@ from tensorboardX import SummaryWriter
 from tnt_jax.chips import chip_of, training_flops
 from tnt_jax.config import InputError, TrainConfig, to_json
 from tnt_jax.models.summary import count_macs
-from tnt_jax.training.checkpoint import WriteError
+from tnt_jax.storage.checkpoint import WriteError
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, UInt8
 from tnt_jax.config import InputError
 from tnt_jax.data.images import ImageSource, evaluation_crop, open_image
 from tnt_jax.data.mixing import normalise
-from tnt_jax.models.saving import description_of
 from tnt_jax.models.variants import Model
+from tnt_jax.storage.folder import description_of
 
 MAP = "viridis"  # rises evenly in lightness: it holds in grey print and for the colour-blind
 MARK = "#ff2a2a"  # the paper's red

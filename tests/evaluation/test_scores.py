@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from tnt_jax.scores import Answers, calibration_error, confusion, per_class, summary, wilson
+from tnt_jax.evaluation.scores import Answers, calibration_error, confusion, per_class, summary, wilson
 
 ANSWERS = Answers(
     labels=np.array([0, 0, 1, 1]),

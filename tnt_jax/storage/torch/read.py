@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tnt_jax.config import InputError, ModelConfig
-from tnt_jax.models.saving import ModelDescription, description_from_dict, parameter_shapes
 from tnt_jax.models.variants import VARIANTS, resolve
-from tnt_jax.torch_weights.layouts import ARCHITECTURES, UNUSED, from_layout, layout_shapes, tensor_names
+from tnt_jax.storage.folder import ModelDescription, description_from_dict, parameter_shapes
+from tnt_jax.storage.torch.layouts import ARCHITECTURES, UNUSED, from_layout, layout_shapes, tensor_names
 
 TORCH_SUFFIXES = (".pth", ".pth.tar", ".pt", ".bin")
 METADATA_KEY = "tnt_jax"  # where a .safetensors file that we wrote holds the description of its model

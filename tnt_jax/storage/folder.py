@@ -7,9 +7,8 @@ import dataclasses
 import functools
 import json
 import os
-import shutil
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tnt_jax.config import InputError, ModelConfig
 from tnt_jax.models.variants import Model, abstract_model, get_variant, resolve
+from tnt_jax.storage.files import write_whole
 
 FORMAT = 1
 DESCRIPTION = "model.json"
@@ -161,33 +161,6 @@ def check_destination(path: str | os.PathLike, *, overwrite: bool) -> None:
         raise InputError(f"{path} exists; choose another destination, or overwrite it (--overwrite, overwrite=True)")
     if path.is_dir() and any(path.iterdir()) and not (path / DESCRIPTION).is_file():
         raise InputError(f"{path} is a folder without {DESCRIPTION}; it is no model, and is not overwritten")
-
-
-def write_whole(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
-    """Has `write` make a file or folder beside `path`, which takes its place when it is complete.
-
-    Raises:
-        InputError: it cannot be written there.
-    """
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(unfinished)
-        if path.exists():
-            _remove(path)
-        unfinished.rename(path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error}") from error
-    finally:
-        _remove(unfinished)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    elif path.exists():
-        path.unlink()
 
 
 def tensor_checksums(parameters: Mapping[str, Any]) -> dict[str, str]:

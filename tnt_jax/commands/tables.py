@@ -8,18 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tnt_jax.config import InputError
-from tnt_jax.models.saving import write_whole
+from tnt_jax.storage.files import write_whole
 
 Row = dict[str, Any]
-
-
-def check_ending(path: str | os.PathLike, endings: Sequence[str], what: str) -> None:
-    """Raises InputError unless a file ends in one of these and its folder is there."""
-    if Path(path).suffix not in endings:
-        raise InputError(f"{path}: {what} ends in {' or '.join(endings)}")
-    if not Path(path).parent.is_dir():
-        raise InputError(f"{path}: there is no folder {Path(path).parent}")
 
 
 def write_rows(path: str | os.PathLike, rows: Sequence[Row]) -> None:

@@ -7,7 +7,7 @@ import pytest
 from small_models import small_model
 
 from tnt_jax.config import InputError
-from tnt_jax.models import saving
+from tnt_jax.storage import folder as saving
 
 NAMES = ("ant", "bee", "cat")
 

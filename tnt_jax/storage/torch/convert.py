@@ -12,7 +12,8 @@ import numpy as np
 
 from tnt_jax.config import InputError, ModelConfig
 from tnt_jax.models.adapting import adapt
-from tnt_jax.models.saving import (
+from tnt_jax.models.variants import Model, resolve
+from tnt_jax.storage.folder import (
     check_destination,
     describe,
     description_of,
@@ -20,10 +21,9 @@ from tnt_jax.models.saving import (
     save_parameters,
     write_whole,
 )
-from tnt_jax.models.variants import Model, resolve
-from tnt_jax.torch_weights.hub import download, is_hub_name
-from tnt_jax.torch_weights.layouts import ARCHITECTURES, UNUSED, to_layout
-from tnt_jax.torch_weights.read import METADATA_KEY, read_file, recognise_config, recognise_layout, to_parameters
+from tnt_jax.storage.torch.hub import download, is_hub_name
+from tnt_jax.storage.torch.layouts import ARCHITECTURES, UNUSED, to_layout
+from tnt_jax.storage.torch.read import METADATA_KEY, read_file, recognise_config, recognise_layout, to_parameters
 
 IMAGENET_CLASSES = 1000
 

@@ -12,8 +12,8 @@ import pytest
 from flax import nnx
 
 from tnt_jax.models import pyramid_tnt, tnt
-from tnt_jax.models.saving import model_from_parameters
-from tnt_jax.torch_weights.read import recognise_config, recognise_layout, to_parameters
+from tnt_jax.storage.folder import model_from_parameters
+from tnt_jax.storage.torch.read import recognise_config, recognise_layout, to_parameters
 
 RECORDS = {
     "huawei_tnt_s": ("huawei", "tnt_s_patch16_224"),

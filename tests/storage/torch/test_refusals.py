@@ -13,7 +13,7 @@ from state_dicts import as_torch, save_safetensors
 
 import tnt_jax
 from tnt_jax.config import InputError
-from tnt_jax.torch_weights.convert import convert, export, parse_image_size
+from tnt_jax.storage.torch.convert import convert, export, parse_image_size
 
 
 class RunsCode:

@@ -14,9 +14,9 @@ import tnt_jax
 from tnt_jax.config import DataConfig, InputError
 from tnt_jax.data.imagenet import open_imagenet, real_labels
 from tnt_jax.data.sources import ArraySource
-from tnt_jax.evaluation import answers_of, evaluate_model, features_of
-from tnt_jax.probes import linear_probe, nearest_neighbours
-from tnt_jax.published import published
+from tnt_jax.evaluation.evaluate import answers_of, evaluate_model, features_of
+from tnt_jax.evaluation.probes import linear_probe, nearest_neighbours
+from tnt_jax.evaluation.published import published
 
 
 def images(count):

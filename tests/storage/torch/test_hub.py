@@ -14,9 +14,9 @@ import torch
 
 import tnt_jax
 from tnt_jax.config import InputError, ModelConfig
-from tnt_jax.models.saving import parameter_shapes
-from tnt_jax.torch_weights.convert import convert
-from tnt_jax.torch_weights.layouts import layout_shapes
+from tnt_jax.storage.folder import parameter_shapes
+from tnt_jax.storage.torch.convert import convert
+from tnt_jax.storage.torch.layouts import layout_shapes
 
 
 @pytest.fixture(scope="module")

@@ -1,60 +1,29 @@
-"""Every image of a source exactly once: sums of scores while training, and answers or features of a finished model."""
+"""Every image of a source exactly once: what a finished model answers, and its features."""
 
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
-from jax.sharding import Mesh
 
 from tnt_jax.config import DataConfig, InputError
 from tnt_jax.data.imagenet import RELATIVES, ImageNetSource, open_imagenet, real_labels
-from tnt_jax.data.mixing import Feeding, normalise
+from tnt_jax.data.mixing import normalise
 from tnt_jax.data.pipeline import eval_batches
 from tnt_jax.data.sources import Source, open_source
-from tnt_jax.inference import load_model
-from tnt_jax.models.saving import description_of
+from tnt_jax.evaluation.probes import NEIGHBOURS, linear_probe, nearest_neighbours
+from tnt_jax.evaluation.published import published
+from tnt_jax.evaluation.scores import Answers, wilson
 from tnt_jax.models.variants import Model
-from tnt_jax.probes import NEIGHBOURS, linear_probe, nearest_neighbours
-from tnt_jax.published import published
-from tnt_jax.scores import Answers, wilson
-from tnt_jax.training.checkpoint import is_run, read_config
+from tnt_jax.storage.checkpoint import is_run, read_config
+from tnt_jax.storage.folder import description_of
+from tnt_jax.storage.load import load_model
 from tnt_jax.training.mesh import check_batch_size, make_mesh, on_mesh, to_devices
-
-
-def make_eval_step(graphdef: nnx.GraphDef, feeding: Feeding) -> Callable[[dict, dict], dict]:
-    """The function (params, batch) -> sums over the images that the batch's mask marks as real.
-
-    The sums: count, top1 and top5 (right answers), loss (cross-entropy).
-    """
-
-    def eval_step(params: dict, batch: dict) -> dict:
-        logits = nnx.merge(graphdef, params)(normalise(batch["image"], feeding)).astype(jnp.float32)
-        labels, mask = batch["label"], batch["mask"]
-        _, likeliest = jax.lax.top_k(logits, min(5, logits.shape[-1]))
-        right = likeliest == labels[:, None]
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        values = {"count": jnp.ones_like(loss), "top1": right[:, 0], "top5": right.any(-1), "loss": loss}
-        return {name: jnp.where(mask, value, 0).sum() for name, value in values.items()}
-
-    return eval_step
-
-
-def evaluate(eval_step: Callable, params: dict, batches: Iterable[dict], mesh: Mesh) -> dict[str, float]:
-    """Scores of `params`: count (images seen), top1 and top5 (shares of 1), loss (mean)."""
-    totals = None
-    for batch in batches:
-        sums = eval_step(params, to_devices(batch, mesh))
-        totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
-    totals = {name: float(total) for name, total in totals.items()}
-    count = totals.pop("count")
-    return {"count": int(count)} | {name: total / count for name, total in totals.items()}
 
 
 def _over(images: Source, data: DataConfig, model: Model, batch_size: int, compute: Callable) -> tuple[list, float]:

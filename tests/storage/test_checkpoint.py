@@ -14,9 +14,10 @@ from commands import ROOT
 from jax.sharding import SingleDeviceSharding
 
 from tnt_jax.config import InputError
-from tnt_jax.training.checkpoint import ITEMS, Checkpoints
+from tnt_jax.storage.checkpoint import Checkpoints
+from tnt_jax.storage.packing import LEAST_ALONE, pack
+from tnt_jax.training.loop import saved_trees
 from tnt_jax.training.mesh import make_mesh, shardings_of
-from tnt_jax.training.packing import LEAST_ALONE, pack
 from tnt_jax.training.step import TrainState
 
 SCORES = {"ema_top1": 0.5, "count": 360, "ema_loss": float("nan")}
@@ -44,10 +45,6 @@ def like(state: TrainState, mesh) -> TrainState:
     )
 
 
-def items(state: TrainState) -> dict:
-    return {name: getattr(state, name) for name in ITEMS}
-
-
 def assert_equal(found, expected):
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -61,7 +58,7 @@ def saved(tmp_path_factory):
     folder, states = tmp_path_factory.mktemp("saved"), {1: state_of(1), 2: state_of(10)}
     with contextlib.closing(Checkpoints(folder, keep=2)) as checkpoints:
         for step, state in states.items():
-            checkpoints.save(step, state, SCORES)
+            checkpoints.save(step, saved_trees(state), SCORES)
     return folder, states
 
 
@@ -79,7 +76,7 @@ def test_each_item_is_restored_alone_onto_one_device(saved):
     folder, states = saved
     here = SingleDeviceSharding(jax.devices()[0])
     with contextlib.closing(Checkpoints(folder)) as checkpoints:
-        for name, tree in items(states[2]).items():
+        for name, tree in saved_trees(states[2]).items():
             shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), tree)
             assert_equal(checkpoints.restore(2, {name: shapes})[name], tree)
 
@@ -87,7 +84,7 @@ def test_each_item_is_restored_alone_onto_one_device(saved):
 def test_latest_and_best_are_kept(tmp_path):
     with contextlib.closing(Checkpoints(tmp_path, keep=2)) as checkpoints:
         for step, score in enumerate((0.1, 0.9, 0.3, None, 0.2), start=1):
-            checkpoints.save(step, state_of(step), score and {"ema_top1": score})
+            checkpoints.save(step, saved_trees(state_of(step)), score and {"ema_top1": score})
         checkpoints.wait()
         assert (checkpoints.steps, checkpoints.best_step, checkpoints.latest_step) == ([2, 4, 5], 2, 5)
 
@@ -121,11 +118,11 @@ def test_no_damage_to_any_file_goes_unseen(damage, saved, tmp_path):
             (run_dir / file).write_bytes(content if damage == "a byte flipped" else content[: len(content) // 2])
         messages = []
         with contextlib.closing(Checkpoints(run_dir, warn=messages.append)) as checkpoints:
-            restored = checkpoints.restore_latest(wanted)
+            found, restored = checkpoints.restore_latest(saved_trees(wanted))
         seen[file] = bool(messages)
         step = 1 if messages else 2
-        assert int(restored.step) == step
-        assert_equal(items(restored), items(states[step]))
+        assert found == step
+        assert_equal(restored, saved_trees(states[step]))
         assert all("the checkpoint of step 2" in message and "Going back to step 1" in message for message in messages)
         shutil.rmtree(run_dir)
     largest = max(files, key=lambda file: (folder / file).stat().st_size)
@@ -136,8 +133,9 @@ def test_no_damage_to_any_file_goes_unseen(damage, saved, tmp_path):
 ON_OTHER_DEVICES = """
 import contextlib, itertools, sys
 import jax
-from test_checkpoint import SCORES, assert_equal, items, like, state_of
-from tnt_jax.training.checkpoint import Checkpoints
+from test_checkpoint import SCORES, assert_equal, like, state_of
+from tnt_jax.storage.checkpoint import Checkpoints
+from tnt_jax.training.loop import saved_trees
 from tnt_jax.training.mesh import make_mesh
 
 assert jax.device_count() == 4
@@ -146,20 +144,20 @@ state = state_of(0)
 with contextlib.closing(Checkpoints(sys.argv[1], keep=len(meshes))) as checkpoints:
     for step, mesh in enumerate(meshes):
         placed = jax.tree.map(lambda leaf, to: jax.device_put(leaf, to.sharding), state, like(state, mesh))
-        checkpoints.save(step, placed, SCORES)
+        checkpoints.save(step, saved_trees(placed), SCORES)
     checkpoints.wait()
     for step, mesh in itertools.product(range(len(meshes)), meshes):
         wanted = like(state, mesh)
-        restored = checkpoints.restore(step, items(wanted))
-        assert_equal(restored, items(state))
-        for found, leaf in zip(jax.tree.leaves(restored), jax.tree.leaves(items(wanted)), strict=True):
+        restored = checkpoints.restore(step, saved_trees(wanted))
+        assert_equal(restored, saved_trees(state))
+        for found, leaf in zip(jax.tree.leaves(restored), jax.tree.leaves(saved_trees(wanted)), strict=True):
             assert found.sharding == leaf.sharding, (step, found.sharding, leaf.sharding)
 """
 
 
 def test_saved_and_restored_on_any_devices_whole_or_in_shards(tmp_path):
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
-    paths = f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests/training'}"
+    paths = f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests/storage'}"
     done = subprocess.run(
         [sys.executable, "-c", ON_OTHER_DEVICES, tmp_path],
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths},

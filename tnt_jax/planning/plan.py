@@ -7,53 +7,27 @@ Everything that is said is what the compiler says. Nothing runs, no parameters a
 
 import dataclasses
 import importlib.util
-import json
 import math
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 
 import rich.console
 import rich.table
 
 from tnt_jax.chips import GIB, Chip, chip_of, training_flops
-from tnt_jax.cli import run_command
-from tnt_jax.collectives import Collective
-from tnt_jax.compiling import Compiled, bytes_of, compile_step, largest_batch
-from tnt_jax.config import InputError, TrainConfig, from_json, to_json
+from tnt_jax.config import InputError, TrainConfig
+from tnt_jax.planning.collectives import Collective
+from tnt_jax.planning.compiling import Compiled, bytes_of, compile_step, largest_batch
 
 KNOWN = "v5e:2x4, v5e:16x16, v6e:4x4, v5p:2x2x1, v4:2x2x2, v3:2x2, tpu7x:2x2x1, ... or cpu:8"
-
-
-def plan(config: TrainConfig, topology: str) -> int:
-    """Prints the plan of a run on `topology`, such as v5e:16x16 or cpu:8.
-
-    What JAX is told about its devices has to stand in the environment before it starts, so a process of its own does
-    the work.
-
-    Returns:
-        The exit code of that process.
-
-    Raises:
-        InputError: it is no topology, or libtpu is not installed.
-    """
-    child = subprocess.run(
-        [sys.executable, "-m", "tnt_jax.plan"],
-        input=json.dumps({"config": to_json(config), "topology": topology}),
-        text=True,
-        env=os.environ | environment_for(topology),
-        check=False,
-    )
-    return child.returncode
 
 
 def environment_for(topology: str) -> dict[str, str]:
     """What has to stand in the environment of the process that compiles for a topology.
 
     Raises:
-        InputError: as `plan`.
+        InputError: it is no topology, or libtpu is not installed.
     """
     if not re.fullmatch(r"cpu:[1-9]\d{0,3}|\w+:\d+(x\d+){1,2}", topology):
         raise InputError(f"{topology!r} is no topology; there are {KNOWN}")
@@ -79,10 +53,12 @@ def environment_for(topology: str) -> dict[str, str]:
     return environment
 
 
-def main() -> None:
-    """The process that `plan` starts."""
-    given = json.load(sys.stdin)
-    config, topology = from_json(given["config"]), given["topology"]
+def print_plan(config: TrainConfig, topology: str) -> None:
+    """Prints the plan of a run on `topology`, such as v5e:16x16 or cpu:8, in a process with its `environment_for`.
+
+    Raises:
+        InputError: libtpu does not know the topology, or the batch cannot be divided among its devices.
+    """
     console = rich.console.Console(highlight=False, soft_wrap=True)
     config, note = _resolved(config)
     devices = _devices(topology)
@@ -221,7 +197,3 @@ def _state_bytes(config: TrainConfig, devices: list) -> int:
     from tnt_jax.training.program import Program
 
     return bytes_of(Program(config, make_mesh(config.fsdp, devices), 1000).abstract_state)
-
-
-if __name__ == "__main__":
-    run_command(main)

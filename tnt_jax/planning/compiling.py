@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tnt_jax.collectives import Collective, collectives, loops
 from tnt_jax.config import TrainConfig
+from tnt_jax.planning.collectives import Collective, collectives, loops
 
 SEARCHES = 5
 """Compilations that look for the largest batch: seconds for one that does not fit, minutes for one that does."""

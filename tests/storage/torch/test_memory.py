@@ -8,8 +8,8 @@ import pytest
 import safetensors.numpy
 
 from tnt_jax.config import ModelConfig
-from tnt_jax.models.saving import parameter_shapes
-from tnt_jax.torch_weights.layouts import layout_shapes
+from tnt_jax.storage.folder import parameter_shapes
+from tnt_jax.storage.torch.layouts import layout_shapes
 
 
 @pytest.mark.slow

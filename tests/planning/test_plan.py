@@ -11,9 +11,9 @@ from commands import ROOT, run
 from small_runs import config_file
 
 from tnt_jax.chips import GIB, chip_of
-from tnt_jax.collectives import Collective, collectives, loops
-from tnt_jax.compiling import Compiled, largest_batch, memory_wanted
-from tnt_jax.plan import _chip, environment_for
+from tnt_jax.planning.collectives import Collective, collectives, loops
+from tnt_jax.planning.compiling import Compiled, largest_batch, memory_wanted
+from tnt_jax.planning.plan import _chip, environment_for
 
 # Prints what a train step of the tiny run sends between devices, the bytes of its parameters, and how many more the
 # stem's gradient has as the matrix that it is computed with (1.2% of a TNT-S).
@@ -22,13 +22,14 @@ import dataclasses, json, sys
 sys.path.insert(0, "tests")
 import jax
 from small_runs import tiny_run
-from tnt_jax import plan
+from tnt_jax.planning import plan
+from tnt_jax.planning.compiling import compile_step
 from tnt_jax.models.tnt import words_per_side
 from tnt_jax.training.mesh import make_mesh
 from tnt_jax.training.program import Program
 config, _ = plan._resolved(tiny_run("unused", batch_size={batch}, fsdp={fsdp}))
 devices = plan._devices("{topology}")
-step = plan.compile_step(config, devices)
+step = compile_step(config, devices)
 params = Program(config, make_mesh(1, devices), 10).abstract_state.params
 kernel, model = params["word_embedding"]["conv"]["kernel"], config.model
 matrix = model.patch_size**2 * model.in_channels * words_per_side(model) ** 2 * model.inner_dim

@@ -1,6 +1,7 @@
 """What the commands share: a configuration from a file and flags, and errors as messages."""
 
 import argparse
+import functools
 import pathlib
 import runpy
 import sys
@@ -42,7 +43,7 @@ def config_of(path: str) -> TrainConfig:
         InputError: there is no such file, or it returns none, or the folder holds no run.
     """
     if pathlib.Path(path).is_dir():
-        from tnt_jax.training.checkpoint import read_config
+        from tnt_jax.storage.checkpoint import read_config
 
         return read_config(path)
     if not pathlib.Path(path).is_file():
@@ -59,12 +60,17 @@ def _names(folder: pathlib.Path) -> str:
     return ", ".join(sorted(path.name for path in folder.glob("*.py"))) or "no files"
 
 
-def run_command(main: Callable[[], None]) -> None:
-    """Runs a command. An error that is meant for the user, which has an exit code, is a message without a traceback."""
-    try:
-        main()
-    except Exception as error:
-        if not hasattr(error, "exit_code"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+def command(main: Callable[[], None]) -> Callable[[], None]:
+    """A command's `main`. An error that is meant for the user, which has an exit code, is a message, no traceback."""
+
+    @functools.wraps(main)
+    def run() -> None:
+        try:
+            main()
+        except Exception as error:
+            if not hasattr(error, "exit_code"):
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(error.exit_code)
+
+    return run

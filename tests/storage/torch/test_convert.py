@@ -15,11 +15,11 @@ from state_dicts import as_torch, save_safetensors, state_dict
 
 import tnt_jax
 from tnt_jax.config import InputError, ModelConfig
-from tnt_jax.models.saving import model_parameters, parameter_shapes
 from tnt_jax.models.variants import VARIANTS, resolve
-from tnt_jax.torch_weights.convert import convert, export
-from tnt_jax.torch_weights.layouts import layout_shapes
-from tnt_jax.torch_weights.read import read_file, recognise_config, recognise_layout, to_parameters
+from tnt_jax.storage.folder import model_parameters, parameter_shapes
+from tnt_jax.storage.torch.convert import convert, export
+from tnt_jax.storage.torch.layouts import layout_shapes
+from tnt_jax.storage.torch.read import read_file, recognise_config, recognise_layout, to_parameters
 
 # TNT-Ti is the smallest model whose shapes are recognised.
 SOURCES = {

@@ -13,19 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from flax import nnx
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from tnt_jax.config import InputError, TrainConfig, from_json, to_json
-from tnt_jax.models.saving import ModelDescription, Preprocessing, describe, read_description, write_description
-from tnt_jax.models.variants import Model, abstract_model
-from tnt_jax.training.packing import checksums, layout, pack, packed_shapes, unpack
-from tnt_jax.training.step import TrainState
+from tnt_jax.storage.folder import ModelDescription, Preprocessing, describe, write_description
+from tnt_jax.storage.packing import checksums, layout, pack, packed_shapes, unpack
 
 CONFIG_FILE = "config.json"
 BEST_METRIC = "ema_top1"
-ITEMS = ("params", "ema", "opt_state")
 
 
 class WriteError(RuntimeError):
@@ -110,31 +106,6 @@ def _description(config: TrainConfig, class_names: Sequence[str]) -> ModelDescri
     )
 
 
-def load_run(run_dir: str | os.PathLike, *, weights: str = "ema", step: int | None = None) -> Model:
-    """The model of a training run; see `tnt_jax.load_model`.
-
-    Raises:
-        InputError: the run has no checkpoint yet, or none of this step.
-    """
-    description = read_description(run_dir)
-    graphdef, state = nnx.split(abstract_model(description.config))
-    # Onto one device of this machine, wherever it was trained.
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), nnx.to_pure_dict(state)
-    )
-    with contextlib.closing(Checkpoints(run_dir)) as checkpoints:
-        step = checkpoints.best_step or checkpoints.latest_step if step is None else step
-        if step not in checkpoints.steps:
-            kept = f"it has {checkpoints.steps}" if checkpoints.steps else "it has none yet"
-            raise InputError(f"the run in {run_dir} has no checkpoint of step {step}; {kept}")
-        item = {"ema": "ema", "raw": "params"}[weights]
-        params = checkpoints.restore(step, {item: like})[item]
-    model = nnx.merge(graphdef, params)
-    model.description = description
-    return model
-
-
 def _flat(values: dict, prefix: str = "") -> dict:
     flat = {}
     for name, value in values.items():
@@ -198,13 +169,12 @@ class Checkpoints:
         names = os.listdir(self._folder) if self._folder.is_dir() else ()
         return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
-    def save(self, step: int, state: TrainState, scores: dict[str, float] | None) -> None:
-        """Begins to write a checkpoint; `scores` are those of this step, if it was evaluated.
+    def save(self, step: int, trees: dict[str, dict], scores: dict[str, float] | None) -> None:
+        """Begins to write a checkpoint of some trees by name; `scores` are those of this step, if it was evaluated.
 
         Raises:
             WriteError: it cannot be written, or one before it could not.
         """
-        trees = {name: getattr(state, name) for name in ITEMS}
         packed = {name: pack(tree) for name, tree in trees.items()}
         description = {
             "layouts": {name: layout(tree) for name, tree in trees.items()},
@@ -228,12 +198,11 @@ class Checkpoints:
             self._failed = True
             raise WriteError(f"a checkpoint cannot be written into {self._folder}: {_first_line(error)}") from error
 
-    def restore_latest(self, like: TrainState) -> TrainState | None:
-        """The newest state that is sound, with the shapes and shardings of `like`; None where there is none."""
-        wanted = {name: getattr(like, name) for name in ITEMS}
+    def restore_latest(self, like: dict[str, dict]) -> tuple[int, dict[str, dict]] | None:
+        """The newest sound step and its trees, with the shapes and shardings of `like`; None where there is none."""
         for step in reversed(self.steps):
-            if items := self._read_or_put_aside(step, lambda step: self.restore(step, wanted)):
-                return TrainState(step=jax.device_put(np.int32(step), like.step.sharding), **items)
+            if trees := self._read_or_put_aside(step, lambda step: self.restore(step, like)):
+                return step, trees
             self._manager.reload()
         return None
 

@@ -1,0 +1,28 @@
+"""A page to try a model in the browser: `python demo.py MODEL [--port 7860]`."""
+
+import dataclasses
+from typing import Annotated
+
+import tyro
+
+from tnt_jax.commands.cli import command
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Serves a page on this machine: drop an image, see its likeliest classes, click a patch to see its attention."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """Folder of a training run or of a model, or a published name."""
+    port: int = 7860
+    """Where the page is: http://127.0.0.1:PORT"""
+
+
+@command
+def main() -> None:
+    arguments = tyro.cli(Arguments)
+    from tnt_jax.demo import check_port, serve
+    from tnt_jax.storage.load import load_model
+
+    check_port(arguments.port)
+    serve(load_model(arguments.model), arguments.model, arguments.port)

@@ -1,0 +1,149 @@
+"""Pictures of what a model does and of how a run went: `python visualize.py WHAT MODEL [IMAGE ...] --out FILE`."""
+
+import argparse
+import dataclasses
+import sys
+from typing import Annotated, Literal
+
+import tyro
+
+from tnt_jax.commands.cli import command, training_config
+from tnt_jax.config import InputError, TrainConfig
+
+OF_IMAGES = ("inner-attention", "outer-attention", "class-attention", "words", "features", "tsne")
+OF_ANSWERS = ("confusion", "mistakes")
+OF_CONFIGURATIONS = ("schedule", "batch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Draws a picture. Blocks, rows and columns are counted from 0.
+
+    Of images (without any, the first test image): inner-attention: each word's attention inside a patch;
+    outer-attention: a patch's attention over the image, in every block; class-attention: that of the class token, by
+    head and rolled out over the depth; words: word embeddings where they lie in the image, in every block; features:
+    channels of some blocks as maps; tsne: the last block's feature maps as points, or without an image all test images.
+    Of a run: curves; confusion and mistakes on its test images; schedule: its learning rate; batch: what it trains on.
+    The last two also take a configuration, as configs/digits.py, and the flags of train.py behind it.
+    """
+
+    what: Annotated[
+        Literal[(*OF_IMAGES, "curves", *OF_ANSWERS, *OF_CONFIGURATIONS)],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="WHAT"),
+    ]
+    """What to draw."""
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """Folder of a training run or of a model, or a published name."""
+    images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE ...")] = ()
+    """Image files."""
+    out: str | None = None
+    """File to write: .png, .pdf, .svg, .jpg or .webp; by default WHAT.png."""
+    patch: tuple[int, int] | None = None
+    """For inner- and outer-attention: row and column of the patch; by default the one in the middle."""
+    block: int | None = None
+    """For inner- and class-attention: the block; by default the last."""
+    source: str | None = None
+    """Where test images come from, as for eval.py; a training run knows its own."""
+    count: int = 24
+    """For mistakes: how many."""
+
+
+@command
+def main() -> None:
+    if sys.argv[1:2] and sys.argv[1] in OF_CONFIGURATIONS:
+        _draw_configuration(sys.argv[1], sys.argv[2:])
+        return
+    arguments = tyro.cli(Arguments)
+    from tnt_jax.visualize.canvas import check_out
+
+    out = arguments.out or f"{arguments.what}.png"
+    check_out(out)
+    _refuse_what_is_not_used(arguments)
+    if arguments.what == "curves":
+        from tnt_jax.visualize import curves
+
+        figure = curves(arguments.model)
+    elif arguments.what in OF_IMAGES:
+        figure = _of_images(arguments)
+    else:
+        figure = _of_answers(arguments)
+    figure.savefig(out)
+    print(f"{out} shows {arguments.what} of {arguments.model}")
+
+
+USED = {"patch": ("inner-attention", "outer-attention"), "block": ("inner-attention", "class-attention")}
+USED |= {"images": OF_IMAGES, "source": (*OF_IMAGES, *OF_ANSWERS)}
+
+
+def _refuse_what_is_not_used(arguments: Arguments) -> None:
+    for name, pictures in USED.items():
+        if getattr(arguments, name) not in (None, ()) and arguments.what not in pictures:
+            flag = "an image" if name == "images" else f"--{name}"
+            raise InputError(f"{flag} was given, and {arguments.what} has no use for it; {', '.join(pictures)} have")
+    if arguments.count < 1:
+        raise InputError(f"--count is {arguments.count}, and must be at least 1")
+
+
+def _of_images(arguments: Arguments):
+    from tnt_jax import visualize
+    from tnt_jax.evaluation.evaluate import features_of, open_test, test_data
+    from tnt_jax.storage.load import load_model
+
+    model = load_model(arguments.model)
+    images = list(arguments.images)
+    if not images:
+        (data,) = test_data(arguments.model, [arguments.source] if arguments.source else [])
+        source = open_test(data)
+        if arguments.what == "tsne":
+            features, labels = features_of(model, source, data)
+            return visualize.image_tsne(features, labels, source.class_names)
+        images = [source[0][0]]
+    if arguments.what == "tsne":
+        if len(images) > 1:
+            raise InputError(f"tsne shows the feature maps of one image, and {len(images)} were given")
+        return visualize.map_tsne(model, images[0])
+    draw = getattr(visualize, arguments.what.replace("-", "_"))
+    chosen = {name: getattr(arguments, name) for name in ("patch", "block") if arguments.what in USED[name]}
+    return draw(model, images, **chosen)
+
+
+def _of_answers(arguments: Arguments):
+    from tnt_jax import visualize
+    from tnt_jax.evaluation.evaluate import answers_of, open_test, test_data
+    from tnt_jax.storage.load import load_model
+
+    model = load_model(arguments.model)
+    (data,) = test_data(arguments.model, [arguments.source] if arguments.source else [])
+    source = open_test(data)
+    answers = answers_of(model, source, data)
+    if arguments.what == "confusion":
+        return visualize.confusion(answers, source.class_names)
+    return visualize.mistakes(answers, source, count=arguments.count)
+
+
+def _draw_configuration(what: str, flags: list[str]) -> None:
+    own = argparse.ArgumentParser(prog=f"visualize.py {what}", allow_abbrev=False, epilog="and the flags of train.py")
+    own.add_argument("config", metavar="CONFIG_OR_RUN", help="configs/NAME.py, or the folder of a run")
+    own.add_argument("--out", default=f"{what}.png", help="file to write (default: %(default)s)")
+    if what == "batch":
+        own.add_argument("--step", type=int, default=0, help="the batch after this step (default: 0)")
+        own.add_argument("--count", type=int, default=16, help="images of it (default: 16)")
+    given, rest = own.parse_known_args(flags)
+    from tnt_jax.visualize.canvas import check_out
+
+    check_out(given.out)
+    _configuration_picture(what, given, training_config(["--config", given.config, *rest])).savefig(given.out)
+    print(f"{given.out} shows the {what} of {given.config}")
+
+
+def _configuration_picture(what: str, given: argparse.Namespace, config: TrainConfig):
+    if what == "schedule":
+        from tnt_jax.visualize import schedule
+
+        return schedule(config)
+    from tnt_jax.visualize import batch
+
+    if given.step < 0 or given.count < 1:
+        raise InputError(f"--step is {given.step} and --count {given.count}; they start at 0 and at 1")
+    return batch(config, step=given.step, count=given.count)

@@ -1,0 +1,43 @@
+"""Files and folders that appear when they are complete, or not at all."""
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tnt_jax.config import InputError
+
+
+def check_ending(path: str | os.PathLike, endings: Sequence[str], what: str) -> None:
+    """Raises InputError unless a file ends in one of these and its folder is there."""
+    if Path(path).suffix not in endings:
+        raise InputError(f"{path}: {what} ends in {' or '.join(endings)}")
+    if not Path(path).parent.is_dir():
+        raise InputError(f"{path}: there is no folder {Path(path).parent}")
+
+
+def write_whole(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
+    """Has `write` make a file or folder beside `path`, which takes its place when it is complete.
+
+    Raises:
+        InputError: it cannot be written there.
+    """
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(unfinished)
+        if path.exists():
+            _remove(path)
+        unfinished.rename(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error}") from error
+    finally:
+        _remove(unfinished)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif path.exists():
+        path.unlink()
