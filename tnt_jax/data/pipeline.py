@@ -41,6 +41,21 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, 0, epoch)).permutation(count).astype(np.int32)
 
 
+@functools.lru_cache(maxsize=8)
+def places_of_batch(first: int, batch_size: int, repeats: int) -> np.ndarray:
+    """Where in the order of an epoch each row of a batch stands, from the place of the first of its images on.
+
+    The copies of an image stand far apart in the batch, and so on different devices, as DeiT has them.
+
+    Args:
+        first: how many copies of the first image the batch before has taken.
+    """
+    places = first + np.arange(batch_size)
+    places = places[np.argsort(places % repeats, kind="stable")] // repeats
+    places.flags.writeable = False  # everybody is given the same array
+    return places
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainRecipe:
     """The training batch of every step."""
@@ -57,10 +72,10 @@ class TrainRecipe:
         Returns:
             The images that turned out to be unreadable, and why.
         """
-        order, places = self.places(step)
+        order, places = self.places(step, rows)
         unreadable = []
         for at, row in enumerate(rows):
-            image, labels[at] = self._read(order, places[row], unreadable)
+            image, labels[at] = self._read(order, places[at], unreadable)
             rng = np.random.default_rng((self.seed, 1, step, row))
             image = to_channels(image, self.row_shape[2])
             if not self.data.crop_area:
@@ -68,13 +83,12 @@ class TrainRecipe:
             images[at] = augment(image, self.data, self.row_shape[:2], rng)
         return unreadable
 
-    def places(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """The images of the epoch in their order, and where in it each row of the batch stands."""
+    def places(self, step: int, rows: range) -> tuple[np.ndarray, np.ndarray]:
+        """The images of the epoch in their order, and where in it these rows of the batch stand."""
         epoch, step_of_epoch = divmod(step, steps_per_epoch(len(self.source), self.data, self.batch_size))
-        places = step_of_epoch * self.batch_size + np.arange(self.batch_size)
-        # The copies of an image stand far apart in the batch, and so on different devices, as DeiT has them.
-        places = places[np.argsort(places % self.data.repeats, kind="stable")] // self.data.repeats
-        return epoch_order(len(self.source), self.seed, epoch), places
+        first, copies = divmod(step_of_epoch * self.batch_size, self.data.repeats)
+        places = places_of_batch(copies, self.batch_size, self.data.repeats)
+        return epoch_order(len(self.source), self.seed, epoch), first + places[rows.start : rows.stop]
 
     def _read(self, order: np.ndarray, place: int, unreadable: list[tuple[int, str]]) -> tuple[Pixels, int]:
         """The image at this place of the epoch, or, in place of an unreadable one, the next that can be read."""
