@@ -73,8 +73,8 @@ def claim_run_dir(config: TrainConfig, class_names: Sequence[str]) -> None:
 def _claim(config: TrainConfig, class_names: Sequence[str]) -> None:
     folder = pathlib.Path(config.run_dir)
     if folder.is_dir() and any(folder.iterdir()):
-        there = _flat(to_json(read_config(config.run_dir)))
-        wanted = _flat(to_json(config))
+        there = flat(to_json(read_config(config.run_dir)))
+        wanted = flat(to_json(config))
         changed = [f"{name} {there[name]!r} (now {wanted[name]!r})" for name in wanted if there[name] != wanted[name]]
         # The folder may have been moved or named in another way.
         changed = [change for change in changed if not change.startswith("run_dir ")]
@@ -106,10 +106,10 @@ def _description(config: TrainConfig, class_names: Sequence[str]) -> ModelDescri
     )
 
 
-def _flat(values: dict, prefix: str = "") -> dict:
+def flat(values: dict, prefix: str = "") -> dict:
     flat = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        flat |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
 
 

@@ -19,6 +19,7 @@ from tnt_jax.models.variants import abstract_model, build_model, resolve
 from tnt_jax.storage.checkpoint import Checkpoints, WriteError, claim_run_dir
 from tnt_jax.storage.folder import model_from_parameters, model_parameters
 from tnt_jax.storage.load import load_model
+from tnt_jax.training.agreement import facts
 from tnt_jax.training.memory import keep_memory
 from tnt_jax.training.mesh import check_batch_size, make_mesh, to_devices
 from tnt_jax.training.processes import together
@@ -44,7 +45,7 @@ def train(config: TrainConfig) -> dict[str, float]:
     """
     began = time.perf_counter()
     keep_memory()
-    with together(config.distributed):
+    with together(config.distributed, facts(config)):
         use_compilation_cache()
         console = rich.console.Console(highlight=False, soft_wrap=True, quiet=jax.process_index() > 0)
         run = Run(config)
