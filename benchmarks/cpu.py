@@ -169,14 +169,13 @@ def ours(model: str, kind: str, batch: int) -> tuple[Callable[[], None], float |
     from flax import nnx
 
     from tnt_jax.chips import chip_of, training_flops
-    from tnt_jax.config import ModelConfig
     from tnt_jax.models.layers import InitialRngs
     from tnt_jax.models.tnt import TNT
-    from tnt_jax.models.variants import VARIANTS, resolve
+    from tnt_jax.models.variants import VARIANTS, model_config
     from tnt_jax.training.memory import keep_memory
 
     keep_memory()  # as train.py does
-    config = resolve(ModelConfig())
+    config = model_config("tnt_s_patch16_224")
     network = {"TNT-S": TNT, "DeiT-S": DeiT}[model](config, rngs=InitialRngs(0))
     graphdef, params = nnx.split(network)
     random = np.random.default_rng(0)

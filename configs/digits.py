@@ -1,12 +1,12 @@
 """A small TNT on scikit-learn's handwritten digits: what `python train.py` runs when it is told nothing."""
 
-from tnt_jax.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from tnt_jax.config import DataConfig, ModelChanges, OptimizerConfig, TrainConfig
 
 
 def get_config() -> TrainConfig:
     return TrainConfig(
         run_dir="runs/digits",
-        model=ModelConfig(
+        model=ModelChanges(
             name="tnt_ti_patch16_224",
             image_size=32,
             in_channels=1,

@@ -10,13 +10,13 @@ words.
 Reached: 90.5% of the test images (averaged weights) in 22 minutes on two CPU cores that three other programs shared.
 """
 
-from tnt_jax.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from tnt_jax.config import DataConfig, ModelChanges, OptimizerConfig, TrainConfig
 
 
 def get_config() -> TrainConfig:
     return TrainConfig(
         run_dir="runs/fashion_mnist",
-        model=ModelConfig(
+        model=ModelChanges(
             name="ptnt_ti_patch16_192",
             image_size=32,
             in_channels=1,

@@ -10,14 +10,14 @@ paper trains on the 2,040 images of Flowers' training and validation sets and te
 CIFAR runs; the paper gives none. Not run to its end by this project.
 """
 
-from tnt_jax.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from tnt_jax.config import DataConfig, ModelChanges, OptimizerConfig, TrainConfig
 
 
 def get_config() -> TrainConfig:
     return TrainConfig(
         run_dir="runs/finetune_flowers",
         init_from="weights/tnt_s_patch16_224",
-        model=ModelConfig("tnt_s_patch16_224", image_size=384, dtype="bfloat16"),
+        model=ModelChanges("tnt_s_patch16_224", image_size=384, dtype="bfloat16"),
         data=DataConfig("tfds:oxford_flowers102", train_split="train+validation", crop=1.0, num_workers=8),
         optimizer=OptimizerConfig(learning_rate=5e-5, weight_decay=5e-4, min_learning_rate=1e-6, ema_decay=0.9998),
         batch_size=128,

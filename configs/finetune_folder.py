@@ -8,14 +8,14 @@ light, and the average of weights fits a short run. Nothing is published for you
 at a time. Verified by this project on synthetic images alone.
 """
 
-from tnt_jax.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from tnt_jax.config import DataConfig, ModelChanges, OptimizerConfig, TrainConfig
 
 
 def get_config() -> TrainConfig:
     return TrainConfig(
         run_dir="runs/finetune_folder",
         init_from="weights/tnt_s_patch16_224",
-        model=ModelConfig("tnt_s_patch16_224"),
+        model=ModelChanges("tnt_s_patch16_224"),
         data=DataConfig("folder:images", repeats=1, crop_area=(0.3, 1.0), mixup=0.0, cutmix=0.0, erasing=0.0),
         optimizer=OptimizerConfig(
             learning_rate=2e-4, warmup_epochs=1, min_learning_rate=1e-6, layer_decay=0.75, ema_decay=0.999

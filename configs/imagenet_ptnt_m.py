@@ -13,10 +13,10 @@ import dataclasses
 import pathlib
 import runpy
 
-from tnt_jax.config import ModelConfig, TrainConfig
+from tnt_jax.config import ModelChanges, TrainConfig
 
 
 def get_config() -> TrainConfig:
     recipe = runpy.run_path(str(pathlib.Path(__file__).with_name("imagenet_ptnt_s.py")))["get_config"]()
-    model = ModelConfig("ptnt_m_patch16_256", dtype="bfloat16")
+    model = ModelChanges("ptnt_m_patch16_256", dtype="bfloat16")
     return dataclasses.replace(recipe, run_dir="runs/imagenet_ptnt_m", model=model)

@@ -13,7 +13,7 @@ import dataclasses
 import pathlib
 import runpy
 
-from tnt_jax.config import ModelConfig, TrainConfig
+from tnt_jax.config import ModelChanges, TrainConfig
 
 
 def get_config() -> TrainConfig:
@@ -21,6 +21,6 @@ def get_config() -> TrainConfig:
     return dataclasses.replace(
         recipe,
         run_dir="runs/imagenet_ptnt_s",
-        model=ModelConfig("ptnt_s_patch16_256", dtype="bfloat16"),
+        model=ModelChanges("ptnt_s_patch16_256", dtype="bfloat16"),
         optimizer=dataclasses.replace(recipe.optimizer, warmup_epochs=20),
     )

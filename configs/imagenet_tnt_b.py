@@ -13,10 +13,10 @@ import dataclasses
 import pathlib
 import runpy
 
-from tnt_jax.config import ModelConfig, TrainConfig
+from tnt_jax.config import ModelChanges, TrainConfig
 
 
 def get_config() -> TrainConfig:
     recipe = runpy.run_path(str(pathlib.Path(__file__).with_name("imagenet_tnt_s.py")))["get_config"]()
-    model = ModelConfig("tnt_b_patch16_224", dtype="bfloat16")
+    model = ModelChanges("tnt_b_patch16_224", dtype="bfloat16")
     return dataclasses.replace(recipe, run_dir="runs/imagenet_tnt_b", model=model)

@@ -12,13 +12,13 @@ clipping, each image three times in an epoch. The average of the weights has its
 dead for the first epochs: both accuracies are reported.
 """
 
-from tnt_jax.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from tnt_jax.config import DataConfig, ModelChanges, OptimizerConfig, TrainConfig
 
 
 def get_config() -> TrainConfig:
     return TrainConfig(
         run_dir="runs/imagenet_tnt_s",
-        model=ModelConfig("tnt_s_patch16_224", dtype="bfloat16"),
+        model=ModelChanges("tnt_s_patch16_224", dtype="bfloat16"),
         data=DataConfig("tfds:imagenet2012", num_workers=8),
         optimizer=OptimizerConfig(cooldown_epochs=10, change_every="epoch", ema_warmup=False),
         batch_size=1024,

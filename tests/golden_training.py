@@ -12,7 +12,7 @@ import numpy as np
 import published
 from flax import nnx
 
-from tnt_jax.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from tnt_jax.config import DataConfig, ModelChanges, OptimizerConfig, TrainConfig
 from tnt_jax.models.variants import resolve
 from tnt_jax.storage.folder import model_from_parameters
 from tnt_jax.storage.torch.read import to_parameters
@@ -20,7 +20,7 @@ from tnt_jax.training.mesh import make_mesh, replicated, shardings_of, to_device
 from tnt_jax.training.optimizer import make_optimizer
 from tnt_jax.training.step import init_state, make_train_step
 
-MODEL = ModelConfig(
+MODEL = ModelChanges(
     name="tnt_s_patch16_224",
     image_size=32,
     patch_size=8,

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tnt_jax.config import ModelConfig
+from tnt_jax.models.variants import model_config
 from tnt_jax.storage.folder import model_from_parameters, parameter_shapes
 
 SMALL_PYRAMID = {
@@ -27,7 +27,7 @@ def small_pyramid(**changes):
 
 
 def random_model(**fields):
-    config = ModelConfig(**fields)
+    config = model_config(**fields)
     rng = np.random.default_rng(0)
     shapes = parameter_shapes(config)
     return model_from_parameters(config, {path: _random(rng, path, of.shape) for path, of in shapes.items()})

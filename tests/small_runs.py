@@ -8,9 +8,9 @@ import jax
 from flax import nnx
 
 import tnt_jax
-from tnt_jax.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig, to_json
+from tnt_jax.config import DataConfig, ModelChanges, OptimizerConfig, TrainConfig, to_json
 
-TINY = ModelConfig(
+TINY = ModelChanges(
     "tnt_ti_patch16_224",
     image_size=16,
     in_channels=1,
@@ -51,6 +51,7 @@ def config_file(folder) -> str:
     """The path of a file with `tiny_run`."""
     path = folder / "config.py"
     path.write_text(
-        f"from tnt_jax.config import from_json\nget_config = lambda: from_json({to_json(tiny_run('unused'))!r})\n"
+        "from tnt_jax.config import ModelChanges, TrainConfig, from_json\n"
+        f"get_config = lambda: from_json({to_json(tiny_run('unused'))!r}, TrainConfig[ModelChanges])\n"
     )
     return str(path)

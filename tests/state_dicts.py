@@ -5,13 +5,13 @@ import published
 import safetensors.numpy
 import torch
 
-from tnt_jax.config import ModelConfig
+from tnt_jax.models.variants import model_config
 from tnt_jax.storage.folder import parameter_shapes
 from tnt_jax.storage.torch.layouts import layout_shapes
 
 
 def state_dict(layout, name, **changes):
-    shapes = {path: of.shape for path, of in parameter_shapes(ModelConfig(name=name, **changes)).items()}
+    shapes = {path: of.shape for path, of in parameter_shapes(model_config(name=name, **changes)).items()}
     return {name: published.tensor(name, shape, seed=0) for name, shape in layout_shapes(shapes, layout).items()}
 
 

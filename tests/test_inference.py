@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from PIL import Image
-from small_models import small_model
+from small_models import small_model, small_pyramid
 
 import tnt_jax
 from tnt_jax.config import InputError
@@ -123,8 +123,8 @@ def test_a_published_name_says_how_to_get_its_weights(name, variant, tmp_path, m
         tnt_jax.inference_model(name, "bird.jpg")
     tnt_jax.save_model(small_model(name=variant), f"weights/{variant}", class_names=NAMES)
     assert tnt_jax.load_model(name).description.class_names == NAMES
-    tnt_jax.save_model(small_model(), f"weights/{variant}", overwrite=True)
-    with pytest.raises(InputError, match=f"holds tnt_ti_patch16_224, and {name} is {variant}"):
+    tnt_jax.save_model(small_pyramid(), f"weights/{variant}", overwrite=True)
+    with pytest.raises(InputError, match=f"holds ptnt_custom_patch8_32, and {name} is {variant}"):
         tnt_jax.load_model(name)
 
 

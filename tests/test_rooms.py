@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "tnt_jax"
-FLOORS = ("config", "native chips", "data models", "storage", "training", "inference", "evaluation planning")
+FLOORS = ("fields", "config", "native chips", "data models", "storage", "training", "inference", "evaluation planning")
 FLOORS += ("visualize", "export demo", "commands")
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 

@@ -1,4 +1,4 @@
-"""The whole of a run as frozen dataclasses.
+"""The whole of a run as frozen dataclasses, and `check`, which looks at every field.
 
 A config file returns one `TrainConfig`, the command line changes its fields.
 """
@@ -6,7 +6,9 @@ A config file returns one `TrainConfig`, the command line changes its fields.
 import dataclasses
 import json
 import typing
-from typing import Literal
+from typing import Generic, Literal, TypeVar
+
+from tnt_jax.fields import changes_of, faults, setting
 
 
 class InputError(ValueError):
@@ -17,64 +19,73 @@ class InputError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A model by its name, and what is to differ from it. A field that is None is as the name has it.
+    """All sizes of a model. `ModelChanges` is what a config file or the command line says of it.
 
-    `tnt_jax.models.variants.resolve` fills the fields that are None and checks all of them; the modules take a resolved
-    one. TNT has one size for all blocks; PyramidTNT has one for each of its four stages.
+    TNT has one size for all blocks; PyramidTNT has one for each of its four stages.
     Source of the sizes: table 1 of arXiv 2103.00112, and the code of arXiv 2201.00978.
     """
 
-    name: str = "tnt_s_patch16_224"
-    """A name from `tnt_jax.list_models()`."""
-    image_size: int | tuple[int, int] | None = None
+    name: str
+    """A name from `tnt_jax.list_models()`. A model of other sizes than the published ones is called custom."""
+    image_size: tuple[int, int] = setting(least=1)
     """Height and width of the input in pixels, each a multiple of the patch size; one number for a square."""
-    in_channels: int | None = None
+    in_channels: int = setting(least=1)
     """Channels of the input: 3 for colour, 1 for grey."""
-    num_classes: int | None = None
+    num_classes: int = setting(least=0)
     """Width of the output; 0 gives the normalised class token instead of logits."""
-    architecture: Literal["official", "legacy", "pyramid"] | None = None
+    architecture: Literal["official", "legacy", "pyramid"]
     """TNT as huawei published it, TNT as mmpretrain and timm first had it, or PyramidTNT."""
-    patch_size: int | None = None
+    patch_size: int = setting(least=1)
     """Side of a patch (sentence) in pixels."""
-    word_stride: int | None = None
+    word_stride: int = setting(least=1)
     """Pixels from one word to the next; a patch has ceil(patch_size / word_stride) squared words."""
-    depth: int | tuple[int, ...] | None = None
+    depth: int | tuple[int, ...] = setting(least=1)
     """Number of blocks; for PyramidTNT in each stage, such as 2 8 4 2."""
-    inner_dim: int | tuple[int, ...] | None = None
+    inner_dim: int | tuple[int, ...] = setting(least=1)
     """Channels of a word; for PyramidTNT in each stage."""
-    inner_heads: int | tuple[int, ...] | None = None
+    inner_heads: int | tuple[int, ...] = setting(least=1)
     """Heads of the attention between the words of a patch; for PyramidTNT in each stage."""
-    outer_dim: int | tuple[int, ...] | None = None
+    outer_dim: int | tuple[int, ...] = setting(least=1)
     """Channels of a sentence; for PyramidTNT in each stage."""
-    outer_heads: int | tuple[int, ...] | None = None
+    outer_heads: int | tuple[int, ...] = setting(least=1)
     """Heads of the attention between sentences; for PyramidTNT in each stage."""
-    inner_blocks: tuple[int, ...] | None = None
+    inner_blocks: tuple[int, ...] = setting(least=0)
     """Blocks with an inner transformer, from 0 on: all of TNT's; of a PyramidTNT stage the first, and the second if it
     has more than six."""
-    squeeze_excitation: bool | None = None
+    squeeze_excitation: bool
     """Whether squeeze-and-excitation follows the MLP between sentences (table 12 of the paper)."""
-    word_positions: bool | None = None
+    word_positions: bool
     """Whether words have learned positions (table 6 of the paper)."""
-    sentence_positions: bool | None = None
+    sentence_positions: bool
     """Whether sentences have learned positions (table 6 of the paper)."""
-    mlp_ratio: float | None = None
+    mlp_ratio: float = setting(above=0)
     """Hidden channels of an MLP over its channels."""
-    drop_rate: float | None = None
+    drop_rate: float = setting(least=0, below=1)
     """Dropout after the positions, in every MLP and after every attention."""
-    attn_drop_rate: float | None = None
+    attn_drop_rate: float = setting(least=0, below=1)
     """Dropout of attention weights."""
-    drop_path_rate: float | None = None
+    drop_path_rate: float = setting(least=0, below=1)
     """Stochastic depth of the last block; it rises linearly from 0 at the first."""
-    dtype: Literal["float32", "bfloat16"] | None = None
+    dtype: Literal["float32", "bfloat16"]
     """What is computed in. Statistics of norms, softmax and logits are float32 in any case."""
-    param_dtype: Literal["float32", "bfloat16"] | None = None
+    param_dtype: Literal["float32", "bfloat16"]
     """What parameters are stored in."""
-    remat: Literal["none", "linear", "all"] | None = None
+    remat: Literal["none", "linear", "all"] = setting(role="execution")
     """What the backward pass computes again instead of keeping it, for less memory and more time: nothing; all of a
     block but what its linear maps return; or all of it."""
-    inner: Literal["auto", "reference", "native", "feature_major", "pallas"] | None = None
+    inner: Literal["auto", "reference", "native", "feature_major", "pallas"] = setting(role="execution")
     """How the inner transformers are computed; auto is what is fastest on the platform. The results are the same. With
     auto or native, attention of the others on CPUs is a function in C too."""
+
+
+ModelChanges = changes_of(
+    ModelConfig,
+    {"name": (str, "tnt_s_patch16_224"), "image_size": (int | tuple[int, int] | None, None)},
+    """A published model by its name, and what is to differ from it. A field that is None is as the name has it.
+
+    `tnt_jax.models.variants.resolve` makes the complete `ModelConfig` of it.
+    """,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,57 +104,57 @@ class DataConfig:
     eval_split: str = "test"
     """What evaluation reads. `test` is the `val` or `validation` split where a source has no test split."""
 
-    repeats: int = 3
+    repeats: int = setting(3, least=1)
     """Repeated augmentation: each image of an epoch comes this many times in a batch, an epoch sees that many times
     fewer images; 1 is the ordinary order."""
-    crop_area: tuple[float, float] | None = (0.08, 1.0)
+    crop_area: tuple[float, float] | None = setting((0.08, 1.0), above=0, most=1)
     """Random resized crop: share of the image's area that is cut out. None cuts out the middle, as evaluation does."""
-    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_aspect: tuple[float, float] = setting((3 / 4, 4 / 3), above=0)
     """Random resized crop: width over height."""
     interpolation: Literal["random", "bilinear", "bicubic"] = "random"
     """How training resizes, shears and turns: `random` draws bilinear or bicubic each time. Evaluation is bicubic."""
-    random_shift: float = 0.0
+    random_shift: float = setting(0.0, least=0, most=1)
     """Training images move by up to this fraction of their side in each direction; the edge is repeated."""
-    random_flip: float = 0.5
+    random_flip: float = setting(0.5, least=0, most=1)
     """Probability that a training image is mirrored left to right."""
-    randaugment_ops: int = 2
+    randaugment_ops: int = setting(2, least=0)
     """RandAugment: operations drawn for each image, each applied with probability 0.5; 0 switches it off."""
-    randaugment_magnitude: float = 9.0
+    randaugment_magnitude: float = setting(9.0, least=0)
     """RandAugment: mean strength, from 0 to 10."""
-    randaugment_std: float = 0.5
+    randaugment_std: float = setting(0.5, least=0)
     """RandAugment: spread of the strength. The three defaults are timm's `rand-m9-mstd0.5-inc1`."""
-    color_jitter: float = 0.4
+    color_jitter: float = setting(0.4, least=0)
     """Brightness, contrast and saturation change by up to this factor. Only where RandAugment is off, as upstream has
     it."""
-    erasing: float = 0.25
+    erasing: float = setting(0.25, least=0, most=1)
     """Random erasing: probability that a rectangle of an image becomes noise."""
-    mixup: float = 0.8
+    mixup: float = setting(0.8, least=0)
     """Mixup: alpha of the beta distribution that two images are blended with; 0 switches it off."""
-    cutmix: float = 1.0
+    cutmix: float = setting(1.0, least=0)
     """Cutmix: alpha of the beta distribution of the area that comes from another image; 0 switches it off."""
-    mix_probability: float = 1.0
+    mix_probability: float = setting(1.0, least=0, most=1)
     """Probability that a batch is mixed at all."""
-    cutmix_switch: float = 0.5
+    cutmix_switch: float = setting(0.5, least=0, most=1)
     """Probability of cutmix, where mixup is on as well."""
-    label_smoothing: float = 0.1
+    label_smoothing: float = setting(0.1, least=0, most=1)
     """Probability that the target spreads evenly over all classes."""
 
     mean: float = 0.5
     """Subtracted from pixels that are scaled to [0, 1]."""
-    std: float = 0.5
+    std: float = setting(0.5, above=0)
     """What is left is divided by this."""
-    crop: float = 0.9
+    crop: float = setting(0.9, above=0, most=1)
     """Share of the shorter side that evaluation keeps after resizing: images are resized to size / crop, then cut."""
 
-    num_workers: int = 0
+    num_workers: int = setting(0, role="execution", least=0)
     """Processes that prepare batches, beside the one that trains; 0 prepares them in the latter. The batches do not
     depend on it."""
-    num_threads: int = 2
+    num_threads: int = setting(2, role="execution", least=1)
     """Threads that prepare images in every such process. The batches do not depend on it."""
     fast_decode: bool = False
     """Decode JPEGs at a half, a quarter or an eighth of their size where that leaves twice the size of the input. Much
     faster for photographs of many megapixels, but the pixels are not quite those of the published recipe."""
-    skip_unreadable: float = 0.0
+    skip_unreadable: float = setting(0.0, least=0, most=1)
     """Share of the training images that may turn out to be unreadable. Each is logged, and the next image takes its
     place. Evaluation never skips."""
 
@@ -159,29 +170,29 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW with a linear warm-up and a cosine to the end, and an average of the weights."""
 
-    learning_rate: float = 1e-3
+    learning_rate: float = setting(1e-3, above=0)
     """The peak, for the batch size of the run; it is not scaled by it."""
-    warmup_epochs: float = 5
+    warmup_epochs: float = setting(5, least=0)
     """Epochs of linear warm-up from `warmup_learning_rate`."""
-    cooldown_epochs: int = 0
+    cooldown_epochs: int = setting(0, least=0)
     """Epochs at `min_learning_rate` that follow the run's `epochs`."""
     change_every: Literal["step", "epoch"] = "step"
     """When the learning rate changes. The published runs hold it for an epoch."""
-    warmup_learning_rate: float = 1e-6
+    warmup_learning_rate: float = setting(1e-6, least=0)
     """Learning rate of the very first step."""
-    min_learning_rate: float = 1e-5
+    min_learning_rate: float = setting(1e-5, least=0)
     """Where the cosine ends."""
-    weight_decay: float = 0.05
+    weight_decay: float = setting(0.05, least=0)
     """Decoupled weight decay; vectors, biases, positions and the class token are left out, as upstream does."""
-    layer_decay: float = 1.0
+    layer_decay: float = setting(1.0, above=0, most=1)
     """Learning rate of each block over that of the next one, for fine-tuning; 1 is the same rate for all."""
-    beta1: float = 0.9
+    beta1: float = setting(0.9, least=0, below=1)
     """Decay of the average of gradients."""
-    beta2: float = 0.999
+    beta2: float = setting(0.999, least=0, below=1)
     """Decay of the average of squared gradients."""
-    epsilon: float = 1e-8
+    epsilon: float = setting(1e-8, above=0)
     """Added to the root of the average of squared gradients."""
-    ema_decay: float = 0.99996
+    ema_decay: float = setting(0.99996, least=0, below=1)
     """Decay of the average of weights, once warmed up."""
     ema_warmup: bool = True
     """At update t the decay is at most (1 + t) / (10 + t): short runs are not held back by their initial weights."""
@@ -194,47 +205,50 @@ class DistributedConfig:
     It is no part of what a run is: the next start may have other processes.
     """
 
-    coordinator: str | None = None
+    coordinator: str | None = setting(None, role="execution")
     """HOST:PORT of process 0, as the others reach it. The port must be free there."""
-    num_processes: int | None = None
+    num_processes: int | None = setting(None, role="execution", least=1)
     """How many processes there are."""
-    process_id: int | None = None
+    process_id: int | None = setting(None, role="execution", least=0)
     """Which of them this one is, from 0 on."""
-    timeout: float = 300
+    timeout: float = setting(300, role="execution", above=0)
     """Seconds that all are waited for."""
 
 
+Model = TypeVar("Model", ModelChanges, ModelConfig)
+
+
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Generic[Model]):
     """A run. `python train.py --help` lists every field as a flag."""
 
-    run_dir: str = "runs/digits"
+    run_dir: str = setting("runs/digits", role="execution")
     """Where the run lies: configuration, checkpoints, metrics. A run that is started again goes on from there."""
     init_from: str | None = None
     """Folder of a model or of a run whose parameters the run starts from. Positions are resized to another image size;
     another number of classes gets a fresh head."""
-    model: ModelConfig = ModelConfig()
+    model: Model = dataclasses.field(default_factory=ModelChanges)
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    batch_size: int = 64
+    batch_size: int = setting(64, least=1)
     """Images of a step over all devices."""
-    accumulation_steps: int = 1
+    accumulation_steps: int = setting(1, role="execution", least=1)
     """Parts that a step's batch is computed in, one after the other: less memory, the same result."""
-    fsdp: int = 1
+    fsdp: int = setting(1, role="execution", least=1)
     """Devices that share one copy of parameters and optimizer state; 1 keeps a copy on each."""
-    epochs: int = 20
+    epochs: int = setting(20, least=1)
     """Passes over the training images; the last incomplete batch of each is left out."""
-    eval_every_epochs: int = 1
+    eval_every_epochs: int = setting(1, least=1)
     """Epochs between evaluations; each is followed by a checkpoint, and the last step always has both."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = setting(2, role="observation", least=1)
     """Latest checkpoints that are kept, beside the best one."""
-    log_every_steps: int = 10
+    log_every_steps: int = setting(10, role="observation", least=1)
     """Steps between lines of metrics.jsonl and TensorBoard."""
-    seed: int = 0
+    seed: int = setting(0, least=0)
     """Of everything random: initial weights, order of the images, augmentation, dropout, stochastic depth."""
-    wandb: bool = False
+    wandb: bool = setting(False, role="observation")
     """Log to Weights & Biases too, in its project tnt_jax."""
-    profile: bool = False
+    profile: bool = setting(False, role="observation")
     """Write a trace of a few steps, for XProf and TensorBoard, into the run's folder."""
     distributed: DistributedConfig = DistributedConfig()
 
@@ -270,25 +284,55 @@ def smoke(config: TrainConfig) -> TrainConfig:
     )
 
 
+def check(config: TrainConfig) -> None:
+    """Raises InputError for the first field of any part whose value means nothing.
+
+    How the sizes of a model must fit each other, `tnt_jax.models.variants.resolve` checks.
+    """
+    check_data(config.data)
+    for fault in faults(config):
+        raise InputError(fault)
+    count, index = config.distributed.num_processes, config.distributed.process_id
+    if count is not None and index is not None and index >= count:
+        raise InputError(f"distributed.process_id is {index}, and must be below distributed.num_processes, {count}")
+
+
+def check_data(data: DataConfig) -> None:
+    """`check` for the part of a configuration that a data pipeline needs."""
+    for fault in faults(data, "data."):
+        raise InputError(fault)
+    for name in ("crop_area", "crop_aspect"):
+        low, high = getattr(data, name) or (1, 1)
+        if low > high:
+            raise InputError(f"data.{name} is {low} to {high}, and must rise")
+
+
 def to_json(config: TrainConfig) -> dict:
     """What a run is, as JSON holds it: nested dictionaries, tuples as lists, without how it is started and watched."""
     fields = json.loads(json.dumps(dataclasses.asdict(config)))
     return {name: value for name, value in fields.items() if name not in NOT_THE_RUN}
 
 
-def from_json(values: dict, kind: type = TrainConfig):
-    """The configuration that `to_json` gave.
+def from_json(values: dict, kind: type = TrainConfig[ModelConfig]):
+    """The configuration that `to_json` gave, of a complete run or with `TrainConfig[ModelChanges]` of a config file.
 
     Raises:
-        InputError: a field that this version does not have.
+        InputError: a field that this version does not have, or one that it misses.
     """
-    types = typing.get_type_hints(kind)
-    if unknown := sorted(values.keys() - types.keys()):
-        raise InputError(f"{kind.__name__} has no field {', '.join(unknown)}; it was written by another version")
+    plain_kind = typing.get_origin(kind) or kind
+    hints = typing.get_type_hints(plain_kind)
+    if kind is not plain_kind:
+        (hints["model"],) = typing.get_args(kind)
+    fields = dataclasses.fields(plain_kind)
+    required = {field.name for field in fields if field.default is field.default_factory is dataclasses.MISSING}
+    for names, fault in ((values.keys() - hints.keys(), "has no field"), (required - values.keys(), "needs the field")):
+        if names:
+            listed = ", ".join(sorted(names))
+            raise InputError(f"{plain_kind.__name__} {fault} {listed}; this was written by another version")
 
     def read(value, field_type):
         if dataclasses.is_dataclass(field_type):
             return from_json(value, field_type)
         return tuple(value) if isinstance(value, list) else value
 
-    return kind(**{name: read(value, types[name]) for name, value in values.items()})
+    return plain_kind(**{name: read(value, hints[name]) for name, value in values.items()})

@@ -182,11 +182,11 @@ def test_small_grey_images_keep_their_shape_and_are_only_shifted():
         (300, {"num_threads": 0}, {}, "data.num_threads is 0, and must be at least 1"),
         (300, {"num_workers": -1}, {}, "data.num_workers is -1, and must be at least 0"),
         (300, {"repeats": 0}, {}, "data.repeats is 0, and must be at least 1"),
-        (300, {"random_flip": 1.5}, {}, "data.random_flip is 1.5, and must lie between 0 and 1"),
-        (300, {"mixup": float("nan")}, {}, "data.mixup is nan, and must be at least 0"),
-        (300, {"crop_area": (0.5, 0.2)}, {}, "data.crop_area is 0.5 to 0.2, and must rise from above 0 to at most 1"),
-        (300, {"crop_aspect": (0, 2)}, {}, "data.crop_aspect is 0 to 2, and must rise from above 0$"),
-        (300, {"crop": 0.0}, {}, "data.crop is 0.0, and must lie above 0 and at most at 1"),
+        (300, {"random_flip": 1.5}, {}, "data.random_flip is 1.5, and must be at least 0 and at most 1"),
+        (300, {"mixup": float("nan")}, {}, "data.mixup is nan, and must be finite"),
+        (300, {"crop_area": (0.5, 0.2)}, {}, "data.crop_area is 0.5 to 0.2, and must rise"),
+        (300, {"crop_aspect": (0, 2)}, {}, r"data.crop_aspect is \(0, 2\), and must be above 0$"),
+        (300, {"crop": 0.0}, {}, "data.crop is 0.0, and must be above 0 and at most 1"),
     ],
 )
 def test_what_does_not_fit_is_said_before_anything_is_read(count, changes, sizes, message):

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tnt_jax.config import ModelConfig
 from tnt_jax.models.kernels import on_cpu
 from tnt_jax.models.layers import Attention, InitialRngs
-from tnt_jax.models.variants import resolve
+from tnt_jax.models.variants import model_config
 
 
 def make_attention(dim, heads, **fields):
-    config = dataclasses.replace(resolve(ModelConfig()), **fields)
+    config = dataclasses.replace(model_config("tnt_s_patch16_224"), **fields)
     layer = Attention(dim, heads, config=config, rngs=InitialRngs(0))
     layer.qkv.kernel[...] *= 5  # weights that are far from equal
     return layer

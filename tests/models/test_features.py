@@ -22,7 +22,7 @@ def test_four_blocks_of_tnt_give_strides_4_to_32():
     assert shapes == [(2, 64 // stride, 96 // stride, 12) for stride in (4, 8, 16, 32)]
     with pytest.raises(tnt_jax.InputError, match="there are 3 maps, and a feature pyramid is made of 4"):
         features(maps[1:])
-    with pytest.raises(tnt_jax.InputError, match="ptnt_ti_patch16_192 has a pyramid of features in its stages"):
+    with pytest.raises(tnt_jax.InputError, match="ptnt_custom_patch8_32 has a pyramid of features in its stages"):
         FeaturePyramid(small_pyramid().config, seed=0)
 
 

@@ -14,25 +14,24 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tnt_jax.config import ModelConfig
 from tnt_jax.models import inner
 from tnt_jax.models.kernels import inner_block, on_cpu, tile
 from tnt_jax.models.layers import InitialRngs, LayerNorm, gelu
 from tnt_jax.models.pyramid_tnt import PatchNorm
 from tnt_jax.models.tnt import WordsToSentence
-from tnt_jax.models.variants import resolve
+from tnt_jax.models.variants import model_config
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
 
 
 def make_layer(formulation, channels, heads, *, norm=LayerNorm, drop_path_rate=0.3, **fields):
-    config = dataclasses.replace(resolve(ModelConfig()), inner=formulation, **fields)
+    config = dataclasses.replace(model_config("tnt_s_patch16_224"), inner=formulation, **fields)
     layer = inner.InnerTransformer(channels, heads, drop_path_rate, norm=norm, config=config, rngs=InitialRngs(0))
     return randomised(layer)
 
 
 def make_projection(formulation="reference", *, use_bias=True, in_legacy_block=False, **fields):
-    config = dataclasses.replace(resolve(ModelConfig()), inner=formulation, **fields)
+    config = dataclasses.replace(model_config("tnt_s_patch16_224"), inner=formulation, **fields)
     layer = WordsToSentence(in_legacy_block=in_legacy_block, use_bias=use_bias, config=config, rngs=InitialRngs(0))
     return randomised(layer)
 

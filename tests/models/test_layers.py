@@ -9,11 +9,10 @@ import pytest
 import torch
 from flax import nnx
 
-from tnt_jax.config import ModelConfig
 from tnt_jax.models import layers
-from tnt_jax.models.variants import resolve
+from tnt_jax.models.variants import model_config
 
-CONFIG = dataclasses.replace(resolve(ModelConfig()))
+CONFIG = model_config("tnt_s_patch16_224")
 
 
 def assert_close(ours, theirs):

@@ -9,10 +9,9 @@ from flax import nnx
 from small_models import SMALL_PYRAMID, small_pyramid
 
 import tnt_jax
-from tnt_jax.config import ModelConfig
 from tnt_jax.models.layers import InitialRngs
 from tnt_jax.models.pyramid_tnt import Aggregation, ReducedAttention, stage_config
-from tnt_jax.models.variants import resolve
+from tnt_jax.models.variants import model_config
 
 
 def images(*shape: int) -> jax.Array:
@@ -47,7 +46,7 @@ def test_any_size_gives_a_pyramid_of_features(image_size, channels, grids):
 
 
 def test_published_sizes_have_strides_8_to_64():
-    model = tnt_jax.models.variants.abstract_model(ModelConfig("ptnt_s_patch16_256"))
+    model = tnt_jax.models.variants.abstract_model(model_config("ptnt_s_patch16_256"))
     graphdef, state = nnx.split(model)
     maps = jax.eval_shape(
         lambda state, x: nnx.merge(graphdef, state).forward_intermediates(x), state, jnp.zeros((1, 256, 256, 3))
@@ -56,7 +55,7 @@ def test_published_sizes_have_strides_8_to_64():
 
 
 def test_odd_grids_get_zeros_at_their_end_before_they_are_merged():
-    config = resolve(ModelConfig(**SMALL_PYRAMID | {"image_size": (40, 56)}))
+    config = model_config(**SMALL_PYRAMID | {"image_size": (40, 56)})
     before, after = stage_config(config, 0), stage_config(config, 1)
     aggregation = Aggregation((5, 7), config=before, following=after, rngs=InitialRngs(0))
     words, sentences = images(2 * 35, 16, 2), images(2, 35, 8)
@@ -90,7 +89,7 @@ def torch_of(module):
 
 
 def test_keys_of_an_uneven_grid_are_the_means_of_its_whole_squares():
-    config = resolve(ModelConfig(**SMALL_PYRAMID))
+    config = model_config(**SMALL_PYRAMID)
     attention = ReducedAttention(8, 2, grid=(5, 7), reduction=2, config=config, rngs=InitialRngs(0))
     x = images(1, 35, 8)
     weights = attention.weights(x)

@@ -10,10 +10,9 @@ import pytest
 from flax import nnx
 
 import tnt_jax
-from tnt_jax.config import ModelConfig
 from tnt_jax.models.summary import count_macs, count_parameters, summary
 from tnt_jax.models.tnt import grid_size, words_per_side
-from tnt_jax.models.variants import VARIANTS, abstract_model, resolve
+from tnt_jax.models.variants import VARIANTS, abstract_model, model_config
 
 
 def macs_of_program(jaxpr) -> int:
@@ -50,19 +49,19 @@ def traced_macs(config) -> int:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_macs_are_the_published_ones_and_those_of_the_program(name):
-    config = resolve(ModelConfig(name))
+    config = model_config(name)
     assert sum(count_macs(config).values()) == VARIANTS[name].macs
     assert traced_macs(config) == VARIANTS[name].macs
 
 
 def test_parts_of_tnt_s_are_those_of_the_published_table():
-    macs = count_macs(ModelConfig("tnt_s_patch16_224"))
+    macs = count_macs(model_config("tnt_s_patch16_224"))
     assert macs["words"] == 11_063_808
     assert macs["words to sentences"] == 346_816_512
     # q, k, v, both products, proj and MLP of the inner transformers
     assert macs["inner transformers"] == 43_352_064 + 3 * 21_676_032 - 21_676_032 + 2 * 14_450_688 + 173_408_256
     # 7,152 parameters in each inner transformer, 148,992 in each words-to-sentence projection
-    parameters = count_parameters(ModelConfig("tnt_s_patch16_224"))
+    parameters = count_parameters(model_config("tnt_s_patch16_224"))
     assert parameters["inner transformers"] == 12 * 7_152
     assert parameters["words to sentences"] == 12 * 148_992
     assert parameters["outer transformers"] == 12 * 1_773_312
@@ -85,9 +84,9 @@ OUTER_TOKENS = 196 * 384  # the papers count a parameter that upstream never use
 )
 def test_counts_round_to_what_the_papers_print(name, millions, giga_macs):
     # 14.049 is printed as 14.1, and 84.944 as 85.0.
-    assert sum(count_macs(ModelConfig(name)).values()) / 1e9 == pytest.approx(giga_macs, abs=0.052)
+    assert sum(count_macs(model_config(name)).values()) / 1e9 == pytest.approx(giga_macs, abs=0.052)
     if millions:
-        assert sum(count_parameters(ModelConfig(name)).values()) / 1e6 == pytest.approx(millions, abs=0.06)
+        assert sum(count_parameters(model_config(name)).values()) / 1e6 == pytest.approx(millions, abs=0.06)
 
 
 # Rows of TNT-S in the tables of arXiv 2103.00112: millions of parameters where they are printed, and billions of MACs.
@@ -110,7 +109,7 @@ ABLATIONS = {
 @pytest.mark.parametrize("row", ABLATIONS)
 def test_rows_of_the_papers_tables_are_configurations(row):
     changes, millions, giga_macs = ABLATIONS[row]
-    config = resolve(ModelConfig("tnt_s_patch16_224", **changes))
+    config = model_config("tnt_s_patch16_224", **changes)
     parameters = sum(count_parameters(config).values())
     if millions:
         assert round((parameters + OUTER_TOKENS) / 1e6, 1) == millions
@@ -132,18 +131,18 @@ def test_rows_of_the_papers_tables_are_configurations(row):
     ],
 )
 def test_an_ablation_changes_what_it_is_about(changes, parameters):
-    counted = sum(count_parameters(ModelConfig("tnt_s_patch16_224", **changes)).values())
+    counted = sum(count_parameters(model_config("tnt_s_patch16_224", **changes)).values())
     assert counted - VARIANTS["tnt_s_patch16_224"].parameters == parameters
 
 
 def test_macs_of_a_pyramid_of_uneven_size_are_those_of_the_program():
-    config = resolve(ModelConfig("ptnt_ti_patch16_192", image_size=(104, 136), squeeze_excitation=True, in_channels=4))
+    config = model_config("ptnt_ti_patch16_192", image_size=(104, 136), squeeze_excitation=True, in_channels=4)
     assert traced_macs(config) == sum(count_macs(config).values())
     assert "10,578,529" in summary("ptnt_ti_patch16_192")
 
 
 def test_macs_at_384():
-    macs = count_macs(ModelConfig("tnt_s_patch16_224", image_size=384))
+    macs = count_macs(model_config("tnt_s_patch16_224", image_size=384))
     assert sum(macs.values()) == pytest.approx(17.306e9, rel=1e-4)
 
 

@@ -9,9 +9,8 @@ import pytest
 from flax import nnx
 
 import tnt_jax
-from tnt_jax.config import ModelConfig
 from tnt_jax.models.layers import drop_path, dropout
-from tnt_jax.models.variants import VARIANTS, abstract_model, resolve
+from tnt_jax.models.variants import VARIANTS, abstract_model, model_config
 
 SMALL = {
     "image_size": 32,
@@ -41,7 +40,7 @@ def images(*shape: int) -> jax.Array:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_published_parameter_counts(name):
-    model = abstract_model(ModelConfig(name))
+    model = abstract_model(model_config(name))
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))) == VARIANTS[name].parameters
 
 
@@ -239,6 +238,6 @@ def test_holds_in_flax_tree_mode_and_graph_mode(monkeypatch):
 
 
 def test_resolved_configuration_describes_the_whole_model():
-    config = resolve(ModelConfig("tnt_b_patch16_224", num_classes=7))
+    config = model_config("tnt_b_patch16_224", num_classes=7)
     assert None not in dataclasses.asdict(config).values()
     assert (config.outer_dim, config.num_classes, config.image_size) == (640, 7, (224, 224))

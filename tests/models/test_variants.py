@@ -3,8 +3,7 @@
 import pytest
 
 import tnt_jax
-from tnt_jax.config import ModelConfig
-from tnt_jax.models.variants import resolve
+from tnt_jax.models.variants import model_config
 
 
 def test_list_models_takes_wildcards():
@@ -14,7 +13,7 @@ def test_list_models_takes_wildcards():
 
 
 def test_mmpretrains_name_is_the_legacy_architecture():
-    config = resolve(ModelConfig("tnt-small-p16_3rdparty_in1k"))
+    config = model_config("tnt-small-p16_3rdparty_in1k")
     assert (config.name, config.architecture) == ("tnt_s_legacy_patch16_224", "legacy")
 
 
@@ -31,7 +30,7 @@ def test_mmpretrains_name_is_the_legacy_architecture():
         ("tnt_s_patch16_224", {"word_stride": 17}, "word_stride 17 is larger than the patch size 16"),
         ("tnt_s_patch16_224", {"architecture": "Legacy"}, "architecture is 'Legacy'.*official, legacy"),
         ("tnt_s_patch16_224", {"dtype": "float16"}, "dtype is 'float16'.*float32, bfloat16"),
-        ("tnt_s_patch16_224", {"num_class": 10}, "no argument 'num_class'; did you mean num_classes"),
+        ("tnt_s_patch16_224", {"num_class": 10}, "no field 'num_class'; did you mean num_classes"),
     ],
 )
 def test_what_is_wrong_is_named_with_what_would_be_right(name, changes, message):

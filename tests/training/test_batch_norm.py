@@ -14,14 +14,14 @@ from commands import ROOT
 from flax import nnx
 from small_models import small_pyramid
 
-from tnt_jax.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from tnt_jax.config import DataConfig, OptimizerConfig, TrainConfig
 from tnt_jax.models.layers import BatchNorm, InitialRngs, Linear
 from tnt_jax.models.stem import ConvNormRelu
-from tnt_jax.models.variants import resolve
+from tnt_jax.models.variants import model_config
 from tnt_jax.training.optimizer import make_optimizer
 from tnt_jax.training.step import init_state, make_train_step
 
-MODEL = resolve(ModelConfig("ptnt_ti_patch16_192", image_size=32, in_channels=1, num_classes=3))
+MODEL = model_config("ptnt_ti_patch16_192", image_size=32, in_channels=1, num_classes=3)
 
 
 class Net(nnx.Module):

@@ -6,14 +6,14 @@ import pytest
 from commands import ROOT
 
 from tnt_jax.commands.cli import training_config
-from tnt_jax.config import ModelConfig
+from tnt_jax.config import ModelChanges
 from tnt_jax.training.loop import train
 
 
 @pytest.mark.slow
 def test_digits_at_another_size_lose_no_accuracy(tmp_path):
     digits = training_config(["--config", str(ROOT / "configs/digits.py")])
-    model = ModelConfig(
+    model = ModelChanges(
         "ptnt_ti_patch16_192",
         image_size=32,
         in_channels=1,

@@ -9,8 +9,8 @@ import torch
 from flax import nnx
 
 import tnt_jax
-from tnt_jax.config import ModelConfig, OptimizerConfig
-from tnt_jax.models.variants import abstract_model
+from tnt_jax.config import OptimizerConfig
+from tnt_jax.models.variants import abstract_model, model_config
 from tnt_jax.training.optimizer import (
     decay_mask,
     ema_decay,
@@ -47,7 +47,7 @@ def test_layers_near_the_words_learn_more_slowly():
     assert scales["blocks"][1]["outer"]["attn"]["qkv"]["kernel"] == 0.5
     assert scales["blocks"][0]["inner"]["norm1"]["bias"] == 0.25
     assert scales["sentence_positions"] == scales["word_embedding"]["conv"]["kernel"] == 0.125
-    pyramid = nnx.to_pure_dict(nnx.state(abstract_model(ModelConfig("ptnt_ti_patch16_192", depth=(1, 2, 1, 1)))))
+    pyramid = nnx.to_pure_dict(nnx.state(abstract_model(model_config("ptnt_ti_patch16_192", depth=(1, 2, 1, 1)))))
     scales_of_pyramid = layer_scales(pyramid, 0.5)
     assert scales_of_pyramid["head"]["kernel"] == 1
     stages, between = scales_of_pyramid["stages"], scales_of_pyramid["aggregations"]

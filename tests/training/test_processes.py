@@ -111,8 +111,8 @@ def test_two_processes_stop_together_at_sigterm_to_one_and_one_process_ends_thei
     assert stopped[0] == stopped[1]
     for index, out in enumerate((out0, out1)):
         assert f"process {index} of 2 on {socket.gethostname()}: 2 of 4 devices (cpu)" in out
-    assert "Training tnt_ti_patch16_224" in out0
-    assert "Training tnt_ti_patch16_224" not in out1
+    assert "Training tnt_custom_patch8_16" in out0
+    assert "Training tnt_custom_patch8_16" not in out1
     assert parameters(tmp_path / "run", weights="raw")  # as of a run on any devices
     train(dataclasses.replace(finished, run_dir=str(tmp_path / "run")))
     assert_ended_alike(tmp_path / "run", finished.run_dir)

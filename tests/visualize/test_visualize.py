@@ -9,10 +9,10 @@ from small_models import SMALL_PYRAMID, small_model, small_pyramid
 
 import tnt_jax
 from tnt_jax import visualize
-from tnt_jax.config import InputError, ModelConfig, OptimizerConfig, TrainConfig
+from tnt_jax.config import InputError, OptimizerConfig, TrainConfig
 from tnt_jax.data.sources import ArraySource
 from tnt_jax.evaluation.scores import Answers
-from tnt_jax.models.variants import abstract_model
+from tnt_jax.models.variants import abstract_model, model_config
 from tnt_jax.storage.checkpoint import CONFIG_FILE
 from tnt_jax.visualize.attention import attention_of, outer_map, rollout
 from tnt_jax.visualize.canvas import see
@@ -34,7 +34,7 @@ def tnt():
 @pytest.fixture(scope="module")
 def pyramid():
     """One without parameters, for what is decided by its sizes."""
-    return abstract_model(ModelConfig(**SMALL_PYRAMID | {"image_size": 64}))
+    return abstract_model(model_config(**SMALL_PYRAMID | {"image_size": 64}))
 
 
 def test_rollout_is_the_product_of_averaged_attention_and_residual():

@@ -1,6 +1,7 @@
 """What the commands share: a configuration from a file and flags, and errors as messages."""
 
 import argparse
+import dataclasses
 import functools
 import pathlib
 import runpy
@@ -9,12 +10,12 @@ from collections.abc import Callable, Sequence
 
 import tyro
 
-from tnt_jax.config import InputError, TrainConfig, smoke
+from tnt_jax.config import InputError, ModelChanges, TrainConfig, smoke
 
 DEFAULT_CONFIG = "configs/digits.py"
 
 
-def training_config(arguments: Sequence[str] | None = None) -> TrainConfig:
+def training_config(arguments: Sequence[str] | None = None) -> TrainConfig[ModelChanges]:
     """The configuration that `--config` names, shrunk if `--smoke` is there, changed by the other flags.
 
     Raises:
@@ -26,7 +27,7 @@ def training_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     chosen, rest = files.parse_known_args(arguments)
     config = config_of(chosen.config)
     return tyro.cli(
-        TrainConfig,
+        TrainConfig[ModelChanges],
         default=smoke(config) if chosen.smoke else config,
         args=rest,
         prog="train.py [--config FILE] [--smoke] [--plan TOPOLOGY]",
@@ -36,16 +37,18 @@ def training_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     )
 
 
-def config_of(path: str) -> TrainConfig:
+def config_of(path: str) -> TrainConfig[ModelChanges]:
     """The configuration that a file in configs/ returns, or that of the training run in a folder.
 
     Raises:
         InputError: there is no such file, or it returns none, or the folder holds no run.
     """
     if pathlib.Path(path).is_dir():
+        from tnt_jax.models.variants import changes_to
         from tnt_jax.storage.checkpoint import read_config
 
-        return read_config(path)
+        config = read_config(path)
+        return dataclasses.replace(config, model=changes_to(config.model))
     if not pathlib.Path(path).is_file():
         folder = pathlib.Path(path).parent
         raise InputError(f"there is no configuration file {path}; {folder}/ holds {_names(folder)}")

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 from tnt_jax.commands.cli import command
-from tnt_jax.config import TrainConfig, from_json, to_json
+from tnt_jax.config import ModelChanges, TrainConfig, from_json, to_json
 
 
 def plan(config: TrainConfig, topology: str) -> int:
@@ -36,7 +36,7 @@ def main() -> None:
     from tnt_jax.planning.plan import print_plan
 
     given = json.load(sys.stdin)
-    print_plan(from_json(given["config"]), given["topology"])
+    print_plan(from_json(given["config"], TrainConfig[ModelChanges]), given["topology"])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tnt_jax.config import DataConfig, InputError
+from tnt_jax.config import DataConfig, InputError, check_data
 from tnt_jax.data.augment import Pixels, augment, from_pillow, to_pillow
 from tnt_jax.data.images import evaluation_crop
 from tnt_jax.data.sources import Source
@@ -166,44 +166,15 @@ def train_batches(
             do not fit.
         WorkerError: a worker process died.
     """
-    check_fields(data)
+    check_data(data)
     steps_per_epoch(len(source), data, batch_size)
     recipe = TrainRecipe(source, data, (*image_size, channels), batch_size, seed)
     filled = _prepare(recipe, range(start_step, sys.maxsize), process_index, process_count)
     return _without_unreadable(filled, recipe)
 
 
-PROBABILITIES = (
-    "random_flip", "erasing", "mix_probability", "cutmix_switch", "label_smoothing", "random_shift", "skip_unreadable",
-)  # fmt: skip
-AT_LEAST = {
-    "repeats": 1, "num_threads": 1, "num_workers": 0, "randaugment_ops": 0, "randaugment_magnitude": 0,
-    "randaugment_std": 0, "color_jitter": 0, "mixup": 0, "cutmix": 0,
-}  # fmt: skip
-
-
-def check_fields(data: DataConfig) -> None:
-    """Raises InputError for a field that has a value which means nothing."""
-    for name in PROBABILITIES:
-        if not 0 <= getattr(data, name) <= 1:
-            raise InputError(f"data.{name} is {getattr(data, name)}, and must lie between 0 and 1")
-    for name, least in AT_LEAST.items():
-        if not getattr(data, name) >= least:
-            raise InputError(f"data.{name} is {getattr(data, name)}, and must be at least {least}")
-    for name, most in (("crop_area", 1), ("crop_aspect", math.inf)):
-        low, high = getattr(data, name) or (1, 1)
-        if not 0 < low <= high <= most:
-            raise InputError(
-                f"data.{name} is {low} to {high}, and must rise from above 0" + " to at most 1" * (most == 1)
-            )
-    if not 0 < data.crop <= 1:
-        raise InputError(f"data.crop is {data.crop}, and must lie above 0 and at most at 1")
-    if not data.std > 0:
-        raise InputError(f"data.std is {data.std}, and must lie above 0")
-
-
 def _prepare(recipe, steps: range, process_index: int, process_count: int) -> Iterator[Filled]:
-    check_fields(recipe.data)
+    check_data(recipe.data)
     if recipe.batch_size < 1 or recipe.batch_size % process_count:
         raise InputError(f"batch_size {recipe.batch_size} cannot be divided among {process_count} processes")
     share = recipe.batch_size // process_count

@@ -3,7 +3,7 @@
 import dataclasses
 
 from tnt_jax.config import ModelConfig
-from tnt_jax.models.variants import get_variant, resolve
+from tnt_jax.models.variants import VARIANTS
 
 # Top-1 in percent of timm's weights: its results lists (results-imagenet-real.csv, -v2-matched-frequency, -r, -a and
 # results-sketch.csv), as of timm 1.0. They are of all images and of the classes that each dataset has.
@@ -23,10 +23,9 @@ def published(config: ModelConfig, data: str) -> dict[str, float]:
     Nothing was published of a model of other sizes than those that its name stands for; of its weights, this does not
     know whether they are the published ones.
     """
-    variant = get_variant(config.name)
-    same = resolve(variant.config)
-    if any(
-        getattr(config, field.name) != getattr(same, field.name)
+    variant = VARIANTS.get(config.name)
+    if variant is None or any(
+        getattr(config, field.name) != getattr(variant.config, field.name)
         for field in dataclasses.fields(config)
         if field.name not in HOW_COMPUTED
     ):

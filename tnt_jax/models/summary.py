@@ -13,7 +13,7 @@ from tnt_jax.config import ModelConfig
 from tnt_jax.models.inner import choose
 from tnt_jax.models.pyramid_tnt import SPATIAL_REDUCTION, STAGES, key_grid, stage_config, stage_grids
 from tnt_jax.models.tnt import WordEmbedding, grid_size, words_per_side
-from tnt_jax.models.variants import abstract_model, resolve
+from tnt_jax.models.variants import abstract_model, model_config
 
 _BLOCK_PARTS = {
     "inner transformers": ("inner",),
@@ -39,7 +39,6 @@ def count_macs(config: ModelConfig) -> dict[str, int]:
 
     Twice as many floating point operations. Norms, softmax, GELU and additions are not counted, as in the papers.
     """
-    config = resolve(config)
     return _pyramid_macs(config) if config.architecture == "pyramid" else _tnt_macs(config)
 
 
@@ -148,7 +147,7 @@ def summary(model: str | ModelConfig | nnx.Module, **changes) -> str:
     if isinstance(model, nnx.Module):
         config = model.config
     else:
-        config = resolve(ModelConfig(name=model, **changes) if isinstance(model, str) else model)
+        config = model_config(model, **changes) if isinstance(model, str) else model
     shapes, inner = _output_shapes(config), len(config.inner_blocks)
     layers = {
         "inner transformers": inner,

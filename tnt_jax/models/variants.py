@@ -1,13 +1,13 @@
-"""The table of published models: sizes, how to feed them, and what was published of them."""
+"""The table of published models: their sizes, and what was published of them."""
 
 import dataclasses
 import difflib
 import fnmatch
-import typing
 
 import numpy as np
 
-from tnt_jax.config import InputError, ModelConfig
+from tnt_jax.config import InputError, ModelChanges, ModelConfig, TrainConfig, check
+from tnt_jax.fields import faults, plain
 from tnt_jax.models import pyramid_tnt
 from tnt_jax.models.layers import InitialRngs
 from tnt_jax.models.pyramid_tnt import PyramidTNT
@@ -31,9 +31,6 @@ class Variant:
     published_top5: float | None
     weights: tuple[str, ...] = ()
     """Where published weights are: names on the Hugging Face hub, and addresses."""
-    crop: float = 0.9
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
 
 _TNT_S = ModelConfig(
@@ -49,6 +46,7 @@ _TNT_S = ModelConfig(
     inner_heads=4,
     outer_dim=384,
     outer_heads=6,
+    inner_blocks=tuple(range(12)),
     squeeze_excitation=False,
     word_positions=True,
     sentence_positions=True,
@@ -77,6 +75,7 @@ _PTNT_S = dataclasses.replace(
     patch_size=8,
     word_stride=2,
     depth=(2, 8, 4, 2),
+    inner_blocks=pyramid_tnt.inner_blocks((2, 8, 4, 2)),
     inner_dim=(8, 16, 32, 32),
     inner_heads=(2, 4, 8, 8),
     outer_dim=(128, 256, 512, 512),
@@ -87,6 +86,7 @@ _PTNT_TI = dataclasses.replace(
     name="ptnt_ti_patch16_192",
     image_size=(192, 192),
     depth=(2, 6, 3, 2),
+    inner_blocks=pyramid_tnt.inner_blocks((2, 6, 3, 2)),
     inner_dim=(5, 10, 20, 20),
     inner_heads=(1, 2, 4, 4),
     outer_dim=(80, 160, 320, 320),
@@ -96,6 +96,7 @@ _PTNT_M = dataclasses.replace(
     _PTNT_S,
     name="ptnt_m_patch16_256",
     depth=(2, 8, 6, 2),
+    inner_blocks=pyramid_tnt.inner_blocks((2, 8, 6, 2)),
     inner_dim=(12, 24, 48, 48),
     outer_dim=(192, 384, 768, 768),
 )
@@ -103,6 +104,7 @@ _PTNT_B = dataclasses.replace(
     _PTNT_S,
     name="ptnt_b_patch16_256",
     depth=(2, 10, 6, 2),
+    inner_blocks=pyramid_tnt.inner_blocks((2, 10, 6, 2)),
     inner_dim=(16, 32, 64, 64),
     outer_dim=(256, 512, 1024, 1024),
 )
@@ -182,41 +184,75 @@ def get_variant(name: str) -> Variant:
     return VARIANTS[name]
 
 
-def resolve(config: ModelConfig) -> ModelConfig:
-    """Fills every field that is None from the published model of that name and checks the whole.
+SIZES = tuple(
+    field.name
+    for field in dataclasses.fields(ModelConfig)
+    if field.name not in ("name", "image_size", "in_channels", "num_classes", "dtype", "param_dtype", "remat", "inner")
+    and not field.name.startswith(("drop_", "attn_drop_"))
+)
+"""The fields that say which network it is, whatever it is fed and however it is computed."""
+
+
+def resolve(changes: ModelChanges) -> ModelConfig:
+    """The complete configuration: every field that is None as the published model of that name has it, and checked.
 
     Raises:
-        InputError: an unknown name, or sizes that contradict each other.
+        InputError: an unknown name, a value that means nothing, or sizes that contradict each other.
     """
-    published = get_variant(config.name).config
-    changes = {
-        field.name: value
-        for field in dataclasses.fields(config)
-        if (value := getattr(config, field.name)) is not None and field.name != "name"
-    }
-    if isinstance(changes.get("image_size"), int):
-        changes["image_size"] = (changes["image_size"],) * 2
-    resolved = dataclasses.replace(published, **changes)
-    _check(resolved)
-    if resolved.inner_blocks is None:
-        pyramid = resolved.architecture == "pyramid"
-        inner_blocks = pyramid_tnt.inner_blocks(resolved.depth) if pyramid else tuple(range(resolved.depth))
-        resolved = dataclasses.replace(resolved, inner_blocks=inner_blocks)
-    depth = resolved.depth if isinstance(resolved.depth, int) else sum(resolved.depth)
-    if outside := [index for index in resolved.inner_blocks if not 0 <= index < depth]:
-        raise InputError(f"inner_blocks {outside} are out of range: the model has blocks 0 to {depth - 1}")
-    return resolved
+    given = {field.name: plain(getattr(changes, field.name)) for field in dataclasses.fields(changes)}
+    given = {name: value for name, value in given.items() if value is not None}
+    published = get_variant(given.pop("name")).config
+    if isinstance(given.get("image_size"), int):
+        given["image_size"] = (given["image_size"],) * 2
+    if "inner_blocks" not in given and not {"depth", "architecture"}.isdisjoint(given):
+        given["inner_blocks"] = None
+    config = dataclasses.replace(published, **given)
+    if config.inner_blocks is None:
+        check_sizes(dataclasses.replace(config, inner_blocks=()))
+        config = dataclasses.replace(config, inner_blocks=_published_inner_blocks(config))
+    check_sizes(config)
+    return dataclasses.replace(config, name=name_of(config))
 
 
-def _check(config: ModelConfig) -> None:
-    for field, kind in typing.get_type_hints(ModelConfig).items():
-        allowed = [value for part in typing.get_args(kind) for value in typing.get_args(part)]
-        if allowed and isinstance(allowed[0], str) and getattr(config, field) not in allowed:
-            raise InputError(f"{field} is {getattr(config, field)!r}, and must be one of {', '.join(allowed)}")
-    _check_sizes(config)
-    for field in ("drop_rate", "attn_drop_rate", "drop_path_rate"):
-        if not 0 <= getattr(config, field) < 1:
-            raise InputError(f"{field} is {getattr(config, field)}, and must be at least 0 and below 1")
+def complete(config: TrainConfig[ModelChanges], num_classes: int) -> TrainConfig[ModelConfig]:
+    """A run with the complete configuration of its model, for data with this many classes.
+
+    Raises:
+        InputError: as `check` and `resolve`; or the run asks for another number of classes.
+    """
+    check(config)
+    asked = config.model.num_classes
+    if asked not in (None, num_classes):
+        raise InputError(f"model.num_classes is {asked}, and {config.data.source} has {num_classes} classes")
+    return dataclasses.replace(config, model=resolve(dataclasses.replace(config.model, num_classes=num_classes)))
+
+
+def changes_to(config: ModelConfig) -> ModelChanges:
+    """What `resolve` makes this configuration of."""
+    base = next(name for name, variant in VARIANTS.items() if variant.config.architecture == config.architecture)
+    return ModelChanges(**dataclasses.asdict(config) | {"name": config.name if config.name in VARIANTS else base})
+
+
+def name_of(config: ModelConfig) -> str:
+    """The published model of these sizes, or a name that says that there is none, as tnt_custom_patch8_32."""
+    for variant in VARIANTS.values():
+        if all(getattr(config, size) == getattr(variant.config, size) for size in SIZES):
+            return variant.config.name
+    family = {"official": "tnt", "legacy": "tnt_legacy", "pyramid": "ptnt"}[config.architecture]
+    height, width = config.image_size
+    return f"{family}_custom_patch{config.patch_size}_{height if height == width else f'{height}x{width}'}"
+
+
+def _published_inner_blocks(config: ModelConfig) -> tuple[int, ...]:
+    pyramid = config.architecture == "pyramid"
+    return pyramid_tnt.inner_blocks(config.depth) if pyramid else tuple(range(config.depth))
+
+
+def check_sizes(config: ModelConfig) -> None:
+    """Raises InputError for a field whose value means nothing, and for sizes that contradict each other."""
+    for fault in faults(config):
+        raise InputError(fault)
+    _check_stages(config)
     if config.architecture == "pyramid":
         pyramid_tnt.check(config)
     if min(config.image_size) < config.patch_size or any(side % config.patch_size for side in config.image_size):
@@ -232,22 +268,21 @@ def _check(config: ModelConfig) -> None:
             f"word_stride {config.word_stride} does not divide the patch size {config.patch_size}, "
             "which the legacy architecture needs, since it cuts the convolved image into patches"
         )
+    depth = config.depth if isinstance(config.depth, int) else sum(config.depth)
+    if outside := [index for index in config.inner_blocks if index >= depth]:
+        raise InputError(f"inner_blocks {outside} are out of range: the model has blocks 0 to {depth - 1}")
 
 
-def _check_sizes(config: ModelConfig) -> None:
-    """Raises InputError unless every size is one number for TNT, one for each stage for PyramidTNT, and sound."""
-    least = {"in_channels": 1, "num_classes": 0, "patch_size": 1, "word_stride": 1}
+def _check_stages(config: ModelConfig) -> None:
+    """Raises InputError unless a TNT has one number for all blocks and a PyramidTNT one a stage, and heads divide."""
     for field in pyramid_tnt.STAGE_FIELDS:
-        least[field], value = 1, getattr(config, field)
+        value = getattr(config, field)
         if config.architecture == "pyramid" and (isinstance(value, int) or len(value) != pyramid_tnt.STAGES):
             raise InputError(
                 f"{field} is {value}, and a PyramidTNT has one for each of its {pyramid_tnt.STAGES} stages"
             )
         if config.architecture != "pyramid" and not isinstance(value, int):
             raise InputError(f"{field} is {value}, and a TNT has one number for all of its blocks")
-    for field, bound in least.items():
-        if min(np.atleast_1d(getattr(config, field))) < bound:
-            raise InputError(f"{field} is {getattr(config, field)}, and must be at least {bound}")
     for branch in ("inner", "outer"):
         dims, heads = (np.atleast_1d(getattr(config, f"{branch}_{size}")) for size in ("dim", "heads"))
         for dim, count in zip(dims, heads, strict=True):
@@ -267,22 +302,31 @@ def create_model(name: str, *, seed: int = 0, **changes) -> Model:
     Raises:
         InputError: an unknown name, an unknown field, or sizes that contradict each other.
     """
-    fields = [field.name for field in dataclasses.fields(ModelConfig)]
+    return build_model(model_config(name, **changes), seed)
+
+
+def model_config(name: str, **changes) -> ModelConfig:
+    """The complete configuration of a published model with other values of some fields.
+
+    Raises:
+        InputError: as `create_model`.
+    """
+    fields = [field.name for field in dataclasses.fields(ModelChanges)]
     for field in changes:
         if field not in fields:
             nearest = difflib.get_close_matches(field, fields, n=1) or fields
-            raise InputError(f"create_model has no argument {field!r}; did you mean {' or '.join(nearest)}?")
-    return build_model(ModelConfig(name=name, **changes), seed)
+            raise InputError(f"a model has no field {field!r}; did you mean {' or '.join(nearest)}?")
+    return resolve(ModelChanges(name=name, **changes))
 
 
 def build_model(config: ModelConfig, seed: int = 0) -> Model:
-    """The freshly initialised module that a configuration describes, resolved or not."""
-    return _build(resolve(config), InitialRngs(seed))
+    """The freshly initialised module that a configuration describes."""
+    return _build(config, InitialRngs(seed))
 
 
 def abstract_model(config: ModelConfig) -> Model:
     """The module that a configuration describes with shapes in the place of parameters. Nothing is allocated."""
-    return _build(resolve(config), InitialRngs(None))
+    return _build(config, InitialRngs(None))
 
 
 def _build(config: ModelConfig, rngs: InitialRngs) -> Model:

@@ -16,7 +16,7 @@ import rich.console
 import rich.table
 
 from tnt_jax.chips import GIB, Chip, chip_of, training_flops
-from tnt_jax.config import InputError, TrainConfig
+from tnt_jax.config import InputError, ModelChanges, ModelConfig, TrainConfig
 from tnt_jax.planning.collectives import Collective
 from tnt_jax.planning.compiling import Compiled, bytes_of, compile_step, largest_batch
 
@@ -53,7 +53,7 @@ def environment_for(topology: str) -> dict[str, str]:
     return environment
 
 
-def print_plan(config: TrainConfig, topology: str) -> None:
+def print_plan(config: TrainConfig[ModelChanges], topology: str) -> None:
     """Prints the plan of a run on `topology`, such as v5e:16x16 or cpu:8, in a process with its `environment_for`.
 
     Raises:
@@ -74,10 +74,10 @@ def print_plan(config: TrainConfig, topology: str) -> None:
         console.print(_largest(console, config, devices, chip, step))
 
 
-def _resolved(config: TrainConfig) -> tuple[TrainConfig, str | None]:
+def _resolved(config: TrainConfig[ModelChanges]) -> tuple[TrainConfig[ModelConfig], str | None]:
     """The configuration with every field of its model, and a note where the classes are assumed."""
     from tnt_jax.data.sources import open_source
-    from tnt_jax.models.variants import resolve
+    from tnt_jax.models.variants import complete, resolve
 
     note, classes = None, config.model.num_classes
     if classes is None:
@@ -86,7 +86,7 @@ def _resolved(config: TrainConfig) -> tuple[TrainConfig, str | None]:
         except (InputError, ImportError):
             classes = resolve(config.model).num_classes
             note = f"{config.data.source} is not on this machine: planned with {classes} classes"
-    return dataclasses.replace(config, model=resolve(dataclasses.replace(config.model, num_classes=classes))), note
+    return complete(config, classes), note
 
 
 def _devices(topology: str) -> list:

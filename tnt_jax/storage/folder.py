@@ -20,12 +20,13 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tnt_jax.config import InputError, ModelConfig
-from tnt_jax.models.variants import Model, abstract_model, get_variant, resolve
+from tnt_jax.models.variants import Model, abstract_model, check_sizes
 from tnt_jax.storage.files import write_whole
 
 FORMAT = 1
 DESCRIPTION = "model.json"
 PARAMETERS = "parameters"
+PUBLISHED_CROP = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,6 @@ class ModelDescription:
     """Everything of a model but its numbers. A loaded model carries its own as `model.description`."""
 
     config: ModelConfig
-    """Resolved: no field is None."""
     preprocessing: Preprocessing
     class_names: tuple[str, ...] | None = None
     source: Mapping[str, Any] | None = dataclasses.field(default=None, compare=False)
@@ -65,14 +65,12 @@ def describe(
     Raises:
         InputError: there are not as many class names as classes, or the configuration contradicts itself.
     """
-    config = resolve(config)
+    check_sizes(config)
     if class_names is not None and len(class_names) != config.num_classes:
         raise InputError(f"there are {len(class_names)} class names for a model with {config.num_classes} classes")
     if preprocessing is None:
-        variant = get_variant(config.name)
-        grey = ((0.5,) * config.in_channels,) * 2
-        mean, std = (variant.mean, variant.std) if config.in_channels == len(variant.mean) else grey
-        preprocessing = Preprocessing(config.image_size, variant.crop, mean, std)
+        half = (0.5,) * config.in_channels
+        preprocessing = Preprocessing(config.image_size, PUBLISHED_CROP, half, half)
     return ModelDescription(config, preprocessing, class_names and tuple(class_names), source)
 
 
@@ -88,13 +86,13 @@ def model_parameters(model: nnx.Module) -> dict[str, Any]:
 
 def parameter_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Path, shape and dtype of every parameter that the model of a configuration has. Nothing is computed."""
-    _, flat = _structure(resolve(config))
+    _, flat = _structure(config)
     return {".".join(map(str, path)): variable.get_value() for path, variable in flat}
 
 
 def model_from_parameters(config: ModelConfig, parameters: Mapping[str, Any]) -> Model:
     """The module of a configuration around parameters that are named and shaped as `parameter_shapes` says."""
-    graph, flat = _structure(resolve(config))
+    graph, flat = _structure(config)
     filled = [
         (path, variable.replace(jnp.asarray(parameters[".".join(map(str, path))], variable.dtype)))
         for path, variable in flat

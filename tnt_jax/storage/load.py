@@ -42,7 +42,7 @@ def load_model(path: str | os.PathLike, *, weights: Literal["ema", "raw"] = "ema
     folder = WEIGHTS_FOLDER / variant.config.name
     if folder.is_dir():
         model = load_folder(folder)
-        if model.config.name != variant.config.name:
+        if model.config.architecture != variant.config.architecture:
             raise InputError(f"{folder} holds {model.config.name}, and {path} is {variant.config.name}")
         return model
     if not variant.weights:

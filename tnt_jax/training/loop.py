@@ -1,7 +1,6 @@
 """A run from its configuration to its last step."""
 
 import contextlib
-import dataclasses
 import os
 import time
 from collections.abc import Iterator
@@ -11,11 +10,11 @@ import numpy as np
 import rich.console
 from flax import nnx
 
-from tnt_jax.config import InputError, TrainConfig
-from tnt_jax.data.pipeline import Batch, check_fields, eval_batches, steps_per_epoch, train_batches
+from tnt_jax.config import ModelChanges, TrainConfig, check
+from tnt_jax.data.pipeline import Batch, eval_batches, steps_per_epoch, train_batches
 from tnt_jax.data.sources import open_source
 from tnt_jax.models.adapting import adapt
-from tnt_jax.models.variants import abstract_model, build_model, resolve
+from tnt_jax.models.variants import abstract_model, build_model, complete, resolve
 from tnt_jax.storage.checkpoint import Checkpoints, WriteError, claim_run_dir
 from tnt_jax.storage.folder import model_from_parameters, model_parameters
 from tnt_jax.storage.load import load_model
@@ -29,7 +28,7 @@ from tnt_jax.training.step import TrainState, evaluate
 from tnt_jax.training.stopping import StoppedError, StopSignal, stop_request
 
 
-def train(config: TrainConfig) -> dict[str, float]:
+def train(config: TrainConfig[ModelChanges]) -> dict[str, float]:
     """Trains from where the run's folder stands to the last step.
 
     Returns:
@@ -129,20 +128,18 @@ class Run:
         InputError: something in the configuration is wrong.
     """
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig[ModelChanges]):
         data = config.data
-        check_fields(data)
+        check(config)
+        resolve(config.model)
         check_wandb(config)
         self.train_source, self.test_source = (
             open_source(data.source, split) for split in (data.train_split, data.eval_split)
         )
-        self.config = _with_classes(config, len(self.train_source.class_names))
+        self.config = complete(config, len(self.train_source.class_names))
         self.mesh = make_mesh(config.fsdp)
         check_batch_size(config.batch_size, self.mesh, config.accumulation_steps)
         self.steps_per_epoch = steps_per_epoch(len(self.train_source), data, config.batch_size)
-        for field in ("epochs", "eval_every_epochs", "log_every_steps", "keep_checkpoints"):
-            if getattr(config, field) < 1:
-                raise InputError(f"{field} is {getattr(config, field)}, and must be at least 1")
         self.total_steps = (config.epochs + config.optimizer.cooldown_epochs) * self.steps_per_epoch
         self.steps_between_evaluations = config.eval_every_epochs * self.steps_per_epoch
         self.program = Program(self.config, self.mesh, self.steps_per_epoch)
@@ -206,14 +203,6 @@ class Run:
             f"{len(self.test_source):,} test images of {len(self.train_source.class_names)} classes. "
             f"Everything of the run lies in {self.config.run_dir}"
         )
-
-
-def _with_classes(config: TrainConfig, num_classes: int) -> TrainConfig:
-    """The configuration with every field of the model filled, and as many classes as the data has."""
-    asked = config.model.num_classes
-    if asked not in (None, num_classes):
-        raise InputError(f"model.num_classes is {asked}, and {config.data.source} has {num_classes} classes")
-    return dataclasses.replace(config, model=resolve(dataclasses.replace(config.model, num_classes=num_classes)))
 
 
 def _conclude(checkpoints: Checkpoints, run: Run, console: rich.console.Console) -> dict[str, float]:

@@ -3,7 +3,6 @@
 `python visualize.py batch` writes it.
 """
 
-import dataclasses
 import math
 
 import jax
@@ -13,7 +12,7 @@ from tnt_jax.config import TrainConfig
 from tnt_jax.data.mixing import prepare_training
 from tnt_jax.data.pipeline import TrainRecipe, read, train_batches
 from tnt_jax.data.sources import open_source
-from tnt_jax.models.variants import resolve
+from tnt_jax.models.variants import complete
 from tnt_jax.visualize.canvas import new_figure, panels
 
 
@@ -24,7 +23,7 @@ def batch(config: TrainConfig, *, step: int = 0, count: int = 16):
         InputError: the data of the run are not there, or cannot be read.
     """
     source = open_source(config.data.source, config.data.train_split)
-    model = resolve(dataclasses.replace(config.model, num_classes=len(source.class_names)))
+    model = complete(config, len(source.class_names)).model
     feed = {"batch_size": config.batch_size, "seed": config.seed}
     batches = train_batches(
         source, config.data, image_size=model.image_size, channels=model.in_channels, start_step=step, **feed

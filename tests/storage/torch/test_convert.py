@@ -14,8 +14,8 @@ from small_models import small_model, small_pyramid
 from state_dicts import as_torch, save_safetensors, state_dict
 
 import tnt_jax
-from tnt_jax.config import InputError, ModelConfig
-from tnt_jax.models.variants import VARIANTS, resolve
+from tnt_jax.config import InputError
+from tnt_jax.models.variants import VARIANTS, model_config
 from tnt_jax.storage.folder import model_parameters, parameter_shapes
 from tnt_jax.storage.torch.convert import convert, export
 from tnt_jax.storage.torch.layouts import layout_shapes
@@ -96,9 +96,9 @@ def test_a_pyramids_position_tables_are_resized_over_queries_and_keys(tmp_path):
 def test_weights_of_one_family_are_not_given_to_the_other(small):
     pyramid = state_dict("huawei", "ptnt_ti_patch16_192", image_size=64)
     with pytest.raises(InputError, match="these are the weights of a PyramidTNT, and tnt_s_patch16_224 is a TNT"):
-        to_parameters(pyramid, "huawei", resolve(ModelConfig("tnt_s_patch16_224")))
+        to_parameters(pyramid, "huawei", model_config("tnt_s_patch16_224"))
     with pytest.raises(InputError, match="these are the weights of a TNT, and ptnt_s_patch16_256 is a PyramidTNT"):
-        to_parameters(dict(small), "huawei", resolve(ModelConfig("ptnt_s_patch16_256")))
+        to_parameters(dict(small), "huawei", model_config("ptnt_s_patch16_256"))
 
 
 def test_a_pyramid_with_squeeze_and_excitation_comes_back_from_huaweis_layout(tmp_path):

@@ -13,7 +13,8 @@ import safetensors.numpy
 import torch
 
 import tnt_jax
-from tnt_jax.config import InputError, ModelConfig
+from tnt_jax.config import InputError
+from tnt_jax.models.variants import model_config
 from tnt_jax.storage.folder import parameter_shapes
 from tnt_jax.storage.torch.convert import convert
 from tnt_jax.storage.torch.layouts import layout_shapes
@@ -21,7 +22,7 @@ from tnt_jax.storage.torch.layouts import layout_shapes
 
 @pytest.fixture(scope="module")
 def tensors():
-    config = ModelConfig(name="tnt_ti_patch16_224", image_size=32, num_classes=10)
+    config = model_config("tnt_ti_patch16_224", image_size=32, num_classes=10)
     shapes = layout_shapes({path: of.shape for path, of in parameter_shapes(config).items()}, "timm")
     return {name: np.ascontiguousarray(published.tensor(name, shape, seed=0)) for name, shape in shapes.items()}
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from tnt_jax.config import ModelConfig
+from tnt_jax.models.variants import model_config
 from tnt_jax.storage.folder import parameter_shapes
 from tnt_jax.storage.torch.layouts import layout_shapes
 
@@ -15,7 +15,7 @@ from tnt_jax.storage.torch.layouts import layout_shapes
 @pytest.mark.slow
 def test_converting_tnt_b_peaks_below_three_times_its_checkpoint(tmp_path):
     """All of the process counts: the interpreter and JAX as well."""
-    shapes = parameter_shapes(ModelConfig(name="tnt_b_patch16_224"))
+    shapes = parameter_shapes(model_config(name="tnt_b_patch16_224"))
     tensors = {
         name: np.ones(shape, np.float32)
         for name, shape in layout_shapes({path: of.shape for path, of in shapes.items()}, "timm").items()

@@ -12,7 +12,7 @@ import numpy as np
 
 from tnt_jax.config import InputError, ModelConfig
 from tnt_jax.models.adapting import adapt
-from tnt_jax.models.variants import Model, resolve
+from tnt_jax.models.variants import Model, check_sizes
 from tnt_jax.storage.folder import (
     check_destination,
     describe,
@@ -68,7 +68,7 @@ def convert(
     tensors, known = read_file(path, weights)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     layout = recognise_layout(shapes)
-    config = resolve(known.config if known else recognise_config(layout, shapes, image_size))
+    config = known.config if known else recognise_config(layout, shapes, image_size)
     count, unused = len(tensors), sorted(filter(UNUSED.fullmatch, tensors))
     parameters = to_parameters(tensors, layout, config)
 
@@ -82,9 +82,8 @@ def convert(
             f"(--num-classes {config.num_classes} takes it as it is, another number makes a fresh head)"
         )
     changes = {"num_classes": num_classes, "image_size": image_size}
-    wanted = resolve(
-        dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
-    )
+    wanted = dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
+    check_sizes(wanted)
     parameters, adapted = adapt(parameters, config, wanted)
     class_names = class_names if wanted.num_classes == config.num_classes else None
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tnt_jax.config import InputError, ModelConfig
-from tnt_jax.models.variants import VARIANTS, resolve
+from tnt_jax.models.variants import VARIANTS, model_config
 from tnt_jax.storage.folder import ModelDescription, description_from_dict, parameter_shapes
 from tnt_jax.storage.torch.layouts import ARCHITECTURES, UNUSED, from_layout, layout_shapes, tensor_names
 
@@ -181,8 +181,8 @@ def recognise_config(
         raise InputError(f"sentences of {outer_dim} channels are in no published model; known are {known}")
     config = VARIANTS[name].config
     head = tensor_names("head.bias", layout)[0]
-    return ModelConfig(
-        name=name,
+    return model_config(
+        name,
         image_size=_image_size(sentences if pyramid else sentences - 1, config.patch_size, image_size),
         in_channels=shape("stem.common.conv.kernel" if pyramid else "word_embedding.conv.kernel", 4)[1],
         num_classes=shape("head.bias", 1)[0] if head in shapes else 0,
@@ -207,7 +207,6 @@ def to_parameters(tensors: dict[str, np.ndarray], layout: str, config: ModelConf
         InputError: they are of the other family, or a tensor is left over, missing, of the wrong shape, or not finite;
             the message lists every one.
     """
-    config = resolve(config)
     pyramids = _is_pyramid(tensors), config.architecture == "pyramid"
     family, wanted = ("PyramidTNT" if pyramid else "TNT" for pyramid in pyramids)
     if family != wanted:
