@@ -13,7 +13,6 @@ import pytest
 from commands import ROOT
 from jax.sharding import SingleDeviceSharding
 
-from tnt_jax.config import InputError
 from tnt_jax.storage.checkpoint import Checkpoints
 from tnt_jax.storage.packing import LEAST_ALONE, pack
 from tnt_jax.training.loop import saved_trees

@@ -45,7 +45,7 @@ def config_of(path: str) -> TrainConfig[ModelChanges]:
     """
     if pathlib.Path(path).is_dir():
         from tnt_jax.models.variants import changes_to
-        from tnt_jax.storage.checkpoint import read_config
+        from tnt_jax.storage.run import read_config
 
         config = read_config(path)
         return dataclasses.replace(config, model=changes_to(config.model))

@@ -1,5 +1,6 @@
 """The names of many files in little memory: two dozen bytes for an image of ImageNet-21k."""
 
+import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -42,6 +43,13 @@ class FileNames(Sequence):
         folder = self._folders[np.searchsorted(self._starts, index, "right") - 1]
         name = os.fsdecode(self._text[int(self._ends[index]) : int(self._ends[index + 1])].tobytes())
         return f"{folder}/{name}" if folder else name
+
+    def digest(self) -> str:
+        """A checksum of all names and their order."""
+        hashed = hashlib.sha256(repr((self._folders, self._starts.tolist())).encode(errors="surrogateescape"))
+        hashed.update(self._text)
+        hashed.update(self._ends.astype("<i8"))
+        return hashed.hexdigest()[:16]
 
     @property
     def nbytes(self) -> int:

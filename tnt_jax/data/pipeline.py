@@ -92,7 +92,7 @@ class TrainRecipe:
 
     def _read(self, order: np.ndarray, place: int, unreadable: list[tuple[int, str]]) -> tuple[Pixels, int]:
         """The image at this place of the epoch, or, in place of an unreadable one, the next that can be read."""
-        for attempt in range(most_unreadable(self) + 1):
+        for attempt in range(most_unreadable(self.data, len(self.source)) + 1):
             index = int(order[(place + attempt) % len(order)])
             try:
                 return read(self, index)
@@ -108,8 +108,9 @@ def read(recipe: "TrainRecipe | EvalRecipe", index: int) -> tuple[Pixels, int]:
     return recipe.source[index]
 
 
-def most_unreadable(recipe: TrainRecipe) -> int:
-    return math.floor(recipe.data.skip_unreadable * len(recipe.source))
+def most_unreadable(data: DataConfig, count: int) -> int:
+    """How many of so many training images may be unreadable."""
+    return math.floor(data.skip_unreadable * count)
 
 
 def _too_many(recipe: TrainRecipe, unreadable: dict[int, str]) -> InputError:
@@ -118,7 +119,7 @@ def _too_many(recipe: TrainRecipe, unreadable: dict[int, str]) -> InputError:
         return InputError(reason)
     return InputError(
         f"{len(unreadable)} of {len(recipe.source)} training images are unreadable, and data.skip_unreadable "
-        f"{recipe.data.skip_unreadable} allows {most_unreadable(recipe)}; the last: {reason}"
+        f"{recipe.data.skip_unreadable} allows {most_unreadable(recipe.data, len(recipe.source))}; the last: {reason}"
     )
 
 
@@ -184,16 +185,15 @@ def _prepare(recipe, steps: range, process_index: int, process_count: int) -> It
 
 def _without_unreadable(filled: Iterator[Filled], recipe: TrainRecipe) -> Iterator[Batch]:
     unreadable: dict[int, str] = {}
+    most = most_unreadable(recipe.data, len(recipe.source))
     for images, labels, reports in filled:
         for index, reason in reports:
             if index in unreadable:
                 continue
             unreadable[index] = reason
-            if len(unreadable) > most_unreadable(recipe):
+            if len(unreadable) > most:
                 raise _too_many(recipe, unreadable)
-            logger.warning(
-                "skipped unreadable image %d of at most %d: %s", len(unreadable), most_unreadable(recipe), reason
-            )
+            logger.warning("skipped unreadable image %d of at most %d: %s", len(unreadable), most, reason)
         yield {"image": images, "label": labels}
 
 
@@ -225,7 +225,16 @@ def _with_mask(filled: Iterator[Filled], recipe: EvalRecipe, first_row: int) -> 
 
 
 def to_channels(image: Pixels, channels: int) -> Pixels:
-    """Colour to grey (ITU-R 601), or grey to colour."""
-    if image.shape[2] == channels:
+    """Colour to grey (ITU-R 601), or grey to colour.
+
+    Raises:
+        InputError: there is no such way.
+    """
+    there = image.shape[2]
+    if there == channels:
         return image
-    return np.repeat(image, 3, axis=2) if channels == 3 else from_pillow(to_pillow(image).convert("L"))
+    if (there, channels) == (1, 3):
+        return np.repeat(image, 3, axis=2)
+    if (there, channels) == (3, 1):
+        return from_pillow(to_pillow(image).convert("L"))
+    raise InputError(f"model.in_channels is {channels}, and the images have {there}; 1 and 3 are made of each other")

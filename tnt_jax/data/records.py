@@ -30,7 +30,11 @@ class RecordSource:
         file_name = record.get("file_name", b"").decode()
         name = f"record {index} of {self.name}" + (f" ({file_name})" if file_name else "")
         label = int(record["label"])
-        if not 0 <= label < len(self.class_names):
+        if label < 0:
+            raise InputError(
+                f"{name} has label {label}: this split has no labels. Another one has: --data.eval-split validation"
+            )
+        if label >= len(self.class_names):
             raise InputError(f"{name} has label {label}, and there are {len(self.class_names)} classes")
         return decode(record["image"], name, at_least), label
 

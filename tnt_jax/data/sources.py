@@ -102,17 +102,25 @@ def _idx(argument: str, split: str) -> ArraySource:
         raise _no_split(split, IDX_FILES)
     folder = pathlib.Path(argument)
     images, labels = (_read_idx(folder, name) for name in IDX_FILES[split])
+    if not len(images):
+        raise InputError(f"{folder} ({split}) has no images")
     if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
         raise InputError(f"{folder} ({split}): {images.shape} images and {labels.shape} labels do not belong together")
     if "fashion" in folder.resolve().name.lower():
         class_names = FASHION_MNIST_CLASSES
-    else:
-        class_names = tuple(str(label) for label in range(int(labels.max()) + 1))
-    if labels.max() >= len(class_names):
+    else:  # those of the training images, whatever classes the test images happen to have
+        train = _read_idx(folder, IDX_FILES["train"][1]) if split != "train" and _has_train(folder) else labels
+        class_names = tuple(str(label) for label in range(int(train.max(initial=-1)) + 1))
+    if labels.max(initial=0) >= len(class_names):
         raise InputError(
             f"{folder} ({split}): label {labels.max()} is out of range, there are {len(class_names)} classes"
         )
     return ArraySource(images[..., None], labels.astype(np.int64), class_names)
+
+
+def _has_train(folder: pathlib.Path) -> bool:
+    name = IDX_FILES["train"][1]
+    return (folder / name).is_file() or (folder / f"{name}.gz").is_file()
 
 
 def _read_idx(folder: pathlib.Path, name: str) -> np.ndarray:
@@ -162,7 +170,7 @@ class FolderSource:
         return decode(content, path, at_least), int(self.labels[index])
 
 
-SPLIT_NAMES = {"train": ("train",), "test": ("test", "val", "validation")}
+SPLIT_NAMES = {"train": ("train",), "test": ("test", "val", "validation"), "validation": ("validation", "val")}
 LABEL_FILE = "labels.txt"
 
 

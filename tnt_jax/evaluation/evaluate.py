@@ -20,9 +20,9 @@ from tnt_jax.evaluation.probes import NEIGHBOURS, linear_probe, nearest_neighbou
 from tnt_jax.evaluation.published import published
 from tnt_jax.evaluation.scores import Answers, wilson
 from tnt_jax.models.variants import Model
-from tnt_jax.storage.checkpoint import is_run, read_config
 from tnt_jax.storage.folder import description_of
 from tnt_jax.storage.load import load_model
+from tnt_jax.storage.run import is_run, read_config
 from tnt_jax.training.mesh import check_batch_size, make_mesh, on_mesh, to_devices
 
 

@@ -1,17 +1,14 @@
 """A model from wherever it lies: a model folder, a training run, or a published name."""
 
-import contextlib
 import os
 from pathlib import Path
 from typing import Literal
 
-import jax
-from flax import nnx
-
 from tnt_jax.config import InputError
-from tnt_jax.models.variants import Model, abstract_model, get_variant
-from tnt_jax.storage.checkpoint import Checkpoints, is_run
-from tnt_jax.storage.folder import load_folder, read_description
+from tnt_jax.models.variants import Model, get_variant
+from tnt_jax.storage.folder import load_folder
+from tnt_jax.storage.run import is_run
+from tnt_jax.storage.trained import load_run
 
 WEIGHTS_FOLDER = Path("weights")
 
@@ -55,28 +52,3 @@ def load_model(path: str | os.PathLike, *, weights: Literal["ema", "raw"] = "ema
         + ("\nor download one of these and give its file instead:\n" if on_hub else "\nwith the FILE from here:\n")
         + "\n".join(f"  {place}" for place in addresses)
     )
-
-
-def load_run(run_dir: str | os.PathLike, *, weights: str = "ema", step: int | None = None) -> Model:
-    """The model of a training run; see `tnt_jax.load_model`.
-
-    Raises:
-        InputError: the run has no checkpoint yet, or none of this step.
-    """
-    description = read_description(run_dir)
-    graphdef, state = nnx.split(abstract_model(description.config))
-    # Onto one device of this machine, wherever it was trained.
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), nnx.to_pure_dict(state)
-    )
-    with contextlib.closing(Checkpoints(run_dir)) as checkpoints:
-        step = checkpoints.best_step or checkpoints.latest_step if step is None else step
-        if step not in checkpoints.steps:
-            kept = f"it has {checkpoints.steps}" if checkpoints.steps else "it has none yet"
-            raise InputError(f"the run in {run_dir} has no checkpoint of step {step}; {kept}")
-        item = {"ema": "ema", "raw": "params"}[weights]
-        params = checkpoints.restore(step, {item: like})[item]
-    model = nnx.merge(graphdef, params)
-    model.description = description
-    return model

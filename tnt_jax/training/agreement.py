@@ -11,12 +11,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from tnt_jax.config import InputError, TrainConfig, to_json
-from tnt_jax.storage.checkpoint import flat
+from tnt_jax.config import InputError, TrainConfig
+from tnt_jax.storage.run import by_role
 
 PACKAGE = pathlib.Path(__file__).parent.parent
 VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-EACH_ITS_OWN = ("run_dir", "data.source", "data.num_threads", "data.num_workers")
+EACH_ITS_OWN = ("data.source", "data.num_threads", "data.num_workers")
 """Fields that may differ between processes: paths, whose content is compared, and how each prepares its images."""
 DIGEST_BYTES = 16
 HOST_BYTES = 64
@@ -24,8 +24,8 @@ HOST_BYTES = 64
 
 def facts(config: TrainConfig) -> dict[str, str]:
     """The configuration and the versions of this process, by name."""
-    fields = flat(to_json(config))
-    found = {f"config.{name}": json.dumps(value) for name, value in fields.items() if name not in EACH_ITS_OWN}
+    fields = {name: value for name, (value, _) in by_role(config).items() if name not in EACH_ITS_OWN}
+    found = {f"config.{name}": json.dumps(value) for name, value in fields.items()}
     found |= {f"version of {name}": importlib.metadata.version(name) for name in VERSIONS}
     return found | {"code of tnt_jax": _code()}
 

@@ -21,13 +21,14 @@ import jax
 
 from tnt_jax.config import DistributedConfig, InputError
 from tnt_jax.training.meeting import RESTART, Connection, address, gather, report_to
+from tnt_jax.training.stopping import Signals
 
 # Should a dead host not be found out by the connections, JAX aborts after its own heartbeats have been missing.
 HEARTBEAT_SECONDS = 50
 
 
 @contextlib.contextmanager
-def together(config: DistributedConfig, facts: Mapping[str, str]) -> Iterator[None]:
+def together(config: DistributedConfig, facts: Mapping[str, str], listening: Signals) -> Iterator[None]:
     """Joins the processes of a run, if there are several; the run goes on inside.
 
     It must come before JAX looks for devices. An error inside ends all processes: the others print it, and exit with
@@ -35,6 +36,7 @@ def together(config: DistributedConfig, facts: Mapping[str, str]) -> Iterator[No
 
     Args:
         facts: what must be the same in all processes, by name.
+        listening: the signals of this process; what ends it at once ends all of them.
 
     Raises:
         InputError: the configuration is incomplete or contradicts that of process 0.
@@ -52,6 +54,7 @@ def together(config: DistributedConfig, facts: Mapping[str, str]) -> Iterator[No
         else report_to(coordinator, count, index, facts, deadline)
     )
     watch = _Watch(index, connections)
+    listening.before_exit = watch.tell
     try:
         jax.distributed.initialize(
             coordinator,
@@ -62,6 +65,7 @@ def together(config: DistributedConfig, facts: Mapping[str, str]) -> Iterator[No
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=HEARTBEAT_SECONDS,
         )
+        listening.take_back()
         kinds = ", ".join(sorted({device.device_kind for device in jax.local_devices()}))
         print(
             f"process {index} of {count} on {socket.gethostname()}: {jax.local_device_count()} of "
@@ -100,7 +104,8 @@ class _Watch:
     """Listens to the connections while the run goes on. Process 0 passes on what it hears."""
 
     def __init__(self, index: int, connections: list[Connection]):
-        self._index, self._connections = index, connections
+        self._connections = connections
+        self._who = f"process {index} on {socket.gethostname()}: "
         self._ending = threading.Lock()
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -109,12 +114,17 @@ class _Watch:
         for connection in self._connections:
             connection.send(code=0)
 
+    def tell(self, code: int, message: str) -> None:
+        """This process ends with this code, for this reason."""
+        for connection in self._connections:
+            connection.send(code=code, message=f"{self._who}{message}"[:10_000])
+
     def fail(self, error: BaseException) -> None:
         """This process has an error: all of them end."""
         code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
         if not hasattr(error, "exit_code") and not isinstance(error, KeyboardInterrupt):
             traceback.print_exception(error)
-        self._end(code, str(error) or type(error).__name__, f"process {self._index} on {socket.gethostname()}: ")
+        self._end(code, str(error) or type(error).__name__, self._who)
 
     def _listen(self) -> None:
         with selectors.DefaultSelector() as selector:
