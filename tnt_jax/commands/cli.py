@@ -70,6 +70,9 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
     def run() -> None:
         try:
             main()
+        except KeyboardInterrupt:
+            print("error: stopped by Ctrl-C", file=sys.stderr)
+            sys.exit(130)
         except Exception as error:
             if not hasattr(error, "exit_code"):
                 raise

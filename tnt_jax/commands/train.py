@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from tnt_jax.commands.cli import command, training_config
+from tnt_jax.training.stopping import signals
 
 
 @command
@@ -11,11 +12,12 @@ def main() -> None:
     arguments = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     arguments.add_argument("--plan")
     given, rest = arguments.parse_known_args()
-    config = training_config(rest)
-    if given.plan:
-        from tnt_jax.commands.plan import plan
+    with signals():  # from here on, not only when JAX has been imported
+        config = training_config(rest)
+        if given.plan:
+            from tnt_jax.commands.plan import plan
 
-        sys.exit(plan(config, given.plan))
-    from tnt_jax.training.loop import train
+            sys.exit(plan(config, given.plan))
+        from tnt_jax.training.loop import train
 
-    train(config)
+        train(config)
