@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
@@ -26,15 +27,35 @@ from tnt_jax.storage.run import is_run, read_config
 from tnt_jax.training.mesh import check_batch_size, make_mesh, on_mesh, to_devices
 
 
-def _over(images: Source, data: DataConfig, model: Model, batch_size: int, compute: Callable) -> tuple[list, float]:
-    """What `compute(model, inputs, labels)` gives for every image once, its arrays joined, and images per second."""
-    config, feeding = model.config, description_of(model).preprocessing
+class NonFiniteAnswersError(RuntimeError):
+    """A model gives infinite numbers or NaN."""
+
+    exit_code = 1
+
+
+def _over(
+    images: Source, data: DataConfig, models: Sequence[Model], batch_size: int, compute: Callable
+) -> tuple[list[list], float]:
+    """What `compute(model, inputs, labels)` gives for every image once, and images per second.
+
+    Args:
+        models: of the same sizes and preprocessing. Each image is decoded once for all of them.
+
+    Returns:
+        For each model its arrays, joined over all images.
+
+    Raises:
+        NonFiniteAnswersError: a model gives infinite numbers or NaN.
+    """
+    config, feeding = models[0].config, description_of(models[0]).preprocessing
     mesh = make_mesh()
     check_batch_size(batch_size, mesh)
-    graphdef, params = nnx.split(model)
+    graphdef = nnx.split(models[0])[0]
+    params = [nnx.split(model)[1] for model in models]
 
-    def compute_batch(params, batch: dict):
-        return compute(nnx.merge(graphdef, params), normalise(batch["image"], feeding), batch["label"])
+    def compute_batch(params: list, batch: dict):
+        inputs = normalise(batch["image"], feeding)
+        return [compute(nnx.merge(graphdef, each), inputs, batch["label"]) for each in params]
 
     step = jax.jit(on_mesh(mesh, compute_batch))
     parts, started = [], None
@@ -47,27 +68,40 @@ def _over(images: Source, data: DataConfig, model: Model, batch_size: int, compu
     )
     for batch in batches:
         computed = step(params, to_devices(batch, mesh))
-        parts.append([np.asarray(part)[batch["mask"]] for part in computed])
+        parts.append([[np.asarray(part)[batch["mask"]] for part in each] for each in computed])
+        if not all(np.isfinite(part).all() for each in parts[-1] for part in each):
+            raise NonFiniteAnswersError(
+                f"the model gives numbers that are not finite for images of {data.source}: it has no accuracy"
+            )
         started = started or time.perf_counter()  # after the first batch, which was compiled
-    rest = sum(len(part[0]) for part in parts[1:])
+    rest = sum(len(part[0][0]) for part in parts[1:])
     rate = rest / (time.perf_counter() - started) if rest else math.nan
-    return [np.concatenate(part) for part in zip(*parts, strict=True)], rate
+    return [[np.concatenate(part) for part in zip(*each, strict=True)] for each in zip(*parts, strict=True)], rate
 
 
-def answers_of(model: Model, images: Source, data: DataConfig, *, batch_size: int = 64) -> Answers:
-    """What a model answers for every image of a source, in its order.
-
-    Of an `ImageNetSource`, only among the classes that it has.
-
-    Raises:
-        InputError: the model has other classes than the source, or an image cannot be read.
-    """
+def check_classes(model: Model, images: Source, data: DataConfig) -> None:
+    """Raises InputError if a model has other classes than the source."""
     if len(images.class_names) != model.config.num_classes:
         raise InputError(
             f"the model has {model.config.num_classes} classes, and {data.source} has {len(images.class_names)}; "
             "its features can be probed with any data: --probe knn linear"
         )
-    asked = np.zeros(model.config.num_classes, bool)
+
+
+def answers_of(models: Sequence[Model], images: Source, data: DataConfig, *, batch_size: int = 64) -> list[Answers]:
+    """What each of some models answers for every image of a source, in its order.
+
+    For an `ImageNetSource`, answers are restricted to its classes.
+
+    Args:
+        models: of the same sizes, such as the averaged and the raw weights of a run.
+
+    Raises:
+        InputError: the models have other classes than the source, or an image cannot be read.
+        NonFiniteAnswersError: a model gives infinite numbers or NaN.
+    """
+    check_classes(models[0], images, data)
+    asked = np.zeros(models[0].config.num_classes, bool)
     asked[getattr(images, "classes", slice(None))] = True
 
     def compute(model: Model, inputs: jax.Array, labels: jax.Array):
@@ -75,8 +109,8 @@ def answers_of(model: Model, images: Source, data: DataConfig, *, batch_size: in
         likeliest, top = jax.lax.top_k(log, min(5, int(asked.sum())))
         return labels, top, jnp.exp(likeliest), -jnp.take_along_axis(log, labels[:, None], axis=1)[:, 0]
 
-    arrays, rate = _over(images, data, model, batch_size, compute)
-    return Answers(*arrays, rate)
+    found, rate = _over(images, data, models, batch_size, compute)
+    return [Answers(*arrays, rate) for arrays in found]
 
 
 def features_of(
@@ -90,7 +124,7 @@ def features_of(
     def compute(model: Model, inputs: jax.Array, labels: jax.Array):
         return model.extract_feat(inputs)[0].astype(jnp.float32), labels
 
-    (features, labels), _ = _over(images, data, model, batch_size, compute)
+    ((features, labels),), _ = _over(images, data, [model], batch_size, compute)
     return features, labels
 
 
@@ -112,6 +146,8 @@ def evaluate_model(
 ) -> Iterator[Evaluation]:
     """Evaluates what lies in a folder: the averaged and the raw weights of a training run, or the one set of a model.
 
+    All is opened at once, and computed when it is asked for.
+
     Args:
         sources: as in `DataConfig.source`, or a relative of ImageNet as `open_imagenet` takes it; none takes the test
             images of the training run.
@@ -123,17 +159,34 @@ def evaluate_model(
     opened = [(data, open_test(data)) for data in test_data(path, sources)]
     if real_labels_file and not any(data.source.startswith("imagenet:") for data, _ in opened):
         raise InputError(f"{real_labels_file} is for the source imagenet:PATH, and that was not given")
-    for weights, model in models_in(path):
+    accepted = {
+        data.source: real_labels(real_labels_file, list(images.files))
+        for data, images in opened
+        if real_labels_file and isinstance(images, ImageNetSource) and data.source.startswith("imagenet:")
+    }
+    names, models = zip(*models_in(path), strict=True)
+    for data, images in opened:
+        check_classes(models[0], images, data)
+
+    def evaluations() -> Iterator[Evaluation]:
         for data, images in opened:
-            answers = answers_of(model, images, data, batch_size=batch_size)
-            kind = data.source.partition(":")[0]
-            kind = kind if kind in RELATIVES else "imagenet" if "imagenet2012" in data.source else kind
-            known = published(model.config, kind)
-            yield Evaluation(path, weights, data.source, images, answers, known)
-            if real_labels_file and kind == "imagenet" and isinstance(images, ImageNetSource):
-                accepted = real_labels(real_labels_file, list(images.files))
-                known = published(model.config, "imagenet-real")
-                yield Evaluation(path, weights, f"{data.source} (ReaL)", images, answers.judged_by(accepted), known)
+            known = published(models[0].config, _kind(data.source))
+            for weights, answers in zip(names, answers_of(models, images, data, batch_size=batch_size), strict=True):
+                yield Evaluation(path, weights, data.source, images, answers, known)
+                if data.source in accepted:
+                    judged = answers.judged_by(accepted[data.source])
+                    known_real = published(models[0].config, "imagenet-real")
+                    yield Evaluation(path, weights, f"{data.source} (ReaL)", images, judged, known_real)
+
+    return evaluations()
+
+
+def _kind(source: str) -> str:
+    """Which published numbers belong to a source: of ImageNet-1k's relatives, of itself, or none."""
+    name = source.partition(":")[0]
+    # As a whole word: imagenet2012_corrupted is another dataset.
+    is_imagenet = name not in RELATIVES and re.search(r"[:/]imagenet2012(?![\w-])", source)
+    return "imagenet" if is_imagenet else name
 
 
 def test_data(path: str, sources: Sequence[str]) -> list[DataConfig]:
@@ -166,20 +219,30 @@ def probe_model(
 
     The classes need not be those that the model was trained for; of a run, the averaged weights are taken.
 
-    Yields:
+    All is opened at once, and computed when it is asked for.
+
+    Returns:
         model, data, method, training_images, images, top1 with the ends of its 95% interval.
 
     Raises:
-        InputError: as `evaluate_model`; or a source has no training images.
+        InputError: as `evaluate_model`; or a source has no training images, or only one class.
     """
     wanted = test_data(path, sources)
     for data in wanted:
         if data.source.partition(":")[0] in RELATIVES:
             raise InputError(f"{data.source} has no training images, to which a probe is fitted; folder:PATH has both")
     _, model = next(models_in(path))
+    opened = []
     for data in wanted:
         train = open_source(data.source, data.train_split)
-        test = open_source(data.source, data.eval_split)
+        if "linear" in methods and len(train.class_names) < 2:
+            raise InputError(f"{data.source} has {len(train.class_names)} class, and a linear probe needs two at least")
+        opened.append((data, train, open_source(data.source, data.eval_split)))
+    return _probes(path, model, opened, methods, batch_size)
+
+
+def _probes(path: str, model: Model, opened: list, methods: Sequence[str], batch_size: int) -> Iterator[dict]:
+    for data, train, test in opened:
         train_features, train_labels = features_of(model, train, data, batch_size=batch_size)
         test_features, labels = features_of(model, test, data, batch_size=batch_size)
         for method in methods:

@@ -93,7 +93,7 @@ class Report:
         step, metrics = self._pending
         self._pending = None
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        check_finite(f"step {step}", metrics)
+        check_finite(f"step {step}", {"loss": metrics["loss"]} | metrics)
         now = time.perf_counter()
         if step == self.start_step + 1:  # The first step was compiled: its time says nothing of the rate.
             self._clock, self._clock_step = now, step
