@@ -169,10 +169,10 @@ def ours(model: str, kind: str, batch: int) -> tuple[Callable[[], None], float |
     from flax import nnx
 
     from tnt_jax.chips import chip_of, training_flops
+    from tnt_jax.commands.process import keep_memory
     from tnt_jax.models.layers import InitialRngs
     from tnt_jax.models.tnt import TNT
     from tnt_jax.models.variants import VARIANTS, model_config
-    from tnt_jax.training.memory import keep_memory
 
     keep_memory()  # as train.py does
     config = model_config("tnt_s_patch16_224")

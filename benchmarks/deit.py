@@ -8,7 +8,8 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from tnt_jax.config import ModelConfig
-from tnt_jax.models.layers import InitialRngs, LayerNorm, Linear, TransformerLayer, normal_init, split_key
+from tnt_jax.models.functions import split_key
+from tnt_jax.models.layers import InitialRngs, LayerNorm, Linear, TransformerLayer, normal_init
 from tnt_jax.models.tnt import drop_path_rates, grid_size, make_head, to_patches
 
 

@@ -26,18 +26,16 @@ def test_says_what_to_type_and_holds_a_model_that_can_be_made(name):
 
 
 def test_smoke_shrinks_what_takes_long_and_keeps_the_recipe():
-    config = training_config(["--config", str(ROOT / "configs/imagenet_tnt_b.py"), "--smoke", "--epochs", "1"])
+    config = training_config(["--config", "imagenet_tnt_b", "--smoke", "--epochs", "1"])
     assert (config.epochs, config.model.depth, config.data.source) == (1, 2, "synthetic:512")
     assert (config.data.repeats, config.data.mixup, config.optimizer.change_every) == (3, 0.8, "epoch")
     assert config.model.name == "tnt_b_patch16_224"
-    config = training_config(["--config", str(ROOT / "configs/imagenet_ptnt_b.py"), "--smoke"])
+    config = training_config(["--config", "imagenet_ptnt_b", "--smoke"])
     assert (resolve(config.model).depth, config.model.outer_dim) == ((1, 1, 1, 1), (80, 160, 320, 320))
 
 
 def test_pyramid_tnt_is_trained_as_tnt_with_20_epochs_of_warm_up():
-    tnt, pyramid = (
-        training_config(["--config", str(ROOT / f"configs/imagenet_{name}.py")]) for name in ("tnt_s", "ptnt_m")
-    )
+    tnt, pyramid = (training_config(["--config", f"imagenet_{name}"]) for name in ("tnt_s", "ptnt_m"))
     assert (pyramid.model.name, pyramid.optimizer.warmup_epochs) == ("ptnt_m_patch16_256", 20)
     changes = {"run_dir": tnt.run_dir, "model": tnt.model, "optimizer": tnt.optimizer}
     assert dataclasses.replace(pyramid, **changes) == tnt
@@ -46,7 +44,7 @@ def test_pyramid_tnt_is_trained_as_tnt_with_20_epochs_of_warm_up():
 
 def test_sizes_of_stages_are_numbers_on_the_command_line():
     sizes = ["--model.depth", "1", "2", "1", "1", "--model.inner-blocks", "0", "3"]
-    config = training_config(["--config", str(ROOT / "configs/imagenet_ptnt_ti.py"), *sizes])
+    config = training_config(["--config", "imagenet_ptnt_ti", *sizes])
     assert (config.model.depth, config.model.inner_blocks) == ((1, 2, 1, 1), (0, 3))
 
 

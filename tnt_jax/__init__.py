@@ -1,10 +1,33 @@
-"""Transformer in Transformer (TNT) in JAX and Flax: the models, their weights, and their training."""
+"""Transformer in Transformer (TNT) in JAX and Flax: the models, their weights, and their training.
 
-from tnt_jax.config import InputError
-from tnt_jax.inference import inference_model
-from tnt_jax.models.summary import summary
-from tnt_jax.models.variants import create_model, list_models
-from tnt_jax.storage.folder import save_model
-from tnt_jax.storage.load import load_model
+Names are imported when they are first used: `import tnt_jax` alone imports no JAX.
+"""
 
-__all__ = ["InputError", "create_model", "inference_model", "list_models", "load_model", "save_model", "summary"]
+import importlib
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "InputError": "config",
+    "create_model": "models.variants",
+    "inference_model": "inference",
+    "list_models": "models.variants",
+    "load_model": "storage.load",
+    "save_model": "storage.folder",
+    "summary": "models.summary",
+}
+_ROOMS = ("config", "data", "evaluation", "export", "inference", "models", "storage", "training", "visualize")
+__all__ = ["__version__", *_HOME, *_ROOMS]
+
+
+def __getattr__(name: str):
+    if name in _ROOMS:
+        return importlib.import_module(f"tnt_jax.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'tnt_jax' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"tnt_jax.{_HOME[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

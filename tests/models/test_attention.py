@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tnt_jax.models.kernels import on_cpu
+from tnt_jax.models.kernels.cpu import library
 from tnt_jax.models.layers import Attention, InitialRngs
 from tnt_jax.models.variants import model_config
 
@@ -77,5 +77,5 @@ def test_a_bias_of_the_logits_and_a_machine_without_a_compiler_take_the_equation
     layer, reference = (make_attention(24, 2, inner=how) for how in ("auto", "reference"))
     x, bias = random_tokens(2, 5, 24), random_tokens(2, 5, 5)[None]
     np.testing.assert_array_equal(layer(x, bias=bias), reference(x, bias=bias))
-    monkeypatch.setattr(on_cpu, "compiled", lambda name: False)
+    monkeypatch.setattr(library, "compiled", lambda name: False)
     np.testing.assert_array_equal(layer(x), reference(x))

@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from tnt_jax.models import gradients
-from tnt_jax.models.gradients import layer_norm, product, softmax, with_bias, with_kernel
+from tnt_jax.models.formulations import gradients
+from tnt_jax.models.formulations.gradients import (
+    layer_norm,
+    parameter_add,
+    parameter_einsum,
+    product,
+    softmax,
+)
 
 EPSILON = 1e-5
 
@@ -109,7 +115,7 @@ def test_gradients_of_parameters_are_those_of_float32_parameters():
     x = x.astype(jnp.bfloat16)
 
     def ours(kernel, bias):
-        return with_bias(with_kernel("bnd,de->bne", x, kernel), bias)
+        return parameter_add(parameter_einsum("bnd,de->bne", x, kernel), bias)
 
     out, pull = jax.vjp(ours, kernel, bias)
     assert out.dtype == jnp.bfloat16
@@ -124,4 +130,4 @@ def test_gradients_of_parameters_are_those_of_float32_parameters():
 @pytest.mark.parametrize("shape", [(8,), (1, 1, 8), (4, 1, 8)])
 def test_gradient_of_a_bias_is_that_of_the_sum(shape):
     x, bias = random([(4, 5, 8), shape])
-    assert_close(value_and_gradients(with_bias, [x, bias]), value_and_gradients(jnp.add, [x, bias]))
+    assert_close(value_and_gradients(parameter_add, [x, bias]), value_and_gradients(jnp.add, [x, bias]))

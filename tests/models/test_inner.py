@@ -14,9 +14,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tnt_jax.models import inner
-from tnt_jax.models.kernels import inner_block, on_cpu, tile
-from tnt_jax.models.layers import InitialRngs, LayerNorm, gelu
+from tnt_jax.models.formulations import inner, sentences
+from tnt_jax.models.formulations.devices import say_once
+from tnt_jax.models.functions import gelu
+from tnt_jax.models.inner import InnerTransformer
+from tnt_jax.models.kernels.cpu import library
+from tnt_jax.models.kernels.tpu import inner_block, tile
+from tnt_jax.models.layers import InitialRngs, LayerNorm
 from tnt_jax.models.pyramid_tnt import PatchNorm
 from tnt_jax.models.tnt import WordsToSentence
 from tnt_jax.models.variants import model_config
@@ -26,7 +30,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
 
 def make_layer(formulation, channels, heads, *, norm=LayerNorm, drop_path_rate=0.3, **fields):
     config = dataclasses.replace(model_config("tnt_s_patch16_224"), inner=formulation, **fields)
-    layer = inner.InnerTransformer(channels, heads, drop_path_rate, norm=norm, config=config, rngs=InitialRngs(0))
+    layer = InnerTransformer(channels, heads, drop_path_rate, norm=norm, config=config, rngs=InitialRngs(0))
     return randomised(layer)
 
 
@@ -206,7 +210,7 @@ def project(layer, words):
 
 
 def project_by_kernel(layer, words):
-    return with_words(*inner.pallas_words_to_sentence(layer, words, interpret=True))
+    return with_words(*sentences.pallas(layer, words, interpret=True))
 
 
 def with_words(words, sentences):
@@ -289,7 +293,7 @@ def compare_pallas_on_a_mesh():
 )
 def test_what_is_run_where(monkeypatch, caplog, asked, platform, channels, fields, training, chosen):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    inner._log_once.cache_clear()
+    say_once.cache_clear()
     layer = make_layer(asked, channels, 4, **fields)
     with caplog.at_level(logging.WARNING):
         assert [inner.choose(layer, 196, training=training) for _ in range(2)] == [chosen] * 2
@@ -299,8 +303,8 @@ def test_what_is_run_where(monkeypatch, caplog, asked, platform, channels, field
 
 
 def test_without_a_c_compiler_the_reference_is_run(monkeypatch, caplog):
-    monkeypatch.setattr(on_cpu, "compiled", lambda name: False)
-    inner._log_once.cache_clear()
+    monkeypatch.setattr(library, "compiled", lambda name: False)
+    say_once.cache_clear()
     layer, reference = (make_layer(formulation, 12, 2) for formulation in ("auto", "reference"))
     x = random_words(4, 16, 12, "float32")
     np.testing.assert_array_equal(layer(x), reference(x))
@@ -319,10 +323,10 @@ def test_without_a_c_compiler_the_reference_is_run(monkeypatch, caplog):
 )
 def test_which_projections_are_kernels(monkeypatch, caplog, asked, platform, fields, kernel):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    inner._log_once.cache_clear()
+    say_once.cache_clear()
     layer = make_projection(asked, **fields)
     with caplog.at_level(logging.WARNING):
-        assert [inner.runs_kernel(layer, 196) for _ in range(2)] == [kernel] * 2
+        assert [sentences.runs_kernel(layer, 196) for _ in range(2)] == [kernel] * 2
     assert len(caplog.records) == bool(fields), "a fallback is logged once, a plain choice never"
 
 

@@ -10,6 +10,7 @@ import torch
 from flax import nnx
 
 from tnt_jax.models import layers
+from tnt_jax.models.formulations import attention
 from tnt_jax.models.variants import model_config
 
 CONFIG = model_config("tnt_s_patch16_224")
@@ -25,20 +26,20 @@ def to_torch(*arrays):
     return [torch.tensor(np.asarray(array), requires_grad=True) for array in arrays]
 
 
-@pytest.mark.parametrize(("platform", "inner"), [("cpu", "native"), ("cpu", "reference"), ("tpu", "reference")])
+@pytest.mark.parametrize(("platform", "inner"), [("cpu", "native"), ("cpu", "reference"), ("tpu", "auto")])
 def test_attention_is_pytorchs(monkeypatch, platform, inner):
     """What is computed for a TPU is other products of the same parameters."""
-    monkeypatch.setattr(layers, "platform", lambda: platform)
+    monkeypatch.setattr(attention, "platform", lambda: platform)
     random = np.random.default_rng(0)
     config = dataclasses.replace(CONFIG, inner=inner)
-    attention = layers.Attention(48, 6, config=config, rngs=layers.InitialRngs(0))
-    attention.proj.bias[...] = jnp.asarray(random.standard_normal(48), jnp.float32)
+    layer = layers.Attention(48, 6, config=config, rngs=layers.InitialRngs(0))
+    layer.proj.bias[...] = jnp.asarray(random.standard_normal(48), jnp.float32)
     x, cotangent = (random.standard_normal((3, 7, 48)).astype(np.float32) for _ in range(2))
-    graphdef, params = nnx.split(attention)
+    graphdef, params = nnx.split(layer)
     out, gradients = jax.vjp(lambda params, x: nnx.merge(graphdef, params)(x), params, x)
     found, dx = gradients(jnp.asarray(cotangent))
 
-    kernels = [attention.qkv.kernel[...], attention.proj.kernel[...], attention.proj.bias[...]]
+    kernels = [layer.qkv.kernel[...], layer.proj.kernel[...], layer.proj.bias[...]]
     theirs = to_torch(x, *kernels)
     query, key, value = (theirs[0] @ theirs[1]).reshape(3, 7, 3, 6, 8).permute(2, 0, 3, 1, 4)
     attended = torch.nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(3, 7, 48)

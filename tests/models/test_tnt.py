@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import tnt_jax
-from tnt_jax.models.layers import drop_path, dropout
+from tnt_jax.models.functions import drop_path, dropout
 from tnt_jax.models.variants import VARIANTS, abstract_model, model_config
 
 SMALL = {

@@ -208,7 +208,7 @@ def test_tsne_draws_maps_of_an_image_and_test_images(folder, tmp_path):
         (["curves", "MODEL", "a.png"], "an image was given, and curves has no use for it"),
         (["words", "MODEL", "a.png", "--patch", "0", "0"], "--patch was given, and words has no use for it"),
         (["mistakes", "MODEL", "--source", "digits", "--count", "0"], "--count is 0"),
-        (["schedule", "nowhere.py"], "there is no configuration file nowhere.py"),
+        (["schedule", "nowhere.py"], "there is no configuration nowhere.py"),
     ],
 )
 def test_the_command_refuses_what_it_cannot_draw(arguments, message, folder, tmp_path, monkeypatch):

@@ -1,73 +1,115 @@
-"""What the commands share: a configuration from a file and flags, and errors as messages."""
+"""What the commands share: the configuration that flags choose and change, and errors as messages."""
 
-import argparse
 import dataclasses
 import functools
-import pathlib
 import runpy
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
 
 import tyro
 
+import tnt_jax
+from tnt_jax.commands.process import use_cpu_where_there_is_nothing_else
 from tnt_jax.config import InputError, ModelChanges, TrainConfig, smoke
 
-DEFAULT_CONFIG = "configs/digits.py"
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+"""A flag without its contrary, --no-FLAG."""
+PACKAGE = Path(tnt_jax.__file__).parent
 
 
-def training_config(arguments: Sequence[str] | None = None) -> TrainConfig[ModelChanges]:
-    """The configuration that `--config` names, shrunk if `--smoke` is there, changed by the other flags.
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """The configuration of a run, which the other flags change."""
+
+    config: str = "digits"
+    """A configuration of this project by its name, a file like those in configs/, or the folder of a run."""
+    smoke: Flag = False
+    """Shrink the run to a minute, to see whether it holds together."""
+
+
+def parse_with_config(kind: type, arguments: Sequence[str] | None = None) -> tuple:
+    """The arguments of a command, an instance of `kind`, and the configuration that they choose and change.
+
+    Args:
+        kind: a dataclass with the field `config` of `Chosen`. Its docstring is the help of the command.
+        arguments: by default those of this process.
 
     Raises:
-        InputError: the file is missing or returns no configuration.
+        InputError: there is no such configuration.
     """
-    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    files.add_argument("--config", default=DEFAULT_CONFIG)
-    files.add_argument("--smoke", action="store_true")
-    chosen, rest = files.parse_known_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    # The values of the configuration are the defaults of the flags, so it is read before they are.
+    without_help = [argument for argument in arguments if argument not in ("-h", "--help")]
+    chosen, _ = tyro.cli(kind, args=without_help, return_unknown_args=True, add_help=False)
     config = config_of(chosen.config)
-    return tyro.cli(
-        TrainConfig[ModelChanges],
-        default=smoke(config) if chosen.smoke else config,
-        args=rest,
-        prog="train.py [--config FILE] [--smoke] [--plan TOPOLOGY]",
-        description=f"Trains what {chosen.config} describes; every flag changes one of its fields. "
-        "--smoke shrinks the run to a minute, to see whether it holds together. --plan says whether it fits on "
-        "v5e:16x16 or another TPU that is not here, or on cpu:8, and trains nothing.",
+    config = smoke(config) if getattr(chosen, "smoke", False) else config
+    flags = Annotated[TrainConfig[ModelChanges], tyro.conf.arg(name="")]
+    changed = ("changed", flags, dataclasses.field(default=config))
+    given = tyro.cli(
+        dataclasses.make_dataclass(kind.__name__, [changed], bases=(kind,), frozen=True),
+        args=arguments,
+        description=kind.__doc__,
     )
+    return given, given.changed
 
 
-def config_of(path: str) -> TrainConfig[ModelChanges]:
-    """The configuration that a file in configs/ returns, or that of the training run in a folder.
+def training_config(arguments: Sequence[str]) -> TrainConfig[ModelChanges]:
+    """The configuration that the flags of train.py choose and change."""
+    return parse_with_config(Chosen, arguments)[1]
+
+
+def config_of(name: str) -> TrainConfig[ModelChanges]:
+    """The configuration that a file returns, that a shipped file of this name returns, or that of a run in a folder.
 
     Raises:
         InputError: there is no such file, or it returns none, or the folder holds no run.
     """
-    if pathlib.Path(path).is_dir():
+    path, shipped = Path(name), _shipped(name)
+    if path.is_dir() and not shipped:
         from tnt_jax.models.variants import changes_to
         from tnt_jax.storage.run import read_config
 
         config = read_config(path)
         return dataclasses.replace(config, model=changes_to(config.model))
-    if not pathlib.Path(path).is_file():
-        folder = pathlib.Path(path).parent
-        raise InputError(f"there is no configuration file {path}; {folder}/ holds {_names(folder)}")
-    get_config = runpy.run_path(path).get("get_config")
+    if not path.is_file() and not shipped:
+        raise InputError(f"there is no configuration {name}; by name there are {', '.join(shipped_configs())}")
+    file = path if path.is_file() else shipped
+    get_config = runpy.run_path(str(file)).get("get_config")
     config = get_config() if callable(get_config) else None
     if not isinstance(config, TrainConfig):
-        raise InputError(f"{path} has no function get_config() that returns a TrainConfig")
+        raise InputError(f"{file} has no function get_config() that returns a TrainConfig")
     return config
 
 
-def _names(folder: pathlib.Path) -> str:
-    return ", ".join(sorted(path.name for path in folder.glob("*.py"))) or "no files"
+def _shipped(name: str) -> Path | None:
+    """The shipped configuration that is called `NAME`, `NAME.py` or `configs/NAME.py`, None if there is none."""
+    path = Path(name)
+    beside = path.parent.name == "configs" and len(path.parts) == 2
+    return shipped_configs().get(path.name.removesuffix(".py")) if beside or len(path.parts) == 1 else None
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configurations of this project by name: they lie in the package of a wheel, and beside it in a checkout."""
+    folder = next(folder for folder in (PACKAGE / "configs", PACKAGE.parent / "configs") if folder.is_dir())
+    return {path.stem: path for path in sorted(folder.glob("*.py"))}
+
+
+def typed(script: str) -> str:
+    """How this process's user types another command: `python eval.py`, with the way to it, or `tnt-eval`."""
+    given = Path(sys.argv[0])
+    if given.suffix == ".py":
+        return f"python {given.with_name(f'{script}.py')}"
+    return f"tnt-{script.removesuffix('_torch_weights')}"
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
-    """A command's `main`. An error that is meant for the user, which has an exit code, is a message, no traceback."""
+    """A command's `main`. An error that is meant for the user, which has an exit code, becomes one message."""
 
     @functools.wraps(main)
     def run() -> None:
+        use_cpu_where_there_is_nothing_else()
         try:
             main()
         except KeyboardInterrupt:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from tnt_jax.commands.cli import command
+from tnt_jax.commands.cli import Flag, command
 from tnt_jax.config import InputError
 
 
@@ -28,7 +28,7 @@ class Arguments:
     """Classes of the head: a fresh one where the checkpoint's has another number, none for 0."""
     weights: Literal["raw", "ema"] | None = None
     """Which weights of a training checkpoint; by default the averaged ones where there are any."""
-    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    overwrite: Flag = False
     """Replace a destination that exists."""
 
 

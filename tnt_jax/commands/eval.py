@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from tnt_jax.commands.cli import command
+from tnt_jax.commands.cli import Flag, command
 from tnt_jax.config import InputError
 
 
@@ -28,7 +28,7 @@ class Arguments:
     """ReaL's labels (real.json): `imagenet:FOLDER` is scored with them too."""
     probe: tuple[Literal["knn", "linear"], ...] = ()
     """Instead of the model's own classes: nearest neighbours, or a linear classifier, on its frozen features."""
-    per_class: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    per_class: Flag = False
     """Print a table of the classes as well."""
     out: str | None = None
     """Write the answer for each image to this file: .csv or .jsonl."""

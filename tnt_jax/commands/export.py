@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from tnt_jax.commands.cli import command
+from tnt_jax.commands.cli import Flag, command
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Arguments:
     """StableHLO, which JAX loads without this code, or ONNX."""
     out: str | None = None
     """File to write; by default the name of the folder with .stablehlo or .onnx."""
-    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    overwrite: Flag = False
     """Replace files that exist."""
 
 

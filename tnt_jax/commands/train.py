@@ -1,23 +1,36 @@
-"""Trains a model: `python train.py [--config configs/NAME.py] [--FIELD VALUE ...]`. `--help` lists the fields."""
+"""Trains a model: `python train.py [--config NAME] [--FIELD VALUE ...]`. `--help` lists the fields."""
 
-import argparse
+import dataclasses
 import sys
 
-from tnt_jax.commands.cli import command, training_config
+from tnt_jax.commands.cli import Chosen, command, parse_with_config, typed
 from tnt_jax.training.stopping import signals
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments(Chosen):
+    """Trains what --config describes; every other flag changes one of its fields."""
+
+    plan: str | None = None
+    """Train nothing, but say whether the run fits on a TPU that is not here, as v5e:16x16, or on processors, as
+    cpu:8."""
 
 
 @command
 def main() -> None:
-    arguments = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    arguments.add_argument("--plan")
-    given, rest = arguments.parse_known_args()
     with signals():  # from here on, not only when JAX has been imported
-        config = training_config(rest)
+        given, config = parse_with_config(Arguments)
         if given.plan:
             from tnt_jax.commands.plan import plan
 
             sys.exit(plan(config, given.plan))
+        import jax
+
+        from tnt_jax.commands.process import keep_memory, use_compilation_cache
         from tnt_jax.training.loop import train
 
+        keep_memory()
+        use_compilation_cache()
         train(config)
+        if jax.process_index() == 0:
+            print(f"Next:\n  {typed('eval')} {config.run_dir}\n  {typed('predict')} {config.run_dir} IMAGE")

@@ -1,14 +1,13 @@
 """Pictures of what a model does and of how a run went: `python visualize.py WHAT MODEL [IMAGE ...] --out FILE`."""
 
-import argparse
 import dataclasses
 import sys
 from typing import Annotated, Literal
 
 import tyro
 
-from tnt_jax.commands.cli import command, training_config
-from tnt_jax.config import InputError, TrainConfig
+from tnt_jax.commands.cli import command, parse_with_config
+from tnt_jax.config import InputError
 
 OF_IMAGES = ("inner-attention", "outer-attention", "class-attention", "words", "features", "tsne")
 OF_ANSWERS = ("confusion", "mistakes")
@@ -122,28 +121,33 @@ def _of_answers(arguments: Arguments):
     return visualize.mistakes(answers, source, count=arguments.count)
 
 
-def _draw_configuration(what: str, flags: list[str]) -> None:
-    own = argparse.ArgumentParser(prog=f"visualize.py {what}", allow_abbrev=False, epilog="and the flags of train.py")
-    own.add_argument("config", metavar="CONFIG_OR_RUN", help="configs/NAME.py, or the folder of a run")
-    own.add_argument("--out", default=f"{what}.png", help="file to write (default: %(default)s)")
-    if what == "batch":
-        own.add_argument("--step", type=int, default=0, help="the batch after this step (default: 0)")
-        own.add_argument("--count", type=int, default=16, help="images of it (default: 16)")
-    given, rest = own.parse_known_args(flags)
+@dataclasses.dataclass(frozen=True)
+class OfConfiguration:
+    """Draws the learning rate of a run (schedule), or a batch that it trains on (batch). Other flags are train.py's."""
+
+    config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG_OR_RUN")] = "digits"
+    """A configuration by its name, a file like those in configs/, or the folder of a run."""
+    out: str | None = None
+    """File to write; by default schedule.png or batch.png."""
+    step: int = 0
+    """For batch: the one after this step."""
+    count: int = 16
+    """For batch: images of it."""
+
+
+def _draw_configuration(what: str, arguments: list[str]) -> None:
+    given, config = parse_with_config(OfConfiguration, arguments)
+    from tnt_jax import visualize
     from tnt_jax.visualize.canvas import check_out
 
-    check_out(given.out)
-    _configuration_picture(what, given, training_config(["--config", given.config, *rest])).savefig(given.out)
-    print(f"{given.out} shows the {what} of {given.config}")
-
-
-def _configuration_picture(what: str, given: argparse.Namespace, config: TrainConfig):
-    if what == "schedule":
-        from tnt_jax.visualize import schedule
-
-        return schedule(config)
-    from tnt_jax.visualize import batch
-
+    out = given.out or f"{what}.png"
+    check_out(out)
     if given.step < 0 or given.count < 1:
         raise InputError(f"--step is {given.step} and --count {given.count}; they start at 0 and at 1")
-    return batch(config, step=given.step, count=given.count)
+    figure = (
+        visualize.schedule(config)
+        if what == "schedule"
+        else visualize.batch(config, step=given.step, count=given.count)
+    )
+    figure.savefig(out)
+    print(f"{out} shows the {what} of {given.config}")

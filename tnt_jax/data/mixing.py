@@ -9,7 +9,6 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.special
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from tnt_jax.config import DataConfig
@@ -104,8 +103,10 @@ def beta_quantile(probability: Scalar, alpha: float) -> Scalar:
     """
     if alpha == 0:
         return jnp.ones_like(probability)
+    from scipy.special import betaincinv  # a quarter of a second, which a prediction does not need
+
     grid = np.linspace(0, 1, 10_001)
-    return jnp.interp(probability, grid, scipy.special.betaincinv(alpha, alpha, grid))
+    return jnp.interp(probability, grid, betaincinv(alpha, alpha, grid))
 
 
 def cutmix_box(key: PRNGKeyArray, size: tuple[int, int], share: Scalar) -> Bool[Array, "height width"]:

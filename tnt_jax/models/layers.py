@@ -3,8 +3,7 @@
 Linear and norms with the published constants, attention, MLP, transformer layer, stochastic depth.
 """
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +13,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from tnt_jax.config import ModelConfig
-from tnt_jax.models.gradients import LINEAR, layer_norm, platform, product, softmax, with_bias, with_kernel
-from tnt_jax.models.kernels import on_cpu
-from tnt_jax.models.kernels.attention import attention
-from tnt_jax.models.kernels.devices import on_each_device
+from tnt_jax.models.formulations.attention import attend, attention_weights
+from tnt_jax.models.formulations.gradients import LINEAR, layer_norm, parameter_add, parameter_einsum
+from tnt_jax.models.functions import NORM_EPSILON, drop_path, dropout, gelu, split_key
 
-NORM_EPSILON = 1e-5  # PyTorch's default, which every published TNT uses; Flax's is 1e-6
 BATCH_NORM_MOMENTUM = 0.1  # of the new value, as PyTorch counts it
 
 
@@ -66,6 +63,7 @@ class Linear(nnx.Linear):
     def __init__(
         self, in_features: int, out_features: int, *, use_bias: bool = True, config: ModelConfig, rngs: InitialRngs
     ):
+        self.plain = config.inner == "reference"
         super().__init__(
             in_features,
             out_features,
@@ -80,8 +78,8 @@ class Linear(nnx.Linear):
     def __call__(self, x: Float[Array, "*leading inputs"]) -> Float[Array, "*leading outputs"]:
         # XLA's CPU backend has a fast path for the weight gradient of a matrix product, and only for two axes.
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-        out = with_kernel("ni,io->no", rows, self.kernel[...])
-        out = out if self.bias is None else with_bias(out, self.bias[...])
+        out = parameter_einsum("ni,io->no", rows, self.kernel[...], plain=self.plain)
+        out = out if self.bias is None else parameter_add(out, self.bias[...], plain=self.plain)
         return out.reshape(*x.shape[:-1], -1)
 
 
@@ -89,6 +87,7 @@ class LayerNorm(nnx.LayerNorm):
     """Normalises the last axis with statistics in float32 and the epsilon of the published models, 1e-5."""
 
     def __init__(self, num_features: int, *, config: ModelConfig, rngs: InitialRngs):
+        self.plain = config.inner == "reference"
         super().__init__(
             num_features,
             epsilon=NORM_EPSILON,
@@ -100,7 +99,7 @@ class LayerNorm(nnx.LayerNorm):
         )
 
     def __call__(self, x: Float[Array, "*leading channels"]) -> Float[Array, "*leading channels"]:
-        return layer_norm(x.astype(self.dtype), self.scale[...], self.bias[...], NORM_EPSILON)
+        return layer_norm(x.astype(self.dtype), self.scale[...], self.bias[...], NORM_EPSILON, plain=self.plain)
 
 
 class BatchNorm(nnx.Module):
@@ -134,42 +133,6 @@ class BatchNorm(nnx.Module):
         running[...] = jax.lax.stop_gradient(kept + BATCH_NORM_MOMENTUM * new)
 
 
-def dropout(x: Array, rate: float, key: PRNGKeyArray | None) -> Array:
-    """Zeroes elements of `x` with probability `rate` and scales the others by 1 / (1 - rate); without a key, returns
-    `x`."""
-    if key is None or rate == 0:
-        return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
-
-
-def survivors(count: int, rate: float, key: PRNGKeyArray | None) -> Float[Array, " count"]:
-    """Stochastic depth: 0 with probability `rate`, else 1 / (1 - rate); all ones without a key."""
-    if key is None or rate == 0:
-        return jnp.ones(count)
-    return jax.random.bernoulli(key, 1 - rate, (count,)).astype(jnp.float32) / (1 - rate)
-
-
-def drop_path(x: Array, rate: float, key: PRNGKeyArray | None) -> Array:
-    """Stochastic depth.
-
-    Drops a residual branch for whole rows of the first axis (an image, or a patch in the inner transformer).
-    """
-    if key is None or rate == 0:
-        return x
-    return x * survivors(x.shape[0], rate, key).astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
-
-
-def split_key(key: PRNGKeyArray | None, count: int) -> list[PRNGKeyArray | None]:
-    """`count` independent keys, or as many None when there is no randomness to pass on."""
-    return [None] * count if key is None else list(jax.random.split(key, count))
-
-
-def gelu(x: Array) -> Array:
-    """The exact GELU, x times the normal distribution's cumulative function (equation 2)."""
-    return x * (0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5))
-
-
 def rematerialised(block: Callable, remat: str) -> Callable:
     """A block's function that keeps of its activations what `ModelConfig.remat` says."""
     if remat == "none":
@@ -182,7 +145,11 @@ class Attention(nnx.Module):
     """Multi-head self-attention, softmax(q k^T / sqrt(head_dim)) v, without bias in q, k and v (equation 1).
 
     `qkv` holds the three projections side by side: columns [0, dim) are q, then k, then v, heads contiguous in each.
+    How it is computed is chosen in formulations/attention.py.
     """
+
+    one_input = True
+    """Whether q, k and v are made of the same tokens, so that one product makes them."""
 
     def __init__(self, dim: int, num_heads: int, *, config: ModelConfig, rngs: InitialRngs):
         self.num_heads = num_heads
@@ -191,27 +158,22 @@ class Attention(nnx.Module):
         self.qkv = Linear(dim, 3 * dim, use_bias=False, config=config, rngs=rngs)
         self.proj = Linear(dim, dim, config=config, rngs=rngs)
 
-    def _qkv(self, x: Float[Array, "batch tokens dim"]) -> tuple[Float[Array, "batch heads tokens head_dim"], ...]:
+    def query_key_value(self, x: Float[Array, "batch tokens dim"]) -> Sequence[Float[Array, "batch heads _ head_dim"]]:
+        """q, k and v, heads first."""
         batch, tokens, dim = x.shape
-        if platform() == "tpu":
-            # A product for each of the three puts every head where attention reads it. One for all would be turned
-            # on its way forth and back, a fifth of a train step.
-            kernels = self.qkv.kernel[...].reshape(dim, 3, self.num_heads, -1)
-            return tuple(with_kernel("bnd,dhe->bhne", x, kernels[:, part]) for part in range(3))
         return self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads).transpose(2, 0, 3, 1, 4)
+
+    def merge_heads(self, attended: Float[Array, "batch heads tokens head_dim"]) -> Float[Array, "batch tokens dim"]:
+        """The heads side by side, projected."""
+        batch, _, tokens, _ = attended.shape
+        return self.proj(attended.swapaxes(1, 2).reshape(batch, tokens, -1))
 
     def weights(
         self, x: Float[Array, "batch tokens dim"], bias: Float[Array, "1 heads queries keys"] | None = None
     ) -> Float[Array, "batch heads queries keys"]:
         """What each token attends to, in float32; every row sums to one."""
-        query, keys, _ = self._qkv(x)
-        return self._softmax(query, keys, bias)
-
-    @staticmethod
-    def _softmax(query: Array, keys: Array, bias: Array | None) -> Float[Array, "batch heads queries keys"]:
-        scale = query.shape[-1] ** -0.5
-        logits = product(query * scale, keys.mT, jnp.float32)
-        return softmax(logits if bias is None else logits + bias)
+        query, keys, _ = self.query_key_value(x)
+        return attention_weights(query, keys, bias, plain=self.formulation == "reference")
 
     def __call__(
         self,
@@ -221,24 +183,7 @@ class Attention(nnx.Module):
     ) -> Float[Array, "batch tokens dim"]:
         """Attention of `x` to itself; `bias` is added to the logits of the softmax."""
         weights_key, proj_key = split_key(key, 2)
-        if bias is None and (weights_key is None or not self.attn_drop_rate) and self._runs_kernel(x):
-            attended = on_each_device(functools.partial(attention, self.num_heads), (0,), 0)(self.qkv(x))
-            return dropout(self.proj(attended), self.drop_rate, proj_key)
-        query, keys, value = self._qkv(x)
-        weights = dropout(self._softmax(query, keys, bias).astype(value.dtype), self.attn_drop_rate, weights_key)
-        return dropout(self._project(product(weights, value)), self.drop_rate, proj_key)
-
-    def _runs_kernel(self, x: Float[Array, "batch tokens dim"]) -> bool:
-        """Whether attention is a function in C: on CPUs, where XLA copies and turns q, k and v for it."""
-        may = self.formulation in ("auto", "native") and type(self)._qkv is Attention._qkv
-        return may and on_cpu.obstacle("attention", self.qkv.dtype, x.shape[0]) is None
-
-    def _project(self, attended: Float[Array, "batch heads tokens head_dim"]) -> Float[Array, "batch tokens dim"]:
-        batch, heads, tokens, _ = attended.shape
-        if platform() == "tpu":
-            kernel = self.proj.kernel[...].reshape(heads, -1, self.proj.out_features)
-            return with_bias(with_kernel("bhne,hed->bnd", attended, kernel), self.proj.bias[...])
-        return self.proj(attended.swapaxes(1, 2).reshape(batch, tokens, -1))
+        return dropout(attend(self, x, bias, weights_key), self.drop_rate, proj_key)
 
 
 class Mlp(nnx.Module):

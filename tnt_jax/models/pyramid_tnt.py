@@ -9,6 +9,7 @@ Source: huawei-noah/Efficient-AI-Backbones, tnt_pytorch/pyramid_tnt.py.
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,8 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from tnt_jax.config import InputError, ModelConfig
-from tnt_jax.models.gradients import with_bias, with_kernel
+from tnt_jax.models.formulations.gradients import parameter_add, parameter_einsum
+from tnt_jax.models.functions import dropout, split_key
 from tnt_jax.models.inner import InnerTransformer
 from tnt_jax.models.layers import (
     Attention,
@@ -24,10 +26,8 @@ from tnt_jax.models.layers import (
     LayerNorm,
     Linear,
     TransformerLayer,
-    dropout,
     initializer,
     rematerialised,
-    split_key,
 )
 from tnt_jax.models.stem import PATCH_SIZE, WORD_STRIDE, WORDS_PER_SIDE, Stem, conv3x3
 from tnt_jax.models.tnt import (
@@ -94,6 +94,8 @@ class PatchNorm(LayerNorm):
 class ReducedAttention(Attention):
     """Attention whose keys and values are those of the means over squares of sentences (PVTv2's linear attention)."""
 
+    one_input = False
+
     def __init__(
         self,
         dim: int,
@@ -109,15 +111,16 @@ class ReducedAttention(Attention):
         self.linear = Linear(dim, dim, config=config, rngs=rngs)
         self.norm = LayerNorm(dim, config=config, rngs=rngs)
 
-    def _qkv(self, x: Float[Array, "batch tokens dim"]) -> tuple[Array, Array, Array]:
+    def query_key_value(self, x: Float[Array, "batch tokens dim"]) -> Sequence[Float[Array, "batch heads _ head_dim"]]:
         batch, _, dim = x.shape
+        plain = self.formulation == "reference"
         rows, columns = key_grid(self.grid, self.reduction)
         maps = x.reshape(batch, *self.grid, dim)[:, : rows * self.reduction, : columns * self.reduction]
         means = maps.reshape(batch, rows, self.reduction, columns, self.reduction, dim).mean(axis=(2, 4))
         reduced = self.norm(self.linear(means.reshape(batch, -1, dim)))
         of_query, of_rest = jnp.split(self.qkv.kernel[...], [dim], axis=1)
-        keys, value = jnp.split(with_kernel("bnd,de->bne", reduced, of_rest), 2, axis=-1)
-        query = with_kernel("bnd,de->bne", x, of_query)
+        keys, value = jnp.split(parameter_einsum("bnd,de->bne", reduced, of_rest, plain=plain), 2, axis=-1)
+        query = parameter_einsum("bnd,de->bne", x, of_query, plain=plain)
         return tuple(
             part.reshape(batch, -1, self.num_heads, dim // self.num_heads).transpose(0, 2, 1, 3)
             for part in (query, keys, value)
@@ -300,11 +303,12 @@ class PyramidTNT(nnx.Module):
         """The words and sentences that enter the first block, with their positions."""
         check_images(images, self.config)
         words, sentences = self.stem(images, training=key is not None)
+        plain = self.config.inner == "reference"
         if self.word_positions is not None:
-            words = with_bias(words, self.word_positions[...])
+            words = parameter_add(words, self.word_positions[...], plain=plain)
         if self.sentence_positions is not None:
             places = dropout(self.sentence_positions[...], self.config.drop_rate, key)
-            sentences = with_bias(sentences, places)
+            sentences = parameter_add(sentences, places, plain=plain)
         return words, sentences
 
     def enter(self, index: int, words: Array, sentences: Array) -> tuple[Array, Array]:

@@ -10,7 +10,7 @@ import rich.table
 from flax import nnx
 
 from tnt_jax.config import ModelConfig
-from tnt_jax.models.inner import choose
+from tnt_jax.models.formulations.inner import choose
 from tnt_jax.models.pyramid_tnt import SPATIAL_REDUCTION, STAGES, key_grid, stage_config, stage_grids
 from tnt_jax.models.tnt import WordEmbedding, grid_size, words_per_side
 from tnt_jax.models.variants import abstract_model, model_config

@@ -15,18 +15,18 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from tnt_jax.config import InputError, ModelConfig
-from tnt_jax.models.gradients import with_bias, with_kernel
-from tnt_jax.models.inner import InnerTransformer, pallas_words_to_sentence, runs_kernel
+from tnt_jax.models.formulations.gradients import parameter_add, parameter_einsum
+from tnt_jax.models.formulations.sentences import make_sentences
+from tnt_jax.models.functions import dropout, split_key
+from tnt_jax.models.inner import InnerTransformer
 from tnt_jax.models.layers import (
     InitialRngs,
     LayerNorm,
     Linear,
     TransformerLayer,
-    dropout,
     fan_in_uniform,
     normal_init,
     rematerialised,
-    split_key,
 )
 
 
@@ -67,6 +67,7 @@ class WordEmbedding(nnx.Module):
             config.word_stride,
         )
         self.cut_first = config.architecture == "official"
+        self.plain = config.inner == "reference"
         init = fan_in_uniform(config.in_channels * self.kernel_size**2)
         self.conv = nnx.Conv(
             config.in_channels,
@@ -90,11 +91,12 @@ class WordEmbedding(nnx.Module):
         if self.cut_first:
             patches = to_patches(images.astype(dtype), self.patch_size)
             matrix = whole_patch_matrix(kernel, self.patch_size, self.stride)
-            words = with_kernel("np,pw->nw", patches.reshape(patches.shape[0], -1), matrix)
-            return with_bias(words.reshape(patches.shape[0], -1, inner), bias)
+            words = parameter_einsum("np,pw->nw", patches.reshape(patches.shape[0], -1), matrix, plain=self.plain)
+            return parameter_add(words.reshape(patches.shape[0], -1, inner), bias, plain=self.plain)
         windows = unfold(images.astype(dtype), self.kernel_size, self.stride)
         rows = windows.reshape(-1, windows.shape[-1])
-        words = with_bias(with_kernel("np,pc->nc", rows, kernel.reshape(-1, inner)), bias)
+        words = parameter_einsum("np,pc->nc", rows, kernel.reshape(-1, inner), plain=self.plain)
+        words = parameter_add(words, bias, plain=self.plain)
         words = to_patches(words.reshape(*windows.shape[:3], inner), self.words_per_side)
         return words.reshape(words.shape[0], -1, inner)
 
@@ -155,18 +157,18 @@ class WordsToSentence(nnx.Module):
     ) -> tuple[Float[Array, "sentences words inner"], Float[Array, "batch patches outer"]]:
         """The words as they were given, and their sentences.
 
-        Who goes on with the words does so with those that are returned: their two gradients then meet in the kernel.
+        Go on with the words that are returned: their two gradients then meet in the kernel.
         """
-        patches = words.shape[0] // batch
-        if runs_kernel(self, words.shape[0]):
-            words, sentences = pallas_words_to_sentence(self, words)
-            return words, sentences.reshape(batch, patches, -1)
+        return make_sentences(self, words, batch)
+
+    def reference(
+        self, words: Float[Array, "sentences words inner"], batch: int
+    ) -> Float[Array, "batch patches outer"]:
+        """The equation as the paper has it."""
         normed = self.norm1(words) if self.norm_each_word else words
-        flat = normed.reshape(batch, patches, -1)
-        if not self.norm_each_word:
-            flat = self.norm1(flat)
-        sentences = self.proj(flat)
-        return words, sentences if self.norm2 is None else self.norm2(sentences)
+        flat = normed.reshape(batch, words.shape[0] // batch, -1)
+        sentences = self.proj(flat if self.norm_each_word else self.norm1(flat))
+        return sentences if self.norm2 is None else self.norm2(sentences)
 
 
 class Block(nnx.Module):
@@ -307,16 +309,17 @@ class TNT(nnx.Module):
     ) -> tuple[Float[Array, "sentences words inner"], Float[Array, "batch 1+patches outer"]]:
         """The words and sentences that enter the first block, with their positions."""
         check_images(images, self.config)
-        dtype = jnp.dtype(self.config.dtype)
+        dtype, plain = jnp.dtype(self.config.dtype), self.config.inner == "reference"
         batch = images.shape[0]
         words = self.word_embedding(images)
         if self.word_positions is not None:
-            words = with_bias(words, self.word_positions[...])
-        class_tokens = with_bias(jnp.zeros((batch, 1, self.config.outer_dim), dtype), self.class_token[...])
+            words = parameter_add(words, self.word_positions[...], plain=plain)
+        class_tokens = jnp.zeros((batch, 1, self.config.outer_dim), dtype)
+        class_tokens = parameter_add(class_tokens, self.class_token[...], plain=plain)
         words, from_words = self.sentence_embedding(words, batch)
         sentences = jnp.concatenate([class_tokens, from_words], axis=1)
         if self.sentence_positions is not None:
-            sentences = with_bias(sentences, self.sentence_positions[...])
+            sentences = parameter_add(sentences, self.sentence_positions[...], plain=plain)
         return words, dropout(sentences, self.config.drop_rate, key)
 
     def forward_intermediates(

@@ -115,7 +115,7 @@ def _chip(topology: str, devices: list) -> Chip | None:
 def _timed(console: rich.console.Console, config: TrainConfig, devices: list, batch: int) -> Compiled:
     console.print(f"compiling for {batch} images a device ...", end=" ")
     step = compile_step(config, devices)
-    used = f"{step.memory / GIB:.2f} GiB" if step.memory else "memory unknown"
+    used = _bytes(step.memory) if step.memory else "memory unknown"
     console.print(f"{used}, {'fits' if step.fits else 'does not fit'} ({step.seconds:.0f} s)")
     return step
 
@@ -133,16 +133,16 @@ def _table(config: TrainConfig, step: Compiled, chip: Chip | None) -> rich.table
     from tnt_jax.models.summary import count_macs
 
     table = _new_table("of each device", "")
-    memory = f"{step.memory / GIB:.2f} GiB" if step.memory else "more than there is"
+    memory = _bytes(step.memory) if step.memory else "more than there is"
     of = f" of {chip.memory / GIB:.0f} GiB: {'fits' if step.fits else 'does not fit'}" if chip else ""
     table.add_row("memory at its peak", memory + of)
     table.add_row("images of a step", str(step.batch))
     model_flops = training_flops(sum(count_macs(config.model).values()))
-    table.add_row("FLOPs of an image, by the model", f"{model_flops / 1e9:.2f} G")
+    table.add_row("FLOPs of an image, by the model", _count(model_flops))
     if step.fits:
         once = "at least " if step.loops else ""
-        table.add_row("FLOPs of an image, as compiled", f"{once}{step.flops / step.batch / 1e9:.2f} G")
-        table.add_row("memory traffic of an image", f"{once}{step.traffic / step.batch / 1e6:.1f} MB")
+        table.add_row("FLOPs of an image, as compiled", once + _count(step.flops / step.batch))
+        table.add_row("memory traffic of an image", f"{once}{_count(step.traffic / step.batch)}B")
         if chip:
             compute, traffic = step.flops / chip.flops, step.traffic / chip.bandwidth
             by = "memory traffic" if traffic > compute else "FLOPs"
@@ -163,6 +163,18 @@ def _collectives_table(found: Sequence[Collective]) -> rich.table.Table | str:
         together = "in pairs" if kind == "collective-permute" else str(group or "all")
         table.add_row(kind, str(len(same)), together, f"{sum(same):,}")
     return table
+
+
+def _bytes(count: float) -> str:
+    """Bytes with three digits that mean something, in the largest binary unit that is not below one."""
+    power = min(3, max(0, int(math.log2(max(count, 1)) // 10)))
+    return f"{count / 2 ** (10 * power):#.3g}".rstrip(".") + (" B", " KiB", " MiB", " GiB")[power]
+
+
+def _count(count: float) -> str:
+    """A number with three digits that mean something and a decimal prefix, as `31.3 G`."""
+    power = min(3, max(0, int(math.log10(max(count, 1)) // 3)))
+    return f"{count / 1000**power:#.3g}".rstrip(".") + (" ", " k", " M", " G")[power]
 
 
 def _new_table(*columns: str) -> rich.table.Table:

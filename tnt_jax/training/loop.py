@@ -1,7 +1,6 @@
 """A run from its configuration to its last step."""
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator
 
@@ -14,10 +13,9 @@ from tnt_jax.config import InputError, ModelChanges, TrainConfig
 from tnt_jax.data.pipeline import Batch
 from tnt_jax.storage.checkpoint import Checkpoints, NonFiniteError, WriteError
 from tnt_jax.storage.lock import RunLock
-from tnt_jax.storage.reading import had_checkpoint
+from tnt_jax.storage.reading import had_checkpoint, steps_of
 from tnt_jax.storage.run import check_space, claim, compare, is_run
 from tnt_jax.training.agreement import agree_on_content, facts
-from tnt_jax.training.memory import keep_memory
 from tnt_jax.training.processes import together
 from tnt_jax.training.report import Report, check_finite
 from tnt_jax.training.run import Run, saved_trees
@@ -43,9 +41,7 @@ def train(config: TrainConfig[ModelChanges]) -> dict[str, float]:
         PeersError: not all processes of the run came.
     """
     began = time.perf_counter()
-    keep_memory()
     with signals() as listening, together(config.distributed, facts(config), listening):
-        use_compilation_cache()
         console = rich.console.Console(highlight=False, soft_wrap=True, quiet=jax.process_index() > 0)
         run = Run(config)
         with _claimed(run, console) as fresh_state:
@@ -55,13 +51,6 @@ def train(config: TrainConfig[ModelChanges]) -> dict[str, float]:
             ) as checkpoints:
                 state = run.saved_state(checkpoints) or fresh_state
                 return _from(state, run, checkpoints, console, listening, began)
-
-
-def use_compilation_cache() -> None:
-    """Keeps what is compiled for the next start, in the user's cache unless JAX_COMPILATION_CACHE_DIR says where."""
-    if not jax.config.jax_compilation_cache_dir:
-        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "tnt_jax", "compiled"))
 
 
 @contextlib.contextmanager
@@ -116,8 +105,6 @@ def _end_now(reason: str) -> None:
 
 
 def _kept(run_dir: str) -> str:
-    from tnt_jax.storage.reading import steps_of
-
     steps = steps_of(run_dir)
     return (
         f"the checkpoint of step {steps[-1]} is kept, and the same command goes on from there"
@@ -226,11 +213,9 @@ def _stopped(step: int, run: Run, number: int) -> StoppedError:
 
 def _conclude(checkpoints: Checkpoints, run: Run, console: rich.console.Console) -> dict[str, float]:
     scores, best = checkpoints.scores(run.total_steps), checkpoints.best_step
-    folder = run.config.run_dir
     console.print(
         f"test accuracy {scores['ema_top1']:.2%} with averaged weights, {scores['raw_top1']:.2%} with raw ones, over "
         f"{scores['count']:,} images (best: {checkpoints.scores(best)['ema_top1']:.2%} after epoch "
-        f"{best / run.steps_per_epoch:.4g})\nThe run lies in {folder}. Next:\n"
-        f"  python eval.py {folder}\n  python predict.py {folder} IMAGE"
+        f"{best / run.steps_per_epoch:.4g})\nThe run lies in {run.config.run_dir}."
     )
     return scores

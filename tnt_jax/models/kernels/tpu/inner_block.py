@@ -20,11 +20,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from tnt_jax.models.kernels.tile import (
+from tnt_jax.models.kernels.parameters import LayerParameters
+from tnt_jax.models.kernels.tpu.tile import (
     LANES,
     SUBLANES,
     TILE,
-    Layer,
     PerSentence,
     Sizes,
     blocks_of_word,
@@ -42,14 +42,14 @@ from tnt_jax.models.kernels.tile import (
 )
 
 
-def norm1(sizes: Sizes, layer: Layer, x_ref, blocks: list) -> tuple[list, list]:
+def norm1(sizes: Sizes, layer: LayerParameters, x_ref, blocks: list) -> tuple[list, list]:
     """Per group: (normed, scale) of the first norm, and its result for a matrix product."""
     parts = [normalise(x_ref[block], sizes.epsilon) for block in blocks]
     out = [normed * layer.norm1_scale[...] + layer.norm1_bias[...] for normed, _ in parts]
     return parts, [h.astype(sizes.dtype) for h in out]
 
 
-def project_qkv(sizes: Sizes, layer: Layer, x_ref, qkv_ref) -> None:
+def project_qkv(sizes: Sizes, layer: LayerParameters, x_ref, qkv_ref) -> None:
     """Writes q, scaled by 1 / sqrt(head_dim), k and v of all words, as registers of one channel."""
     channels = sizes.channels
 
@@ -101,7 +101,7 @@ def for_all_words_and_heads(sizes: Sizes, qkv_ref, visit) -> None:
 
 def forward_kernel(sizes: Sizes, saves: bool, x_ref, keep_ref, *refs) -> None:
     """`keep_ref` (2, sentences): what the residual branch of attention and that of the MLP are multiplied by."""
-    layer, refs = Layer(*refs[: len(Layer._fields)]), refs[len(Layer._fields) :]
+    layer, refs = LayerParameters(*refs[: len(LayerParameters._fields)]), refs[len(LayerParameters._fields) :]
     y_ref, *attended_ref = refs[: 1 + saves]
     x32_ref, qkv_ref, *attended32_ref = refs[1 + saves :]
     x32_ref[...] = x_ref[...].astype(jnp.float32)
@@ -135,7 +135,7 @@ def forward_kernel(sizes: Sizes, saves: bool, x_ref, keep_ref, *refs) -> None:
         attended_ref[0][...] = attended32_ref[0][...].astype(sizes.dtype)
 
 
-def to_hidden(sizes: Sizes, layer: Layer, x_ref, keep_ref, blocks: list, attended: list) -> tuple[list, ...]:
+def to_hidden(sizes: Sizes, layer: LayerParameters, x_ref, keep_ref, blocks: list, attended: list) -> tuple[list, ...]:
     """From what attention found to the hidden channels of the MLP, per group of sentences.
 
     Returns: `attended` for matrix products, (normed, scale) and result of the second norm, the words after attention,
@@ -151,9 +151,9 @@ def to_hidden(sizes: Sizes, layer: Layer, x_ref, keep_ref, blocks: list, attende
 
 def backward_kernel(sizes: Sizes, sentences: int, x_ref, keep_ref, attended_ref, dy_ref, *refs) -> None:
     """Gradients of the words and, summed over the tiles, of the parameters; those of vectors with 128 partial sums."""
-    count = len(Layer._fields)
-    layer, dx_ref, gradients, scratch = Layer(*refs[:count]), refs[count], refs[count + 1 : -6], refs[-6:]
-    gradients = Layer(*gradients)
+    count = len(LayerParameters._fields)
+    layer, dx_ref, gradients, scratch = LayerParameters(*refs[:count]), refs[count], refs[count + 1 : -6], refs[-6:]
+    gradients = LayerParameters(*gradients)
     x32_ref, dx32_ref, attended32_ref, qkv_ref, dattended_ref, dkv_ref = scratch
     channels, exact = sizes.channels, sizes.dtype == jnp.float32
 
@@ -236,7 +236,7 @@ def inner_block(
     interpret: bool,
     words: Float[Array, "words*channels sentences"],
     keep: Float[Array, "2 sentences"],
-    layer: Layer,
+    layer: LayerParameters,
 ) -> Float[Array, "words*channels sentences"]:
     """A transformer layer over the words of every sentence.
 
@@ -249,7 +249,7 @@ def inner_block(
 
 # Jitted, so that a network of many blocks traces each kernel, and turns it into a program, once.
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="saves")
-def _forward(sizes: Sizes, interpret: bool, words, keep, layer: Layer, *, saves: bool) -> list[Array]:
+def _forward(sizes: Sizes, interpret: bool, words, keep, layer: LayerParameters, *, saves: bool) -> list[Array]:
     rows, sentences = words.shape
     results = [PerSentence(jax.ShapeDtypeStruct(words.shape, words.dtype))]
     scratch = [(rows, TILE), (3 * sizes.channels * sizes.pitch, LANES)]
@@ -268,7 +268,7 @@ def _forward(sizes: Sizes, interpret: bool, words, keep, layer: Layer, *, saves:
     )
 
 
-def _forward_saving(sizes: Sizes, interpret: bool, words, keep, layer: Layer):
+def _forward_saving(sizes: Sizes, interpret: bool, words, keep, layer: LayerParameters):
     out, attended = _forward(sizes, interpret, words, keep, layer, saves=True)
     return out, (words, keep, attended, layer)
 
@@ -289,10 +289,10 @@ def _backward(sizes: Sizes, interpret: bool, saved, gradient):
         flops=3 * sentences * flops(sizes, layer),
         interpret=interpret,
     )
-    return dwords, jnp.zeros_like(keep), Layer(*dlayer)
+    return dwords, jnp.zeros_like(keep), LayerParameters(*dlayer)
 
 
-def flops(sizes: Sizes, layer: Layer) -> int:
+def flops(sizes: Sizes, layer: LayerParameters) -> int:
     """Of the matrix products and the attention of one sentence, forward."""
     of_a_word = sum(matrix.size for matrix in (layer.qkv, layer.proj, layer.fc1, layer.fc2))
     return 2 * sizes.words * (of_a_word + 2 * sizes.words * sizes.channels)

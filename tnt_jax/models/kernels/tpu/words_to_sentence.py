@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from tnt_jax.models.kernels.tile import (
+from tnt_jax.models.kernels.tpu.tile import (
     LANES,
     TILE,
     PerSentence,

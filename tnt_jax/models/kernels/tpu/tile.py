@@ -27,25 +27,6 @@ TANH_GELU = (0.7975065863506916, 0.03700682712698995, -0.0003517086390328484)
 TANH_GELU_LIMIT = 36.0
 
 
-class Layer(NamedTuple):
-    """Parameters of a transformer layer as columns and matrices that multiply from the left.
-
-    In the backward kernel the same names hold their gradients.
-    """
-
-    norm1_scale: Array  # (channels, 1)
-    norm1_bias: Array
-    qkv: Array  # (3 * channels, channels)
-    proj: Array  # (channels, channels)
-    proj_bias: Array
-    norm2_scale: Array
-    norm2_bias: Array
-    fc1: Array  # (hidden, channels)
-    fc1_bias: Array  # (hidden, 1)
-    fc2: Array  # (channels, hidden)
-    fc2_bias: Array
-
-
 class Sizes(NamedTuple):
     """What the kernels are compiled for."""
 
@@ -133,7 +114,7 @@ def blocks_of_word(sizes: Sizes, word: Array) -> list[tuple]:
     return [(rows, pl.ds(group * LANES, LANES)) for group in range(SUBLANES)]
 
 
-def with_matrices_in(dtype: DTypeLike, parameters: NamedTuple) -> NamedTuple:
+def with_matrices_in(dtype: DTypeLike, parameters: tuple[Array, ...]) -> tuple[Array, ...]:
     """Parameters as the kernels take them: columns stay what they are.
 
     It is done within the functions that have a gradient of their own, so that the parameters' gradients are float32.

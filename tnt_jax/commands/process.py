@@ -1,15 +1,20 @@
-"""What a process that computes on a CPU does with memory between its steps."""
+"""What a command does to its own process before JAX starts. A library call leaves the process as it is."""
 
 import ctypes
 import importlib.metadata
 import importlib.util
+import os
 import pathlib
 import platform
 
-import jax
-
 # <malloc.h> of glibc.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+
+
+def use_cpu_where_there_is_nothing_else() -> None:
+    """Keeps JAX from looking for a TPU on a machine that has none, for which libtpu prints a page of warnings."""
+    if not os.environ.get("JAX_PLATFORMS") and _on_cpu_alone():
+        os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 def keep_memory() -> None:
@@ -21,10 +26,23 @@ def keep_memory() -> None:
     JAX is first used. Other C libraries than glibc, and processes that may have an accelerator, are left as they are.
     """
     if platform.libc_ver()[0] == "glibc" and _on_cpu_alone():
+        import jax
+
         c_library = ctypes.CDLL(None)
         c_library.mallopt(M_MMAP_MAX, 0)
         c_library.mallopt(M_TRIM_THRESHOLD, -1)
         jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def use_compilation_cache() -> None:
+    """Keeps what is compiled for the next start, in the user's cache unless JAX_COMPILATION_CACHE_DIR says where."""
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "tnt_jax", "compiled"))
+    if jax.config.jax_compilation_cache_max_size < 0:
+        jax.config.update("jax_compilation_cache_max_size", 4 * 2**30)  # bytes; JAX sets no limit
 
 
 def _chips() -> list[pathlib.Path]:
@@ -34,7 +52,7 @@ def _chips() -> list[pathlib.Path]:
 
 def _on_cpu_alone() -> bool:
     """Whether JAX is told to use the CPU, or has nothing else: asking JAX itself would start its threads."""
-    if jax.config.jax_platforms:
-        return jax.config.jax_platforms == "cpu"
+    if platforms := os.environ.get("JAX_PLATFORMS"):
+        return platforms == "cpu"
     has_tpu = importlib.util.find_spec("libtpu") is not None and _chips()
     return not importlib.metadata.entry_points(group="jax_plugins") and not has_tpu

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from tnt_jax.models.kernels import on_cpu
+from tnt_jax.models.kernels.cpu import library
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -16,15 +16,15 @@ def attention(num_heads: int, qkv: Float[Array, "batch tokens 3*dim"]) -> Float[
     For the gradient the weights are computed again; there are never more of them than those of a block of queries.
     """
     out = qkv[..., : qkv.shape[-1] // 3]
-    return on_cpu.call("attention_forward", out, qkv, heads=np.int64(num_heads))
+    return library.call("attention_forward", out, qkv, heads=np.int64(num_heads))
 
 
 def _forward(num_heads: int, qkv: Array):
     return attention(num_heads, qkv), qkv
 
 
-def _backward(num_heads: int, qkv: Array, slope: Array):
-    return (on_cpu.call("attention_gradient", qkv, qkv, slope, heads=np.int64(num_heads)),)
+def _backward(num_heads: int, qkv: Array, cotangent: Array):
+    return (library.call("attention_gradient", qkv, qkv, cotangent, heads=np.int64(num_heads)),)
 
 
 attention.defvjp(_forward, _backward)

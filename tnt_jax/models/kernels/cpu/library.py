@@ -10,8 +10,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from tnt_jax import native
-from tnt_jax.models.gradients import platform as platform_of_program
-from tnt_jax.models.kernels.devices import mesh_obstacle
+from tnt_jax.models.formulations.devices import mesh_obstacle
+from tnt_jax.models.formulations.devices import platform as platform_of_program
 
 FOLDER = pathlib.Path(__file__).parent
 

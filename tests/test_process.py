@@ -1,0 +1,71 @@
+"""What a command does to its own process before JAX starts."""
+
+import ctypes
+import os
+import platform
+import subprocess
+import sys
+
+from commands import ROOT
+
+from tnt_jax.commands import process
+
+STEPS = """
+import resource, jax, jax.numpy as jnp
+from tnt_jax.commands.process import keep_memory
+if {keep}: keep_memory()
+x = jnp.ones((2048, 64))
+step = jax.jit(lambda x: jnp.linalg.norm(jnp.tile(x, (128, 1)) @ jnp.ones((64, 64))))
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    before = faults()
+    step(x).block_until_ready()
+print(faults() - before)
+"""
+
+
+def test_a_step_takes_no_new_pages():
+    def faults(keep: bool) -> int:
+        """Pages that the system hands out for the third step."""
+        command = [sys.executable, "-c", STEPS.format(keep=keep)]
+        environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+        return int(subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+    assert faults(keep=True) < faults(keep=False) / 20
+
+
+def test_other_c_libraries_are_left_as_they_are(monkeypatch):
+    """Windows has none under the name that is asked for, macOS no mallopt."""
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setattr(process, "_on_cpu_alone", lambda: True)
+    loaded = []
+    monkeypatch.setattr(ctypes, "CDLL", loaded.append)
+    process.keep_memory()
+    assert not loaded
+
+
+def test_a_tpus_library_without_a_tpu_is_no_accelerator(monkeypatch, tmp_path):
+    """It is what `--plan` needs on a laptop."""
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setattr(process.importlib.util, "find_spec", lambda name: object() if name == "libtpu" else None)
+    monkeypatch.setattr(process.importlib.metadata, "entry_points", lambda group: ())
+    assert process._on_cpu_alone()
+    monkeypatch.setattr(process, "_chips", lambda: [tmp_path])
+    assert not process._on_cpu_alone()
+
+
+def test_a_machine_without_an_accelerator_hears_nothing_of_tpus(tmp_path):
+    """Where libtpu is installed, as `--plan` asks for, JAX alone prints its warnings."""
+    command = [sys.executable, "predict.py", "nowhere", "nothing.png"]
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_what_is_compiled_is_kept_for_the_next_start(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    code = "import jax; from tnt_jax.commands.process import use_compilation_cache as use; use(); "
+    code += "print(jax.config.jax_compilation_cache_dir, jax.config.jax_compilation_cache_max_size)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(tmp_path / "tnt_jax/compiled"), str(4 * 2**30)]

@@ -1,0 +1,163 @@
+"""How the inner transformer layer is computed. Words are few and narrow, so what is fast depends on the machine.
+
+- `reference`: the equations as the paper has them, (sentences, words, channels).
+- `native`: the whole layer as one function in C for CPUs, kernels/cpu/inner_layer.c.
+- `feature_major`: sentences on the last axis, which fills the registers of TPUs; attention is elementwise.
+- `pallas`: the whole layer in one TPU kernel, kernels/tpu/inner_block.py.
+
+Where a platform or a size does not allow one, `pallas` falls back to `feature_major` and the others to `reference`.
+docs/performance.md says what each costs.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from tnt_jax.models.formulations.devices import mesh_obstacle, on_each_device, platform, say_once
+from tnt_jax.models.functions import NORM_EPSILON, gelu
+from tnt_jax.models.kernels.parameters import LayerParameters
+
+
+def transform_words(
+    layer: nnx.Module, words: Float[Array, "sentences words inner"], key: PRNGKeyArray | None
+) -> Float[Array, "sentences words inner"]:
+    """What an `InnerTransformer` makes of words."""
+    formulation = choose(layer, words.shape[0], training=key is not None)
+    if formulation == "reference":
+        return layer.reference(words, key)
+    count, num_words, channels = words.shape
+    survival = layer.branch_survival(count, key)
+    if formulation == "native":
+        return native(layer, words, survival)
+    run = {"feature_major": feature_major, "pallas": pallas}[formulation]
+    # Transposing moves nothing: XLA gives the words the layout that the formulation wants.
+    return run(layer, words.reshape(count, -1).T, survival).T.reshape(count, num_words, channels)
+
+
+def preferred(asked: str) -> str:
+    """The formulation that was asked for; for `auto`, the fastest of this platform."""
+    if asked != "auto":
+        return asked
+    return {"tpu": "pallas", "cpu": "native"}.get(platform(), "feature_major")
+
+
+def choose(layer: nnx.Module, sentences: int, *, training: bool) -> str:
+    """The formulation that a layer runs: the one that was asked for, if platform and sizes allow it."""
+    asked = preferred(layer.formulation)
+    which = f"inner transformer of {layer.attn.qkv.in_features} channels"
+    if asked == "pallas" and (obstacle := pallas_obstacle(sentences) or _size_obstacle(layer)):
+        say_once(f"{which}: feature_major, because {obstacle}")
+        asked = "feature_major"
+    obstacle = None
+    if asked == "native":
+        from tnt_jax.models.kernels.cpu import library
+
+        obstacle = library.obstacle("inner_layer", layer.dtype, sentences)
+    if asked != "reference" and training and layer.has_dropout:
+        obstacle = obstacle or f"{asked} has no dropout"
+    if obstacle:
+        say_once(f"{which}: reference, because {obstacle}")
+    return "reference" if obstacle else asked
+
+
+def pallas_obstacle(sentences: int) -> str | None:
+    """Why no Pallas kernel can run on so many sentences here, or None."""
+    if platform() != "tpu":
+        return f"the Pallas kernel runs on TPUs, and this is a {platform()}"
+    return mesh_obstacle(sentences)
+
+
+def _size_obstacle(layer: nnx.Module) -> str | None:
+    """Why the Pallas kernel cannot run this layer, or None."""
+    from tnt_jax.models.kernels.tpu.tile import SUBLANES, covers
+
+    if not covers(layer.attn.qkv.in_features, layer.attn.num_heads):
+        return f"the Pallas kernel takes channels in multiples of {SUBLANES}"
+    if not layer.norms_each_word:
+        return "the Pallas kernel normalises each word by itself"
+    return None
+
+
+def columns(layer: nnx.Module) -> LayerParameters:
+    """The parameters of a layer as columns, and matrices that multiply from the left."""
+    norm1, attn, norm2, mlp = layer.norm1, layer.attn, layer.norm2, layer.mlp
+
+    def matrix(linear: nnx.Linear) -> Array:
+        return linear.kernel[...].T.astype(jnp.float32)
+
+    def column(vector: nnx.Param) -> Array:
+        return vector[...].astype(jnp.float32)[:, None]
+
+    return LayerParameters(
+        column(norm1.scale), column(norm1.bias), matrix(attn.qkv), matrix(attn.proj), column(attn.proj.bias),
+        column(norm2.scale), column(norm2.bias), matrix(mlp.fc1), column(mlp.fc1.bias), matrix(mlp.fc2),
+        column(mlp.fc2.bias),
+    )  # fmt: skip
+
+
+def native(
+    layer: nnx.Module, words: Float[Array, "sentences words channels"], survival: Float[Array, "2 sentences"]
+) -> Float[Array, "sentences words channels"]:
+    """The layer as one function in C; on a mesh, each device runs it on its own sentences."""
+    from tnt_jax.models.kernels.cpu.inner_layer import inner_layer
+
+    norm1, attn, norm2, mlp = layer.norm1, layer.attn, layer.norm2, layer.mlp
+    parameters = LayerParameters(
+        norm1.scale, norm1.bias, attn.qkv.kernel, attn.proj.kernel, attn.proj.bias,
+        norm2.scale, norm2.bias, mlp.fc1.kernel, mlp.fc1.bias, mlp.fc2.kernel, mlp.fc2.bias,
+    )  # fmt: skip
+    parameters = LayerParameters(*(each[...].astype(jnp.float32) for each in parameters))
+    kernel = functools.partial(inner_layer, attn.num_heads, NORM_EPSILON)
+    return on_each_device(kernel, (0, 1, None), 0)(words, survival, parameters)
+
+
+def pallas(
+    layer: nnx.Module,
+    words: Float[Array, "rows sentences"],
+    survival: Float[Array, "2 sentences"],
+    *,
+    interpret: bool = False,
+) -> Float[Array, "rows sentences"]:
+    """The layer in one kernel; on a mesh, each device runs it on its own sentences. `interpret` runs it anywhere."""
+    from tnt_jax.models.kernels.tpu.inner_block import inner_block
+    from tnt_jax.models.kernels.tpu.tile import Sizes
+
+    channels = layer.attn.qkv.in_features
+    sizes = Sizes(words.shape[0] // channels, channels, layer.attn.num_heads, NORM_EPSILON, layer.dtype)
+    kernel = functools.partial(inner_block, sizes, interpret)
+    return on_each_device(kernel, (1, 1, None), 1)(words, survival, columns(layer))
+
+
+def feature_major(
+    layer: nnx.Module, words: Float[Array, "rows sentences"], survival: Float[Array, "2 sentences"]
+) -> Float[Array, "rows sentences"]:
+    """The layer with sentences on the last axis: no axis of 24 channels or 16 words is left to be padded."""
+    p, dtype, heads = columns(layer), layer.dtype, layer.attn.num_heads
+    channels = layer.attn.qkv.in_features
+    axes = (1,) if layer.norms_each_word else (0, 1)
+    x = words.reshape(-1, channels, words.shape[-1]).astype(jnp.float32)
+
+    def norm(x: Array, scale: Array, bias: Array) -> Float[Array, "words channels sentences"]:
+        centred = x - x.mean(axes, keepdims=True)
+        normed = centred * jax.lax.rsqrt((centred * centred).mean(axes, keepdims=True) + NORM_EPSILON)
+        # A norm has as many parameters as the words and channels that it looks at.
+        return normed * scale.reshape(-1, channels, 1) + bias.reshape(-1, channels, 1)
+
+    def linear(matrix: Array, x: Array) -> Float[Array, "words outputs sentences"]:
+        matrix, x = matrix.astype(dtype), x.astype(dtype)
+        return jnp.einsum("oc,wcn->won", matrix, x, preferred_element_type=jnp.float32)
+
+    def attention(h: Array) -> Float[Array, "words channels sentences"]:
+        qkv = linear(p.qkv, h).astype(dtype).reshape(h.shape[0], 3, heads, -1, h.shape[-1])
+        query, key, value = (qkv[:, part].astype(jnp.float32) for part in range(3))
+        scores = (query[:, None] * key[None]).sum(3) * query.shape[2] ** -0.5  # (queries, keys, heads, sentences)
+        weights = jax.nn.softmax(scores, axis=1)
+        return (weights[:, :, :, None] * value[None]).sum(1).reshape(h.shape)
+
+    x = x + (linear(p.proj, attention(norm(x, p.norm1_scale, p.norm1_bias))) + p.proj_bias) * survival[0]
+    hidden = gelu(linear(p.fc1, norm(x, p.norm2_scale, p.norm2_bias)) + p.fc1_bias)
+    x = x + (linear(p.fc2, hidden) + p.fc2_bias) * survival[1]
+    return x.reshape(words.shape).astype(words.dtype)
