@@ -170,7 +170,7 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoin
         (["--epochs", "0"], "epochs is 0"),
         (["--data.source", "digit"], "data source 'digit'"),
         (["--data.source", "idx:nowhere"], "nowhere holds neither train-images-idx3-ubyte"),
-        (["--config", "configs/nothing.py"], "there is no configuration file configs/nothing.py"),
+        (["--config", "configs/nothing.py"], "there is no configuration configs/nothing.py"),
         (["--optimizer.learning-rte", "1"], "--optimizer.learning-r"),
         (["--epochs", "many"], "many"),
     ],
