@@ -2,24 +2,19 @@
 
     python benchmarks/faults.py [--faults 1000] [--seed 0] [--layouts] [--folder FOLDER]
 
-A digits run (`configs/digits.py`, smaller, 60 epochs) is done once undisturbed. Then the same run is started again and
-again, and each start has one fault, at a random moment:
+A digits run (`configs/digits.py`, smaller, 20 epochs) is done once undisturbed.
+Then the same run is started again and again, and to each start several things happen, at random moments:
 
-    SIGKILL     while it starts, trains, evaluates, or writes a checkpoint
-    SIGTERM     likewise; the run saves and ends by itself
-    SIGSTOP     for a moment, then SIGCONT; the run goes on
-    clock       the machine's clock jumps, by up to a month in either direction; the run goes on
-    full disk   no file may grow any more
-    bit         one bit of the newest checkpoint is flipped while no process runs
-    cut         one file of the newest checkpoint is cut off
-    gone        one file of the newest checkpoint is removed
-    stale       a file handle is stale, or a disk broken, while the checkpoint is read
-    lost        one of two processes dies (only with --layouts)
+    before it   bit: one bit of the newest checkpoint is flipped; cut: one of its files is cut off; gone: one is removed
+    during it   SIGSTOP, and SIGCONT a moment later; clock: the machine's clock jumps, by up to a month either way
+    at its end  SIGKILL, while it starts, trains, evaluates or writes a checkpoint; SIGTERM, likewise; full disk: no
+                file may grow any more; stale: a file handle is stale, or a disk broken, while the checkpoint is read;
+                lost (only with --layouts): one of several processes is killed
 
 A run that is through begins again in a new folder, so that the faults are as many as were asked for.
-Every run must end with bitwise the parameters, the average of parameters, the optimizer and the history of metrics of the
-undisturbed one; with --layouts each start has 1 to 4 processes, and the ends must agree to 1e-6 of the largest parameter.
-No start may begin from step 0 after a checkpoint was written. No checkpoint that was sound may be renamed.
+Every run must end with bitwise the parameters, the average of parameters, the optimizer and the history of metrics of
+the undisturbed one; with --layouts each start has 1 to 4 processes, and the ends must agree to 1e-6 of the largest
+parameter. No start may begin from step 0 after a checkpoint was written. No checkpoint that was sound may be renamed.
 The first new step must come within 15 s.
 
 Prints a table, and exits with 1 if something of this was not so.
@@ -44,20 +39,20 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SMALL = {"depth": 1, "word-stride": 4, "inner-dim": 4, "outer-dim": 24, "outer-heads": 2}
-RUN = ["--config", str(ROOT / "configs/digits.py"), "--batch-size", "128", "--epochs", "60"]
+RUN = ["--config", str(ROOT / "configs/digits.py"), "--batch-size", "128", "--epochs", "20"]
 RUN += ["--eval-every-epochs", "1", "--log-every-steps", "1", "--checkpoint-every-steps", "4"]
 RUN += [f"--model.{name}={value}" for name, value in SMALL.items()]
 PATIENCE = 300  # seconds
 RECOVERY = 15  # seconds from a start to its first step
-SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM}
+SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "lost": signal.SIGKILL}
 ON_DISK = ("bit", "cut", "gone")
-KINDS = ("SIGKILL",) * 4 + ("SIGTERM", "SIGSTOP", "clock", "full disk", *ON_DISK, "stale")
-CODES = {"SIGKILL": (-9,), "SIGTERM": (75, 0), "full disk": (1, 2, 0), "stale": (75, 0), "lost": (-9, 75, 0)}
+ENDS = ("SIGKILL",) * 5 + ("SIGTERM",) * 2 + ("full disk", "stale")
+CODES = {"SIGKILL": (-9,), "SIGTERM": (75,), "full disk": (1, 2), "stale": (75,), "lost": (-9, 75)}
 # What a start runs: train.py, in which the clock jumps, files cannot grow, or handles are stale, if it is told so.
 CHILD = """
 import os, random, resource, runpy, sys, threading, time
-kind, chance = os.environ.get("FAULT", ""), random.Random(int(os.environ.get("FAULT_SEED", "0")))
-if kind == "clock":
+kinds, chance = os.environ.get("FAULTS", "").split(","), random.Random(int(os.environ.get("FAULT_SEED", "0")))
+if "clock" in kinds:
     truth, jump = time.time, [0.0]
     time.time = lambda: truth() + jump[0]
     def leap():
@@ -65,14 +60,14 @@ if kind == "clock":
             time.sleep(chance.uniform(0.01, 0.3))
             jump[0] = chance.uniform(-30, 30) * 86400
     threading.Thread(target=leap, daemon=True).start()
-if kind == "full disk":
+if "full disk" in kinds:
     import signal
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     def fill():
         time.sleep(chance.uniform(0, 8))
         resource.setrlimit(resource.RLIMIT_FSIZE, (chance.choice((0, 100, 3000, 12000)),) * 2)
     threading.Thread(target=fill, daemon=True).start()
-if kind == "stale":
+if "stale" in kinds:
     import errno
     from tnt_jax.storage import reading
     number = chance.choice((errno.ESTALE, errno.EIO, errno.EACCES))
@@ -91,10 +86,10 @@ runpy.run_path(os.environ["TRAIN"], run_name="__main__")
 class Start:
     """One start of the run, of one process or several, and what process 0 has said."""
 
-    def __init__(self, run_dir: pathlib.Path, cache: pathlib.Path, processes: int = 1, fault: str = "", seed: int = 0):
+    def __init__(self, run_dir: pathlib.Path, cache: pathlib.Path, processes: int = 1, faults=(), seed: int = 0):
         self.began, self.first_step = time.monotonic(), None
         environment = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-        environment |= {"FAULT": fault, "FAULT_SEED": str(seed), "TRAIN": str(ROOT / "train.py")}
+        environment |= {"FAULTS": ",".join(faults), "FAULT_SEED": str(seed), "TRAIN": str(ROOT / "train.py")}
         environment |= {"OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
         port = free_port()
         self.processes = []
@@ -196,12 +191,12 @@ def moment(start: Start, run_dir: pathlib.Path, chance: random.Random, start_sec
     return kind
 
 
-def harm(run_dir: pathlib.Path, kind: str, chance: random.Random) -> int | None:
-    """Damages one file of the newest checkpoint; its step, or None if there are not two that are sound."""
-    kept = steps(run_dir)
-    if len(kept) < 2:
+def harm(run_dir: pathlib.Path, chance: random.Random, harmed: set[int]) -> str | None:
+    """Damages a file of the newest checkpoint, if the one before is sound; says how, and adds its step to `harmed`."""
+    sound = [step for step in steps(run_dir) if step not in harmed]
+    if len(sound) < 2 or sound[-1] != steps(run_dir)[-1]:
         return None
-    folder = run_dir / "checkpoints" / str(kept[-1])
+    folder, kind = run_dir / "checkpoints" / str(sound[-1]), chance.choice(ON_DISK)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
     path = max(files, key=lambda path: path.stat().st_size) if chance.random() < 0.5 else chance.choice(files)
     content = bytearray(path.read_bytes())
@@ -212,7 +207,8 @@ def harm(run_dir: pathlib.Path, kind: str, chance: random.Random) -> int | None:
     else:
         content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
         path.write_bytes(content)
-    return kept[-1]
+    harmed.add(sound[-1])
+    return kind
 
 
 def arrays(run_dir: pathlib.Path) -> dict:
@@ -280,15 +276,15 @@ def disturb(folder: pathlib.Path, count: int, chance: random.Random, layouts: bo
         f"undisturbed: {steps(undisturbed)[-1]} steps; a start takes {start_seconds:.1f} s to its first step",
         flush=True,
     )
-    report, kinds = Report(), KINDS + (("lost",) * 3 if layouts else ())
+    report, ends = Report(), ENDS + (("lost",) * 3 if layouts else ())
     while sum(report.done.values()) < count:
-        run_dir = folder / f"run-{report.runs}"
-        ended = False
-        while not ended:
+        run_dir, harmed = folder / f"run-{report.runs}", set()
+        while True:
             enough = sum(report.done.values()) >= count
-            ended = one_start(
-                run_dir, cache, "" if enough else chance.choice(kinds), chance, layouts, start_seconds, report
-            )
+            end = "" if enough else chance.choice(ends)
+            processes = chance.randint(2, 4) if end == "lost" else chance.randint(1, 4) if layouts else 1
+            if one_start(run_dir, cache, end, processes, chance, harmed, start_seconds, report):
+                break
         if difference := differs(run_dir, undisturbed, exactly=not layouts):
             report.complain(f"{run_dir.name}: {difference}")
         report.runs += 1
@@ -299,44 +295,47 @@ def disturb(folder: pathlib.Path, count: int, chance: random.Random, layouts: bo
 def one_start(
     run_dir: pathlib.Path,
     cache: pathlib.Path,
-    kind: str,
+    end: str,
+    processes: int,
     chance: random.Random,
-    layouts: bool,
+    harmed: set[int],
     start_seconds: float,
     report: Report,
 ) -> bool:
-    """Starts the run, with a fault; whether it ended."""
-    processes = chance.randint(2, 4) if kind == "lost" else chance.randint(1, 4) if layouts else 1
-    before, renamed, expected = steps(run_dir), len(damaged(run_dir)), None
-    if kind in ON_DISK:
-        harmed = harm(run_dir, kind, chance)
-        kind = kind if harmed is not None else ""
-        expected = harmed
-    start = Start(
-        run_dir, cache, processes, kind if kind in ("clock", "full disk", "stale") else "", chance.getrandbits(30)
-    )
-    when = None
-    if kind in (*SIGNALS, "SIGSTOP", "lost"):
-        when = moment(start, run_dir, chance, start_seconds)
-        if when and kind == "SIGSTOP":
-            start.signal(signal.SIGSTOP)
-            time.sleep(chance.uniform(0.1, 2))
-            start.signal(signal.SIGCONT)
-        elif when:
-            start.signal(SIGNALS.get(kind, signal.SIGKILL), chance.randrange(processes))
-    code = start.wait()
-    if kind and (when or kind not in (*SIGNALS, "SIGSTOP", "lost")):
+    """Starts the run, lets things happen to it, and waits for its end; whether that is the end of the run."""
+    before, renamed, disturbed = steps(run_dir), len(damaged(run_dir)), bool(end)
+    if disturbed and chance.random() < 0.6 and (kind := harm(run_dir, chance, harmed)):
         report.done[kind] += 1
-        report.moments[when or "-"] += 1
-    allowed = (0, *CODES.get(kind, ())) + ((75, -9) if processes > 1 else ())
+    inside = [end] if end in ("full disk", "stale") else []
+    inside += ["clock"] if disturbed and chance.random() < 0.5 else []
+    report.done.update(inside)
+    start = Start(run_dir, cache, processes, inside, chance.getrandbits(30))
+    stops = chance.choice((0, 1, 1, 2)) if disturbed else 0
+    for _ in range(stops):
+        if moment(start, run_dir, chance, start_seconds):
+            which = chance.randrange(processes)
+            start.signal(signal.SIGSTOP, which)
+            time.sleep(chance.uniform(0.05, 0.5))
+            start.signal(signal.SIGCONT, which)
+            report.done["SIGSTOP"] += 1
+    when = moment(start, run_dir, chance, start_seconds) if end in SIGNALS else None
+    if when:
+        start.signal(SIGNALS[end], chance.randrange(processes))
+        report.done[end] += 1
+        report.moments[when] += 1
+    code = start.wait()
+    allowed = (0, *CODES.get(end, ())) + ((75, -9) if processes > 1 else ())
+    what = f"{run_dir.name}, {processes} processes, {', '.join([*inside, end])}"
     if code not in allowed:
-        report.complain(f"{run_dir.name}: exit code {code} after {kind or 'no fault'}", start)
+        report.complain(f"{what}: exit code {code}", start)
     step = start.start_step()
     if step == 0 and before:
-        report.complain(f"{run_dir.name}: it began anew, and there were checkpoints of {before}", start)
-    if len(damaged(run_dir)) > renamed + (expected is not None):
-        report.complain(f"{run_dir.name}: a sound checkpoint was renamed after {kind or 'no fault'}", start)
-    if start.first_step and step and kind != "SIGSTOP":
+        report.complain(f"{what}: it began anew, and there were checkpoints of {before}", start)
+    if len(damaged(run_dir)) > renamed + len(harmed):
+        report.complain(f"{what}: a sound checkpoint was renamed", start)
+    if len(damaged(run_dir)) > renamed or step is not None:  # it has looked at what was harmed
+        harmed.clear()
+    if start.first_step and step and not stops:
         report.recoveries.append(start.first_step)
     return code == 0
 

@@ -110,8 +110,8 @@ def _idx(argument: str, split: str) -> ArraySource:
         class_names = FASHION_MNIST_CLASSES
     else:  # those of the training images, whatever classes the test images happen to have
         train = _read_idx(folder, IDX_FILES["train"][1]) if split != "train" and _has_train(folder) else labels
-        class_names = tuple(str(label) for label in range(int(train.max(initial=-1)) + 1))
-    if labels.max(initial=0) >= len(class_names):
+        class_names = tuple(str(label) for label in range(int(train.max()) + 1 if len(train) else 0))
+    if labels.max() >= len(class_names):
         raise InputError(
             f"{folder} ({split}): label {labels.max()} is out of range, there are {len(class_names)} classes"
         )
