@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import jax
@@ -36,6 +37,8 @@ from tnt_jax.storage.reading import (
     steps_of,
 )
 
+LONGEST_WRITE = 1800
+"""Seconds after which a checkpoint counts as one that cannot be written."""
 MOST_STEPS = 256
 """So many steps are looked at when a run starts again."""
 
@@ -78,6 +81,8 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self,
                 enable_async_checkpointing=True,
+                # Orbax measures with the machine's clock, which jumps: a laptop wakes up, a server is set right.
+                async_options=ocp.options.AsyncOptions(timeout_secs=10**6 if several else 4 * 10**9),
                 single_host_load_and_broadcast=several,
             ),
         )
@@ -168,6 +173,8 @@ class Checkpoints:
             yield
         except Exception as error:  # Orbax and TensorStore raise many types where a disk is full or broken
             self._failed = True
+            if isinstance(error, WriteError):
+                raise
             raise WriteError(f"a checkpoint cannot be written into {self._folder}: {first_line(error)}") from error
 
     def restore_latest(self, like: Trees) -> tuple[int, Trees] | None:
@@ -238,6 +245,11 @@ class Checkpoints:
     def wait(self) -> None:
         """Waits until everything is on the disk. Raises WriteError if something could not be written."""
         with self._writing():
+            end = time.monotonic() + LONGEST_WRITE
+            while self._manager.is_saving_in_progress():
+                if time.monotonic() > end:
+                    raise TimeoutError(f"it is not there after {LONGEST_WRITE} s")
+                time.sleep(0.002)
             self._manager.wait_until_finished()
         self._note_when_written()
         if self._noting.ident is not None:
