@@ -1,6 +1,6 @@
 """A run to which everything happens: does it end as if nothing had?
 
-    python benchmarks/faults.py [--faults 1000] [--seed 0] [--layouts] [--folder FOLDER]
+    python benchmarks/faults.py [--faults 1000] [--minutes M] [--seed 0] [--layouts] [--folder FOLDER]
 
 A digits run (`configs/digits.py`, smaller, 20 epochs) is done once undisturbed.
 Then the same run is started again and again, and to each start several things happen, at random moments:
@@ -25,6 +25,7 @@ import collections
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import random
@@ -262,7 +263,7 @@ class Report:
         print(f"WRONG: {what}", *(start.lines[-8:] if start else []), sep="\n    ", flush=True)
 
 
-def disturb(folder: pathlib.Path, count: int, chance: random.Random, layouts: bool) -> Report:
+def disturb(folder: pathlib.Path, count: int, minutes: float, chance: random.Random, layouts: bool) -> Report:
     cache, undisturbed = folder / "cache", folder / "undisturbed"
     start = Start(undisturbed, cache)
     if start.wait():
@@ -277,10 +278,11 @@ def disturb(folder: pathlib.Path, count: int, chance: random.Random, layouts: bo
         flush=True,
     )
     report, ends = Report(), ENDS + (("lost",) * 3 if layouts else ())
-    while sum(report.done.values()) < count:
+    end_of_time = time.monotonic() + 60 * minutes
+    while sum(report.done.values()) < count and time.monotonic() < end_of_time:
         run_dir, harmed = folder / f"run-{report.runs}", set()
         while True:
-            enough = sum(report.done.values()) >= count
+            enough = sum(report.done.values()) >= count or time.monotonic() >= end_of_time
             end = "" if enough else chance.choice(ends)
             processes = chance.randint(2, 4) if end == "lost" else chance.randint(1, 4) if layouts else 1
             if one_start(run_dir, cache, end, processes, chance, harmed, start_seconds, report):
@@ -304,13 +306,13 @@ def one_start(
 ) -> bool:
     """Starts the run, lets things happen to it, and waits for its end; whether that is the end of the run."""
     before, renamed, disturbed = steps(run_dir), len(damaged(run_dir)), bool(end)
-    if disturbed and chance.random() < 0.6 and (kind := harm(run_dir, chance, harmed)):
+    if disturbed and chance.random() < 0.8 and (kind := harm(run_dir, chance, harmed)):
         report.done[kind] += 1
     inside = [end] if end in ("full disk", "stale") else []
-    inside += ["clock"] if disturbed and chance.random() < 0.5 else []
+    inside += ["clock"] if disturbed and chance.random() < 0.7 else []
     report.done.update(inside)
     start = Start(run_dir, cache, processes, inside, chance.getrandbits(30))
-    stops = chance.choice((0, 1, 1, 2)) if disturbed else 0
+    stops = chance.choice((0, 1, 2, 3)) if disturbed else 0
     for _ in range(stops):
         if moment(start, run_dir, chance, start_seconds):
             which = chance.randrange(processes)
@@ -343,13 +345,14 @@ def one_start(
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--faults", type=int, default=1000)
+    arguments.add_argument("--minutes", type=float, default=math.inf, help="no new fault after so many")
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--layouts", action="store_true", help="1 to 4 processes, changing between starts")
     arguments.add_argument("--folder", type=pathlib.Path, help="keep the runs here; by default they are thrown away")
     given = arguments.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = (given.folder or pathlib.Path(temporary)).resolve()
-        report = disturb(folder, given.faults, random.Random(given.seed), given.layouts)
+        report = disturb(folder, given.faults, given.minutes, random.Random(given.seed), given.layouts)
     print("\n| fault | how often |\n|---|---|")
     for kind, often in report.done.most_common():
         print(f"| {kind} | {often} |")

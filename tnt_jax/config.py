@@ -299,9 +299,9 @@ def check(config: TrainConfig) -> None:
 
     How the sizes of a model must fit each other, `tnt_jax.models.variants.resolve` checks.
     """
-    check_data(config.data)
     for fault in faults(config):
         raise InputError(fault)
+    check_data(config.data)
     count, index = config.distributed.num_processes, config.distributed.process_id
     if count is not None and index is not None and index >= count:
         raise InputError(f"distributed.process_id is {index}, and must be below distributed.num_processes, {count}")
@@ -330,6 +330,8 @@ def from_json(values: dict, kind: type = TrainConfig[ModelConfig]):
         InputError: a field that this version does not have, or one that it misses.
     """
     plain_kind = typing.get_origin(kind) or kind
+    if not isinstance(values, dict):
+        raise InputError(f"{values!r} was found where the fields of a {plain_kind.__name__} should be")
     hints = typing.get_type_hints(plain_kind)
     if kind is not plain_kind:
         (hints["model"],) = typing.get_args(kind)

@@ -58,9 +58,10 @@ def open_array_record(folder: str, split: str) -> RecordSource:
     tfds = _tensorflow_datasets()
     try:
         builder = tfds.builder_from_directory(folder)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # TFDS and protobuf raise nearly everything for damaged descriptions
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(
-            f"{folder} holds no dataset: dataset_info.json, features.json and the shards should lie there ({error})"
+            f"{folder} holds no dataset: dataset_info.json, features.json and the shards should lie there ({reason})"
         ) from error
     return _open(tfds, builder, f"array_record:{folder}", split)
 

@@ -213,7 +213,10 @@ def _folder(argument: str, split: str) -> FolderSource:
 
 
 def _read_labels(path: pathlib.Path, count: int, class_names: tuple[str, ...]) -> np.ndarray:
-    lines = path.read_text().split()
+    try:
+        lines = path.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as a list of class names: {error}") from error
     numbers = {name: number for number, name in enumerate(class_names)}
     unknown = [line for line in lines if line not in numbers]
     if unknown:
