@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import math
+import os
 import pathlib
 import time
 import uuid
@@ -13,7 +14,9 @@ from collections.abc import Callable
 import jax
 import rich.console
 import rich.progress
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from tnt_jax.chips import chip_of, training_flops
 from tnt_jax.config import InputError, TrainConfig, to_json
@@ -160,12 +163,26 @@ class _JsonLines:
 
 
 class _TensorBoard:
+    """Event files, written at once.
+
+    tensorboardX's own `SummaryWriter` writes in a thread, which dies where the disk is full or the clock jumps; the
+    training then waits for it for ever.
+    """
+
     def __init__(self, folder: pathlib.Path, start_step: int):
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        folder = folder / "tensorboard"
+        folder.mkdir(parents=True, exist_ok=True)
+        # Two starts within a second must not write the same file.
+        self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}.{uuid.uuid4().hex[:8]}")
+        # What an earlier process wrote after this step is hidden.
+        start = {"step": start_step + 1, "wall_time": time.time()}
+        self._writer.write_event(Event(**start, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        for name in values.keys() - {"epoch"}:
-            self._writer.add_scalar(f"{kind}/{name}", values[name], step)
+        for name in sorted(values.keys() - {"epoch"}):
+            summary = scalar(f"{kind}/{name}", values[name])
+            self._writer.write_event(Event(step=step, wall_time=time.time(), summary=summary))
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
