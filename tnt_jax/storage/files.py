@@ -47,6 +47,19 @@ def write_whole(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
             remove(replaced)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file in one step that no crash comes between. Raises OSError."""
+    unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def remove(path: Path) -> None:
     """Removes a file or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
