@@ -234,10 +234,10 @@ def backward_kernel(sizes: Sizes, sentences: int, x_ref, keep_ref, attended_ref,
 def inner_block(
     sizes: Sizes,
     interpret: bool,
-    words: Float[Array, "words*channels sentences"],
+    words: Float[Array, "flat sentences"],
     keep: Float[Array, "2 sentences"],
     layer: LayerParameters,
-) -> Float[Array, "words*channels sentences"]:
+) -> Float[Array, "flat sentences"]:
     """A transformer layer over the words of every sentence.
 
     `keep` is what each sentence's branch of attention and of the MLP is multiplied by: 1, or what stochastic depth has

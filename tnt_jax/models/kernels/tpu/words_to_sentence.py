@@ -100,8 +100,8 @@ def backward_kernel(epsilon: float, sentences: int, x_ref, passed_ref, dy_ref, *
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def words_to_sentence(
-    epsilon: float, interpret: bool, words: Float[Array, "words*channels sentences"], layer: Projection
-) -> tuple[Float[Array, "words*channels sentences"], Float[Array, "sentences outer"]]:
+    epsilon: float, interpret: bool, words: Float[Array, "flat sentences"], layer: Projection
+) -> tuple[Float[Array, "flat sentences"], Float[Array, "sentences outer"]]:
     """The words as they were given, and those of every sentence as one vector, in the dtype of the words.
 
     What goes on with the words that are returned has its gradient added in the backward kernel, not in a pass of its
