@@ -2,7 +2,9 @@
 
 import os
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+flags = os.environ.get("XLA_FLAGS", "")
+if "xla_backend_optimization_level" not in flags:
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0"
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 if os.environ.get("CHECK_SHAPES"):  # `make shapes`: every annotated shape is checked in every call
