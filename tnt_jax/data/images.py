@@ -30,10 +30,10 @@ ImageSource = str | os.PathLike | bytes | bytearray | memoryview | io.IOBase | B
 
 
 def open_image(source: ImageSource, channels: int = 3) -> Image.Image:
-    """An image in RGB (3 channels) or grey (1), turned upright as its EXIF orientation says.
+    """An image in RGB (3 channels) or grey (1), rotated upright as its EXIF orientation says.
 
     What is not RGB is made so by PIL's `convert`, as in timm: grey and palettes are written out, CMYK is converted, and
-    alpha is left away, which shows the colour that lies beneath it. Of 16-bit samples the high byte is taken, where
+    alpha is dropped, which shows the colour beneath it. Of 16-bit samples the high byte is taken, where
     `convert` would cut off everything above 255. Of an animation it is the first picture.
 
     Args:

@@ -1,7 +1,7 @@
 """Words to sentence as two Pallas kernels for TPUs: norm, linear map, norm (equation 8), forward and backward.
 
 The words come as the inner block's kernel leaves them, a column for each sentence, and a norm of them is one pass down
-a column; where XLA would read and write the words five times, they are read once. The result is turned, in registers,
+a column; where XLA would read and write the words five times, they are read once. The result is transposed, in registers,
 to a row for each sentence, as the outer transformer has them.
 """
 
@@ -44,7 +44,7 @@ class Projection(NamedTuple):
 
 
 def covers(rows: int, outer: int) -> bool:
-    """Whether the kernels can run such a projection: the result fills whole registers, either way it is turned."""
+    """Whether the kernels can run such a projection: the result fills whole registers, transposed or not."""
     return rows % LANES == 0 and outer % LANES == 0
 
 
