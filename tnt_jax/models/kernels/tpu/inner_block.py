@@ -1,7 +1,7 @@
 """The inner transformer layer as two Pallas kernels for TPUs: forward, and backward, which computes the forward again.
 
 The words of a patch are few and narrow: 16 words of 24 channels fill an eighth of a TPU's registers however they are
-transposed. So a tile holds 1,024 sentences, and its arrays stand in the two ways in which they fill the registers whole:
+transposed. So a tile holds 1,024 sentences, and its arrays lie in the two ways that fill the registers whole:
 
 - For norms, matrix products and GELU, a register holds 8 channels of one word of 128 sentences: a matrix product reads
   and writes registers of channels.

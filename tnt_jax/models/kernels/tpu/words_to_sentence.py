@@ -1,8 +1,8 @@
 """Words to sentence as two Pallas kernels for TPUs: norm, linear map, norm (equation 8), forward and backward.
 
 The words come as the inner block's kernel leaves them, a column for each sentence, and a norm of them is one pass down
-a column; where XLA would read and write the words five times, they are read once. The result is transposed, in registers,
-to a row for each sentence, as the outer transformer has them.
+a column; where XLA would read and write the words five times, they are read once. The result is transposed in
+registers, to a row for each sentence, as the outer transformer has them.
 """
 
 import functools
