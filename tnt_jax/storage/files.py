@@ -47,6 +47,14 @@ def write_whole(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
             remove(replaced)
 
 
+def check_space(path: str | os.PathLike, size: int) -> None:
+    """Raises InputError if there is no room for as many bytes where a file or folder is to be."""
+    there = next(folder for folder in Path(path).absolute().parents if folder.is_dir())
+    free = shutil.disk_usage(there).free
+    if free < size:
+        raise InputError(f"{path} cannot be written: it takes {size:,} bytes, and {free:,} are free on the disk")
+
+
 def remove(path: Path) -> None:
     """Removes a file or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():

@@ -118,8 +118,9 @@ def _out_of_reach(name: str, error: Exception | str) -> str:
 
     first = next(iter(str(error).splitlines()), repr(error))
     return (
-        f"{name} is not in {constants.HF_HUB_CACHE}, and the Hugging Face hub is out of reach: {first}. On a machine "
-        f"that reaches it: hf download {name.partition('@')[0]} --local-dir FOLDER, and then give local-dir:FOLDER"
+        f"{name} is no file or folder here and not in {constants.HF_HUB_CACHE}, and the Hugging Face hub is out of "
+        f"reach: {first}. On a machine that reaches it: hf download {name.partition('@')[0]} --local-dir FOLDER, and then "
+        "give local-dir:FOLDER"
     )
 
 
