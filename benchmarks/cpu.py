@@ -170,13 +170,12 @@ def ours(model: str, kind: str, batch: int) -> tuple[Callable[[], None], float |
 
     from tnt_jax.chips import chip_of, training_flops
     from tnt_jax.commands.process import keep_memory
-    from tnt_jax.models.layers import InitialRngs
     from tnt_jax.models.tnt import TNT
     from tnt_jax.models.variants import VARIANTS, model_config
 
     keep_memory()  # as train.py does
     config = model_config("tnt_s_patch16_224")
-    network = {"TNT-S": TNT, "DeiT-S": DeiT}[model](config, rngs=InitialRngs(0))
+    network = {"TNT-S": TNT, "DeiT-S": DeiT}[model](config, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(network)
     random = np.random.default_rng(0)
     images = jnp.asarray(random.standard_normal((batch, *config.image_size, 3), np.float32))

@@ -9,14 +9,14 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from tnt_jax.config import ModelConfig
 from tnt_jax.models.functions import split_key
-from tnt_jax.models.layers import InitialRngs, LayerNorm, Linear, TransformerLayer, normal_init
+from tnt_jax.models.layers import LayerNorm, Linear, TransformerLayer, normal_init
 from tnt_jax.models.tnt import drop_path_rates, grid_size, make_head, to_patches
 
 
 class DeiT(nnx.Module):
     """The sentences of the TNT of the same configuration, embedded straight from the pixels of their patches."""
 
-    def __init__(self, config: ModelConfig, *, rngs: InitialRngs):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         rows, columns = grid_size(config)
         dim, param_dtype = config.outer_dim, jnp.dtype(config.param_dtype)

@@ -1,232 +1,371 @@
-"""A run that is killed again and again, and whose checkpoints are damaged: does it end as if nothing had happened?
+"""A run to which everything happens: does it end as if nothing had?
 
-    python benchmarks/faults.py [--kills 30] [--seed 0] [--folder FOLDER]
+    python benchmarks/faults.py [--faults 1000] [--minutes M] [--seed 0] [--layouts] [--folder FOLDER]
 
-A digits run (`configs/digits.py`, smaller, a checkpoint after each of 60 epochs) is done once undisturbed. Then the
-same run is started and killed with SIGKILL at random moments, while it starts, while it trains, and while a checkpoint
-is written. It is started again each time until it ends; where that comes before the last kill, another run begins.
-Then one byte of a newest checkpoint is flipped, and one file of another is cut off. Every run must end with bitwise the
-parameters, the average of parameters, the optimizer and the history of metrics of the undisturbed one.
+A digits run (`configs/digits.py`, smaller, 20 epochs) is done once undisturbed.
+Then the same run is started again and again, and to each start several things happen, at random moments:
 
-Exits with 1 if one did not.
+    before it   bit: one bit of the newest checkpoint is flipped; cut: one of its files is cut off; gone: one is removed
+    during it   SIGSTOP, and SIGCONT a moment later; clock: the machine's clock jumps, by up to a month either way
+    at its end  SIGKILL, while it starts, trains, evaluates or writes a checkpoint; SIGTERM, likewise; full disk: no
+                file may grow any more; stale: a file handle is stale, or a disk broken, while the checkpoint is read;
+                lost (only with --layouts): one of several processes is killed
+
+A run that is through begins again in a new folder, so that the faults are as many as were asked for.
+Every run must end with bitwise the parameters, the average of parameters, the optimizer and the history of metrics of
+the undisturbed one; with --layouts each start has 1 to 4 processes, and the ends must agree to 1e-6 of the largest
+parameter. No start may begin from step 0 after a checkpoint was written. No checkpoint that was sound may be renamed.
+The first new step must come within 15 s.
+
+Prints a table, and exits with 1 if something of this was not so.
 """
 
 import argparse
+import collections
 import contextlib
+import dataclasses
 import json
+import math
 import os
 import pathlib
 import random
 import signal
+import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import warnings
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SMALL = {"depth": 1, "word-stride": 4, "inner-dim": 4, "outer-dim": 24, "outer-heads": 2}
-RUN = ["--config", str(ROOT / "configs/digits.py"), "--batch-size", "128", "--epochs", "60"]
-RUN += ["--eval-every-epochs", "1", "--log-every-steps", "1"]
+RUN = ["--config", str(ROOT / "configs/digits.py"), "--batch-size", "128", "--epochs", "20"]
+RUN += ["--eval-every-epochs", "1", "--log-every-steps", "1", "--checkpoint-every-steps", "4"]
 RUN += [f"--model.{name}={value}" for name, value in SMALL.items()]
-MOMENTS = ("starting", "training", "saving", "saving", "training")  # in turns
-PATIENCE = 600  # seconds
+PATIENCE = 300  # seconds
+RECOVERY = 15  # seconds from a start to its first step
+SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "lost": signal.SIGKILL}
+ON_DISK = ("bit", "cut", "gone")
+ENDS = ("SIGKILL",) * 5 + ("SIGTERM",) * 2 + ("full disk", "stale")
+CODES = {"SIGKILL": (-9,), "SIGTERM": (75,), "full disk": (1, 2), "stale": (75,), "lost": (-9, 75)}
+# What a start runs: train.py, in which the clock jumps, files cannot grow, or handles are stale, if it is told so.
+CHILD = """
+import os, random, resource, runpy, sys, threading, time
+kinds, chance = os.environ.get("FAULTS", "").split(","), random.Random(int(os.environ.get("FAULT_SEED", "0")))
+if "clock" in kinds:
+    truth, jump = time.time, [0.0]
+    time.time = lambda: truth() + jump[0]
+    def leap():
+        while True:
+            time.sleep(chance.uniform(0.01, 0.3))
+            jump[0] = chance.uniform(-30, 30) * 86400
+    threading.Thread(target=leap, daemon=True).start()
+if "full disk" in kinds:
+    import signal
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    def fill():
+        time.sleep(chance.uniform(0, 8))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (chance.choice((0, 100, 3000, 12000)),) * 2)
+    threading.Thread(target=fill, daemon=True).start()
+if "stale" in kinds:
+    import errno
+    from tnt_jax.storage import reading
+    number = chance.choice((errno.ESTALE, errno.EIO, errno.EACCES))
+    error, where = OSError(number, os.strerror(number)), chance.choice(("description", "arrays"))
+    def fail(*arguments, **named):
+        raise error
+    if where == "arrays":
+        reading.ocp.Checkpointer.restore = fail
+    else:
+        reading._description = fail
+sys.argv[0] = "train.py"
+runpy.run_path(os.environ["TRAIN"], run_name="__main__")
+"""
 
 
-class Process:
-    """One start of the run, and what it has said."""
+class Start:
+    """One start of the run, of one process or several, and what process 0 has said."""
 
-    def __init__(self, run_dir: pathlib.Path, cache: pathlib.Path):
-        self.began = time.monotonic()
-        self._run_dir, self._left = run_dir, unfinished(run_dir)
-        environment = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu"}
-        self._process = subprocess.Popen(
-            [sys.executable, "-u", str(ROOT / "train.py"), *RUN, "--run-dir", str(run_dir)],
-            env=os.environ | environment | {"PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    def __init__(self, run_dir: pathlib.Path, cache: pathlib.Path, processes: int = 1, faults=(), seed: int = 0):
+        self.began, self.first_step = time.monotonic(), None
+        environment = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+        environment |= {"FAULTS": ",".join(faults), "FAULT_SEED": str(seed), "TRAIN": str(ROOT / "train.py")}
+        environment |= {"OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+        port = free_port()
+        self.processes = []
+        for index in range(processes):
+            flags = [f"--distributed.coordinator=127.0.0.1:{port}", f"--distributed.num-processes={processes}"]
+            flags += [f"--distributed.process-id={index}", "--distributed.timeout=60"]
+            self.processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-u", "-c", CHILD, *RUN, "--run-dir", str(run_dir)]
+                    + (flags if processes > 1 else []),
+                    env=os.environ | environment,
+                    stdout=subprocess.PIPE if index == 0 else subprocess.DEVNULL,
+                    stderr=subprocess.STDOUT if index == 0 else subprocess.DEVNULL,
+                    text=True,
+                )
+            )
         self.lines: list[str] = []
-        self._reader = threading.Thread(target=lambda: self.lines.extend(iter(self._process.stdout.readline, "")))
+        self._reader = threading.Thread(target=self._read)
         self._reader.start()
 
+    def _read(self) -> None:
+        for line in self.processes[0].stdout:
+            if "first step done" in line:
+                self.first_step = time.monotonic() - self.began
+            self.lines.append(line.rstrip())
+
     def wait_until(self, condition) -> bool:
-        """Whether it came true before the process ended."""
-        while self._process.poll() is None:
+        """Whether it came true before the first process ended."""
+        while self.processes[0].poll() is None:
             if condition():
                 return True
-            time.sleep(0.001)
+            time.sleep(0.002)
         return False
 
-    def kill(self) -> None:
-        self._process.send_signal(signal.SIGKILL)
-        self.wait()
+    def signal(self, number: int, which: int = 0) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self.processes[which].send_signal(number)
 
     def wait(self) -> int:
-        code = self._process.wait(PATIENCE)
+        """Exit code of process 0."""
+        deadline = time.monotonic() + PATIENCE
+        try:
+            for process in self.processes:
+                process.wait(max(1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            for process in self.processes:
+                process.kill()
+            self._reader.join()
+            raise SystemExit("a process hangs; it said:\n" + "\n".join(self.lines)) from None
         self._reader.join()
-        return code
-
-    def is_saving(self) -> bool:
-        """Whether a checkpoint of this process, none that another one left, is being written."""
-        return not unfinished(self._run_dir) <= self._left
+        return self.processes[0].returncode
 
     def said(self, text: str) -> str | None:
-        return next((line.strip() for line in list(self.lines) if text in line), None)
+        return next((line for line in list(self.lines) if text in line), None)
+
+    def start_step(self) -> int | None:
+        """From which step it goes on, if it came to say so."""
+        line = self.said(", from step ")
+        return int(line.split(", from step ")[1].split()[0]) if line else None
 
 
-def unfinished(run_dir: pathlib.Path) -> set[tuple[str, float]]:
-    """The folders of checkpoints that are being written, or that a killed process left, and when they changed."""
+def free_port() -> int:
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
+
+
+def unfinished(run_dir: pathlib.Path) -> bool:
+    """Whether a checkpoint is being written, or was left half written."""
     folder = run_dir / "checkpoints"
-    found = [path for path in folder.iterdir() if "tmp" in path.name] if folder.is_dir() else []
-    with contextlib.suppress(FileNotFoundError):  # it was finished while we looked
-        return {(path.name, path.stat().st_ctime) for path in found}
-    return set()
+    with contextlib.suppress(FileNotFoundError):
+        return any("tmp" in name for name in os.listdir(folder))
+    return False
 
 
-def moment(process: Process, kind: str, run_dir: pathlib.Path, chance: random.Random, start_seconds: float) -> bool:
-    """Waits for a random moment of this kind; False if the run ended before it."""
+def steps(run_dir: pathlib.Path) -> list[int]:
+    folder = run_dir / "checkpoints"
+    return sorted(int(name) for name in os.listdir(folder) if name.isdecimal()) if folder.is_dir() else []
+
+
+def damaged(run_dir: pathlib.Path) -> list[str]:
+    folder = run_dir / "checkpoints"
+    return [name for name in os.listdir(folder) if name.startswith("damaged")] if folder.is_dir() else []
+
+
+def moment(start: Start, run_dir: pathlib.Path, chance: random.Random, start_seconds: float) -> str | None:
+    """Waits for a random moment, and says which; None if the run ended before it."""
+    kind = chance.choice(("starting", "training", "training", "saving"))
     if kind == "starting":
-        until = process.began + chance.uniform(0, start_seconds)
-        return process.wait_until(lambda: time.monotonic() > until)
-    if not process.wait_until(lambda: process.said("first step done")):
-        return False
-    until = time.monotonic() + chance.uniform(0, 3)
-    if not process.wait_until(lambda: time.monotonic() > until):
-        return False
-    if kind == "training":
-        return True
-    if not process.wait_until(lambda: process.is_saving()):
-        return False
-    time.sleep(chance.uniform(0, 0.03))
-    return True
+        until = start.began + chance.uniform(0, start_seconds)
+        arrived = start.wait_until(lambda: time.monotonic() > until)
+        return (kind if start.first_step is None else "training") if arrived else None
+    until = chance.uniform(0, 2.5)
+    if not start.wait_until(lambda: start.first_step and time.monotonic() - start.began > start.first_step + until):
+        return None
+    if kind == "saving":
+        if not start.wait_until(lambda: unfinished(run_dir)):
+            return None
+        time.sleep(chance.uniform(0, 0.03))
+    return kind
 
 
-def last_step(run_dir: pathlib.Path) -> int:
-    """Of the metrics, which log every step: how far the run had come."""
-    path, step = run_dir / "metrics.jsonl", 0
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            step = json.loads(line)["step"]
-        except ValueError:
-            break
-    return step
+def harm(run_dir: pathlib.Path, chance: random.Random, harmed: set[int]) -> str | None:
+    """Damages a file of the newest checkpoint, if the one before is sound; says how, and adds its step to `harmed`."""
+    sound = [step for step in steps(run_dir) if step not in harmed]
+    if len(sound) < 2 or sound[-1] != steps(run_dir)[-1]:
+        return None
+    folder, kind = run_dir / "checkpoints" / str(sound[-1]), chance.choice(ON_DISK)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+    path = max(files, key=lambda path: path.stat().st_size) if chance.random() < 0.5 else chance.choice(files)
+    content = bytearray(path.read_bytes())
+    if kind == "gone":
+        path.unlink()
+    elif kind == "cut":
+        path.write_bytes(content[: chance.randrange(len(content))])
+    else:
+        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        path.write_bytes(content)
+    harmed.add(sound[-1])
+    return kind
 
 
-def went_on_from(process: Process) -> str:
-    """The step that a start says it goes on from, if it was not killed too early to say so."""
-    if process.said("is finished"):
-        return "the end"
-    line = process.said(", from step ")
-    return line.split(", from step ")[1].split()[0] if line else "(killed before it said)"
+def arrays(run_dir: pathlib.Path) -> dict:
+    """The arrays of the last checkpoint, by their names."""
+    import warnings
 
-
-def digest(run_dir: pathlib.Path) -> dict:
-    """All that a finished run left: the bytes of the last checkpoint's arrays, and the history of metrics."""
-    import hashlib
-
-    import numpy as np
     import orbax.checkpoint as ocp
 
-    step = max(int(path.name) for path in (run_dir / "checkpoints").iterdir() if path.name.isdecimal())
-    result = {"step": step}
     warnings.filterwarnings("ignore", message="Sharding info not provided")
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        items = checkpointer.restore(run_dir / "checkpoints" / str(step) / "default")
-    for item in ("params", "ema", "opt_state"):
-        hashed = hashlib.sha256()
-        for name in sorted(items[item]):
-            hashed.update(name.encode() + np.asarray(items[item][name]).tobytes())
-        result[item] = hashed.hexdigest()
+        items = checkpointer.restore(run_dir / "checkpoints" / str(steps(run_dir)[-1]) / "default")
+    return {f"{item}.{name}": value for item, tree in items.items() for name, value in tree.items()}
+
+
+def metrics(run_dir: pathlib.Path) -> list[dict]:
     history = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    result["metrics"] = [{name: line[name] for name in line if name != "images_per_second"} for line in history]
-    return result
+    return [{name: line[name] for name in line if name != "images_per_second"} for line in history]
 
 
-def damage(run_dir: pathlib.Path, kind: str) -> str:
-    """Damages the newest checkpoint, and says which."""
-    folder = run_dir / "checkpoints"
-    step = max(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
-    largest = max((folder / str(step)).rglob("*"), key=lambda path: path.stat().st_size)
-    content = bytearray(largest.read_bytes())
-    if kind == "one byte flipped":
-        content[len(content) // 2] ^= 1
-    else:
-        del content[len(content) // 2 :]
-    largest.write_bytes(content)
-    return str(step)
+def differs(run_dir: pathlib.Path, undisturbed: pathlib.Path, exactly: bool) -> str | None:
+    """How a run that ended differs from the undisturbed one; None where it does not."""
+    import numpy as np
+
+    if steps(run_dir)[-1] != steps(undisturbed)[-1]:
+        return f"it ended at step {steps(run_dir)[-1]}"
+    ours, theirs = arrays(run_dir), arrays(undisturbed)
+    for name, expected in theirs.items():
+        found, expected = np.asarray(ours[name]), np.asarray(expected)
+        if exactly and found.tobytes() != expected.tobytes():
+            return f"{name} is not bitwise the same"
+        worst = float(np.abs(found.astype(np.float64) - expected).max())
+        if not exactly and not worst <= 1e-6 * max(1.0, float(np.abs(expected).max())):
+            return f"{name} differs by {worst:.2g}"
+    if exactly and metrics(run_dir) != metrics(undisturbed):
+        return "its metrics differ"
+    return None
 
 
-def row(*cells) -> None:
-    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+@dataclasses.dataclass
+class Report:
+    """What is counted by kind of fault, and what went wrong."""
+
+    done: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    moments: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    recoveries: list = dataclasses.field(default_factory=list)
+    runs: int = 0
+    wrong: list = dataclasses.field(default_factory=list)
+
+    def complain(self, what: str, start: Start | None = None) -> None:
+        self.wrong.append(what)
+        print(f"WRONG: {what}", *(start.lines[-8:] if start else []), sep="\n    ", flush=True)
+
+
+def disturb(folder: pathlib.Path, count: int, minutes: float, chance: random.Random, layouts: bool) -> Report:
+    cache, undisturbed = folder / "cache", folder / "undisturbed"
+    start = Start(undisturbed, cache)
+    if start.wait():
+        raise SystemExit("\n".join(start.lines))
+    again = Start(folder / "warm", cache)  # with what the first has compiled
+    again.wait_until(lambda: again.first_step)
+    start_seconds = time.monotonic() - again.began
+    again.signal(signal.SIGKILL)
+    again.wait()
+    print(
+        f"undisturbed: {steps(undisturbed)[-1]} steps; a start takes {start_seconds:.1f} s to its first step",
+        flush=True,
+    )
+    report, ends = Report(), ENDS + (("lost",) * 3 if layouts else ())
+    end_of_time = time.monotonic() + 60 * minutes
+    while sum(report.done.values()) < count and time.monotonic() < end_of_time:
+        run_dir, harmed = folder / f"run-{report.runs}", set()
+        while True:
+            enough = sum(report.done.values()) >= count or time.monotonic() >= end_of_time
+            end = "" if enough else chance.choice(ends)
+            processes = chance.randint(2, 4) if end == "lost" else chance.randint(1, 4) if layouts else 1
+            if one_start(run_dir, cache, end, processes, chance, harmed, start_seconds, report):
+                break
+        if difference := differs(run_dir, undisturbed, exactly=not layouts):
+            report.complain(f"{run_dir.name}: {difference}")
+        report.runs += 1
+        print(f"{sum(report.done.values())} faults, {report.runs} runs, {len(report.wrong)} wrong", flush=True)
+    return report
+
+
+def one_start(
+    run_dir: pathlib.Path,
+    cache: pathlib.Path,
+    end: str,
+    processes: int,
+    chance: random.Random,
+    harmed: set[int],
+    start_seconds: float,
+    report: Report,
+) -> bool:
+    """Starts the run, lets things happen to it, and waits for its end; whether that is the end of the run."""
+    before, renamed, disturbed = steps(run_dir), len(damaged(run_dir)), bool(end)
+    if disturbed and chance.random() < 0.8 and (kind := harm(run_dir, chance, harmed)):
+        report.done[kind] += 1
+    inside = [end] if end in ("full disk", "stale") else []
+    inside += ["clock"] if disturbed and chance.random() < 0.7 else []
+    report.done.update(inside)
+    start = Start(run_dir, cache, processes, inside, chance.getrandbits(30))
+    stops = chance.choice((0, 1, 2, 3)) if disturbed else 0
+    for _ in range(stops):
+        if moment(start, run_dir, chance, start_seconds):
+            which = chance.randrange(processes)
+            start.signal(signal.SIGSTOP, which)
+            time.sleep(chance.uniform(0.05, 0.5))
+            start.signal(signal.SIGCONT, which)
+            report.done["SIGSTOP"] += 1
+    when = moment(start, run_dir, chance, start_seconds) if end in SIGNALS else None
+    if when:
+        start.signal(SIGNALS[end], chance.randrange(processes))
+        report.done[end] += 1
+        report.moments[when] += 1
+    code = start.wait()
+    allowed = (0, *CODES.get(end, ())) + ((75, -9) if processes > 1 else ())
+    what = f"{run_dir.name}, {processes} processes, {', '.join([*inside, end])}"
+    if code not in allowed:
+        report.complain(f"{what}: exit code {code}", start)
+    step = start.start_step()
+    if step == 0 and before:
+        report.complain(f"{what}: it began anew, and there were checkpoints of {before}", start)
+    if len(damaged(run_dir)) > renamed + len(harmed):
+        report.complain(f"{what}: a sound checkpoint was renamed", start)
+    if len(damaged(run_dir)) > renamed or step is not None:  # it has looked at what was harmed
+        harmed.clear()
+    if start.first_step and step and not stops:
+        report.recoveries.append(start.first_step)
+    return code == 0
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--kills", type=int, default=30)
+    arguments.add_argument("--faults", type=int, default=1000)
+    arguments.add_argument("--minutes", type=float, default=math.inf, help="no new fault after so many")
     arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--layouts", action="store_true", help="1 to 4 processes, changing between starts")
     arguments.add_argument("--folder", type=pathlib.Path, help="keep the runs here; by default they are thrown away")
     given = arguments.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = given.folder or pathlib.Path(temporary)
-        sys.exit(0 if faults(folder.resolve(), given.kills, random.Random(given.seed)) else 1)
-
-
-def faults(folder: pathlib.Path, kills: int, chance: random.Random) -> bool:
-    cache, undisturbed = folder / "cache", folder / "undisturbed"
-    process = Process(undisturbed, cache)
-    process.wait_until(lambda: process.said("first step done"))
-    start_seconds = time.monotonic() - process.began
-    if process.wait():
-        raise SystemExit("".join(process.lines))
-    expected, seconds = digest(undisturbed), time.monotonic() - process.began
-    print(f"undisturbed: {expected['step']} steps in {seconds:.0f} s, {start_seconds:.0f} s of them before the first\n")
-    sys.stdout.flush()
-    row("kill", "while", "after step", "a save under way", "went on from step", "run")
-    row(*["---"] * 6)
-    done, run, sound = 0, 0, True
-    while done < kills:
-        run_dir = folder / f"killed-{run}"
-        process, killed = Process(run_dir, cache), None
-        while done < kills:
-            kind = MOMENTS[done % len(MOMENTS)]
-            arrived = moment(process, kind, run_dir, chance, start_seconds)
-            if killed:
-                row(*killed, went_on_from(process), run)
-            killed = None
-            if not arrived:
-                break
-            saving = process.is_saving()
-            if kind == "starting" and process.said("first step done"):
-                kind = "training"  # it started faster than the first time
-            process.kill()
-            done += 1
-            killed = (done, kind, last_step(run_dir), "yes" if saving else "no")
-            process = Process(run_dir, cache)
-        process.wait()
-        if killed:
-            row(*killed, went_on_from(process), run)
-        ended_well = digest(run_dir) == expected
-        sound &= ended_well
-        print(f"\nrun {run} ended: {'bitwise the undisturbed one' if ended_well else 'NOT AS THE UNDISTURBED ONE'}\n")
-        run += 1
-    row("damage", "in the checkpoint of step", "what the run said", "ended")
-    row(*["---"] * 4)
-    for kind in ("one byte flipped", "one file cut off"):
-        run_dir = folder / kind.replace(" ", "-")
-        process = Process(run_dir, cache)
-        process.wait_until(lambda: process.said("epoch 9/"))  # noqa: B023
-        process.kill()
-        step = damage(run_dir, kind)
-        process = Process(run_dir, cache)
-        ended_well = process.wait() == 0 and digest(run_dir) == expected
-        sound &= ended_well
-        said = process.said("Going back to") or "nothing"
-        ended = "bitwise the undisturbed one" if ended_well else "DIFFERENTLY"
-        row(kind, step, said[said.find("is damaged") :], ended)
-    return sound
+        folder = (given.folder or pathlib.Path(temporary)).resolve()
+        report = disturb(folder, given.faults, given.minutes, random.Random(given.seed), given.layouts)
+    print("\n| fault | how often |\n|---|---|")
+    for kind, often in report.done.most_common():
+        print(f"| {kind} | {often} |")
+    print(f"| all | {sum(report.done.values())} |\n\nmoments of signals: {dict(report.moments)}")
+    slowest = max(report.recoveries, default=0)
+    if report.recoveries:
+        median = statistics.median(report.recoveries)
+        print(f"start to first new step: median {median:.1f} s, longest {slowest:.1f} s, of {len(report.recoveries)}")
+    exact = "to 1e-6" if given.layouts else "bitwise"
+    print(f"{report.runs} runs ended, {exact} as the undisturbed one, but for {len(report.wrong)} that went wrong")
+    if slowest > RECOVERY:
+        report.complain(f"a start took {slowest:.1f} s to its first step")
+    sys.exit(1 if report.wrong else 0)
 
 
 if __name__ == "__main__":

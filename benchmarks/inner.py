@@ -70,14 +70,14 @@ def measure(topology: str, formulation: str, which: str, batch: int) -> dict:
     import jax.numpy as jnp
     from flax import nnx
 
-    from tnt_jax.models.layers import InitialRngs
+    from tnt_jax.models.layers import ABSTRACT
     from tnt_jax.models.summary import count_macs
     from tnt_jax.models.tnt import Block
     from tnt_jax.models.variants import model_config
 
     on_cpu = topology == "here" and jax.default_backend() == "cpu"
     config = model_config("tnt_s_patch16_224", dtype="float32" if on_cpu else "bfloat16", inner=formulation)
-    block = Block(0.1, has_inner=True, config=config, rngs=InitialRngs(None))
+    block = Block(0.1, has_inner=True, config=config, rngs=ABSTRACT)
     graphdef, params = nnx.split((block.inner, block.words_to_sentence))
     patches = 196 * batch
     dtype = jnp.dtype(config.dtype)

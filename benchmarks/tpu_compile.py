@@ -77,14 +77,14 @@ def measure(topology: str, model: str, which: str, batch: int, remat: str) -> di
     from flax import nnx
 
     from tnt_jax.chips import training_flops
-    from tnt_jax.models.layers import InitialRngs
+    from tnt_jax.models.layers import ABSTRACT
     from tnt_jax.models.summary import count_macs
     from tnt_jax.models.variants import abstract_model, model_config
 
     config = model_config(
         "tnt_s_patch16_224", dtype="bfloat16", inner="auto" if model == "deit" else model, remat=remat
     )
-    network = DeiT(config, rngs=InitialRngs(None)) if model == "deit" else abstract_model(config)
+    network = DeiT(config, rngs=ABSTRACT) if model == "deit" else abstract_model(config)
     graphdef, params = nnx.split(network)
     images = jax.ShapeDtypeStruct((batch, *config.image_size, 3), jnp.bfloat16)
 

@@ -16,7 +16,7 @@ def get_config() -> TrainConfig:
         run_dir="runs/finetune_384",
         init_from="tnt_s_patch16_224",
         model=ModelChanges("tnt_s_patch16_224", image_size=384, dtype="bfloat16", remat="all"),
-        data=DataConfig("tfds:imagenet2012", crop=1.0, num_workers=8),
+        data=DataConfig("tfds:imagenet2012", eval_split="validation", crop=1.0, num_workers=8),
         optimizer=OptimizerConfig(
             learning_rate=5e-6, min_learning_rate=1e-6, warmup_epochs=1, weight_decay=1e-8, ema_decay=0.9999
         ),

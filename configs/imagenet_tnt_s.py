@@ -19,7 +19,7 @@ def get_config() -> TrainConfig:
     return TrainConfig(
         run_dir="runs/imagenet_tnt_s",
         model=ModelChanges("tnt_s_patch16_224", dtype="bfloat16"),
-        data=DataConfig("tfds:imagenet2012", num_workers=8),
+        data=DataConfig("tfds:imagenet2012", eval_split="validation", num_workers=8),
         optimizer=OptimizerConfig(cooldown_epochs=10, change_every="epoch", ema_warmup=False),
         batch_size=1024,
         epochs=300,

@@ -6,11 +6,15 @@ import json
 import pathlib
 import runpy
 
+import jax
+import jax.numpy as jnp
 import pytest
 from commands import ROOT, run
 
 from tnt_jax.commands.cli import training_config
-from tnt_jax.models.variants import resolve
+from tnt_jax.models.variants import complete, resolve
+from tnt_jax.training.mesh import make_mesh
+from tnt_jax.training.program import Program
 
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.py"))
 
@@ -61,3 +65,26 @@ def test_trains_when_shrunk(name, tmp_path):
     assert "NaN" not in text, "which JSON does not have"
     lines = [json.loads(line) for line in text.splitlines()]
     assert {line["kind"] for line in lines} == {"train", "test"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_step_maps_its_state_to_itself(name, param_dtype):
+    config = runpy.run_path(str(ROOT / "configs" / name))["get_config"]()
+    model = dataclasses.replace(config.model, param_dtype=param_dtype)
+    config = complete(dataclasses.replace(config, model=model), config.model.num_classes or 1000)
+    program = Program(config, make_mesh(devices=jax.devices()[:1]), steps_per_epoch=100)
+    program.check()
+    assert {leaf.dtype for leaf in jax.tree.leaves(program.abstract_state.ema)} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(program.abstract_state.params)} >= {jnp.dtype(param_dtype)}
+
+
+def test_a_step_that_does_not_is_refused():
+    config = complete(training_config(["--smoke"]), 10)
+    program = Program(config, make_mesh(devices=jax.devices()[:1]), steps_per_epoch=10)
+    program.check()
+    ema = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), program.abstract_state.ema)
+    program.abstract_state = dataclasses.replace(program.abstract_state, ema=ema)
+    with pytest.raises(TypeError, match=r"a train step makes ema.* float32 .* of bfloat16"):
+        program.check()

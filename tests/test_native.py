@@ -1,5 +1,10 @@
 """C that is compiled on the machine that it runs on."""
 
+import ctypes
+import os
+import pathlib
+import stat
+
 import pytest
 
 from tnt_jax import native
@@ -14,25 +19,102 @@ def source(tmp_path, monkeypatch):
     return path
 
 
+@pytest.fixture
+def compilations(tmp_path, monkeypatch):
+    """The lines of a file, one for each call of the compiler that compiles; the compiler has an argument, as ccache."""
+    log, wrapper = tmp_path / "calls", tmp_path / "wrapper"
+    log.write_text("")
+    wrapper.write_text(f'#!/bin/sh\n[ "$2" = --version ] || echo "$@" >> {log}\nexec "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("CC", f"{wrapper} cc")
+    return lambda: len(log.read_text().splitlines())
+
+
 def load(source):
     """As the first call of a process does."""
     return native.library.__wrapped__(source, ("-O1",), (source.with_name("number.h"),), without="answers are slow")
 
 
-def test_it_is_compiled_once(source, monkeypatch, tmp_path):
-    assert load(source).answer() == 42
-    monkeypatch.setenv("CC", "no-such-compiler")
-    assert load(source).answer() == 42
-    assert len(list((tmp_path / "cache/tnt_jax").iterdir())) == 1
+def cached(source) -> list[pathlib.Path]:
+    folder = source.parent / "cache/tnt_jax"
+    return sorted(folder.iterdir()) if folder.exists() else []
 
 
-def test_it_is_compiled_anew_when_what_it_includes_changes_and_on_another_processor(source, monkeypatch, tmp_path):
+def test_it_is_compiled_once_by_a_compiler_with_arguments(source, compilations):
+    assert load(source).answer() == load(source).answer() == 42
+    assert compilations() == 1
+    assert len(cached(source)) == 1
+
+
+def test_what_it_includes_the_processor_the_compiler_and_the_c_library_each_make_another_one(source, monkeypatch):
     load(source)
     source.with_name("number.h").write_text("#define NUMBER 43\n")
     assert load(source).answer() == 43
-    monkeypatch.setattr(native, "processor_flags", lambda: "flags: abacus")
+    monkeypatch.setattr(native, "processor_lines", lambda: ("flags: abacus",))
     load(source)
-    assert len(list((tmp_path / "cache/tnt_jax").iterdir())) == 3
+    monkeypatch.setattr(native.platform, "libc_ver", lambda: ("glibc", "1.0"))
+    load(source)
+    monkeypatch.setattr(native, "_compiler", lambda: ("cc", "1.0"))
+    load(source)
+    assert len(cached(source)) == 5
+
+
+def test_instruction_sets_are_those_that_all_processors_have(monkeypatch):
+    for lines, expected in (
+        (("flags\t\t: fpu avx avx2", "model name\t: a chip"), {"fpu", "avx", "avx2"}),
+        (("Features\t: fp asimd sve", "Features\t: fp asimd", "CPU part\t: 0xd0c"), {"fp", "asimd"}),
+        ((), set()),
+    ):
+        monkeypatch.setattr(native, "processor_lines", lambda lines=lines: lines)
+        assert native.processor_flags() == expected
+
+
+@pytest.mark.parametrize("left", ["half of it", "nothing", "a text", "another checksum"])
+def test_a_damaged_library_is_compiled_again(left, source, compilations):
+    load(source)
+    (path,) = cached(source)
+    content = path.read_bytes()
+    # Not in place: this process has it loaded.
+    path.unlink()
+    damaged = {"half of it": content[: len(content) // 2], "nothing": b"", "a text": b"text"}.get(left, content + b" ")
+    path.write_bytes(damaged)
+    path.chmod(0o700)
+    assert load(source).answer() == 42
+    assert compilations() == 2
+    assert [each.read_bytes() == content for each in cached(source)] == [True]
+
+
+def test_a_library_that_cannot_be_loaded_is_compiled_again(source, compilations, monkeypatch):
+    load(source)
+    library, failures = ctypes.CDLL, iter([OSError("version `GLIBC_9.9' not found")])
+
+    def of_another_libc(path):
+        for error in failures:
+            raise error
+        return library(path)
+
+    monkeypatch.setattr(native.ctypes, "CDLL", of_another_libc)
+    assert load(source).answer() == 42
+    assert compilations() == 2
+
+
+def test_what_others_could_have_written_is_not_loaded(source, compilations, monkeypatch, caplog):
+    load(source)
+    (path,) = cached(source)
+    path.parent.chmod(0o775)
+    load(source)
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o755
+    assert compilations() == 1
+    path.chmod(0o770)
+    load(source)
+    assert compilations() == 2
+    assert stat.S_IMODE(cached(source)[0].stat().st_mode) == 0o700
+    user = os.getuid()
+    monkeypatch.setattr(native.os, "getuid", lambda: user + 1)
+    assert load(source).answer() == 42
+    assert compilations() == 3
+    assert "answer.c is compiled for this process alone" in caplog.text
+    assert len(cached(source)) == 1
 
 
 def test_a_machine_without_a_compiler_says_so_and_goes_on(source, monkeypatch, caplog):
@@ -42,8 +124,15 @@ def test_a_machine_without_a_compiler_says_so_and_goes_on(source, monkeypatch, c
     assert "no-such-compiler" in caplog.text
 
 
-def test_what_does_not_compile_is_said_with_the_compilers_words(source, caplog, tmp_path):
+@pytest.mark.parametrize("place", ["/proc/nothing", "/dev/null"])
+def test_a_cache_that_cannot_be_written(place, source, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", place)
+    assert load(source).answer() == 42
+    assert "for this process alone" in caplog.text
+
+
+def test_what_does_not_compile_is_said_with_the_compilers_words(source, caplog):
     source.write_text("int answer(void) { return forty_two; }\n")
     assert load(source) is None
     assert "forty_two" in caplog.text
-    assert list((tmp_path / "cache/tnt_jax").iterdir()) == []
+    assert cached(source) == []

@@ -97,8 +97,9 @@ class DataConfig:
     Source: the command in the readme of huawei's tnt_pytorch, and what its train.py and timm 0.3 make of it.
     """
 
-    source: str = "digits"
-    """`digits`, `idx:FOLDER`, `folder:PATH`, `tfds:NAME`, `array_record:PATH` or `synthetic`; see docs/data.md."""
+    source: str = setting("digits", role="execution")
+    """`digits`, `idx:FOLDER`, `folder:PATH`, `tfds:NAME`, `array_record:PATH` or `synthetic`; see docs/data.md. A run
+    may go on with the same data at another place: what it holds is compared."""
     train_split: str = "train"
     """What training reads. TFDS takes its slices here, `train[:90%]`."""
     eval_split: str = "test"
@@ -239,11 +240,20 @@ class TrainConfig(Generic[Model]):
     epochs: int = setting(20, least=1)
     """Passes over the training images; the last incomplete batch of each is left out."""
     eval_every_epochs: int = setting(1, least=1)
-    """Epochs between evaluations; each is followed by a checkpoint, and the last step always has both."""
+    """Epochs between evaluations; a checkpoint comes before each, and the last step always has both."""
+    checkpoint_every_minutes: float = setting(10, role="observation", above=0)
+    """Minutes between checkpoints, beside those before evaluations: what a killed run loses at most. They are rarer
+    where the steps would wait for them for more than 5% of the time."""
+    checkpoint_every_steps: int | None = setting(None, role="observation", least=1)
+    """Steps between checkpoints, beside the others."""
     keep_checkpoints: int = setting(2, role="observation", least=1)
     """Latest checkpoints that are kept, beside the best one."""
     log_every_steps: int = setting(10, role="observation", least=1)
     """Steps between lines of metrics.jsonl and TensorBoard."""
+    precision: Literal["default", "high", "highest"] = "default"
+    """How accelerators multiply float32 matrices in training: as the hardware is fastest (TPUs round factors to
+    bfloat16, NVIDIA GPUs to TF32), in three passes, or as a CPU does. It makes no difference on CPUs and for bfloat16.
+    Evaluation and export always take highest."""
     seed: int = setting(0, least=0)
     """Of everything random: initial weights, order of the images, augmentation, dropout, stochastic depth."""
     wandb: bool = setting(False, role="observation")
@@ -289,9 +299,9 @@ def check(config: TrainConfig) -> None:
 
     How the sizes of a model must fit each other, `tnt_jax.models.variants.resolve` checks.
     """
-    check_data(config.data)
     for fault in faults(config):
         raise InputError(fault)
+    check_data(config.data)
     count, index = config.distributed.num_processes, config.distributed.process_id
     if count is not None and index is not None and index >= count:
         raise InputError(f"distributed.process_id is {index}, and must be below distributed.num_processes, {count}")
@@ -320,6 +330,8 @@ def from_json(values: dict, kind: type = TrainConfig[ModelConfig]):
         InputError: a field that this version does not have, or one that it misses.
     """
     plain_kind = typing.get_origin(kind) or kind
+    if not isinstance(values, dict):
+        raise InputError(f"{values!r} was found where the fields of a {plain_kind.__name__} should be")
     hints = typing.get_type_hints(plain_kind)
     if kind is not plain_kind:
         (hints["model"],) = typing.get_args(kind)

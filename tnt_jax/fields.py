@@ -76,10 +76,13 @@ def faults(config: Any, prefix: str = "") -> Iterator[str]:
     """What is wrong with the fields of a dataclass, and of those in it: a sentence for each value."""
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
+        value, hint = getattr(config, field.name), hints[field.name]
+        parts = [kind for kind in getattr(hint, "__constraints__", (hint,)) if dataclasses.is_dataclass(kind)]
+        if parts and not isinstance(value, tuple(parts)):
+            yield f"{prefix}{field.name} is {value!r}, and must be a {parts[0].__name__}"
+        elif parts:
             yield from faults(value, f"{prefix}{field.name}.")
-        elif wanted := _wanted(value, hints[field.name], field.metadata.get("bounds", {})):
+        elif wanted := _wanted(value, hint, field.metadata.get("bounds", {})):
             yield f"{prefix}{field.name} is {value!r}, and must be {wanted}"
 
 

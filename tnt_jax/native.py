@@ -1,5 +1,10 @@
-"""C, compiled once on the machine that it runs on, when it is first needed, into `~/.cache/tnt_jax`."""
+"""C, compiled once on the machine that it runs on, when it is first needed, into `~/.cache/tnt_jax`.
 
+A compiled library is code that this process will run, so what lies in the cache is loaded only if nobody else can have
+written it, and only if it is whole: its name has the checksum of its content.
+"""
+
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -7,11 +12,26 @@ import logging
 import os
 import pathlib
 import platform
+import shlex
+import stat
 import subprocess
 import tempfile
 from collections.abc import Sequence
 
 log = logging.getLogger(__name__)
+
+OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
+# Lines of /proc/cpuinfo that say what a processor can do: of x86, of ARM, of RISC-V and of POWER.
+PROCESSOR_LINES = (
+    "vendor_id", "cpu family", "model", "model name", "flags",
+    "Features", "CPU implementer", "CPU architecture", "CPU variant", "CPU part", "CPU revision",
+    "isa", "uarch", "cpu",
+)  # fmt: skip
+
+
+class UnsafeCacheError(RuntimeError):
+    """The folder of the cache belongs to another user."""
 
 
 @functools.cache
@@ -19,6 +39,9 @@ def library(
     source: pathlib.Path, flags: tuple[str, ...], headers: tuple[pathlib.Path, ...] = (), *, without: str
 ) -> ctypes.CDLL | None:
     """What the machine's C compiler (`$CC`, or cc) makes of a file, for this processor.
+
+    A library in the cache that is damaged, that cannot be loaded or that others could have written is compiled again.
+    Where the cache belongs to another user or cannot be written, the library is compiled into a folder of this process.
 
     Args:
         flags: for the compiler, beside those that make a shared library.
@@ -30,39 +53,97 @@ def library(
     """
     flags = (*flags, "-fPIC", "-shared")
     texts = [file.read_bytes() for file in (source, *headers)]
-    version = hashlib.sha256(b"".join(texts) + repr((flags, _processor())).encode()).hexdigest()[:16]
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tnt_jax"
-    path = cache / f"{source.stem}-{version}.so"
+    key = hashlib.sha256(b"".join(texts) + repr((flags, _machine(), _compiler())).encode()).hexdigest()[:16]
     try:
-        if not path.exists():
-            _compile(source, flags, path)
-        return ctypes.CDLL(str(path))
+        try:
+            folder = _cache()
+        except (UnsafeCacheError, OSError) as error:
+            log.warning("%s is compiled for this process alone: %s", source.name, error)
+            with tempfile.TemporaryDirectory() as folder:
+                return ctypes.CDLL(str(_compiled(source, flags, pathlib.Path(folder), source.stem)))
+        return _from_cache(source, flags, folder, f"{source.stem}-{key}")
     except subprocess.CalledProcessError as error:
         log.warning("%s: the C compiler cannot compile %s: %s", without, source.name, error.stderr.decode().strip())
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
         log.warning("%s: %s is not compiled: %s", without, source.name, error)
     return None
 
 
-def _compile(source: pathlib.Path, flags: Sequence[str], path: pathlib.Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # others may be compiling it at the same time
-        made = pathlib.Path(folder) / path.name
-        command = [os.environ.get("CC", "cc"), *flags, str(source), "-o", str(made), "-lm"]
-        subprocess.run(command, check=True, capture_output=True, timeout=60)
-        made.replace(path)
+def _from_cache(source: pathlib.Path, flags: Sequence[str], folder: pathlib.Path, name: str) -> ctypes.CDLL:
+    for path in sorted(folder.glob(f"{name}-*.so")):
+        # Loading a file that was cut short is a bus error, which nobody can catch.
+        if _ours_alone(path) and path.stem == f"{name}-{_checksum(path)}":
+            with contextlib.suppress(OSError):  # such as another libc's
+                return ctypes.CDLL(str(path))
+        path.unlink(missing_ok=True)
+    return ctypes.CDLL(str(_compiled(source, flags, folder, name)))
+
+
+def _cache() -> pathlib.Path:
+    """The folder of the cache, made if need be, which only this user can write."""
+    folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tnt_jax"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not _is_ours(folder):
+        raise UnsafeCacheError(f"{folder} belongs to user {folder.stat().st_uid}, not to user {os.getuid()}")
+    if not _ours_alone(folder):
+        folder.chmod(stat.S_IMODE(folder.stat().st_mode) & ~OTHERS_WRITE)
+    return folder
+
+
+def _is_ours(path: pathlib.Path) -> bool:
+    return not hasattr(os, "getuid") or path.stat().st_uid == os.getuid()
+
+
+def _ours_alone(path: pathlib.Path) -> bool:
+    """Whether no other user but root can have written a file or folder."""
+    return _is_ours(path) and not path.stat().st_mode & OTHERS_WRITE
+
+
+def _checksum(path: pathlib.Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _compiled(source: pathlib.Path, flags: Sequence[str], into: pathlib.Path, name: str) -> pathlib.Path:
+    with tempfile.TemporaryDirectory(dir=into) as folder:  # others may be compiling it at the same time
+        made = pathlib.Path(folder) / f"{name}.so"
+        command = [*_command(), *flags, str(source), "-o", str(made), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        made.chmod(0o700)
+        return made.replace(into / f"{name}-{_checksum(made)}.so")
+
+
+def _command() -> list[str]:
+    """The compiler with its arguments: `CC="ccache gcc"` has one."""
+    return shlex.split(os.environ.get("CC", "")) or ["cc"]
+
+
+def _compiler() -> tuple[str, ...]:
+    """The compiler and its version; without a version where it does not say one, or is not there."""
+    command = _command()
+    try:
+        done = subprocess.run([*command, "--version"], capture_output=True, timeout=30)
+        return (*command, done.stdout.decode(errors="replace").partition("\n")[0])
+    except (OSError, subprocess.SubprocessError):
+        return tuple(command)
 
 
 @functools.cache
-def processor_flags() -> str:
-    """The instruction sets of an x86 processor under Linux, in one line; empty elsewhere."""
+def processor_lines() -> tuple[str, ...]:
+    """What Linux says of the instruction sets of the processors, each line once; empty elsewhere."""
     try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        lines = pathlib.Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:
-        return ""
-    return next((line for line in lines if line.startswith("flags")), "")
+        return ()
+    return tuple(sorted({line for line in lines if line.partition(":")[0].strip() in PROCESSOR_LINES}))
 
 
-def _processor() -> tuple[str, ...]:
+def processor_flags() -> frozenset[str]:
+    """The names of the instruction sets that every processor of this machine has: `avx2`, or on ARM `asimd`."""
+    sets = [set(text.split()) for line in processor_lines() for name, _, text in [line.partition(":")]
+            if name.strip() in ("flags", "Features", "isa")]  # fmt: skip
+    return frozenset(set.intersection(*sets)) if sets else frozenset()
+
+
+def _machine() -> tuple:
     """What a library was compiled for: a home folder may be shared by machines of several kinds."""
-    return platform.system(), platform.machine(), platform.processor(), processor_flags()
+    return platform.system(), platform.machine(), platform.processor(), platform.libc_ver(), processor_lines()

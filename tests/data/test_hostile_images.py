@@ -90,6 +90,11 @@ REFUSED = {  # file name and content to the reason
     "page.png": (b"<html>404 not found</html>", "not in a format that Pillow knows"),
     "bomb.png": (png_of(60_000, 60_000), "decompression bomb"),
     "bomb.jpg": (jpeg_of(60_000, 60_000), "decompression bomb"),
+    "large.png": (png_of(13_000, 13_000), "13000 x 13000 pixels: could be a decompression bomb"),
+    "large.gif": (
+        b"GIF89a" + struct.pack("<HH", 13_000, 13_000) + encoded(PICTURE.quantize(4), "GIF")[10:],
+        "13000 x 13000 pixels: could be a decompression bomb",
+    ),
 }
 
 

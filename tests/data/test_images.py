@@ -121,3 +121,12 @@ def test_a_folder_is_listed_deeply_and_in_natural_order(tmp_path):
         list(images_below(tmp_path / "none"))
     with pytest.raises(InputError, match=r"there is no folder .*nowhere"):
         list(images_below(tmp_path / "nowhere"))
+
+
+def test_links_that_lead_back_are_followed_once(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/1.jpg").touch()
+    (tmp_path / "a/back").symlink_to("..")
+    (tmp_path / "a/here").symlink_to(".")
+    (tmp_path / "again").symlink_to("a")
+    assert [os.path.relpath(path, tmp_path) for path in images_below(tmp_path)] == ["a/1.jpg"]

@@ -1,10 +1,14 @@
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import ROOT
 
 from tnt_jax.config import DataConfig
 from tnt_jax.data import mixing
@@ -113,3 +117,63 @@ def test_targets_are_probabilities():
     for seed in range(5):
         _, targets = prepare(RECIPE, seed)
         np.testing.assert_allclose(targets.sum(axis=1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [256, 1024, 300])
+def test_groups_of_128_are_mixed_each_with_a_draw_of_its_own_and_inside_itself(batch):
+    data = dataclasses.replace(PLAIN, mixup=0.8, cutmix=1.0)
+    images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (batch, 8, 8, 1), dtype=np.uint8))
+    plain, _ = mixing.prepare_training(images, jnp.arange(batch), data=PLAIN, num_classes=batch, key=jax.random.key(1))
+    inputs, targets = mixing.prepare_training(
+        images, jnp.arange(batch), data=data, num_classes=batch, key=jax.random.key(1)
+    )
+    shares = []
+    for first in range(0, batch, 128):
+        rows = np.arange(first, min(first + 128, batch))
+        share = float(targets[first, first])
+        shares.append(share)
+        expected = share * np.eye(batch)[rows] + (1 - share) * np.eye(batch)[rows[::-1]]
+        np.testing.assert_allclose(targets[rows], expected, atol=1e-6)
+        own, other = np.asarray(plain[rows]), np.asarray(plain[rows[::-1]])
+        blended = np.allclose(inputs[rows], share * own + (1 - share) * other, atol=1e-5)
+        cut = np.isclose(inputs[rows], own, atol=1e-6) | np.isclose(inputs[rows], other, atol=1e-6)
+        assert blended or cut.all()
+    assert len(set(shares)) == len(shares)
+
+
+ON_DEVICES = """
+import dataclasses, functools
+import jax, jax.numpy as jnp, numpy as np
+from tnt_jax.config import DataConfig
+from tnt_jax.data.mixing import prepare_training
+from tnt_jax.training.mesh import make_mesh, over_batch
+
+images = np.random.default_rng(0).integers(0, 256, (1024, 8, 8, 3), dtype=np.uint8)
+labels = np.arange(1024, dtype=np.int32) % 10
+results = []
+for count in (1, 2, 4, 8):
+    sharding = over_batch(make_mesh(devices=jax.devices()[:count]))
+    step = jax.jit(
+        functools.partial(prepare_training, data=DataConfig(), num_classes=10), out_shardings=(sharding, sharding)
+    )
+    placed = [jax.device_put(x, sharding) for x in (images, labels)]
+    text = step.lower(*placed, key=jax.random.key(0)).compile().as_text()
+    for sends in ("collective-permute", "all-to-all", "all-gather"):
+        assert sends not in text, (count, sends)
+    results.append([np.asarray(x) for x in step(*placed, key=jax.random.key(0))])
+for result in results[1:]:
+    for found, expected in zip(result, results[0]):
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+"""
+
+
+def test_up_to_eight_devices_exchange_no_pixel_and_mix_alike():
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-c", ON_DEVICES],
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr

@@ -12,7 +12,7 @@ import pytest
 
 from tnt_jax.config import DataConfig, InputError
 from tnt_jax.data import workers
-from tnt_jax.data.pipeline import train_batches
+from tnt_jax.data.pipeline import TrainRecipe, train_batches
 from tnt_jax.data.sources import ArraySource
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -123,7 +123,7 @@ SCRIPT = """
 import dataclasses, itertools, sys, time
 import numpy as np
 from tnt_jax.config import DataConfig
-from tnt_jax.data.pipeline import train_batches
+from tnt_jax.data.pipeline import TrainRecipe, train_batches
 from tnt_jax.data.sources import ArraySource
 source = ArraySource(np.zeros((300, 64, 64, 3), np.uint8), np.zeros(300, int), ("a",))
 data = dataclasses.replace(DataConfig(), num_workers=%d)
@@ -179,3 +179,39 @@ def test_workers_import_neither_jax_nor_anything_else_that_is_large(batches):
     next(batches)
     for pid in descendants(os.getpid()):
         assert "jax" not in pathlib.Path(f"/proc/{pid}/maps").read_text().replace("tnt_jax", "")
+
+
+def private_bytes(pid):
+    """Memory that a process has for itself."""
+    lines = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Private_"))
+
+
+def test_workers_share_the_arrays_of_a_source():
+    size = 100_000_000
+    source = ArraySource(np.zeros((size // (16 * 16 * 3), 16, 16, 3), np.uint8), np.zeros(size // 768, int), ("a",))
+    feed = FEED | {"batch_size": 64}
+    running = train_batches(source, dataclasses.replace(DataConfig(), num_workers=2), **feed)
+    next(running)
+    started = descendants(os.getpid())
+    assert len(started) == 2
+    for pid in started:
+        assert private_bytes(pid) < size
+    running.close()
+    assert gone(started)
+
+
+def test_what_a_batch_costs_to_order_does_not_grow_with_its_square():
+    count = 2**20
+    source = ArraySource(np.broadcast_to(np.zeros((1, 1, 1, 3), np.uint8), (count, 1, 1, 3)), np.zeros(count), ("a",))
+    seconds = {}
+    for batch_size in (1024, 16384):
+        recipe = TrainRecipe(source, DataConfig(), (1, 1, 3), batch_size, 0)
+        recipe.places(0, range(1))  # the order of the epoch
+        began = time.process_time()
+        for step in (1, 2, 3):
+            for row in range(0, batch_size, workers.ROWS_PER_TASK):
+                recipe.places(step, range(row, row + workers.ROWS_PER_TASK))
+        seconds[batch_size] = time.process_time() - began
+    assert seconds[16384] < 3 * 16 * seconds[1024]
+    assert seconds[16384] < 1

@@ -26,7 +26,7 @@ def images(count):
 
 def test_answers_are_those_of_single_images_in_their_order():
     model, source = small_model(), images(7)
-    answers = answers_of(model, source, DataConfig("any", crop=1.0), batch_size=3)
+    (answers,) = answers_of([model], source, DataConfig("any", crop=1.0), batch_size=3)
     for index in range(7):
         scores = tnt_jax.inference_model(model, source.images[index])["pred_scores"]
         np.testing.assert_array_equal(answers.top[index], np.argsort(-scores))
@@ -34,7 +34,7 @@ def test_answers_are_those_of_single_images_in_their_order():
         assert answers.loss[index] == pytest.approx(-np.log(scores[source.labels[index]]), rel=1e-3, abs=1e-5)
     np.testing.assert_array_equal(answers.labels, source.labels)
     with pytest.raises(InputError, match="the model has 4 classes, and any has 3"):
-        answers_of(small_model(num_classes=4), source, DataConfig("any"))
+        answers_of([small_model(num_classes=4)], source, DataConfig("any"))
 
 
 def test_features_are_the_class_token_of_each_image():
@@ -42,7 +42,7 @@ def test_features_are_the_class_token_of_each_image():
     features, labels = features_of(model, source, DataConfig("any", crop=1.0), batch_size=2)
     assert features.shape == (5, 12)
     logits = features @ np.asarray(model.head.kernel) + np.asarray(model.head.bias)
-    top = answers_of(model, source, DataConfig("any", crop=1.0)).top
+    top = answers_of([model], source, DataConfig("any", crop=1.0))[0].top
     np.testing.assert_array_equal(logits.argmax(axis=1), top[:, 0])
     np.testing.assert_array_equal(labels, source.labels)
 
@@ -81,7 +81,7 @@ def thousand(tmp_path_factory):
 
 def test_a_relative_of_imagenet_asks_for_its_own_classes_alone(imagenet_a, thousand):
     model = tnt_jax.load_model(thousand)
-    answers = answers_of(model, open_imagenet(f"imagenet-a:{imagenet_a}"), DataConfig("imagenet-a"))
+    (answers,) = answers_of([model], open_imagenet(f"imagenet-a:{imagenet_a}"), DataConfig("imagenet-a"))
     np.testing.assert_array_equal(answers.labels, np.arange(0, 1000, 5))
     pixels = np.zeros((32, 32, 3), np.uint8)
     scores = tnt_jax.inference_model(model, pixels)["pred_scores"][::5]

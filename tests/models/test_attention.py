@@ -9,13 +9,13 @@ import pytest
 from flax import nnx
 
 from tnt_jax.models.kernels.cpu import library
-from tnt_jax.models.layers import Attention, InitialRngs
+from tnt_jax.models.layers import Attention
 from tnt_jax.models.variants import model_config
 
 
 def make_attention(dim, heads, **fields):
     config = dataclasses.replace(model_config("tnt_s_patch16_224"), **fields)
-    layer = Attention(dim, heads, config=config, rngs=InitialRngs(0))
+    layer = Attention(dim, heads, config=config, rngs=nnx.Rngs(0))
     layer.qkv.kernel[...] *= 5  # weights that are far from equal
     return layer
 

@@ -11,23 +11,23 @@ from small_models import SMALL_PYRAMID, small_model, small_pyramid
 
 import tnt_jax
 from tnt_jax.models.features import FeaturePyramid, Upsample
-from tnt_jax.models.layers import InitialRngs, SqueezeExcitation
+from tnt_jax.models.layers import SqueezeExcitation
 
 
 def test_four_blocks_of_tnt_give_strides_4_to_32():
     config = small_model(image_size=(64, 96), depth=4).config
-    features = FeaturePyramid(config, seed=0)
+    features = FeaturePyramid(config, rngs=nnx.Rngs(0))
     maps = [jnp.zeros((2, 4, 6, config.outer_dim))] * 4
     shapes = [out.shape for out in nnx.eval_shape(lambda: features(maps))]
     assert shapes == [(2, 64 // stride, 96 // stride, 12) for stride in (4, 8, 16, 32)]
     with pytest.raises(tnt_jax.InputError, match="there are 3 maps, and a feature pyramid is made of 4"):
         features(maps[1:])
     with pytest.raises(tnt_jax.InputError, match="ptnt_custom_patch8_32 has a pyramid of features in its stages"):
-        FeaturePyramid(small_pyramid().config, seed=0)
+        FeaturePyramid(small_pyramid().config, rngs=nnx.Rngs(0))
 
 
 def test_upsampling_is_the_transposed_convolution_of_pytorch():
-    layer = Upsample(3, config=small_model().config, rngs=InitialRngs(0))
+    layer = Upsample(3, config=small_model().config, rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).normal(size=(2, 4, 5, 3)).astype(np.float32)
     kernel = np.array(layer.linear.kernel[...]).reshape(3, 2, 2, 3).transpose(0, 3, 1, 2)
     expected = torch.nn.functional.conv_transpose2d(
@@ -37,7 +37,7 @@ def test_upsampling_is_the_transposed_convolution_of_pytorch():
 
 
 def test_squeeze_and_excitation_is_that_of_pytorch():
-    layer = SqueezeExcitation(8, config=small_model().config, rngs=InitialRngs(0))
+    layer = SqueezeExcitation(8, config=small_model().config, rngs=nnx.Rngs(0))
     reference = torch.nn.Sequential(
         torch.nn.LayerNorm(8), torch.nn.Linear(8, 2), torch.nn.ReLU(), torch.nn.Linear(2, 8), torch.nn.Tanh()
     )
@@ -65,7 +65,7 @@ def test_a_linear_map_of_the_features_learns_to_segment(family):
     if family == "tnt":
         sizes = {"depth": 1, "inner_dim": 4, "inner_heads": 2, "outer_dim": 24, "outer_heads": 2}
         model = tnt_jax.create_model("tnt_ti_patch16_224", image_size=64, in_channels=1, num_classes=0, **sizes)
-        pyramid = FeaturePyramid(model.config, seed=1)
+        pyramid = FeaturePyramid(model.config, rngs=nnx.Rngs(1))
 
         def features(pyramid, images):
             return pyramid(model.forward_intermediates(images) * 4)[1]

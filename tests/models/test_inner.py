@@ -20,7 +20,7 @@ from tnt_jax.models.functions import gelu
 from tnt_jax.models.inner import InnerTransformer
 from tnt_jax.models.kernels.cpu import library
 from tnt_jax.models.kernels.tpu import inner_block, tile
-from tnt_jax.models.layers import InitialRngs, LayerNorm
+from tnt_jax.models.layers import LayerNorm
 from tnt_jax.models.pyramid_tnt import PatchNorm
 from tnt_jax.models.tnt import WordsToSentence
 from tnt_jax.models.variants import model_config
@@ -30,13 +30,13 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
 
 def make_layer(formulation, channels, heads, *, norm=LayerNorm, drop_path_rate=0.3, **fields):
     config = dataclasses.replace(model_config("tnt_s_patch16_224"), inner=formulation, **fields)
-    layer = InnerTransformer(channels, heads, drop_path_rate, norm=norm, config=config, rngs=InitialRngs(0))
+    layer = InnerTransformer(channels, heads, drop_path_rate, norm=norm, config=config, rngs=nnx.Rngs(0))
     return randomised(layer)
 
 
 def make_projection(formulation="reference", *, use_bias=True, in_legacy_block=False, **fields):
     config = dataclasses.replace(model_config("tnt_s_patch16_224"), inner=formulation, **fields)
-    layer = WordsToSentence(in_legacy_block=in_legacy_block, use_bias=use_bias, config=config, rngs=InitialRngs(0))
+    layer = WordsToSentence(in_legacy_block=in_legacy_block, use_bias=use_bias, config=config, rngs=nnx.Rngs(0))
     return randomised(layer)
 
 

@@ -32,7 +32,7 @@ def test_attention_is_pytorchs(monkeypatch, platform, inner):
     monkeypatch.setattr(attention, "platform", lambda: platform)
     random = np.random.default_rng(0)
     config = dataclasses.replace(CONFIG, inner=inner)
-    layer = layers.Attention(48, 6, config=config, rngs=layers.InitialRngs(0))
+    layer = layers.Attention(48, 6, config=config, rngs=nnx.Rngs(0))
     layer.proj.bias[...] = jnp.asarray(random.standard_normal(48), jnp.float32)
     x, cotangent = (random.standard_normal((3, 7, 48)).astype(np.float32) for _ in range(2))
     graphdef, params = nnx.split(layer)

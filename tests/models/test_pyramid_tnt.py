@@ -9,7 +9,6 @@ from flax import nnx
 from small_models import SMALL_PYRAMID, small_pyramid
 
 import tnt_jax
-from tnt_jax.models.layers import InitialRngs
 from tnt_jax.models.pyramid_tnt import Aggregation, ReducedAttention, stage_config
 from tnt_jax.models.variants import model_config
 
@@ -57,7 +56,7 @@ def test_published_sizes_have_strides_8_to_64():
 def test_odd_grids_get_zeros_at_their_end_before_they_are_merged():
     config = model_config(**SMALL_PYRAMID | {"image_size": (40, 56)})
     before, after = stage_config(config, 0), stage_config(config, 1)
-    aggregation = Aggregation((5, 7), config=before, following=after, rngs=InitialRngs(0))
+    aggregation = Aggregation((5, 7), config=before, following=after, rngs=nnx.Rngs(0))
     words, sentences = images(2 * 35, 16, 2), images(2, 35, 8)
     new_words, new_sentences = nnx.jit(Aggregation.__call__)(aggregation, words, sentences)
 
@@ -90,7 +89,7 @@ def torch_of(module):
 
 def test_keys_of_an_uneven_grid_are_the_means_of_its_whole_squares():
     config = model_config(**SMALL_PYRAMID)
-    attention = ReducedAttention(8, 2, grid=(5, 7), reduction=2, config=config, rngs=InitialRngs(0))
+    attention = ReducedAttention(8, 2, grid=(5, 7), reduction=2, config=config, rngs=nnx.Rngs(0))
     x = images(1, 35, 8)
     weights = attention.weights(x)
     assert weights.shape == (1, 2, 35, 6)

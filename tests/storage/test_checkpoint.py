@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import pathlib
+import random
 import shutil
 import subprocess
 import sys
@@ -14,13 +16,15 @@ from commands import ROOT
 from jax.sharding import SingleDeviceSharding
 
 from tnt_jax.config import InputError
-from tnt_jax.storage.checkpoint import Checkpoints
+from tnt_jax.storage import packing, reading
+from tnt_jax.storage.checkpoint import Checkpoints, NonFiniteError
 from tnt_jax.storage.packing import LEAST_ALONE, pack
-from tnt_jax.training.loop import saved_trees
+from tnt_jax.storage.reading import DamagedError, LayoutError, UnreadableError, best_step, restore, steps_of
 from tnt_jax.training.mesh import make_mesh, shardings_of
+from tnt_jax.training.run import saved_trees
 from tnt_jax.training.step import TrainState
 
-SCORES = {"ema_top1": 0.5, "count": 360, "ema_loss": float("nan")}
+SCORES = {"ema_top1": 0.5, "count": 360, "ema_loss": 1.5}
 
 
 def state_of(seed: int) -> TrainState:
@@ -58,7 +62,8 @@ def saved(tmp_path_factory):
     folder, states = tmp_path_factory.mktemp("saved"), {1: state_of(1), 2: state_of(10)}
     with contextlib.closing(Checkpoints(folder, keep=2)) as checkpoints:
         for step, state in states.items():
-            checkpoints.save(step, saved_trees(state), SCORES)
+            checkpoints.save(step, saved_trees(state))
+            checkpoints.set_scores(step, SCORES)
     return folder, states
 
 
@@ -72,70 +77,230 @@ def test_small_arrays_are_few_and_large_ones_are_alone():
     }
 
 
-def test_each_item_is_restored_alone_onto_one_device(saved):
-    folder, states = saved
+def on_one_device(tree):
     here = SingleDeviceSharding(jax.devices()[0])
-    with contextlib.closing(Checkpoints(folder)) as checkpoints:
-        for name, tree in saved_trees(states[2]).items():
-            shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), tree)
-            assert_equal(checkpoints.restore(2, {name: shapes})[name], tree)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), tree)
 
 
-def test_latest_and_best_are_kept(tmp_path):
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_each_item_is_restored_alone_onto_one_device_and_reading_changes_nothing(saved):
+    folder, states = saved
+    before = contents(folder)
+    for name, tree in saved_trees(states[2]).items():
+        assert_equal(restore(folder, 2, {name: on_one_device(tree)})[name], tree)
+    assert contents(folder) == before
+
+
+def test_latest_and_best_are_kept_and_their_scores(tmp_path):
     with contextlib.closing(Checkpoints(tmp_path, keep=2)) as checkpoints:
         for step, score in enumerate((0.1, 0.9, 0.3, None, 0.2), start=1):
-            checkpoints.save(step, saved_trees(state_of(step)), score and {"ema_top1": score})
+            checkpoints.save(step, saved_trees(state_of(step)))
+            if score:
+                checkpoints.set_scores(step, {"ema_top1": score})
         checkpoints.wait()
-        assert (checkpoints.steps, checkpoints.best_step, checkpoints.latest_step) == ([2, 4, 5], 2, 5)
+        assert (steps_of(tmp_path), checkpoints.best_step, checkpoints.latest_step) == ([2, 4, 5], 2, 5)
+    assert best_step(tmp_path) == 2
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"2", "4", "5", "2.files.json", "4.files.json", "5.files.json", "scores.json"}
+    with contextlib.closing(Checkpoints(tmp_path, keep=1)) as checkpoints:
+        checkpoints.save(6, saved_trees(state_of(6)))
+    assert steps_of(tmp_path) == [2, 6]
 
 
-def test_another_tree_of_the_same_size_is_refused(saved):
-    folder, states = saved
+def changed(states):
+    """Trees of the same size that are not those that were saved, and how the message says so."""
     params = dict(states[2].params)
-    params["neck"] = params.pop("head")
-    wanted = like(TrainState(jnp.int32(0), params, params, ()), make_mesh(devices=jax.devices()[:1]))
+    renamed = {"neck": params["head"], "blocks": params["blocks"]}
+    other = {**params, "head": {**params["head"], "bias": jnp.zeros((7,), jnp.bfloat16)}}
+    fewer = {"blocks": params["blocks"]}
+    return {
+        "head.bias is float32 (7,) there and missing here": renamed,
+        "head.bias is float32 (7,) there and bfloat16 (7,) here": other,
+        "head.kernel is float32 (256, 256) there and missing here": fewer,
+    }
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_another_layout_is_refused_and_nothing_is_touched(which, saved, tmp_path):
+    folder, states = saved
+    shutil.copytree(folder, tmp_path / "run")
+    message, params = list(changed(states).items())[which]
+    wanted = saved_trees(like(TrainState(jnp.int32(0), params, params, states[2].opt_state), make_mesh()))
+    before = contents(tmp_path / "run")
     with (
-        contextlib.closing(Checkpoints(folder)) as checkpoints,
-        pytest.raises(InputError, match="params is of another model"),
+        contextlib.closing(Checkpoints(tmp_path / "run")) as checkpoints,
+        pytest.raises(LayoutError, match=r"step 2 .*another layout: in params") as raised,
     ):
-        checkpoints.restore(2, {"params": wanted.params})
+        checkpoints.restore_latest(wanted)
+    assert message in str(raised.value)
+    assert contents(tmp_path / "run") == before
+
+
+def test_what_counts_as_small_may_change_between_saving_and_reading(saved, monkeypatch):
+    folder, states = saved
+    monkeypatch.setattr(packing, "LEAST_ALONE", 2**8)
+    assert_equal(restore(folder, 2, {"params": on_one_device(states[2].params)})["params"], states[2].params)
+
+
+ERRORS = {
+    "a stale handle": OSError(116, "Stale file handle"),
+    "no permission": PermissionError(13, "Permission denied"),
+    "a broken disk": OSError(5, "Input/output error"),
+    "no memory": MemoryError(),
+    "no memory of XLA": RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1073741824 bytes"),
+    "a network": ValueError("UNAVAILABLE: connection reset"),
+    "anything else": RuntimeError("a bug in a new release"),
+    "a type": TypeError("got an unexpected keyword argument"),
+}
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_what_cannot_be_read_now_is_not_damaged_and_nothing_is_touched(kind, saved, tmp_path, monkeypatch):
+    folder, states = saved
+    shutil.copytree(folder, tmp_path / "run")
+    before = contents(tmp_path / "run")
+
+    def fail(*arguments, **named):
+        raise ERRORS[kind]
+
+    monkeypatch.setattr(reading.ocp.Checkpointer, "restore", fail)
+    wanted = saved_trees(like(states[2], make_mesh()))
+    with (
+        contextlib.closing(Checkpoints(tmp_path / "run")) as checkpoints,
+        pytest.raises(UnreadableError, match=r"step 2 .*cannot be read now .*Nothing was touched") as raised,
+    ):
+        checkpoints.restore_latest(wanted)
+    assert raised.value.exit_code == 75
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_file_that_may_not_be_read_now_is_not_damaged(saved, tmp_path, monkeypatch):
+    folder, states = saved
+    shutil.copytree(folder, tmp_path / "run")
+    opened = pathlib.Path.read_text
+
+    def refuse(path, *arguments, **named):
+        if path.name == "_CHECKPOINT_METADATA":
+            raise OSError(116, "Stale file handle")
+        return opened(path, *arguments, **named)
+
+    monkeypatch.setattr(pathlib.Path, "read_text", refuse)
+    with pytest.raises(UnreadableError, match="Stale file handle"):
+        restore(tmp_path / "run", 2, {"params": on_one_device(states[2].params)})
 
 
 @pytest.mark.parametrize("damage", ["a byte flipped", "cut off", "gone"])
 def test_no_damage_to_any_file_goes_unseen(damage, saved, tmp_path):
     folder, states = saved
-    wanted = like(states[2], make_mesh(devices=jax.devices()[:1]))
+    wanted = saved_trees(like(states[2], make_mesh(devices=jax.devices()[:1])))
     files = sorted(path.relative_to(folder) for path in (folder / "checkpoints/2").rglob("*") if path.is_file())
     seen = {}
     for file in files:
         run_dir = tmp_path / file.name
         shutil.copytree(folder, run_dir)
         content = bytearray((run_dir / file).read_bytes())
-        content[len(content) // 2] ^= 1
         if damage == "gone":
             (run_dir / file).unlink()
-        else:
+        elif content:
+            content[len(content) // 2] ^= 1
             (run_dir / file).write_bytes(content if damage == "a byte flipped" else content[: len(content) // 2])
         messages = []
         with contextlib.closing(Checkpoints(run_dir, warn=messages.append)) as checkpoints:
-            found, restored = checkpoints.restore_latest(saved_trees(wanted))
+            step, trees = checkpoints.restore_latest(wanted)
         seen[file] = bool(messages)
-        step = 1 if messages else 2
-        assert found == step
-        assert_equal(restored, saved_trees(states[step]))
+        assert step == (1 if messages else 2)
+        assert_equal(trees, saved_trees(states[step]))
         assert all("the checkpoint of step 2" in message and "Going back to step 1" in message for message in messages)
+        assert (run_dir / "checkpoints/damaged-2").is_dir() == bool(messages)
         shutil.rmtree(run_dir)
     largest = max(files, key=lambda file: (folder / file).stat().st_size)
     assert seen[largest]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_random_bytes_flipped_anywhere_are_damage_or_do_not_matter(seed, saved, tmp_path):
+    chance, (folder, states) = random.Random(seed), saved
+    wanted = {"params": on_one_device(states[2].params), "ema": on_one_device(states[2].ema)}
+    files = [path for path in sorted((folder / "checkpoints/2").rglob("*")) if path.is_file() and path.stat().st_size]
+    for turn in range(20):
+        run_dir = tmp_path / str(turn)
+        shutil.copytree(folder, run_dir)
+        target = run_dir / chance.choice(files).relative_to(folder)
+        content = bytearray(target.read_bytes())
+        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        target.write_bytes(content)
+        try:
+            trees = restore(run_dir, 2, wanted)
+        except DamagedError:
+            continue
+        assert_equal(trees, {name: getattr(states[2], name) for name in wanted})
+
+
+def test_damage_is_seen_also_where_the_checksums_of_files_are_missing(saved, tmp_path):
+    folder, states = saved
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run/checkpoints/2.files.json").unlink()
+    (tmp_path / "run/checkpoints/2/_CHECKPOINT_METADATA").write_text("{")
+    with pytest.raises(DamagedError):
+        restore(tmp_path / "run", 2, {"params": on_one_device(states[2].params)})
+
+
+def test_a_run_with_nothing_but_damage_does_not_begin_anew(saved, tmp_path):
+    folder, states = saved
+    shutil.copytree(folder, tmp_path / "run")
+    for step in (1, 2):
+        (tmp_path / f"run/checkpoints/{step}/_CHECKPOINT_METADATA").write_text("{")
+    wanted = saved_trees(like(states[2], make_mesh()))
+    for _ in range(2):
+        with (
+            contextlib.closing(Checkpoints(tmp_path / "run")) as checkpoints,
+            pytest.raises(InputError, match="has had checkpoints, and none is there"),
+        ):
+            checkpoints.restore_latest(wanted)
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    with (
+        contextlib.closing(Checkpoints(tmp_path / "run")) as checkpoints,
+        pytest.raises(InputError, match="A run does not begin anew by itself"),
+    ):
+        checkpoints.restore_latest(wanted)
+
+
+def test_numbers_that_are_not_finite_are_neither_saved_nor_restored(tmp_path, monkeypatch):
+    state = state_of(0)
+    bad = jax.tree.map(lambda leaf: leaf, saved_trees(state))
+    bad["opt_state"][1]["head"]["bias"] = bad["opt_state"][1]["head"]["bias"].at[3].set(np.inf)
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        with pytest.raises(NonFiniteError, match="opt_state has numbers that are not finite after step 1"):
+            checkpoints.save(1, bad)
+        assert steps_of(tmp_path) == []
+        # As an earlier version would have saved it.
+        sums = packing.checksums
+        monkeypatch.setattr("tnt_jax.storage.checkpoint.checksums", lambda arrays: (sums(arrays)[0], True))
+        checkpoints.save(1, bad)
+        checkpoints.wait()
+    with pytest.raises(DamagedError, match="opt_state has numbers that are not finite"):
+        restore(tmp_path, 1, {"opt_state": on_one_device(state.opt_state)})
+
+
+def test_scores_that_are_damaged_are_as_if_there_were_none(saved, tmp_path):
+    folder, _ = saved
+    shutil.copytree(folder, tmp_path / "run")
+    for text in ("", "{", "[]", '{"2": 3}', '{"x": {"ema_top1": 1}}', '{"2": {"loss": 1}}'):
+        (tmp_path / "run/checkpoints/scores.json").write_text(text)
+        assert best_step(tmp_path / "run") is None
 
 
 # In a process of its own, which has four devices.
 ON_OTHER_DEVICES = """
 import contextlib, itertools, sys
 import jax
-from test_checkpoint import SCORES, assert_equal, like, state_of
+from test_checkpoint import assert_equal, like, state_of
 from tnt_jax.storage.checkpoint import Checkpoints
-from tnt_jax.training.loop import saved_trees
+from tnt_jax.storage.reading import restore
+from tnt_jax.training.run import saved_trees
 from tnt_jax.training.mesh import make_mesh
 
 assert jax.device_count() == 4
@@ -144,11 +309,11 @@ state = state_of(0)
 with contextlib.closing(Checkpoints(sys.argv[1], keep=len(meshes))) as checkpoints:
     for step, mesh in enumerate(meshes):
         placed = jax.tree.map(lambda leaf, to: jax.device_put(leaf, to.sharding), state, like(state, mesh))
-        checkpoints.save(step, saved_trees(placed), SCORES)
+        checkpoints.save(step, saved_trees(placed))
     checkpoints.wait()
     for step, mesh in itertools.product(range(len(meshes)), meshes):
         wanted = like(state, mesh)
-        restored = checkpoints.restore(step, saved_trees(wanted))
+        restored = restore(sys.argv[1], step, saved_trees(wanted))
         assert_equal(restored, saved_trees(state))
         for found, leaf in zip(jax.tree.leaves(restored), jax.tree.leaves(saved_trees(wanted)), strict=True):
             assert found.sharding == leaf.sharding, (step, found.sharding, leaf.sharding)

@@ -15,7 +15,7 @@ from flax import nnx
 from small_models import small_pyramid
 
 from tnt_jax.config import DataConfig, OptimizerConfig, TrainConfig
-from tnt_jax.models.layers import BatchNorm, InitialRngs, Linear
+from tnt_jax.models.layers import BatchNorm, Linear
 from tnt_jax.models.stem import ConvNormRelu
 from tnt_jax.models.variants import model_config
 from tnt_jax.training.optimizer import make_optimizer
@@ -28,7 +28,7 @@ class Net(nnx.Module):
     """What a stem with batch norm needs of a network, compiled in a moment."""
 
     def __init__(self):
-        rngs = InitialRngs(0)
+        rngs = nnx.Rngs(0)
         self.stem = ConvNormRelu(1, 4, 2, config=MODEL, rngs=rngs)
         self.head = Linear(4, 3, config=MODEL, rngs=rngs)
 
@@ -38,7 +38,7 @@ class Net(nnx.Module):
 
 def test_batch_norm_is_that_of_pytorch_over_several_steps():
     rng = np.random.default_rng(0)
-    ours = BatchNorm(5, config=MODEL, rngs=InitialRngs(0))
+    ours = BatchNorm(5, config=MODEL, rngs=nnx.Rngs(0))
     theirs = torch.nn.BatchNorm2d(5)
     for step in range(4):
         x = rng.normal(step, 1 + step, (2, 3, 2, 5)).astype(np.float32)

@@ -19,8 +19,8 @@ import tnt_jax
 from tnt_jax.chips import CHIPS, GIB, Chip
 from tnt_jax.evaluation.evaluate import evaluate_model
 from tnt_jax.evaluation.scores import summary
+from tnt_jax.storage.checkpoint import NonFiniteError
 from tnt_jax.training.loop import train
-from tnt_jax.training.report import NonFiniteLossError
 
 
 @pytest.fixture(scope="module")
@@ -145,17 +145,17 @@ def test_damaged_checkpoint_is_put_aside_and_the_run_still_ends_as_it_should(dam
 
 
 def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
-    from tnt_jax.training import loop
+    from tnt_jax.training import run as run_module
 
-    take_step = loop.Run.train_step
+    take_step = run_module.Run.train_step
 
     def poisoned(self, state, batch):
         if int(state.step) == 15:
             state = dataclasses.replace(state, params=jax.tree.map(lambda leaf: leaf * np.nan, state.params))
         return take_step(self, state, batch)
 
-    monkeypatch.setattr(loop.Run, "train_step", poisoned)
-    with pytest.raises(NonFiniteLossError, match=r"the loss of step 16 is nan.*step 11"):
+    monkeypatch.setattr(run_module.Run, "train_step", poisoned)
+    with pytest.raises(NonFiniteError, match=r"the loss of step 16 is nan.*step 11"):
         train(tiny_run(tmp_path / "run"))
     assert all(np.isfinite(leaf).all() for leaf in parameters(tmp_path / "run", weights="raw", step=11))
 
@@ -170,7 +170,7 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoin
         (["--epochs", "0"], "epochs is 0"),
         (["--data.source", "digit"], "data source 'digit'"),
         (["--data.source", "idx:nowhere"], "nowhere holds neither train-images-idx3-ubyte"),
-        (["--config", "configs/nothing.py"], "there is no configuration file configs/nothing.py"),
+        (["--config", "configs/nothing.py"], "there is no configuration configs/nothing.py"),
         (["--optimizer.learning-rte", "1"], "--optimizer.learning-r"),
         (["--epochs", "many"], "many"),
     ],

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -12,17 +13,20 @@ import time
 import numpy as np
 import pytest
 from commands import ROOT, run
+from PIL import Image
 from small_runs import config_file, metrics_of, parameters, tiny_run
 
 from tnt_jax.config import DistributedConfig, InputError
 from tnt_jax.training.loop import train
-from tnt_jax.training.processes import PeersError, together
+from tnt_jax.training.meeting import PeersError
+from tnt_jax.training.processes import together
+from tnt_jax.training.stopping import Signals
 
 # train.py, in which something happens after step 5.
 RUN = """
 import os, runpy, signal, sys, time
-from tnt_jax.training import loop
-take_step = loop.Run.train_step
+from tnt_jax.training import run
+take_step = run.Run.train_step
 taken = 0
 def train_step(self, state, batch):
     global taken
@@ -31,7 +35,7 @@ def train_step(self, state, batch):
     if taken == 5:
         {happens}
     return result
-loop.Run.train_step = train_step
+run.Run.train_step = train_step
 sys.argv[0] = "train.py"
 runpy.run_path("train.py", run_name="__main__")
 """
@@ -168,7 +172,7 @@ def test_no_process_outlives_another(who, happens, code, message, tmp_path):
 def test_process_zero_says_who_did_not_come():
     with (
         pytest.raises(PeersError, match=r"waited 1 s for 3 processes at 127.0.0.1:\d+; 1, 2 did not come"),
-        together(DistributedConfig(f"127.0.0.1:{free_port()}", 3, 0, timeout=1)),
+        together(DistributedConfig(f"127.0.0.1:{free_port()}", 3, 0, timeout=1), {}, Signals()),
     ):
         pass
 
@@ -176,7 +180,7 @@ def test_process_zero_says_who_did_not_come():
 def test_other_processes_say_that_the_coordinator_cannot_be_reached():
     with (
         pytest.raises(PeersError, match=r"waited 1 s: process 1 cannot reach the coordinator at 127.0.0.1:\d+ \("),
-        together(DistributedConfig(f"127.0.0.1:{free_port()}", 2, 1, timeout=1)),
+        together(DistributedConfig(f"127.0.0.1:{free_port()}", 2, 1, timeout=1), {}, Signals()),
     ):
         pass
 
@@ -193,7 +197,7 @@ def test_processes_that_contradict_each_other_are_all_told_so(others, message):
 
     def other(count, index):
         try:
-            with together(DistributedConfig(coordinator, count, index, timeout=20)):
+            with together(DistributedConfig(coordinator, count, index, timeout=20), {}, Signals()):
                 pass
         except InputError as error:
             told.append(str(error))
@@ -203,7 +207,7 @@ def test_processes_that_contradict_each_other_are_all_told_so(others, message):
         thread.start()
     with (
         pytest.raises(InputError, match=message),
-        together(DistributedConfig(coordinator, 1 + len(others), 0, timeout=20)),
+        together(DistributedConfig(coordinator, 1 + len(others), 0, timeout=20), {}, Signals()),
     ):
         pass
     for thread in threads:
@@ -228,3 +232,76 @@ def test_incomplete_flags(flags, message, tmp_path):
     assert code == 2
     assert message in err
     assert not (tmp_path / "run").exists()
+
+
+def start_two(folder, *flags):
+    """Two processes, each with flags of its own."""
+    port, processes = free_port(), []
+    for index, own in enumerate(flags):
+        told = {"coordinator": f"127.0.0.1:{port}", "num-processes": 2, "process-id": index}
+        command = [sys.executable, "train.py", "--config", config_file(folder), "--run-dir", str(folder / "run"), *own]
+        command += [f"--distributed.{name}={value}" for name, value in told.items()]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
+    return end(processes)
+
+
+@pytest.mark.slow
+def test_processes_of_two_configurations_do_not_train_together(tmp_path):
+    results = start_two(tmp_path, ["--seed", "0"], ["--seed", "5", "--optimizer.learning-rate", "0.05"])
+    assert [code for code, _, _ in results] == [2, 2], results
+    for _, _, err in results:
+        assert "config.optimizer.learning_rate is 0.05 there and 0.005 on process 0; config.seed is 5 there" in err
+        assert f"process 1 on {socket.gethostname()}" in err
+        assert "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_processes_that_read_other_data_do_not_train_together(tmp_path):
+    for index in range(2):
+        for split in ("train", "test"):
+            for name in ("a", "b"):
+                folder = tmp_path / f"data{index}" / split / name
+                folder.mkdir(parents=True)
+                for number in range(8):
+                    Image.new("L", (16, 16), 9).save(folder / f"{number + index * (split == 'train')}.png")
+    flags = ["--batch-size", "4", "--model.in-channels", "3"]
+    results = start_two(tmp_path, *([*flags, f"--data.source=folder:{tmp_path}/data{index}"] for index in range(2)))
+    assert [code for code, _, _ in results] == [2, 2], results
+    for _, _, err in results:
+        assert f"process 1 on {socket.gethostname()} reads other data than process 0: file names of the training" in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_process_that_compiles_ends_all_at_once(number, tmp_path):
+    code = """
+import runpy, sys, time
+from tnt_jax.training import run
+def init(self, config):
+    print("here", flush=True)
+    time.sleep(300)
+run.Run.__init__ = init
+sys.argv[0] = "train.py"
+runpy.run_path("train.py", run_name="__main__")
+"""
+    port, processes = free_port(), []
+    for index in range(2):
+        told = {"coordinator": f"127.0.0.1:{port}", "num-processes": 2, "process-id": index}
+        command = [sys.executable, "-c", code, "--run-dir", str(tmp_path / "run")]
+        command += [f"--distributed.{name}={value}" for name, value in told.items()]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
+    for process in processes:
+        assert any("here" in line for line in iter(process.stdout.readline, ""))
+    time.sleep(0.5)
+    processes[1].send_signal(number)
+    began = time.monotonic()
+    results = end(processes)
+    assert time.monotonic() - began < 30
+    assert {code for code, _, _ in results} == {75 if number == signal.SIGTERM else 130}, results
+    assert "process 1 on" in results[0][2]

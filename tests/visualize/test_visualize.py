@@ -13,7 +13,7 @@ from tnt_jax.config import InputError, OptimizerConfig, TrainConfig
 from tnt_jax.data.sources import ArraySource
 from tnt_jax.evaluation.scores import Answers
 from tnt_jax.models.variants import abstract_model, model_config
-from tnt_jax.storage.checkpoint import CONFIG_FILE
+from tnt_jax.storage.run import CONFIG_FILE
 from tnt_jax.visualize.attention import attention_of, outer_map, rollout
 from tnt_jax.visualize.canvas import see
 from tnt_jax.visualize.tokens import tiled

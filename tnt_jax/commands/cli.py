@@ -69,7 +69,7 @@ def config_of(name: str) -> TrainConfig[ModelChanges]:
     path, shipped = Path(name), _shipped(name)
     if path.is_dir() and not shipped:
         from tnt_jax.models.variants import changes_to
-        from tnt_jax.storage.checkpoint import read_config
+        from tnt_jax.storage.run import read_config
 
         config = read_config(path)
         return dataclasses.replace(config, model=changes_to(config.model))
@@ -113,6 +113,9 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
         try:
             with notes_on_stderr():
                 main()
+        except KeyboardInterrupt:
+            print("error: stopped by Ctrl-C", file=sys.stderr)
+            sys.exit(130)
         except Exception as error:
             if not hasattr(error, "exit_code"):
                 raise

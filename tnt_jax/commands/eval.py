@@ -1,6 +1,7 @@
 """How good models are: `python eval.py MODEL ... [--source SOURCE ...] [--probe knn linear]`, as table and files."""
 
 import dataclasses
+import itertools
 import math
 import sys
 from typing import Annotated, Literal
@@ -53,15 +54,23 @@ def main() -> None:
     if arguments.out:
         check_ending(arguments.out, (".csv", ".jsonl"), "a file of answers")
     rows, answers, console = [], [], Console(width=None if sys.stdout.isatty() else 120)
-    for model in arguments.models:
-        if arguments.probe:
-            _refuse(arguments, ("real_labels", "per_class", "out"))
-            rows += probe_model(model, arguments.source, arguments.probe, batch_size=arguments.batch_size)
-            continue
+    if arguments.probe:
+        _refuse(arguments, ("real_labels", "per_class", "out"))
+        probes = [
+            probe_model(model, arguments.source, arguments.probe, batch_size=arguments.batch_size)
+            for model in arguments.models
+        ]
+        for row in itertools.chain.from_iterable(probes):
+            rows.append(row)
+            _tell(row)
+    else:
         options = {"real_labels_file": arguments.real_labels, "batch_size": arguments.batch_size}
-        for done in evaluate_model(model, arguments.source, **options):
+        # All are opened before anything is computed.
+        evaluations = [evaluate_model(model, arguments.source, **options) for model in arguments.models]
+        for done in itertools.chain.from_iterable(evaluations):
             rows.append({"model": done.model, "weights": done.weights, "data": done.data, **summary(done.answers)})
             rows[-1] |= {f"published_{name}": value for name, value in done.published.items()}
+            _tell(rows[-1])
             if arguments.per_class:
                 title = f"{done.model}, {done.weights} weights, {done.data}"
                 _print(console, [_printed(row) for row in per_class(done.answers, done.images.class_names)], title)
@@ -72,6 +81,12 @@ def main() -> None:
         write_rows(path, rows if path.endswith(".csv") else [_printed(row) for row in rows])
     if arguments.out:
         write_rows(arguments.out, answers)
+
+
+def _tell(row: dict) -> None:
+    """Says that a row of the table is known; the next may take hours."""
+    what = row.get("weights") or row["method"]
+    print(f"{row['model']}, {what}, {row['data']}: top-1 {row['top1']:.2%}", file=sys.stderr, flush=True)
 
 
 def _refuse(arguments: Arguments, options: tuple[str, ...]) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import sys
 
 from tnt_jax.commands.cli import Chosen, command, parse_with_config, typed
+from tnt_jax.training.stopping import signals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,18 +18,19 @@ class Arguments(Chosen):
 
 @command
 def main() -> None:
-    given, config = parse_with_config(Arguments)
-    if given.plan:
-        from tnt_jax.commands.plan import plan
+    with signals():  # from here on, not only when JAX has been imported
+        given, config = parse_with_config(Arguments)
+        if given.plan:
+            from tnt_jax.commands.plan import plan
 
-        sys.exit(plan(config, given.plan))
-    import jax
+            sys.exit(plan(config, given.plan))
+        import jax
 
-    from tnt_jax.commands.process import keep_memory, use_compilation_cache
-    from tnt_jax.training.loop import train
+        from tnt_jax.commands.process import keep_memory, use_compilation_cache
+        from tnt_jax.training.loop import train
 
-    keep_memory()
-    use_compilation_cache()
-    train(config)
-    if jax.process_index() == 0:
-        print(f"Next:\n  {typed('eval')} {config.run_dir}\n  {typed('predict')} {config.run_dir} IMAGE")
+        keep_memory()
+        use_compilation_cache()
+        train(config)
+        if jax.process_index() == 0:
+            print(f"Next:\n  {typed('eval')} {config.run_dir}\n  {typed('predict')} {config.run_dir} IMAGE")

@@ -115,7 +115,7 @@ def _of_answers(arguments: Arguments):
     model = load_model(arguments.model)
     (data,) = test_data(arguments.model, [arguments.source] if arguments.source else [])
     source = open_test(data)
-    answers = answers_of(model, source, data)
+    (answers,) = answers_of([model], source, data)
     if arguments.what == "confusion":
         return visualize.confusion(answers, source.class_names)
     return visualize.mistakes(answers, source, count=arguments.count)

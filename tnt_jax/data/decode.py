@@ -7,12 +7,10 @@ import simplejpeg
 from PIL import Image
 
 from tnt_jax.config import InputError
-from tnt_jax.data.images import open_image
+from tnt_jax.data.images import LARGEST, open_image
 from tnt_jax.data.resample import Pixels
 
 ORIENTATION = 0x0112
-LARGEST = 100_000_000
-"""Pixels. What claims to be larger is taken for a decompression bomb, and refused before it is decoded."""
 
 
 def decode(content: bytes, name: str, at_least: tuple[int, int] | None = None) -> Pixels:

@@ -14,7 +14,8 @@ import re
 import numpy as np
 
 from tnt_jax.config import InputError
-from tnt_jax.data.sources import LABEL_FILE, FolderSource, class_folders, images_below
+from tnt_jax.data.listing import FileNames, class_folders, image_names, labels_of
+from tnt_jax.data.sources import LABEL_FILE, FolderSource
 
 CLASSES = 1000
 RELATIVES = {"imagenet": 1000, "imagenet-v2": 1000, "imagenet-a": 200, "imagenet-r": 200, "imagenet-sketch": 1000}
@@ -43,19 +44,20 @@ def open_imagenet(spec: str) -> ImageNetSource:
         raise InputError(f"there is no folder {folder}")
     names = class_folders(folder)
     if not names and (folder / LABEL_FILE).is_file():
-        files = images_below(folder)
+        files = FileNames([("", image_names(folder))])
         labels = [_number(name, folder, imagenet21k_to_1k) for name in (folder / LABEL_FILE).read_text().split()]
         if len(labels) != len(files):
             raise InputError(f"{folder / LABEL_FILE} has {len(labels)} lines, and {len(files)} images lie beside it")
     else:
-        by_class = {name: (_number(name, folder, imagenet21k_to_1k), images_below(folder / name)) for name in names}
-        files = [f"{name}/{file}" for name, (_, found) in by_class.items() for file in found]
-        labels = [number for number, found in by_class.values() for _ in found]
+        numbers = [_number(name, folder, imagenet21k_to_1k) for name in names]
+        found = [image_names(folder / name) for name in names]
+        files = FileNames(zip(names, found, strict=True))
+        labels = labels_of(list(map(len, found)), numbers)
     classes = np.unique(labels).astype(np.int32)
     if len(classes) != RELATIVES[kind]:
         raise InputError(f"{kind} has {RELATIVES[kind]} classes, and {folder} has images of {len(classes)}")
     class_names = tuple(map(get_1k_class_name, range(CLASSES)))
-    return ImageNetSource(str(folder), tuple(files), np.asarray(labels, np.int32), class_names, classes)
+    return ImageNetSource(str(folder), files, np.asarray(labels, np.int32), class_names, classes)
 
 
 def _number(name: str, folder: pathlib.Path, by_wordnet_id) -> int:

@@ -14,6 +14,8 @@ from tnt_jax.config import InputError
 from tnt_jax.data.resample import Pixels, resize
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
+LARGEST = 100_000_000
+"""Pixels. What claims to be larger is taken for a decompression bomb, and refused before it is decoded."""
 ImageSource = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | np.ndarray | Image.Image
 """What an image is taken from; arrays of JAX and PyTorch as well."""
 
@@ -44,6 +46,7 @@ def open_image(source: ImageSource, channels: int = 3) -> Image.Image:
         )
     try:
         image = source if isinstance(source, Image.Image) else Image.open(source)
+        _refuse_bomb(image.size)
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):
@@ -53,6 +56,13 @@ def open_image(source: ImageSource, channels: int = 3) -> Image.Image:
         raise InputError(f"there is no image {name}") from error
     except Exception as error:  # decoders raise nearly everything for a damaged file
         raise InputError(f"{name} cannot be read as an image: {_reason(error, source)}") from error
+
+
+def _refuse_bomb(size: tuple[int, int]) -> None:
+    if math.prod(size) > LARGEST:
+        raise ValueError(
+            f"{size[0]} x {size[1]} pixels: could be a decompression bomb; at most {LARGEST:,} are decoded"
+        )
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
@@ -110,7 +120,7 @@ def images_below(folder: str | os.PathLike) -> Iterator[str]:
     """The paths of all images in a folder and the folders in it, by their suffix, as they are asked for.
 
     Names are in order, numbers in them ordered as numbers. One folder at a time is listed, so that the first image of
-    millions is there as soon as its own folder has been read.
+    millions is there as soon as its own folder has been read. Links are followed, to every folder once.
 
     Raises:
         InputError: there is no such folder; or, at the end, no image was in it.
@@ -118,14 +128,18 @@ def images_below(folder: str | os.PathLike) -> Iterator[str]:
     if not os.path.isdir(folder):
         raise InputError(f"there is no folder {folder}")
     found = False
-    for path in _walk(os.fspath(folder)):
+    for path in _walk(os.fspath(folder), set()):
         found = True
         yield path
     if not found:
         raise InputError(f"there is no image in {folder}; known are {', '.join(SUFFIXES)}")
 
 
-def _walk(folder: str) -> Iterator[str]:
+def _walk(folder: str, seen: set[tuple[int, int]]) -> Iterator[str]:
+    identity = os.stat(folder)
+    if (identity.st_dev, identity.st_ino) in seen:  # a link to where the walk has been
+        return
+    seen.add((identity.st_dev, identity.st_ino))
     with os.scandir(folder) as entries:
         names = {
             entry.name: entry.is_dir()
@@ -135,7 +149,7 @@ def _walk(folder: str) -> Iterator[str]:
     for name in sorted(names, key=natural_key):
         path = os.path.join(folder, name)
         if names[name]:
-            yield from _walk(path)
+            yield from _walk(path, seen)
         elif os.path.isfile(path):
             yield path
 

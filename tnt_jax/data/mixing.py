@@ -39,7 +39,6 @@ def prepare_training(
 ) -> tuple[Images, Float[Array, "batch classes"]]:
     """What the network is fed and what it should answer: mixed and erased images, and target probabilities.
 
-    Each image is mixed with its mirror place in the batch, the first with the last. One draw decides for the batch.
     Sources: mixup arXiv 1710.09412, cutmix arXiv 1905.04899, erasing arXiv 1708.04896, as timm's FastCollateMixup and
     RandomErasing have them.
     """
@@ -47,17 +46,46 @@ def prepare_training(
     inputs = normalise(images, data)
     targets = jax.nn.one_hot(labels, num_classes) * (1 - data.label_smoothing) + data.label_smoothing / num_classes
     if data.mixup or data.cutmix:
-        share, from_other = draw_mix(mix_key, images.shape[1:3], data)
-        kept = jnp.where(from_other, 0.0, jnp.where(from_other.any(), 1.0, share))[..., None]
-        inputs = kept * inputs + (1 - kept) * inputs[::-1]
-        targets = share * targets + (1 - share) * targets[::-1]
+        inputs, targets = mix(mix_key, inputs, targets, data)
     if data.erasing:
         inputs = erase(erase_key, inputs, data.erasing)
     return inputs, targets
 
 
+GROUP = 128
+"""Images that are mixed with each other by one draw: those of one of the eight GPUs of the published runs."""
+
+
+def mix(
+    key: PRNGKeyArray, inputs: Images, targets: Float[Array, "batch classes"], data: DataConfig
+) -> tuple[Images, Float[Array, "batch classes"]]:
+    """Mixup and cutmix in groups of 128 images; the last group has what is left.
+
+    Each image is mixed with its mirror place in the group, the first with the last, and one draw decides for the group.
+    The groups are rows of the batch, whatever devices they lie on: up to batch / 128 devices exchange no pixel.
+    """
+    count, rest = divmod(len(inputs), GROUP)
+    if count == 0 or (count, rest) == (1, 0):
+        return _mix_group(key, inputs, targets, data)
+    # Folded in, not split: every device makes the keys of its own groups.
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
+    whole = len(inputs) - rest
+    parts = [x[:whole].reshape(count, GROUP, *x.shape[1:]) for x in (inputs, targets)]
+    mixed = [x.reshape(whole, *x.shape[2:]) for x in jax.vmap(_mix_group, (0, 0, 0, None))(keys, *parts, data)]
+    if rest:
+        last = _mix_group(jax.random.fold_in(key, count), inputs[whole:], targets[whole:], data)
+        mixed = [jnp.concatenate(both) for both in zip(mixed, last, strict=True)]
+    return tuple(mixed)
+
+
+def _mix_group(key: PRNGKeyArray, inputs: Images, targets: Array, data: DataConfig) -> tuple[Images, Array]:
+    share, from_other = draw_mix(key, inputs.shape[1:3], data)
+    kept = jnp.where(from_other, 0.0, jnp.where(from_other.any(), 1.0, share))[..., None]
+    return kept * inputs + (1 - kept) * inputs[::-1], share * targets + (1 - share) * targets[::-1]
+
+
 def draw_mix(key: PRNGKeyArray, size: tuple[int, int], data: DataConfig) -> tuple[Scalar, Bool[Array, "height width"]]:
-    """How a batch is mixed: the share that stays of each image, and the pixels that cutmix takes from its partner."""
+    """How a group is mixed: the share that stays of each image, and the pixels that cutmix takes from its partner."""
     keys = jax.random.split(key, 4)
     mixes = jax.random.bernoulli(keys[0], data.mix_probability)
     cuts = jax.random.bernoulli(keys[1], data.cutmix_switch if data.mixup and data.cutmix else float(data.cutmix > 0))

@@ -41,6 +41,21 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, 0, epoch)).permutation(count).astype(np.int32)
 
 
+@functools.lru_cache(maxsize=8)
+def places_of_batch(first: int, batch_size: int, repeats: int) -> np.ndarray:
+    """Where in the order of an epoch each row of a batch stands, from the place of the first of its images on.
+
+    The copies of an image stand far apart in the batch, and so on different devices, as DeiT has them.
+
+    Args:
+        first: how many copies of the first image the batch before has taken.
+    """
+    places = first + np.arange(batch_size)
+    places = places[np.argsort(places % repeats, kind="stable")] // repeats
+    places.flags.writeable = False  # everybody is given the same array
+    return places
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainRecipe:
     """The training batch of every step."""
@@ -57,10 +72,10 @@ class TrainRecipe:
         Returns:
             The images that turned out to be unreadable, and why.
         """
-        order, places = self.places(step)
+        order, places = self.places(step, rows)
         unreadable = []
         for at, row in enumerate(rows):
-            image, labels[at] = self._read(order, places[row], unreadable)
+            image, labels[at] = self._read(order, places[at], unreadable)
             rng = np.random.default_rng((self.seed, 1, step, row))
             image = to_channels(image, self.row_shape[2])
             if not self.data.crop_area:
@@ -68,17 +83,16 @@ class TrainRecipe:
             images[at] = augment(image, self.data, self.row_shape[:2], rng)
         return unreadable
 
-    def places(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """The images of the epoch in their order, and where in it each row of the batch stands."""
+    def places(self, step: int, rows: range) -> tuple[np.ndarray, np.ndarray]:
+        """The images of the epoch in their order, and where in it these rows of the batch stand."""
         epoch, step_of_epoch = divmod(step, steps_per_epoch(len(self.source), self.data, self.batch_size))
-        places = step_of_epoch * self.batch_size + np.arange(self.batch_size)
-        # The copies of an image stand far apart in the batch, and so on different devices, as DeiT has them.
-        places = places[np.argsort(places % self.data.repeats, kind="stable")] // self.data.repeats
-        return epoch_order(len(self.source), self.seed, epoch), places
+        first, copies = divmod(step_of_epoch * self.batch_size, self.data.repeats)
+        places = places_of_batch(copies, self.batch_size, self.data.repeats)
+        return epoch_order(len(self.source), self.seed, epoch), first + places[rows.start : rows.stop]
 
     def _read(self, order: np.ndarray, place: int, unreadable: list[tuple[int, str]]) -> tuple[Pixels, int]:
         """The image at this place of the epoch, or, in place of an unreadable one, the next that can be read."""
-        for attempt in range(most_unreadable(self) + 1):
+        for attempt in range(most_unreadable(self.data, len(self.source)) + 1):
             index = int(order[(place + attempt) % len(order)])
             try:
                 return read(self, index)
@@ -94,8 +108,9 @@ def read(recipe: "TrainRecipe | EvalRecipe", index: int) -> tuple[Pixels, int]:
     return recipe.source[index]
 
 
-def most_unreadable(recipe: TrainRecipe) -> int:
-    return math.floor(recipe.data.skip_unreadable * len(recipe.source))
+def most_unreadable(data: DataConfig, count: int) -> int:
+    """How many of so many training images may be unreadable."""
+    return math.floor(data.skip_unreadable * count)
 
 
 def _too_many(recipe: TrainRecipe, unreadable: dict[int, str]) -> InputError:
@@ -104,7 +119,7 @@ def _too_many(recipe: TrainRecipe, unreadable: dict[int, str]) -> InputError:
         return InputError(reason)
     return InputError(
         f"{len(unreadable)} of {len(recipe.source)} training images are unreadable, and data.skip_unreadable "
-        f"{recipe.data.skip_unreadable} allows {most_unreadable(recipe)}; the last: {reason}"
+        f"{recipe.data.skip_unreadable} allows {most_unreadable(recipe.data, len(recipe.source))}; the last: {reason}"
     )
 
 
@@ -171,16 +186,15 @@ def _prepare(recipe, steps: range, process_index: int, process_count: int) -> It
 
 def _without_unreadable(filled: Iterator[Filled], recipe: TrainRecipe) -> Iterator[Batch]:
     unreadable: dict[int, str] = {}
+    most = most_unreadable(recipe.data, len(recipe.source))
     for images, labels, reports in filled:
         for index, reason in reports:
             if index in unreadable:
                 continue
             unreadable[index] = reason
-            if len(unreadable) > most_unreadable(recipe):
+            if len(unreadable) > most:
                 raise _too_many(recipe, unreadable)
-            logger.warning(
-                "skipped unreadable image %d of at most %d: %s", len(unreadable), most_unreadable(recipe), reason
-            )
+            logger.warning("skipped unreadable image %d of at most %d: %s", len(unreadable), most, reason)
         yield {"image": images, "label": labels}
 
 
@@ -213,7 +227,16 @@ def _with_mask(filled: Iterator[Filled], recipe: EvalRecipe, first_row: int) -> 
 
 
 def to_channels(image: Pixels, channels: int) -> Pixels:
-    """Colour to grey (ITU-R 601), or grey to colour."""
-    if image.shape[2] == channels:
+    """Colour to grey (ITU-R 601), or grey to colour.
+
+    Raises:
+        InputError: there is no such way.
+    """
+    there = image.shape[2]
+    if there == channels:
         return image
-    return np.repeat(image, 3, axis=2) if channels == 3 else from_pillow(to_pillow(image).convert("L"))
+    if (there, channels) == (1, 3):
+        return np.repeat(image, 3, axis=2)
+    if (there, channels) == (3, 1):
+        return from_pillow(to_pillow(image).convert("L"))
+    raise InputError(f"model.in_channels is {channels}, and the images have {there}; 1 and 3 are made of each other")

@@ -73,7 +73,10 @@ def prepare_imagenet(train: str, val: str, out: str, archives: Archives, name: s
             bar = progress.add_task(f"{split} shards", total=len(split_shards))
             lengths[split] = []
             for shard in split_shards:
-                lengths[split].append(_write(shard, info))
+                try:
+                    lengths[split].append(_write(shard, info))
+                except OSError as error:
+                    raise InputError(f"a shard of {split} images cannot be written into {folder}: {error}") from error
                 progress.advance(bar)
     for split, expected in (("train", archives.train_count), ("validation", len(archives.validation_classes))):
         if sum(lengths[split]) != expected:
@@ -85,10 +88,14 @@ def prepare_imagenet(train: str, val: str, out: str, archives: Archives, name: s
 @contextlib.contextmanager
 def _open_archive(path: str) -> Iterator[tarfile.TarFile]:
     try:
-        with tarfile.open(path, "r:") as archive:
-            yield archive
+        archive = tarfile.open(path, "r:")  # noqa: SIM115, closed below
     except (OSError, tarfile.TarError) as error:
         raise InputError(f"{path} cannot be read as a tar archive: {error}") from error
+    with archive:
+        try:
+            yield archive
+        except tarfile.TarError as error:
+            raise InputError(f"{path} cannot be read as a tar archive: {error}") from error
 
 
 def _shard_path(folder: pathlib.Path, name: str, split: str, index: int, count: int) -> pathlib.Path:

@@ -30,7 +30,11 @@ class RecordSource:
         file_name = record.get("file_name", b"").decode()
         name = f"record {index} of {self.name}" + (f" ({file_name})" if file_name else "")
         label = int(record["label"])
-        if not 0 <= label < len(self.class_names):
+        if label < 0:
+            raise InputError(
+                f"{name} has label {label}: this split has no labels. Another one has: --data.eval-split validation"
+            )
+        if label >= len(self.class_names):
             raise InputError(f"{name} has label {label}, and there are {len(self.class_names)} classes")
         return decode(record["image"], name, at_least), label
 
@@ -54,9 +58,10 @@ def open_array_record(folder: str, split: str) -> RecordSource:
     tfds = _tensorflow_datasets()
     try:
         builder = tfds.builder_from_directory(folder)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # TFDS and protobuf raise nearly everything for damaged descriptions
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(
-            f"{folder} holds no dataset: dataset_info.json, features.json and the shards should lie there ({error})"
+            f"{folder} holds no dataset: dataset_info.json, features.json and the shards should lie there ({reason})"
         ) from error
     return _open(tfds, builder, f"array_record:{folder}", split)
 

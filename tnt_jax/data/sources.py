@@ -2,7 +2,6 @@
 
 import dataclasses
 import gzip
-import os
 import pathlib
 import struct
 from typing import Protocol
@@ -12,6 +11,7 @@ import numpy as np
 from tnt_jax.config import InputError
 from tnt_jax.data.decode import decode
 from tnt_jax.data.images import SUFFIXES
+from tnt_jax.data.listing import FileNames, class_folders, image_names, labels_of
 from tnt_jax.data.records import open_array_record, open_tfds
 from tnt_jax.data.resample import Pixels
 
@@ -102,17 +102,25 @@ def _idx(argument: str, split: str) -> ArraySource:
         raise _no_split(split, IDX_FILES)
     folder = pathlib.Path(argument)
     images, labels = (_read_idx(folder, name) for name in IDX_FILES[split])
+    if not len(images):
+        raise InputError(f"{folder} ({split}) has no images")
     if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
         raise InputError(f"{folder} ({split}): {images.shape} images and {labels.shape} labels do not belong together")
     if "fashion" in folder.resolve().name.lower():
         class_names = FASHION_MNIST_CLASSES
-    else:
-        class_names = tuple(str(label) for label in range(int(labels.max()) + 1))
+    else:  # those of the training images, whatever classes the test images happen to have
+        train = _read_idx(folder, IDX_FILES["train"][1]) if split != "train" and _has_train(folder) else labels
+        class_names = tuple(str(label) for label in range(int(train.max()) + 1 if len(train) else 0))
     if labels.max() >= len(class_names):
         raise InputError(
             f"{folder} ({split}): label {labels.max()} is out of range, there are {len(class_names)} classes"
         )
     return ArraySource(images[..., None], labels.astype(np.int64), class_names)
+
+
+def _has_train(folder: pathlib.Path) -> bool:
+    name = IDX_FILES["train"][1]
+    return (folder / name).is_file() or (folder / f"{name}.gz").is_file()
 
 
 def _read_idx(folder: pathlib.Path, name: str) -> np.ndarray:
@@ -141,7 +149,7 @@ class FolderSource:
     """Image files below a folder, by their paths in it, and their classes."""
 
     folder: str
-    files: tuple[str, ...]
+    files: FileNames
     labels: np.ndarray
     class_names: tuple[str, ...]
 
@@ -162,7 +170,7 @@ class FolderSource:
         return decode(content, path, at_least), int(self.labels[index])
 
 
-SPLIT_NAMES = {"train": ("train",), "test": ("test", "val", "validation")}
+SPLIT_NAMES = {"train": ("train",), "test": ("test", "val", "validation"), "validation": ("validation", "val")}
 LABEL_FILE = "labels.txt"
 
 
@@ -181,9 +189,9 @@ def _folder(argument: str, split: str) -> FolderSource:
         raise _no_split(split, sorted(path.name for path in root.iterdir() if path.is_dir()))
     class_names = class_folders(root / "train" if (root / "train").is_dir() else folder)
     if (folder / LABEL_FILE).is_file():
-        files = images_below(folder)
+        files = FileNames([("", image_names(folder))])
         labels = _read_labels(folder / LABEL_FILE, len(files), class_names)
-        return FolderSource(str(folder), tuple(files), labels, class_names)
+        return FolderSource(str(folder), files, labels, class_names)
     differing = sorted(set(class_names) ^ set(class_folders(folder)))
     if differing or not class_names:
         raise InputError(
@@ -191,31 +199,24 @@ def _folder(argument: str, split: str) -> FolderSource:
             if class_names
             else f"{folder} holds neither class folders nor a {LABEL_FILE}"
         )
-    by_class = [[f"{name}/{file}" for file in images_below(folder / name)] for name in class_names]
-    for name, found in zip(class_names, by_class, strict=True):
+    counts = []
+
+    def images_of_class(name: str) -> tuple[str, list[str]]:
+        found = image_names(folder / name)
         if not found:
             raise InputError(f"class folder {folder / name} holds no image; known are {', '.join(SUFFIXES)}")
-    labels = np.repeat(np.arange(len(by_class), dtype=np.int32), [len(found) for found in by_class])
-    return FolderSource(str(folder), tuple(file for found in by_class for file in found), labels, class_names)
+        counts.append(len(found))
+        return name, found
 
-
-def class_folders(folder: pathlib.Path) -> tuple[str, ...]:
-    """Names of the folders in a folder, sorted."""
-    return tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
-
-
-def images_below(folder: pathlib.Path) -> list[str]:
-    """Paths, in `folder`, of all images below it, sorted."""
-    found = []
-    for place, _, names in os.walk(folder, followlinks=True):
-        below = os.path.relpath(place, folder)
-        images = [name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
-        found += images if below == "." else [f"{below}/{name}" for name in images]
-    return sorted(found)
+    files = FileNames(map(images_of_class, class_names))
+    return FolderSource(str(folder), files, labels_of(counts, range(len(class_names))), class_names)
 
 
 def _read_labels(path: pathlib.Path, count: int, class_names: tuple[str, ...]) -> np.ndarray:
-    lines = path.read_text().split()
+    try:
+        lines = path.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as a list of class names: {error}") from error
     numbers = {name: number for number, name in enumerate(class_names)}
     unknown = [line for line in lines if line not in numbers]
     if unknown:

@@ -1,12 +1,15 @@
 """Threads and processes that prepare batches. What they prepare does not depend on how many there are.
 
-A worker process is given its share of the rows of every batch and works ahead as far as its socket lets it. It holds no
-shared memory, and ends when its socket does: however the training process dies, nothing is left behind.
+A worker process is given its share of the rows of every batch and works ahead as far as its socket lets it.
+It ends when its socket does.
+Arrays of the source lie in memory that all workers share; it has no name and ends with them.
+However the training process dies, nothing is left behind.
 """
 
 import collections
 import contextlib
 import itertools
+import mmap
 import os
 import pickle
 import signal
@@ -14,6 +17,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 import weakref
@@ -88,8 +92,9 @@ def _in_processes(recipe: Recipe, rows: range, steps: range, num_workers: int, n
     shares = [slice(*pair) for pair in itertools.pairwise(bounds) if pair[0] < pair[1]]
     workers = []
     try:
-        for share in shares:
-            workers.append(Worker(recipe, rows[share], steps, num_threads))
+        with _Shared(recipe) as shared:
+            for share in shares:
+                workers.append(Worker(shared, rows[share], steps, num_threads))
         for _ in steps:
             images = np.empty((len(rows), *recipe.row_shape), np.uint8)
             labels = np.empty(len(rows), np.int32)
@@ -102,27 +107,70 @@ def _in_processes(recipe: Recipe, rows: range, steps: range, num_workers: int, n
             worker.close()
 
 
+class _Shared:
+    """A recipe for many processes: pickled, but its arrays in one file in memory, which has no name.
+
+    As a context: the file is closed at the end, and lives on in the processes that were started.
+    """
+
+    def __init__(self, recipe: Recipe):
+        buffers: list[pickle.PickleBuffer] = []
+        self.pickled = pickle.dumps(recipe, protocol=5, buffer_callback=buffers.append)
+        views = [buffer.raw() for buffer in buffers]
+        self.lengths = [view.nbytes for view in views]
+        if hasattr(os, "memfd_create"):
+            self._file = os.fdopen(os.memfd_create("tnt_jax"), "r+b")
+        else:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115, closed at the end of the context
+        for view in views:
+            self._file.write(view)
+            self._file.write(bytes(-view.nbytes % ALIGNMENT))
+        self._file.flush()
+        self.descriptor = self._file.fileno()
+
+    def __enter__(self) -> "_Shared":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._file.close()
+
+    @staticmethod
+    def recipe(pickled: bytes, lengths: list[int], descriptor: int) -> Recipe:
+        """The recipe in another process."""
+        if not lengths:
+            return pickle.loads(pickled)
+        # Never closed: the arrays are views of it.
+        memory = memoryview(mmap.mmap(descriptor, 0, prot=mmap.PROT_READ))
+        starts = itertools.accumulate((length + -length % ALIGNMENT for length in lengths), initial=0)
+        views = [memory[at : at + length] for at, length in zip(starts, lengths, strict=False)]
+        return pickle.loads(pickled, buffers=views)
+
+
+ALIGNMENT = 64  # bytes
 HEADER = struct.Struct("?Q")  # whether a message or an exception follows, and its length in bytes
 
 
 class Worker:
     """A worker process, as the training process sees it."""
 
-    def __init__(self, recipe: Recipe, rows: range, steps: range, num_threads: int):
+    def __init__(self, shared: _Shared, rows: range, steps: range, num_threads: int):
         self._socket, theirs = socket.socketpair()
         # The package as it is imported here, wherever the worker would look for it.
         parent = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
         code = (
             f"import sys; sys.path.insert(0, {parent!r})\n"
-            f"from tnt_jax.data.workers import serve; serve({theirs.fileno()})"
+            f"from tnt_jax.data.workers import serve; serve({theirs.fileno()}, {shared.descriptor})"
         )
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], process_group=0
+                [sys.executable, "-c", code],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno(), shared.descriptor],
+                process_group=0,
             )
         # Also when the interpreter ends before the iterator was closed.
         self.close = weakref.finalize(self, _end, self._socket, self._process)
-        self._send(pickle.dumps((recipe, rows, steps, num_threads)))
+        self._send(pickle.dumps((shared.pickled, shared.lengths, rows, steps, num_threads)))
 
     def _send(self, order: bytes) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `receive` says why it died
@@ -172,8 +220,13 @@ def _receive_into(connection: socket.socket, array: np.ndarray) -> None:
         view = view[received:]
 
 
-def serve(descriptor: int) -> None:
-    """The life of a worker process: its order, and then a share of a batch for every step."""
+def serve(descriptor: int, shared: int) -> None:
+    """A worker's main loop: reads the job, then sends a share of a batch for every step.
+
+    Args:
+        descriptor: of the socket.
+        shared: descriptor of the file with the arrays of the recipe.
+    """
     # The training process decides when a run ends, also where a scheduler signals every process of a job.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -182,7 +235,9 @@ def serve(descriptor: int) -> None:
         order = bytes(_receive(connection, length))
         threading.Thread(target=_exit_with_parent, args=(connection,), daemon=True).start()
         try:
-            recipe, rows, steps, num_threads = pickle.loads(order)
+            pickled, lengths, rows, steps, num_threads = pickle.loads(order)
+            recipe = _Shared.recipe(pickled, lengths, shared)
+            os.close(shared)
             for images, labels, reports in _in_threads(recipe, rows, steps, num_threads):
                 message = pickle.dumps(reports)
                 connection.sendall(HEADER.pack(True, len(message)) + message)

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
@@ -22,24 +23,44 @@ from tnt_jax.evaluation.probes import NEIGHBOURS, linear_probe, nearest_neighbou
 from tnt_jax.evaluation.published import published
 from tnt_jax.evaluation.scores import Answers, wilson
 from tnt_jax.models.variants import Model
-from tnt_jax.storage.checkpoint import read_config
 from tnt_jax.storage.description import description_of
 from tnt_jax.storage.load import load_model
 from tnt_jax.storage.resolve import is_run
+from tnt_jax.storage.run import read_config
 from tnt_jax.training.mesh import check_batch_size, make_mesh, on_mesh, to_devices
 
 _log = logging.getLogger(__name__)
 
 
-def _over(images: Source, data: DataConfig, model: Model, batch_size: int, compute: Callable) -> tuple[list, float]:
-    """What `compute(model, inputs, labels)` gives for every image once, its arrays joined, and images per second."""
-    config, feeding = model.config, description_of(model).preprocessing
+class NonFiniteAnswersError(RuntimeError):
+    """A model gives infinite numbers or NaN."""
+
+    exit_code = 1
+
+
+def _over(
+    images: Source, data: DataConfig, models: Sequence[Model], batch_size: int, compute: Callable
+) -> tuple[list[list], float]:
+    """What `compute(model, inputs, labels)` gives for every image once, and images per second.
+
+    Args:
+        models: of the same sizes and preprocessing. Each image is decoded once for all of them.
+
+    Returns:
+        For each model its arrays, joined over all images.
+
+    Raises:
+        NonFiniteAnswersError: a model gives infinite numbers or NaN.
+    """
+    config, feeding = models[0].config, description_of(models[0]).preprocessing
     mesh = make_mesh()
     check_batch_size(batch_size, mesh)
-    graphdef, params = nnx.split(model)
+    graphdef = nnx.split(models[0])[0]
+    params = [nnx.split(model)[1] for model in models]
 
-    def compute_batch(params, batch: dict):
-        return compute(nnx.merge(graphdef, params), normalise(batch["image"], feeding), batch["label"])
+    def compute_batch(params: list, batch: dict):
+        inputs = normalise(batch["image"], feeding)
+        return [compute(nnx.merge(graphdef, each), inputs, batch["label"]) for each in params]
 
     step = jax.jit(on_mesh(mesh, compute_batch))
     parts, started = [], None
@@ -53,24 +74,31 @@ def _over(images: Source, data: DataConfig, model: Model, batch_size: int, compu
     )
     for batch in batches:
         computed = step(params, to_devices(batch, mesh))
-        parts.append([np.asarray(part)[batch["mask"]] for part in computed])
+        parts.append([[np.asarray(part)[batch["mask"]] for part in each] for each in computed])
+        if not all(np.isfinite(part).all() for each in parts[-1] for part in each):
+            raise NonFiniteAnswersError(
+                f"the model gives numbers that are not finite for images of {data.source}: it has no accuracy"
+            )
         started = started or time.perf_counter()  # after the first batch, which was compiled
-    rest = sum(len(part[0]) for part in parts[1:])
+    rest = sum(len(part[0][0]) for part in parts[1:])
     rate = rest / (time.perf_counter() - started) if rest else math.nan
-    return [np.concatenate(part) for part in zip(*parts, strict=True)], rate
+    return [[np.concatenate(part) for part in zip(*each, strict=True)] for each in zip(*parts, strict=True)], rate
 
 
-def answers_of(model: Model, images: Source, data: DataConfig, *, batch_size: int = 64) -> Answers:
-    """What a model answers for every image of a source, in its order, in the classes of the source.
+def answers_of(models: Sequence[Model], images: Source, data: DataConfig, *, batch_size: int = 64) -> list[Answers]:
+    """What each of some models answers for every image of a source, in its order, in the classes of the source.
 
     Classes are matched by name: another order is mapped, and of more classes only those of the source are looked at,
     as of an `ImageNetSource` those that it has. Either is said.
 
+    Args:
+        models: of the same sizes and classes, such as the averaged and the raw weights of a run.
+
     Raises:
-        InputError: the source has classes that the model does not have, or an image cannot be read; or the model gives
-            numbers that are none (NaN).
+        InputError: the source has classes that the models do not have, or an image cannot be read.
+        NonFiniteAnswersError: a model gives infinite numbers or NaN.
     """
-    match = _matched(model, images, data)
+    match = match_of(models[0], images, data)
     if match.note:
         _log.warning(match.note)
     asked = np.zeros(len(images.class_names), bool)
@@ -82,15 +110,12 @@ def answers_of(model: Model, images: Source, data: DataConfig, *, batch_size: in
         likeliest, top = jax.lax.top_k(log, min(5, int(asked.sum())))
         return labels, top, jnp.exp(likeliest), -jnp.take_along_axis(log, labels[:, None], axis=1)[:, 0]
 
-    arrays, rate = _over(images, data, model, batch_size, compute)
-    if not np.isfinite(arrays[2]).all():
-        raise InputError(
-            f"the model gives scores that are not numbers (NaN) on {data.source}: its parameters cannot be right"
-        )
-    return Answers(*arrays, rate)
+    found, rate = _over(images, data, models, batch_size, compute)
+    return [Answers(*arrays, rate) for arrays in found]
 
 
-def _matched(model: Model, images: Source, data: DataConfig) -> Match:
+def match_of(model: Model, images: Source, data: DataConfig) -> Match:
+    """The classes of a source among those of a model. Raises InputError if the model does not have them."""
     described = description_of(model)
     try:
         return match_classes(described.class_names, described.config.num_classes, images.class_names, data.source)
@@ -109,7 +134,7 @@ def features_of(
     def compute(model: Model, inputs: jax.Array, labels: jax.Array):
         return model.extract_feat(inputs)[0].astype(jnp.float32), labels
 
-    (features, labels), _ = _over(images, data, model, batch_size, compute)
+    ((features, labels),), _ = _over(images, data, [model], batch_size, compute)
     return features, labels
 
 
@@ -131,6 +156,8 @@ def evaluate_model(
 ) -> Iterator[Evaluation]:
     """Evaluates what lies in a folder: the averaged and the raw weights of a training run, or the one set of a model.
 
+    All is opened at once, and computed when it is asked for.
+
     Args:
         sources: as in `DataConfig.source`, or a relative of ImageNet as `open_imagenet` takes it; none takes the test
             images of the training run.
@@ -142,17 +169,34 @@ def evaluate_model(
     opened = [(data, open_test(data)) for data in test_data(path, sources)]
     if real_labels_file and not any(data.source.startswith("imagenet:") for data, _ in opened):
         raise InputError(f"{real_labels_file} is for the source imagenet:PATH, and that was not given")
-    for weights, model in models_in(path):
+    accepted = {
+        data.source: real_labels(real_labels_file, list(images.files))
+        for data, images in opened
+        if real_labels_file and isinstance(images, ImageNetSource) and data.source.startswith("imagenet:")
+    }
+    names, models = zip(*models_in(path), strict=True)
+    for data, images in opened:
+        match_of(models[0], images, data)
+
+    def evaluations() -> Iterator[Evaluation]:
         for data, images in opened:
-            answers = answers_of(model, images, data, batch_size=batch_size)
-            kind = data.source.partition(":")[0]
-            kind = kind if kind in RELATIVES else "imagenet" if "imagenet2012" in data.source else kind
-            known = published(model.config, kind)
-            yield Evaluation(path, weights, data.source, images, answers, known)
-            if real_labels_file and kind == "imagenet" and isinstance(images, ImageNetSource):
-                accepted = real_labels(real_labels_file, list(images.files))
-                known = published(model.config, "imagenet-real")
-                yield Evaluation(path, weights, f"{data.source} (ReaL)", images, answers.judged_by(accepted), known)
+            known = published(models[0].config, _kind(data.source))
+            for weights, answers in zip(names, answers_of(models, images, data, batch_size=batch_size), strict=True):
+                yield Evaluation(path, weights, data.source, images, answers, known)
+                if data.source in accepted:
+                    judged = answers.judged_by(accepted[data.source])
+                    known_real = published(models[0].config, "imagenet-real")
+                    yield Evaluation(path, weights, f"{data.source} (ReaL)", images, judged, known_real)
+
+    return evaluations()
+
+
+def _kind(source: str) -> str:
+    """Which published numbers belong to a source: of ImageNet-1k's relatives, of itself, or none."""
+    name = source.partition(":")[0]
+    # As a whole word: imagenet2012_corrupted is another dataset.
+    is_imagenet = name not in RELATIVES and re.search(r"[:/]imagenet2012(?![\w-])", source)
+    return "imagenet" if is_imagenet else name
 
 
 def test_data(path: str, sources: Sequence[str]) -> list[DataConfig]:
@@ -185,20 +229,30 @@ def probe_model(
 
     The classes need not be those that the model was trained for; of a run, the averaged weights are taken.
 
-    Yields:
+    All is opened at once, and computed when it is asked for.
+
+    Returns:
         model, data, method, training_images, images, top1 with the ends of its 95% interval.
 
     Raises:
-        InputError: as `evaluate_model`; or a source has no training images.
+        InputError: as `evaluate_model`; or a source has no training images, or only one class.
     """
     wanted = test_data(path, sources)
     for data in wanted:
         if data.source.partition(":")[0] in RELATIVES:
             raise InputError(f"{data.source} has no training images, to which a probe is fitted; folder:PATH has both")
     _, model = next(models_in(path))
+    opened = []
     for data in wanted:
         train = open_source(data.source, data.train_split)
-        test = open_source(data.source, data.eval_split)
+        if "linear" in methods and len(train.class_names) < 2:
+            raise InputError(f"{data.source} has {len(train.class_names)} class, and a linear probe needs two at least")
+        opened.append((data, train, open_source(data.source, data.eval_split)))
+    return _probes(path, model, opened, methods, batch_size)
+
+
+def _probes(path: str, model: Model, opened: list, methods: Sequence[str], batch_size: int) -> Iterator[dict]:
+    for data, train, test in opened:
         train_features, train_labels = features_of(model, train, data, batch_size=batch_size)
         test_features, labels = features_of(model, test, data, batch_size=batch_size)
         for method in methods:

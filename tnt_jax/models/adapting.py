@@ -49,7 +49,7 @@ def adapt(
             adapted.pop(name, None)
         if wanted.num_classes:
             shape = (len(parameters["norm.bias"]), wanted.num_classes)
-            adapted["head.kernel"] = np.asarray(normal_init(np.random.default_rng(seed), shape, wanted.param_dtype))
+            adapted["head.kernel"] = normal_init(None, shape, wanted.param_dtype).draw((seed,))
             adapted["head.bias"] = np.zeros(wanted.num_classes, adapted["head.kernel"].dtype)
             notes.append(
                 f"the head is fresh: {wanted.num_classes} classes, where the checkpoint has {config.num_classes}"

@@ -13,14 +13,14 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from tnt_jax.config import InputError, ModelConfig
-from tnt_jax.models.layers import BatchNorm, InitialRngs, Linear
+from tnt_jax.models.layers import BatchNorm, Linear, Rngs
 from tnt_jax.models.stem import conv3x3
 
 
 class Upsample(nnx.Module):
     """A transposed 2x2 convolution with stride 2: each place becomes a square of 2 x 2, without overlap."""
 
-    def __init__(self, dim: int, *, config: ModelConfig, rngs: InitialRngs):
+    def __init__(self, dim: int, *, config: ModelConfig, rngs: Rngs):
         self.linear = Linear(dim, 4 * dim, config=config, rngs=rngs)
 
     def __call__(self, maps: Float[Array, "batch rows columns dim"]) -> Float[Array, "batch 2*rows 2*columns dim"]:
@@ -32,17 +32,17 @@ class Upsample(nnx.Module):
 class FeaturePyramid(nnx.Module):
     """Four maps of a TNT, all of one stride, to strides of a quarter, a half, once and twice it.
 
-    TNT-S has stride 16, so `FeaturePyramid(model.config, seed=0)(model.forward_intermediates(images, (2, 5, 8, 11)))`
-    has strides 4, 8, 16 and 32. Its parameters are its own: the model's stay as they are.
+    TNT-S has stride 16, so of `model.forward_intermediates(images, (2, 5, 8, 11))` it makes strides 4, 8, 16 and 32.
+    Its parameters are its own: those of the model stay as they are.
 
     Raises:
         InputError: the configuration is that of a PyramidTNT.
     """
 
-    def __init__(self, config: ModelConfig, *, seed: int):
+    def __init__(self, config: ModelConfig, *, rngs: Rngs):
         if config.architecture == "pyramid":
             raise InputError(f"{config.name} has a pyramid of features in its stages: take its forward_intermediates")
-        rngs, dim = InitialRngs(seed), config.outer_dim
+        dim = config.outer_dim
         self.up4 = Upsample(dim, config=config, rngs=rngs)
         self.norm4 = BatchNorm(dim, config=config, rngs=rngs)
         self.up4_again = Upsample(dim, config=config, rngs=rngs)

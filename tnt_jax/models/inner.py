@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from tnt_jax.config import ModelConfig
 from tnt_jax.models.formulations.inner import transform_words
 from tnt_jax.models.functions import split_key, survivors
-from tnt_jax.models.layers import InitialRngs, LayerNorm, TransformerLayer
+from tnt_jax.models.layers import LayerNorm, Rngs, TransformerLayer
 
 
 class InnerTransformer(TransformerLayer):
@@ -28,7 +28,7 @@ class InnerTransformer(TransformerLayer):
         *,
         norm: Callable[..., nnx.Module] = LayerNorm,
         config: ModelConfig,
-        rngs: InitialRngs,
+        rngs: Rngs,
     ):
         super().__init__(dim, num_heads, drop_path_rate, norm=norm, config=config, rngs=rngs)
         self.formulation = config.inner

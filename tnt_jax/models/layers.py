@@ -20,27 +20,48 @@ from tnt_jax.models.functions import NORM_EPSILON, drop_path, dropout, gelu, spl
 BATCH_NORM_MOMENTUM = 0.1  # of the new value, as PyTorch counts it
 
 
-class InitialRngs:
-    """Stands in for `nnx.Rngs` while a module is made: one NumPy generator for each parameter.
+class AbstractRngs:
+    """Stands in for `nnx.Rngs` where a module is made without numbers: its parameters are shapes that can be drawn."""
 
-    Initial values that JAX draws are compiled shape by shape, ten seconds for a TNT-S; NumPy's are there at once and
-    the same on every platform. Without a seed, parameters are shapes.
+    def params(self) -> None:
+        """No key."""
+
+
+Rngs = nnx.Rngs | AbstractRngs
+ABSTRACT = AbstractRngs()
+
+
+class Undrawn(jax.ShapeDtypeStruct):
+    """The shape of a parameter that knows how its initial values are drawn.
+
+    JAX compiles what it draws shape by shape, ten seconds for a TNT-S. NumPy's values are there at once, and the same
+    on every platform.
     """
 
-    def __init__(self, seed: int | None):
-        self._seed, self._count = seed, 0
+    def __init__(self, shape: tuple[int, ...], dtype: DTypeLike, draw: Callable):
+        super().__init__(shape, dtype)
+        self._draw = draw
 
-    def params(self) -> np.random.Generator | None:
-        """The generator of the next parameter."""
-        self._count += 1
-        return None if self._seed is None else np.random.default_rng((self._seed, self._count))
+    def draw(self, seed: Sequence[int]) -> np.ndarray:
+        """The values; the same seed gives the same."""
+        return self._draw(np.random.default_rng(seed), self.shape).astype(self.dtype)
 
 
 def initializer(draw: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]) -> Callable:
-    """What a Flax module takes as an initialiser, from a function of a generator and a shape."""
+    """What a Flax module takes as an initialiser, from a function of a NumPy generator and a shape.
 
-    def init(rng: np.random.Generator | None, shape: tuple[int, ...], dtype: DTypeLike, **_):
-        return jax.ShapeDtypeStruct(shape, dtype) if rng is None else jnp.asarray(draw(rng, shape), dtype)
+    A key of JAX seeds the generator with its bits, also where the key is traced; without a key the result is `Undrawn`.
+    """
+
+    def init(key: PRNGKeyArray | None, shape: tuple[int, ...], dtype: DTypeLike, **_):
+        undrawn = Undrawn(shape, jnp.dtype(dtype), draw)
+        if key is None:
+            return undrawn
+        bits = jax.random.key_data(key)
+        if isinstance(bits, jax.core.Tracer):
+            drawn = jax.ShapeDtypeStruct(shape, undrawn.dtype)
+            return jax.pure_callback(lambda bits: undrawn.draw(np.asarray(bits)), drawn, bits, vmap_method="sequential")
+        return jnp.asarray(undrawn.draw(np.asarray(bits)))
 
     return init
 
@@ -60,9 +81,7 @@ def fan_in_uniform(fan_in: int) -> Callable:
 class Linear(nnx.Linear):
     """A linear map of the last axis, initialised as published: weights with standard deviation 0.02, zero bias."""
 
-    def __init__(
-        self, in_features: int, out_features: int, *, use_bias: bool = True, config: ModelConfig, rngs: InitialRngs
-    ):
+    def __init__(self, in_features: int, out_features: int, *, use_bias: bool = True, config: ModelConfig, rngs: Rngs):
         self.plain = config.inner == "reference"
         super().__init__(
             in_features,
@@ -86,7 +105,7 @@ class Linear(nnx.Linear):
 class LayerNorm(nnx.LayerNorm):
     """Normalises the last axis with statistics in float32 and the epsilon of the published models, 1e-5."""
 
-    def __init__(self, num_features: int, *, config: ModelConfig, rngs: InitialRngs):
+    def __init__(self, num_features: int, *, config: ModelConfig, rngs: Rngs):
         self.plain = config.inner == "reference"
         super().__init__(
             num_features,
@@ -109,7 +128,7 @@ class BatchNorm(nnx.Module):
     whole batch on however many devices it lies. Training overwrites `mean` and `var`, which no gradient reaches.
     """
 
-    def __init__(self, num_features: int, *, config: ModelConfig, rngs: InitialRngs):
+    def __init__(self, num_features: int, *, config: ModelConfig, rngs: Rngs):
         self.dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
         self.scale = nnx.Param(ones_init(rngs.params(), (num_features,), param_dtype))
         self.bias = nnx.Param(zeros_init(rngs.params(), (num_features,), param_dtype))
@@ -151,7 +170,7 @@ class Attention(nnx.Module):
     one_input = True
     """Whether q, k and v are made of the same tokens, so that one product makes them."""
 
-    def __init__(self, dim: int, num_heads: int, *, config: ModelConfig, rngs: InitialRngs):
+    def __init__(self, dim: int, num_heads: int, *, config: ModelConfig, rngs: Rngs):
         self.num_heads = num_heads
         self.formulation = config.inner
         self.drop_rate, self.attn_drop_rate = config.drop_rate, config.attn_drop_rate
@@ -189,7 +208,7 @@ class Attention(nnx.Module):
 class Mlp(nnx.Module):
     """Linear, exact GELU, linear (equation 2)."""
 
-    def __init__(self, dim: int, *, config: ModelConfig, rngs: InitialRngs):
+    def __init__(self, dim: int, *, config: ModelConfig, rngs: Rngs):
         hidden = int(dim * config.mlp_ratio)
         self.drop_rate = config.drop_rate
         self.fc1 = Linear(dim, hidden, config=config, rngs=rngs)
@@ -209,7 +228,7 @@ class SqueezeExcitation(nnx.Module):
     Source: SE in huawei's tnt.py. Norm, linear to a quarter, ReLU, linear, tanh.
     """
 
-    def __init__(self, dim: int, *, config: ModelConfig, rngs: InitialRngs):
+    def __init__(self, dim: int, *, config: ModelConfig, rngs: Rngs):
         self.norm = LayerNorm(dim, config=config, rngs=rngs)
         self.fc1 = Linear(dim, dim // 4, config=config, rngs=rngs)
         self.fc2 = Linear(dim // 4, dim, config=config, rngs=rngs)
@@ -236,7 +255,7 @@ class TransformerLayer(nnx.Module):
         attention: Callable[..., nnx.Module] = Attention,
         squeeze_excitation: bool = False,
         config: ModelConfig,
-        rngs: InitialRngs,
+        rngs: Rngs,
     ):
         self.drop_path_rate = drop_path_rate
         self.norm1 = norm(dim, config=config, rngs=rngs)

@@ -17,14 +17,15 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from tnt_jax.config import InputError, ModelConfig
+from tnt_jax.models.calling import block_indices, check_images, explains_forward_mode, training_key
 from tnt_jax.models.formulations.gradients import parameter_add, parameter_einsum
 from tnt_jax.models.functions import dropout, split_key
 from tnt_jax.models.inner import InnerTransformer
 from tnt_jax.models.layers import (
     Attention,
-    InitialRngs,
     LayerNorm,
     Linear,
+    Rngs,
     TransformerLayer,
     initializer,
     rematerialised,
@@ -32,8 +33,6 @@ from tnt_jax.models.layers import (
 from tnt_jax.models.stem import PATCH_SIZE, WORD_STRIDE, WORDS_PER_SIDE, Stem, conv3x3
 from tnt_jax.models.tnt import (
     WordsToSentence,
-    block_indices,
-    check_images,
     drop_path_rates,
     grid_size,
     make_head,
@@ -84,7 +83,7 @@ def key_grid(grid: tuple[int, int], reduction: int) -> tuple[int, int]:
 class PatchNorm(LayerNorm):
     """Layer norm over all words of a patch together, with a scale and a bias for each channel of each word."""
 
-    def __init__(self, dim: int, *, config: ModelConfig, rngs: InitialRngs):
+    def __init__(self, dim: int, *, config: ModelConfig, rngs: Rngs):
         super().__init__(WORDS_PER_SIDE**2 * dim, config=config, rngs=rngs)
 
     def __call__(self, words: Float[Array, "sentences words inner"]) -> Float[Array, "sentences words inner"]:
@@ -104,7 +103,7 @@ class ReducedAttention(Attention):
         grid: tuple[int, int],
         reduction: int,
         config: ModelConfig,
-        rngs: InitialRngs,
+        rngs: Rngs,
     ):
         super().__init__(dim, num_heads, config=config, rngs=rngs)
         self.grid, self.reduction = grid, reduction
@@ -138,7 +137,7 @@ class Block(nnx.Module):
         grid: tuple[int, int],
         reduction: int,
         config: ModelConfig,
-        rngs: InitialRngs,
+        rngs: Rngs,
     ):
         if has_inner:
             dim, heads = config.inner_dim, config.inner_heads
@@ -188,7 +187,7 @@ class Aggregation(nnx.Module):
     A grid with an odd side gets zeros at its end, as upstream pads it for detection.
     """
 
-    def __init__(self, grid: tuple[int, int], *, config: ModelConfig, following: ModelConfig, rngs: InitialRngs):
+    def __init__(self, grid: tuple[int, int], *, config: ModelConfig, following: ModelConfig, rngs: Rngs):
         self.grid = grid
         self.word_norm = LayerNorm(config.inner_dim, config=config, rngs=rngs)
         self.word_conv = conv3x3(config.inner_dim, following.inner_dim, 2, config=config, rngs=rngs)
@@ -216,9 +215,7 @@ class Stage(nnx.Module):
     `position_bias` is upstream's `relative_pos`, which is not relative: a free number for each pair of places.
     """
 
-    def __init__(
-        self, stage: int, *, rates: list[float], has_inner: list[bool], config: ModelConfig, rngs: InitialRngs
-    ):
+    def __init__(self, stage: int, *, rates: list[float], has_inner: list[bool], config: ModelConfig, rngs: Rngs):
         sizes, self.grid, reduction = stage_config(config, stage), stage_grids(config)[stage], SPATIAL_REDUCTION[stage]
         shape = (1, sizes.outer_heads, math.prod(self.grid), math.prod(key_grid(self.grid, reduction)))
         standard_normal = initializer(lambda rng, shape: rng.standard_normal(shape, np.float32))
@@ -245,12 +242,14 @@ class Stage(nnx.Module):
 class PyramidTNT(nnx.Module):
     """The network. `tnt_jax.create_model` makes one from a name.
 
-    Calling it without a key evaluates. With a key it trains: dropout and stochastic depth are drawn from the key, and
-    batch norm uses the statistics of the batch and takes them into its running averages.
+    Calling it without a key evaluates. With a key, or with `rngs` as Flax's modules take them, it trains: dropout and
+    stochastic depth are drawn from the key, and batch norm uses the statistics of the batch and takes them into its
+    running averages.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: InitialRngs):
+    def __init__(self, config: ModelConfig, *, rngs: Rngs):
         self.config = config
+        self.deterministic: bool | None = None
         grids, sizes = stage_grids(config), [stage_config(config, stage) for stage in range(STAGES)]
         self.stem = Stem(config=sizes[0], rngs=rngs)
         words, sentences = WORDS_PER_SIDE**2, math.prod(grids[0])
@@ -276,21 +275,36 @@ class PyramidTNT(nnx.Module):
         self.norm = LayerNorm(sizes[-1].outer_dim, config=config, rngs=rngs)
         self.head = make_head(sizes[-1].outer_dim, config=config, rngs=rngs)
 
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """What `nnx.view` changes: whether calls evaluate whatever they are given, train, or decide (None)."""
+        self.deterministic = deterministic
+
     def __call__(
-        self, images: Float[Array, "batch height width channels"], key: PRNGKeyArray | None = None
+        self,
+        images: Float[Array, "batch height width channels"],
+        key: PRNGKeyArray | None = None,
+        *,
+        rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "batch classes"]:
         """Logits of normalised images in float32; with `num_classes=0`, the mean of the normalised sentences.
 
         Raises:
-            InputError: the images have another shape than the model was made for.
+            InputError: the images have another shape than the model was made for, or are not normalised; or no key is
+                given after `model.train()`.
         """
-        mean = self.forward_features(images, key).astype(jnp.float32).mean(axis=1)
+        mean = self.forward_features(images, key, rngs=rngs).astype(jnp.float32).mean(axis=1)
         return mean if self.head is None else self.head(mean)
 
+    @explains_forward_mode
     def forward_features(
-        self, images: Float[Array, "batch height width channels"], key: PRNGKeyArray | None = None
+        self,
+        images: Float[Array, "batch height width channels"],
+        key: PRNGKeyArray | None = None,
+        *,
+        rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "batch patches outer"]:
         """The sentences of the last stage after the last norm; there is no class token."""
+        key = training_key(self, key, rngs)
         embed_key, *stage_keys = split_key(key, 1 + STAGES)
         words, sentences = self.embed(images, embed_key)
         for index in range(STAGES):

@@ -11,14 +11,14 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from tnt_jax.config import ModelConfig
-from tnt_jax.models.layers import BatchNorm, InitialRngs, initializer, zeros_init
+from tnt_jax.models.layers import BatchNorm, Rngs, initializer, zeros_init
 from tnt_jax.models.tnt import to_patches
 
 PATCH_SIZE, WORD_STRIDE, WORDS_PER_SIDE = 8, 2, 4
 """The stem halves the image once for words and cuts 4 x 4 words for each sentence."""
 
 
-def conv3x3(inputs: int, outputs: int, stride: int, *, config: ModelConfig, rngs: InitialRngs) -> nnx.Conv:
+def conv3x3(inputs: int, outputs: int, stride: int, *, config: ModelConfig, rngs: Rngs) -> nnx.Conv:
     """A 3x3 convolution with a border of zeros, initialised as published: He's normal distribution over the fan out."""
     return nnx.Conv(
         inputs,
@@ -37,7 +37,7 @@ def conv3x3(inputs: int, outputs: int, stride: int, *, config: ModelConfig, rngs
 class ConvNormRelu(nnx.Module):
     """3x3 convolution, batch norm, ReLU."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int, *, config: ModelConfig, rngs: InitialRngs):
+    def __init__(self, inputs: int, outputs: int, stride: int, *, config: ModelConfig, rngs: Rngs):
         self.conv = conv3x3(inputs, outputs, stride, config=config, rngs=rngs)
         self.norm = BatchNorm(outputs, config=config, rngs=rngs)
 
@@ -48,7 +48,7 @@ class ConvNormRelu(nnx.Module):
 class Stem(nnx.Module):
     """Image to words at half its resolution and sentences at an eighth, by convolutions that they share at first."""
 
-    def __init__(self, *, config: ModelConfig, rngs: InitialRngs):
+    def __init__(self, *, config: ModelConfig, rngs: Rngs):
         dim = config.inner_dim
         conv = functools.partial(ConvNormRelu, config=config, rngs=rngs)
         self.common = conv(config.in_channels, 2 * dim, 2)

@@ -7,22 +7,22 @@ words-to-sentence projection of every block, and nowhere else.
 """
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from tnt_jax.config import InputError, ModelConfig
+from tnt_jax.config import ModelConfig
+from tnt_jax.models.calling import block_indices, check_images, explains_forward_mode, training_key
 from tnt_jax.models.formulations.gradients import parameter_add, parameter_einsum
 from tnt_jax.models.formulations.sentences import make_sentences
 from tnt_jax.models.functions import dropout, split_key
 from tnt_jax.models.inner import InnerTransformer
 from tnt_jax.models.layers import (
-    InitialRngs,
     LayerNorm,
     Linear,
+    Rngs,
     TransformerLayer,
     fan_in_uniform,
     normal_init,
@@ -60,7 +60,7 @@ class WordEmbedding(nnx.Module):
 
     kernel_size = 7
 
-    def __init__(self, *, config: ModelConfig, rngs: InitialRngs):
+    def __init__(self, *, config: ModelConfig, rngs: Rngs):
         self.patch_size, self.words_per_side, self.stride = (
             config.patch_size,
             words_per_side(config),
@@ -144,7 +144,7 @@ class WordsToSentence(nnx.Module):
     A legacy block normalises each word by itself, has the bias, and does not normalise the result.
     """
 
-    def __init__(self, *, in_legacy_block: bool = False, use_bias: bool, config: ModelConfig, rngs: InitialRngs):
+    def __init__(self, *, in_legacy_block: bool = False, use_bias: bool, config: ModelConfig, rngs: Rngs):
         flat_dim = words_per_side(config) ** 2 * config.inner_dim
         self.formulation = config.inner
         self.norm_each_word = in_legacy_block
@@ -178,7 +178,7 @@ class Block(nnx.Module):
     transformer (TNT-S-1 to TNT-S-4 in table 5 of the paper) passes its words on and adds none.
     """
 
-    def __init__(self, drop_path_rate: float, *, has_inner: bool, config: ModelConfig, rngs: InitialRngs):
+    def __init__(self, drop_path_rate: float, *, has_inner: bool, config: ModelConfig, rngs: Rngs):
         legacy = config.architecture == "legacy"
         if has_inner:
             dim, heads = config.inner_dim, config.inner_heads
@@ -215,7 +215,7 @@ class Block(nnx.Module):
         return words, self.outer(sentences, outer_key)
 
 
-def positions(wanted: bool, count: int, dim: int, config: ModelConfig, rngs: InitialRngs) -> nnx.Param | None:
+def positions(wanted: bool, count: int, dim: int, config: ModelConfig, rngs: Rngs) -> nnx.Param | None:
     """Learned positions (1, count, dim), or None for the networks of table 6 of the paper that have none."""
     if not wanted:
         return None
@@ -227,43 +227,23 @@ def drop_path_rates(last: float, depth: int) -> list[float]:
     return [last * index / max(depth - 1, 1) for index in range(depth)]
 
 
-def make_head(dim: int, *, config: ModelConfig, rngs: InitialRngs) -> Linear | None:
+def make_head(dim: int, *, config: ModelConfig, rngs: Rngs) -> Linear | None:
     """The map to logits, which are float32 whatever the rest is computed in; None where there are no classes."""
     if not config.num_classes:
         return None
     return Linear(dim, config.num_classes, config=dataclasses.replace(config, dtype="float32"), rngs=rngs)
 
 
-def check_images(images: Float[Array, "batch height width channels"], config: ModelConfig) -> None:
-    """Raises InputError unless the images have the shape that the model was made for."""
-    expected = (*config.image_size, config.in_channels)
-    if images.ndim != 4 or images.shape[1:] != expected:
-        raise InputError(
-            f"images have shape {images.shape}, and this model takes (batch, {', '.join(map(str, expected))})"
-        )
-
-
-def block_indices(blocks: Sequence[int], depth: int) -> set[int]:
-    """Indices of blocks as numbers from 0; -1 is the last one.
-
-    Raises:
-        InputError: there is no such block.
-    """
-    if outside := [index for index in blocks if not -depth <= index < depth]:
-        raise InputError(f"blocks {outside} are out of range: this model has blocks 0 to {depth - 1}")
-    return {index % depth for index in blocks}
-
-
 class TNT(nnx.Module):
     """The network. `tnt_jax.create_model` makes one from a name.
 
-    Calling it without a key evaluates. With a key it trains: dropout and stochastic depth are on and drawn from the
-    key.
-    Modules hold parameters and sizes, no random state.
+    Calling it without a key evaluates. With a key, or with `rngs` as Flax's modules take them, it trains: dropout and
+    stochastic depth are drawn from the key. Modules hold parameters and sizes, no random state.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: InitialRngs):
+    def __init__(self, config: ModelConfig, *, rngs: Rngs):
         self.config = config
+        self.deterministic: bool | None = None
         rows, columns = grid_size(config)
         param_dtype = jnp.dtype(config.param_dtype)
         self.word_embedding = WordEmbedding(config=config, rngs=rngs)
@@ -282,21 +262,36 @@ class TNT(nnx.Module):
         self.norm = LayerNorm(config.outer_dim, config=config, rngs=rngs)
         self.head = make_head(config.outer_dim, config=config, rngs=rngs)
 
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """What `nnx.view` changes: whether calls evaluate whatever they are given, train, or decide (None)."""
+        self.deterministic = deterministic
+
     def __call__(
-        self, images: Float[Array, "batch height width channels"], key: PRNGKeyArray | None = None
+        self,
+        images: Float[Array, "batch height width channels"],
+        key: PRNGKeyArray | None = None,
+        *,
+        rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "batch classes"]:
         """Logits of normalised images in float32; with `num_classes=0`, the normalised class token.
 
         Raises:
-            InputError: the images have another shape than the model was made for.
+            InputError: the images have another shape than the model was made for, or are not normalised; or no key is
+                given after `model.train()`.
         """
-        class_token = self.forward_features(images, key)[:, 0].astype(jnp.float32)
+        class_token = self.forward_features(images, key, rngs=rngs)[:, 0].astype(jnp.float32)
         return class_token if self.head is None else self.head(class_token)
 
+    @explains_forward_mode
     def forward_features(
-        self, images: Float[Array, "batch height width channels"], key: PRNGKeyArray | None = None
+        self,
+        images: Float[Array, "batch height width channels"],
+        key: PRNGKeyArray | None = None,
+        *,
+        rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "batch 1+patches outer"]:
         """All tokens after the last norm, the class token first."""
+        key = training_key(self, key, rngs)
         embed_key, *block_keys = split_key(key, 1 + len(self.blocks))
         words, sentences = self.embed(images, embed_key)
         run = rematerialised(Block.__call__, self.config.remat)

@@ -6,12 +6,14 @@ import fnmatch
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from tnt_jax.config import InputError, ModelChanges, ModelConfig, TrainConfig, check
 from tnt_jax.fields import faults, plain
 from tnt_jax.models import pyramid_tnt
-from tnt_jax.models.layers import InitialRngs
+from tnt_jax.models.layers import ABSTRACT
 from tnt_jax.models.pyramid_tnt import PyramidTNT
 from tnt_jax.models.tnt import TNT
 
@@ -292,7 +294,7 @@ def _check_stages(config: ModelConfig) -> None:
                 raise InputError(f"{branch}_dim {dim} cannot be divided among {branch}_heads {count}")
 
 
-def create_model(name: str, *, seed: int = 0, **changes) -> Model:
+def create_model(name: str, *, seed: int = 0, **changes: Any) -> Model:
     """A freshly initialised model, for example `create_model("tnt_s_patch16_224", num_classes=10, image_size=(192,
     320))`.
 
@@ -307,7 +309,7 @@ def create_model(name: str, *, seed: int = 0, **changes) -> Model:
     return build_model(model_config(name, **changes), seed)
 
 
-def model_config(name: str, **changes) -> ModelConfig:
+def model_config(name: str, **changes: Any) -> ModelConfig:
     """The complete configuration of a published model with other values of some fields.
 
     Raises:
@@ -336,14 +338,18 @@ def _check_names(fields: Iterable[str]) -> None:
 
 
 def build_model(config: ModelConfig, seed: int = 0) -> Model:
-    """The freshly initialised module that a configuration describes."""
-    return _build(config, InitialRngs(seed))
+    """The freshly initialised module that a configuration describes.
+
+    Each parameter is drawn by itself, seeded by its path, so that one more of them changes no other.
+    """
+    graph, state = nnx.split(abstract_model(config))
+    drawn = [
+        (path, variable.replace(jnp.asarray(variable.get_value().draw((seed, *".".join(map(str, path)).encode())))))
+        for path, variable in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(drawn))
 
 
 def abstract_model(config: ModelConfig) -> Model:
     """The module that a configuration describes with shapes in the place of parameters. Nothing is allocated."""
-    return _build(config, InitialRngs(None))
-
-
-def _build(config: ModelConfig, rngs: InitialRngs) -> Model:
-    return PyramidTNT(config, rngs=rngs) if config.architecture == "pyramid" else TNT(config, rngs=rngs)
+    return (PyramidTNT if config.architecture == "pyramid" else TNT)(config, rngs=ABSTRACT)

@@ -55,6 +55,19 @@ def check_space(path: str | os.PathLike, size: int) -> None:
         raise InputError(f"{path} cannot be written: it takes {size:,} bytes, and {free:,} are free on the disk")
 
 
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file in one step that no crash comes between. Raises OSError."""
+    unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def remove(path: Path) -> None:
     """Removes a file or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():

@@ -1,25 +1,20 @@
 """A model from wherever it lies; see `tnt_jax.storage.resolve` for what a MODEL is."""
 
-import contextlib
 import dataclasses
 import logging
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import filelock
-import jax
-from flax import nnx
 
 from tnt_jax.config import InputError, ModelConfig
 from tnt_jax.data.classes import match_classes
 from tnt_jax.models import variants
 from tnt_jax.models.adapting import adapt, select_classes
-from tnt_jax.models.variants import Model, abstract_model, changed, get_variant
+from tnt_jax.models.variants import Model, changed, get_variant
 from tnt_jax.storage import cache
-from tnt_jax.storage.checkpoint import Checkpoints
 from tnt_jax.storage.description import describe, description_of, description_text, read_description
 from tnt_jax.storage.download import Unreachable, download
 from tnt_jax.storage.files import remove
@@ -28,6 +23,7 @@ from tnt_jax.storage.hub import fetch_repository, is_hub_name
 from tnt_jax.storage.hub_folder import open_hub_folder
 from tnt_jax.storage.resolve import locate, published_places
 from tnt_jax.storage.torch.convert import Opened, is_published, open_checkpoint
+from tnt_jax.storage.trained import load_run
 
 _log = logging.getLogger(__name__)
 
@@ -216,30 +212,3 @@ def _keep(opened: Opened, key: str) -> None:
         cache.record(key, {"model": folder.name})
     except (InputError, OSError, ValueError, RuntimeError) as error:
         _log.warning("the converted model is not kept: %s", error)
-
-
-def load_run(run_dir: str | os.PathLike, *, weights: str = "ema", step: int | None = None) -> Model:
-    """The model of a training run; see `tnt_jax.load_model`.
-
-    Raises:
-        InputError: the run has no checkpoint yet, or none of this step.
-    """
-    description = read_description(run_dir)
-    graphdef, state = nnx.split(abstract_model(description.config))
-    # Onto one device of this machine, wherever it was trained.
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), nnx.to_pure_dict(state)
-    )
-    with contextlib.closing(Checkpoints(run_dir)) as checkpoints:
-        step = checkpoints.best_step or checkpoints.latest_step if step is None else step
-        if step not in checkpoints.steps:
-            kept = f"it has {checkpoints.steps}" if checkpoints.steps else "it has none yet"
-            raise InputError(f"the run in {run_dir} has no checkpoint of step {step}; {kept}")
-        item = {"ema": "ema", "raw": "params"}[weights]
-        params = checkpoints.restore(step, {item: like})[item]
-        scores = {name: score for name, score in (checkpoints.scores(step) or {}).items() if math.isfinite(score)}
-    model = nnx.merge(graphdef, params)
-    origin = {**(description.source or {}), "step": step, "weights": weights, "scores": scores}
-    model.description = dataclasses.replace(description, source=origin)
-    return model

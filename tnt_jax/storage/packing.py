@@ -1,25 +1,24 @@
 """A tree of arrays as few arrays, and back: writing an array costs a millisecond, however small it is."""
 
 import itertools
-import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Arrays of fewer elements are put together.
 LEAST_ALONE = 2**16
+"""Arrays of fewer elements are put together. A checkpoint records with which number it was written."""
 
 
-def pack(tree) -> dict[str, jax.Array]:
+def pack(tree, least_alone: int = LEAST_ALONE) -> dict[str, jax.Array]:
     """The small arrays of each dtype one after another in one, by the name of the dtype; the others by their path."""
-    large, small = _by_size(tree)
+    large, small = _by_size(tree, least_alone)
     return large | {dtype: _joined(leaves) for dtype, leaves in small.items()}
 
 
-def packed_shapes(like) -> dict[str, jax.ShapeDtypeStruct]:
+def packed_shapes(like, least_alone: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and shardings of what `pack` makes of a tree with the shapes and shardings of `like`."""
-    large, small = _by_size(like)
+    large, small = _by_size(like, least_alone)
     # The smallest array lies whole on every device, and so may the small ones together for a moment.
     whole = min(jax.tree.leaves(like), key=lambda leaf: leaf.size).sharding
     return large | {
@@ -28,9 +27,9 @@ def packed_shapes(like) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def unpack(packed: dict[str, jax.Array], like):
+def unpack(packed: dict[str, jax.Array], like, least_alone: int):
     """The tree that `pack` was given, with the shardings of `like`."""
-    large, small = _by_size(like)
+    large, small = _by_size(like, least_alone)
     parts = {dtype: iter(_parted(packed[dtype], leaves)) for dtype, leaves in small.items()}
 
     def leaf_at(path, leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -39,10 +38,10 @@ def unpack(packed: dict[str, jax.Array], like):
     return jax.tree_util.tree_map_with_path(leaf_at, like)
 
 
-def _by_size(tree) -> tuple[dict, dict[str, list]]:
+def _by_size(tree, least_alone: int) -> tuple[dict, dict[str, list]]:
     large, small = {}, {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if leaf.size < LEAST_ALONE:
+        if leaf.size < least_alone:
             small.setdefault(str(leaf.dtype), []).append(leaf)
         else:
             large[_name(path)] = leaf
@@ -68,16 +67,18 @@ def _parted(joined: jax.Array, like: list[jax.ShapeDtypeStruct]) -> list[jax.Arr
     ]
 
 
-def checksums(packed: dict[str, jax.Array]) -> dict[str, int]:
-    """A 32-bit checksum of each array, computed where it lies, the same on any number of devices.
+def checksums(packed: dict[str, jax.Array]) -> tuple[dict[str, int], bool]:
+    """A 32-bit checksum of each array, the same on any number of devices, and whether all numbers are finite.
 
     The bits of each element times an odd number of its own, summed modulo 2^32: no change of one element goes unseen.
+    All is computed where the arrays lie.
     """
-    return {name: int(value) for name, value in jax.device_get(_checksums(packed)).items()}
+    sums, finite = jax.device_get(_checksums(packed))
+    return {name: int(value) for name, value in sums.items()}, all(finite.values())
 
 
 @jax.jit
-def _checksums(packed: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def _checksums(packed: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     def checksum(leaf: jax.Array) -> jax.Array:
         unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
         bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
@@ -86,10 +87,15 @@ def _checksums(packed: dict[str, jax.Array]) -> dict[str, jax.Array]:
             place = place * jnp.uint32(length) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
         return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
 
-    return jax.tree.map(checksum, packed)
+    return jax.tree.map(checksum, packed), jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), packed)
 
 
-def layout(tree) -> int:
-    """A 32-bit checksum of all that `pack` leaves out: paths, shapes and dtypes, and what it takes for small."""
-    leaves = [(_name(path), leaf.shape, str(leaf.dtype)) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-    return zlib.crc32(str((LEAST_ALONE, leaves)).encode())
+Layout = list[list]
+"""Path, shape and dtype of each array of a tree, in order, as JSON holds them."""
+
+
+def layout(tree) -> Layout:
+    """All that `pack` leaves out, but for which arrays were put together."""
+    return [
+        [_name(path), list(leaf.shape), str(leaf.dtype)] for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]

@@ -2,26 +2,26 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 import rich.console
-from flax import nnx
+from jax.experimental import multihost_utils
 
-from tnt_jax.config import ModelChanges, TrainConfig, check
-from tnt_jax.data.pipeline import Batch, eval_batches, steps_per_epoch, train_batches
-from tnt_jax.data.sources import open_source
-from tnt_jax.models.variants import abstract_model, build_model, complete, resolve
-from tnt_jax.storage.checkpoint import Checkpoints, WriteError, claim_run_dir
-from tnt_jax.storage.folder import model_from_parameters
-from tnt_jax.storage.load import open_for
-from tnt_jax.training.mesh import check_batch_size, make_mesh, to_devices
+from tnt_jax.config import InputError, ModelChanges, TrainConfig
+from tnt_jax.data.pipeline import Batch
+from tnt_jax.storage.checkpoint import Checkpoints, NonFiniteError, WriteError
+from tnt_jax.storage.lock import RunLock
+from tnt_jax.storage.reading import had_checkpoint, steps_of
+from tnt_jax.storage.run import check_space, claim, compare, is_run
+from tnt_jax.training.agreement import agree_on_content, facts
 from tnt_jax.training.processes import together
-from tnt_jax.training.program import Program
-from tnt_jax.training.report import NonFiniteLossError, Report, check_wandb
-from tnt_jax.training.step import TrainState, evaluate
-from tnt_jax.training.stopping import StoppedError, StopSignal, stop_request
+from tnt_jax.training.report import Report, check_finite
+from tnt_jax.training.run import Run, saved_trees
+from tnt_jax.training.saving import SaveClock
+from tnt_jax.training.step import TrainState
+from tnt_jax.training.stopping import Signals, StoppedError, signals
 
 
 def train(config: TrainConfig[ModelChanges]) -> dict[str, float]:
@@ -32,164 +32,183 @@ def train(config: TrainConfig[ModelChanges]) -> dict[str, float]:
         for the raw ones (`raw_`).
 
     Raises:
-        InputError: something in the configuration is wrong. Raised before anything is written.
-        NonFiniteLossError: the loss was infinite or not a number. The last checkpoint before it is kept.
+        InputError: something in the configuration or in the data is wrong. Raised before anything is written.
+        NonFiniteError: a loss, a norm or a score was infinite or not a number. The last sound checkpoint is kept.
         WriteError: the run's folder cannot be written any more. No checkpoint that was written to its end is harmed.
-        StoppedError: Ctrl-C or SIGTERM. The step that was under way is finished and saved first.
+        UnreadableError: a checkpoint cannot be read at the moment. Nothing was touched.
+        RunningError: another process trains in the same folder.
+        StoppedError: Ctrl-C or SIGTERM while it trained. The step that was under way is finished and saved first.
         PeersError: not all processes of the run came.
     """
     began = time.perf_counter()
-    with together(config.distributed):
+    with signals() as listening, together(config.distributed, facts(config), listening):
         console = rich.console.Console(highlight=False, soft_wrap=True, quiet=jax.process_index() > 0)
         run = Run(config)
-        claim_run_dir(run.config, run.train_source.class_names)
-        with contextlib.closing(
-            Checkpoints(config.run_dir, keep=config.keep_checkpoints, warn=console.print)
-        ) as checkpoints:
-            state = run.saved_state(checkpoints) or run.initial_state()
-            start = int(state.step)
-            if start == run.total_steps:
-                console.print(f"The run in {config.run_dir} is finished. Another --run-dir starts another one.")
-            else:
-                console.print(run.describe(start))
-                _train_from(start, state, run, checkpoints, console, began)
-            return _conclude(checkpoints, run, console)
+        with _claimed(run, console) as fresh_state:
+            listening.kept = lambda: _kept(config.run_dir)
+            with contextlib.closing(
+                Checkpoints(config.run_dir, keep=config.keep_checkpoints, warn=console.print)
+            ) as checkpoints:
+                state = run.saved_state(checkpoints) or fresh_state
+                return _from(state, run, checkpoints, console, listening, began)
 
 
-def _train_from(
-    start: int, state: TrainState, run: "Run", checkpoints: Checkpoints, console: rich.console.Console, began: float
-) -> None:
+@contextlib.contextmanager
+def _claimed(run: Run, console: rich.console.Console) -> Iterator[TrainState | None]:
+    """The run's folder, checked, locked and claimed by process 0, as a context; the initial state of a run that begins.
+
+    Raises:
+        InputError, RunningError: the folder cannot be had.
+    """
+    config, content = run.config, run.content()
+    agree_on_content(content)
+    first = jax.process_index() == 0
+    changed = compare(config, content) if first else None
+    begins = _decided(not had_checkpoint(config.run_dir))
+    state = run.initial_state() if begins else None
+    with contextlib.ExitStack() as held:
+        if first:
+            check_space(config, run.state_bytes())
+            held.enter_context(RunLock(config.run_dir, console.print, _end_now))
+            start = {"processes": jax.process_count(), "devices": jax.device_count()}
+            claim(config, run.train_source.class_names, content, changed, start)
+            for name, (before, now) in (changed or {}).items():
+                console.print(f"{name} was {before!r} and is now {now!r}")
+        _meet_in(config.run_dir)
+        run.epochs_before = changed["epochs"][0] if changed and "epochs" in changed else None
+        yield state
+
+
+def _decided(by_process_0: bool) -> bool:
+    """What process 0 sees, for all: disks may show others something else."""
+    if jax.process_count() == 1:
+        return by_process_0
+    return bool(multihost_utils.broadcast_one_to_all(np.bool_(by_process_0)))
+
+
+def _meet_in(run_dir: str) -> None:
+    """Waits for process 0. Raises InputError if its folder is not there for this process."""
+    if jax.process_count() == 1:
+        return
+    multihost_utils.sync_global_devices("run folder")
+    if not is_run(run_dir):
+        raise InputError(
+            f"{run_dir} of process 0 is not there on process {jax.process_index()}: a run must lie on a disk that all "
+            "processes share"
+        )
+
+
+def _end_now(reason: str) -> None:
+    """Ends this process without a further write."""
+    print(f"error: {reason}", flush=True)
+    os._exit(1)
+
+
+def _kept(run_dir: str) -> str:
+    steps = steps_of(run_dir)
+    return (
+        f"the checkpoint of step {steps[-1]} is kept, and the same command goes on from there"
+        if steps
+        else "there is no checkpoint yet, and the same command begins again"
+    )
+
+
+def _from(
+    state: TrainState,
+    run: Run,
+    checkpoints: Checkpoints,
+    console: rich.console.Console,
+    listening: Signals,
+    began: float,
+) -> dict[str, float]:
+    """Trains from a state on, if that is not the last one."""
+    start = int(state.step)
+    # A run that was killed in an evaluation has saved the step, and not its scores.
+    evaluated = start == 0 or not run.evaluates_after(start) or checkpoints.scores(start)
+    if start == run.total_steps and evaluated:
+        console.print(f"The run in {run.config.run_dir} is finished. Another --run-dir starts another one.")
+        return _conclude(checkpoints, run, console)
+    console.print(run.describe(start))
+    if run.epochs_before is not None:
+        console.print(run.longer_schedule(run.epochs_before, start))
     try:
         with (
             Report(run.config, console, start, run.total_steps, run.steps_per_epoch, began) as report,
             contextlib.closing(run.batches(start)) as batches,
-            stop_request(console) as stop_signal,
+            listening.training(jax.process_count() > 1) as stop,
         ):
-            _take_steps(run, state, batches, checkpoints, report, stop_signal)
+            if not evaluated and (number := _evaluate(run, start, state, checkpoints, report, stop)):
+                raise _stopped(start, run, number)
+            _take_steps(run, state, batches, checkpoints, report, stop)
             checkpoints.wait()
-    except (NonFiniteLossError, WriteError) as error:
+    except (NonFiniteError, WriteError) as error:
         step = checkpoints.latest_step
         last = "there is no checkpoint yet" if step is None else f"the last good checkpoint is step {step}"
         raise type(error)(f"{error}; {last}") from error.__cause__
+    return _conclude(checkpoints, run, console)
 
 
 def _take_steps(
-    run: "Run",
+    run: Run,
     state: TrainState,
     batches: Iterator[Batch],
     checkpoints: Checkpoints,
     report: Report,
-    stop_signal: StopSignal,
+    stop: Callable[[], int | None],
 ) -> None:
+    clock = SaveClock(run.config.checkpoint_every_minutes, run.config.checkpoint_every_steps)
     for step in range(int(state.step) + 1, run.total_steps + 1):
         state, metrics = run.train_step(state, next(batches))
         report.train(step, metrics)
         checkpoints.check()
-        evaluates = step % run.steps_between_evaluations == 0 or step == run.total_steps
-        signal_number = stop_signal(step)
-        if not (evaluates or signal_number):
+        evaluates, number = run.evaluates_after(step), stop()
+        if not (clock.is_due(step) or evaluates or number):
             continue
-        # Nothing of a step is saved before its loss is known to be finite.
+        # Nothing of a step is saved before its loss and its norms are known to be finite.
         report.flush()
-        scores = run.evaluate(state) if evaluates else None
-        if scores:
-            report.test(step, scores)
-        checkpoints.save(step, saved_trees(state), scores)
-        if signal_number and step < run.total_steps:
+        with clock.saving():
+            checkpoints.save(step, saved_trees(state))
+        if evaluates and not number:
+            number = _evaluate(run, step, state, checkpoints, report, stop)
+            evaluates = number is None
+        if number and not (step == run.total_steps and evaluates):
             checkpoints.wait()
-            raise StoppedError(
-                f"stopped after step {step} of {run.total_steps}, which is saved; the same command goes on from there",
-                signal_number,
-            )
+            raise _stopped(step, run, number)
 
 
-def saved_trees(state: TrainState) -> dict[str, dict]:
-    """What a checkpoint holds of a state, beside its step."""
-    return {"params": state.params, "ema": state.ema, "opt_state": state.opt_state}
+def _evaluate(
+    run: Run,
+    step: int,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    report: Report,
+    stop: Callable[[], int | None],
+) -> int | None:
+    """Scores a step that was saved; the signal that stopped it."""
+    stopped: list[int] = []
+
+    def stop_between() -> int | None:
+        if number := stop():
+            stopped.append(number)
+        return number
+
+    scores = run.evaluate(state, stop_between)
+    if scores is None:
+        return stopped[0]
+    try:
+        check_finite(f"an evaluation after step {step}", scores)
+    except NonFiniteError as error:
+        checkpoints.discard(step, str(error))
+        raise
+    report.test(step, scores)
+    checkpoints.set_scores(step, scores)
+    return stopped[0] if stopped else None
 
 
-class Run:
-    """What a configuration determines and no step changes: data, devices, and the functions of a step.
-
-    Raises:
-        InputError: something in the configuration is wrong.
-    """
-
-    def __init__(self, config: TrainConfig[ModelChanges]):
-        data = config.data
-        check(config)
-        resolve(config.model)
-        check_wandb(config)
-        self.train_source, self.test_source = (
-            open_source(data.source, split) for split in (data.train_split, data.eval_split)
-        )
-        self.config = complete(config, len(self.train_source.class_names))
-        self.mesh = make_mesh(config.fsdp)
-        check_batch_size(config.batch_size, self.mesh, config.accumulation_steps)
-        self.steps_per_epoch = steps_per_epoch(len(self.train_source), data, config.batch_size)
-        self.total_steps = (config.epochs + config.optimizer.cooldown_epochs) * self.steps_per_epoch
-        self.steps_between_evaluations = config.eval_every_epochs * self.steps_per_epoch
-        self.program = Program(self.config, self.mesh, self.steps_per_epoch)
-        self._feed = {
-            "image_size": self.config.model.image_size,
-            "channels": self.config.model.in_channels,
-            "batch_size": config.batch_size,
-            "process_index": jax.process_index(),
-            "process_count": jax.process_count(),
-        }
-
-    def saved_state(self, checkpoints: Checkpoints) -> TrainState | None:
-        """The newest sound state, on all devices; None before the first checkpoint."""
-        abstract = self.program.abstract_state
-        if saved := checkpoints.restore_latest(saved_trees(abstract)):
-            step, trees = saved
-            return TrainState(step=jax.device_put(np.int32(step), abstract.step.sharding), **trees)
-        return None
-
-    def initial_state(self) -> TrainState:
-        """The state before the first step, on all devices."""
-        # Made op by op and then placed: to compile the whole initialisation takes longer than the first step.
-        if self.config.init_from:
-            wanted, data = self.config.model, self.config.data.source
-            names = self.train_source.class_names
-            parameters = open_for(self.config.init_from, wanted, names, data, seed=self.config.seed)
-            model = model_from_parameters(wanted, parameters)
-        else:
-            model = build_model(self.config.model, self.config.seed)
-        params = nnx.to_pure_dict(nnx.state(model))
-        return self.program.init(jax.tree.map(np.asarray, params))
-
-    def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One step on all devices. The memory of `state` is used again: it cannot be read afterwards."""
-        return self.program.train_step(state, to_devices(batch, self.mesh))
-
-    def batches(self, start: int) -> Iterator[Batch]:
-        """Training batches after `start` steps."""
-        return train_batches(self.train_source, self.config.data, **self._feed, seed=self.config.seed, start_step=start)
-
-    def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Scores on every test image, of the averaged and of the raw weights."""
-        scores = {}
-        for weights, params in (("ema", state.ema), ("raw", state.params)):
-            batches = eval_batches(self.test_source, self.config.data, **self._feed)
-            part = evaluate(self.program.eval_step, params, batches, self.mesh)
-            scores["count"] = part.pop("count")
-            scores |= {f"{weights}_{name}": value for name, value in part.items()}
-        return scores
-
-    def describe(self, start: int) -> str:
-        """The run in a sentence or two, for people."""
-        model = self.config.model
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_model(model)))
-        device = jax.devices()[0]
-        verb = "Going on with" if start else "Training"
-        return (
-            f"{verb} {model.name}: {model.depth} blocks, words {model.inner_dim} and sentences {model.outer_dim} wide, "
-            f"{parameters:,} parameters, on {jax.device_count()} {device.device_kind} device(s), "
-            f"from step {start} to {self.total_steps}. {len(self.train_source):,} training and "
-            f"{len(self.test_source):,} test images of {len(self.train_source.class_names)} classes. "
-            f"Everything of the run lies in {self.config.run_dir}"
-        )
+def _stopped(step: int, run: Run, number: int) -> StoppedError:
+    return StoppedError(
+        f"stopped after step {step} of {run.total_steps}, which is saved; the same command goes on from there", number
+    )
 
 
 def _conclude(checkpoints: Checkpoints, run: Run, console: rich.console.Console) -> dict[str, float]:

@@ -39,12 +39,16 @@ def check_batch_size(batch_size: int, mesh: Mesh, accumulation_steps: int = 1) -
         raise InputError(f"batch_size {batch_size} cannot be divided among {devices}; the nearest is {nearest}")
 
 
-def on_mesh(mesh: Mesh, function: Callable) -> Callable:
-    """The same function, whose modules can ask for the mesh and its platform: kernels are not cut by XLA."""
+def on_mesh(mesh: Mesh, function: Callable, precision: str = "highest") -> Callable:
+    """The same function, whose modules can ask for the mesh and its platform: kernels are not cut by XLA.
+
+    Args:
+        precision: of the products of float32 matrices on accelerators, as `TrainConfig.precision`.
+    """
 
     @functools.wraps(function)
     def on_it(*arguments):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), jax.default_matmul_precision(precision):
             return function(*arguments)
 
     return on_it

@@ -32,7 +32,7 @@ class Program:
     """Parameters to the state before the first step, on all devices."""
     train_step: Callable[[TrainState, dict], tuple[TrainState, dict]]
     """As `make_train_step` has it. The memory of the state that is given is used again."""
-    eval_step: Callable[[dict, dict], dict]
+    eval_step: Callable[[dict[str, dict], dict], dict]
     """As `make_eval_step` has it."""
 
     def __init__(self, config: TrainConfig, mesh: Mesh, steps_per_epoch: int):
@@ -51,8 +51,24 @@ class Program:
         }
         self.init = jax.jit(lambda params: init_state(params, optimizer), out_shardings=shardings)
         self.train_step = jax.jit(
-            on_mesh(mesh, make_train_step(graphdef, optimizer, schedule, config)),
+            on_mesh(mesh, make_train_step(graphdef, optimizer, schedule, config), config.precision),
             donate_argnums=0,
             out_shardings=(shardings, replicated(mesh)),
         )
-        self.eval_step = jax.jit(on_mesh(mesh, make_eval_step(graphdef, config.data)))
+        own = nnx.to_pure_dict(params)
+        self.eval_step = jax.jit(on_mesh(mesh, make_eval_step(graphdef, own, config.data)))
+
+    def check(self) -> None:
+        """Makes sure that a step maps its state to itself: what is saved is then what is restored.
+
+        Raises:
+            TypeError: an array comes out with another shape or dtype.
+        """
+        state, _ = self.train_step.eval_shape(self.abstract_state, self.abstract_batch)
+        before, after = (jax.tree_util.tree_leaves_with_path(each) for each in (self.abstract_state, state))
+        if jax.tree.structure(state) != jax.tree.structure(self.abstract_state):
+            raise TypeError("a train step changes the structure of its state")
+        for (path, leaf), (_, new) in zip(before, after, strict=True):
+            if (leaf.shape, leaf.dtype) != (new.shape, new.dtype):
+                name = jax.tree_util.keystr(path, simple=True, separator=".")
+                raise TypeError(f"a train step makes {name} {new.dtype} {new.shape} of {leaf.dtype} {leaf.shape}")

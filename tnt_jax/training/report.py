@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import math
+import os
 import pathlib
 import time
 import uuid
@@ -13,21 +14,26 @@ from collections.abc import Callable
 import jax
 import rich.console
 import rich.progress
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from tnt_jax.chips import chip_of, training_flops
 from tnt_jax.config import InputError, TrainConfig, to_json
 from tnt_jax.models.summary import count_macs
-from tnt_jax.storage.checkpoint import WriteError
+from tnt_jax.storage.checkpoint import NonFiniteError, WriteError
+from tnt_jax.storage.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
+DROPPED_FILE = "metrics_dropped.jsonl"
+"""Lines of steps that were taken again, after a start that went back to a checkpoint."""
 
 
-class NonFiniteLossError(RuntimeError):
-    """The loss of a step was infinite or not a number; the run stops before anything is saved of it."""
-
-    exit_code = 1
-    agreed = True  # all processes of a run raise it
+def check_finite(what: str, values: dict[str, float]) -> None:
+    """Raises NonFiniteError if one of them is infinite or not a number."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise NonFiniteError(f"the {name.replace('_', ' ')} of {what} is {value}")
 
 
 class Report:
@@ -76,7 +82,7 @@ class Report:
         """Takes the metrics of step `step` (from 1) and logs those of the step before.
 
         Raises:
-            NonFiniteLossError: the loss of the step before was not finite.
+            NonFiniteError: the loss or a norm of the step before was not finite.
         """
         self.flush()
         self._pending = (step, metrics)
@@ -90,8 +96,7 @@ class Report:
         step, metrics = self._pending
         self._pending = None
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        if not math.isfinite(metrics["loss"]):
-            raise NonFiniteLossError(f"the loss of step {step} is {metrics['loss']}")
+        check_finite(f"step {step}", {"loss": metrics["loss"]} | metrics)
         now = time.perf_counter()
         if step == self.start_step + 1:  # The first step was compiled: its time says nothing of the rate.
             self._clock, self._clock_step = now, step
@@ -150,7 +155,7 @@ class _JsonLines:
         self._file = _reopen(folder / METRICS_FILE, start_step)
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        self._file.write(json.dumps({"kind": kind, "step": step} | values) + "\n")
+        self._file.write(json.dumps({"kind": kind, "step": step} | values, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -158,12 +163,26 @@ class _JsonLines:
 
 
 class _TensorBoard:
+    """Event files, written at once.
+
+    tensorboardX's own `SummaryWriter` writes in a thread, which dies where the disk is full or the clock jumps; the
+    training then waits for it for ever.
+    """
+
     def __init__(self, folder: pathlib.Path, start_step: int):
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        folder = folder / "tensorboard"
+        folder.mkdir(parents=True, exist_ok=True)
+        # Two starts within a second must not write the same file.
+        self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}.{uuid.uuid4().hex[:8]}")
+        # What an earlier process wrote after this step is hidden.
+        start = {"step": start_step + 1, "wall_time": time.time()}
+        self._writer.write_event(Event(**start, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        for name in values.keys() - {"epoch"}:
-            self._writer.add_scalar(f"{kind}/{name}", values[name], step)
+        for name in sorted(values.keys() - {"epoch"}):
+            summary = scalar(f"{kind}/{name}", values[name])
+            self._writer.write_event(Event(step=step, wall_time=time.time(), summary=summary))
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
@@ -251,12 +270,17 @@ def _compile_seconds() -> Callable[[], float]:
 
 
 def _reopen(path: pathlib.Path, start_step: int) -> io.TextIOWrapper:
-    """The metrics file, without what an earlier process wrote after the step from which this one goes on."""
+    """The metrics file, without what an earlier process wrote after the step from which this one goes on.
+
+    Those lines are kept in another file.
+    """
     lines = path.read_text().splitlines() if path.exists() else []
     kept = [line for line in lines if _step_of(line) <= start_step]
-    replacement = path.with_suffix(".tmp")
-    replacement.write_text("".join(f"{line}\n" for line in kept))
-    replacement.replace(path)
+    if dropped := [line for line in lines if _step_of(line) > start_step]:
+        with path.with_name(DROPPED_FILE).open("a") as file:
+            file.write("".join(f"{line}\n" for line in dropped))
+    if dropped:
+        write_text(path, "".join(f"{line}\n" for line in kept))
     return path.open("a")
 
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from tnt_jax.config import TrainConfig
 from tnt_jax.data.mixing import Feeding, normalise, prepare_training
+from tnt_jax.storage.trained import average_like
 from tnt_jax.training.mesh import to_devices
 from tnt_jax.training.optimizer import ema_decay
 
@@ -30,8 +31,9 @@ class TrainState:
 
 
 def init_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step; the average starts at the initial parameters."""
-    return TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+    """The state before the first step; the average starts at the initial parameters, in float32 or more."""
+    average = jax.tree.map(lambda leaf, like: jnp.array(leaf, like.dtype), params, average_like(params))
+    return TrainState(jnp.int32(0), params, average, optimizer.init(params))
 
 
 def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -47,9 +49,9 @@ def make_train_step(
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
     """The function (state, batch) -> (state, metrics), for a configuration whose model is resolved.
 
-    The batch holds image uint8 (batch, height, width, channels) and label int32 (batch,). Metrics are float32 scalars:
-    loss and grad_norm before the update, accuracy of the training batch against the likelier class of each target,
-    learning_rate.
+    The batch holds image uint8 (batch, height, width, channels) and label int32 (batch,).
+    Metrics are float32 scalars: loss and grad_norm before the update, param_norm after it, learning_rate, and accuracy
+    of the training batch against the likelier class of each target.
     """
 
     def loss_and_rest(params: dict, images: jax.Array, targets: jax.Array, key: jax.Array):
@@ -75,6 +77,7 @@ def make_train_step(
             "loss": loss,
             "accuracy": accuracy,
             "grad_norm": optax.tree.norm(grads),
+            "param_norm": optax.tree.norm(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)),
             "learning_rate": schedule(state.step),
         }
         return TrainState(state.step + 1, params, ema, opt_state), metrics
@@ -128,15 +131,20 @@ def accumulated(value_and_grad: Callable, steps: int) -> Callable:
     return of_all_parts
 
 
-def make_eval_step(graphdef: nnx.GraphDef, feeding: Feeding) -> Callable[[dict, dict], dict]:
-    """The function (params, batch) -> sums over the images that the batch's mask marks as real.
+def make_eval_step(graphdef: nnx.GraphDef, own: dict, feeding: Feeding) -> Callable[[dict[str, dict], dict], dict]:
+    """The function (parameters by name, batch) -> by name, sums over the images that the batch's mask marks as real.
 
-    The sums: count, top1 and top5 (right answers), loss (cross-entropy).
+    The sums: count, top1 and top5 (right answers), loss (cross-entropy). Averages are rounded to the parameters' own
+    dtypes first, those of `own`, as in the model that is loaded.
     """
 
-    def eval_step(params: dict, batch: dict) -> dict:
-        logits = nnx.merge(graphdef, params)(normalise(batch["image"], feeding)).astype(jnp.float32)
-        labels, mask = batch["label"], batch["mask"]
+    def eval_step(weights: dict[str, dict], batch: dict) -> dict:
+        inputs = normalise(batch["image"], feeding)
+        return {name: sums(params, inputs, batch["label"], batch["mask"]) for name, params in weights.items()}
+
+    def sums(params: dict, inputs: jax.Array, labels: jax.Array, mask: jax.Array) -> dict:
+        params = jax.tree.map(lambda leaf, to: leaf.astype(to.dtype), params, own)
+        logits = nnx.merge(graphdef, params)(inputs).astype(jnp.float32)
         _, likeliest = jax.lax.top_k(logits, min(5, logits.shape[-1]))
         right = likeliest == labels[:, None]
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -146,12 +154,27 @@ def make_eval_step(graphdef: nnx.GraphDef, feeding: Feeding) -> Callable[[dict, 
     return eval_step
 
 
-def evaluate(eval_step: Callable, params: dict, batches: Iterable[dict], mesh: Mesh) -> dict[str, float]:
-    """Scores of `params`: count (images seen), top1 and top5 (shares of 1), loss (mean)."""
+def evaluate(
+    eval_step: Callable, weights: dict[str, dict], batches: Iterable[dict], mesh: Mesh, stop: Callable[[], int | None]
+) -> dict[str, float] | None:
+    """Scores of several parameters by their names, each image prepared once.
+
+    Args:
+        stop: asked after each batch.
+
+    Returns:
+        count (images seen), and for each name NAME_top1 and NAME_top5 (shares of 1) and NAME_loss (mean); None if it
+        was stopped.
+    """
     totals = None
     for batch in batches:
-        sums = eval_step(params, to_devices(batch, mesh))
+        sums = eval_step(weights, to_devices(batch, mesh))
         totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
-    totals = {name: float(total) for name, total in totals.items()}
-    count = totals.pop("count")
-    return {"count": int(count)} | {name: total / count for name, total in totals.items()}
+        if stop():
+            return None
+    scores = {}
+    for name, sums in totals.items():
+        sums = {each: float(total) for each, total in sums.items()}
+        scores["count"] = int(sums.pop("count"))
+        scores |= {f"{name}_{each}": total / scores["count"] for each, total in sums.items()}
+    return scores

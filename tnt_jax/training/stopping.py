@@ -1,22 +1,22 @@
-"""Ctrl-C and SIGTERM, on which all processes of a run stop after the same step."""
+"""Ctrl-C and SIGTERM, from the first instant of a command to its end.
+
+While a run starts and compiles there is nothing to lose, and the process ends at once. While it trains, all processes
+of the run stop after the same step, which is saved. Nothing here imports JAX before it is needed.
+"""
 
 import contextlib
+import ctypes
 import os
 import signal
+import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
-
-import jax
-import numpy as np
-import rich.console
-from jax.experimental import multihost_utils
 
 # What a command exits with when it was stopped: as shells have it for Ctrl-C, and for a scheduler's SIGTERM "try again
 # later" (EX_TEMPFAIL), which a restart policy can tell from a failure.
 STOP_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
-
-StopSignal = Callable[[int], int | None]
-"""Step to the signal with which the run was asked to stop after it, or None."""
+NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
 class StoppedError(RuntimeError):
@@ -29,37 +29,117 @@ class StoppedError(RuntimeError):
         self.exit_code = STOP_CODES[signal_number]
 
 
-@contextlib.contextmanager
-def stop_request(console: rich.console.Console) -> Iterator[StopSignal]:
-    """Watches for the signals. A second Ctrl-C interrupts.
+class Signals:
+    """What has come, and what is to be done about it.
 
-    Outside the main thread, where Python takes no signals, nothing asks.
+    Python runs a signal's handler between two of its own instructions, which compiling keeps it from for minutes. So
+    the handlers do nothing, and a thread reads the numbers of the signals as they come.
     """
-    received = []
-    together = jax.process_count() > 1
 
-    def handle(signal_number, frame):
-        if received and signal_number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(signal_number)
-        console.print("Stopping after this step; Ctrl-C stops at once, without saving.")
-        if together:
+    def __init__(self):
+        self.kept: Callable[[], str] = lambda: "nothing was begun"
+        """What is kept if the process ends now, in words."""
+        self.before_exit: Callable[[int, str], None] = lambda code, message: None
+        """Is told the exit code and the reason before the process ends at once."""
+        self._received: list[int] = []
+        self._training, self._several = False, False
+        self._polls = 0
+        self._other_sigterm: ctypes.Array | None = None
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator["Signals"]:
+        """Listens, in the main thread; in others, where Python takes no signals, nothing ever comes."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        previous = {number: signal.signal(number, lambda *_: None) for number in STOP_CODES}
+        descriptor = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(ours,), daemon=True).start()
+        try:
+            yield self
+        finally:
+            signal.set_wakeup_fd(descriptor)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            theirs.close()
+
+    def _listen(self, ours: socket.socket) -> None:
+        with ours:
+            while numbers := ours.recv(64):
+                for number in numbers:
+                    if number in STOP_CODES:
+                        self._take(signal.Signals(number))
+
+    def _take(self, number: signal.Signals) -> None:
+        again = number in self._received
+        self._received.append(number)
+        if not self._training or (again and number == signal.SIGINT):
+            message = f"stopped by {NAMES[number]}; {self.kept()}"
+            self.before_exit(STOP_CODES[number], message)
+            print(f"error: {message}", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            os._exit(STOP_CODES[number])
+        if not again:
+            print("Stopping after this step; Ctrl-C again ends at once, without saving.", flush=True)
+        if self._several:
             os.kill(os.getpid(), signal.SIGTERM)  # which is how JAX's service learns of it
 
-    def agreed(step: int) -> int | None:
-        if not multihost_utils.reached_preemption_sync_point(step):
+    def take_back(self) -> None:
+        """SIGTERM ends this process at once again; JAX's service, which has just been started, has taken it."""
+        if threading.current_thread() is threading.main_thread():
+            self._other_sigterm = _action(signal.SIGTERM)
+            signal.signal(signal.SIGTERM, lambda *_: None)
+
+    @contextlib.contextmanager
+    def training(self, several: bool) -> Iterator[Callable[[], int | None]]:
+        """From here on a step is finished and saved first.
+
+        Args:
+            several: whether other processes train too. SIGTERM is JAX's service's then, which has them agree on a step.
+
+        Yields:
+            What says, each time that all processes ask, with which signal the run was asked to stop, or None.
+        """
+        if self._other_sigterm is not None:
+            _action(signal.SIGTERM, self._other_sigterm)
+        self._training, self._several = True, several
+        try:
+            yield self._agreed if several else lambda: self._received[0] if self._received else None
+        finally:
+            self._training = False
+
+    def _agreed(self) -> int | None:
+        import numpy as np
+        from jax.experimental import multihost_utils
+
+        self._polls += 1
+        if not multihost_utils.reached_preemption_sync_point(self._polls):
             return None
-        interrupted = multihost_utils.process_allgather(np.bool_(bool(received))).any()
+        interrupted = multihost_utils.process_allgather(np.bool_(signal.SIGINT in self._received)).any()
         return signal.SIGINT if interrupted else signal.SIGTERM
 
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda step: None
+
+def _action(number: int, new: ctypes.Array | None = None) -> ctypes.Array:
+    """What the kernel does about a signal, as `sigaction` has it; `new` takes its place."""
+    old = ctypes.create_string_buffer(1024)  # more than any system's struct sigaction has
+    ctypes.CDLL(None).sigaction(number, new, old)
+    return old
+
+
+_active: list[Signals] = []
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[Signals]:
+    """The signals of this process: those that a command listens to already, or new ones."""
+    if _active:
+        yield _active[-1]
         return
-    # With several processes SIGTERM belongs to JAX's service, which has them agree on a step.
-    ours = [signal.SIGINT] if together else STOP_CODES
-    previous = {number: signal.signal(number, handle) for number in ours}
-    try:
-        yield agreed if together else lambda step: received[0] if received else None
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    with Signals().installed() as listening:
+        _active.append(listening)
+        try:
+            yield listening
+        finally:
+            _active.remove(listening)

@@ -42,9 +42,9 @@ def batch(config: TrainConfig, *, step: int = 0, count: int = 16):
     inputs, targets = map(np.asarray, prepared(fed_batch["image"], fed_batch["label"]))
     fed = np.clip((inputs * config.data.std + config.data.mean) * 255, 0, 255).round().astype(np.uint8)
     recipe = TrainRecipe(source, config.data, (*model.image_size, model.in_channels), **feed)
-    order, places = recipe.places(step)
     rows = range(min(count, config.batch_size))
-    originals = [read(recipe, int(order[places[row]]))[0] for row in rows]
+    order, places = recipe.places(step, rows)
+    originals = [read(recipe, int(order[place]))[0] for place in places]
     captions = [_caption(fed_batch["label"], targets, row, source.class_names) for row in rows]
     return _grid(list(zip(originals, fed, captions, strict=False)))
 

@@ -12,7 +12,7 @@ from tnt_jax.data.pipeline import steps_per_epoch, to_channels
 from tnt_jax.data.sources import Source, open_source
 from tnt_jax.evaluation.scores import Answers
 from tnt_jax.evaluation.scores import confusion as count_confusion
-from tnt_jax.storage.checkpoint import read_config
+from tnt_jax.storage.run import read_config
 from tnt_jax.training.optimizer import learning_rate_schedule
 from tnt_jax.training.report import METRICS_FILE
 from tnt_jax.visualize.canvas import new_figure, panels, show_image, title_of

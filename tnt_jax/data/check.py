@@ -1,0 +1,65 @@
+"""Two splits that belong together: checked before a run writes anything, and recognised when it goes on."""
+
+import hashlib
+import itertools
+
+import numpy as np
+
+from tnt_jax.config import DataConfig, InputError
+from tnt_jax.data.pipeline import most_unreadable, to_channels
+from tnt_jax.data.sources import Source
+
+MOST_ATTEMPTS = 10
+
+
+def check_splits(train: Source, test: Source, data: DataConfig, channels: int) -> None:
+    """Makes sure that both splits have images that can be decoded, labels, and the same classes.
+
+    Raises:
+        InputError: they do not.
+    """
+    for split, source in ((data.train_split, train), (data.eval_split, test)):
+        name = f"split {split!r} of {data.source}"
+        if not len(source):
+            raise InputError(f"{name} has no images")
+        labels = getattr(source, "labels", None)
+        if labels is not None:
+            least, most = int(np.min(labels)), int(np.max(labels))
+            if not 0 <= least <= most < len(source.class_names):
+                raise InputError(
+                    f"{name} has labels from {least} to {most}, and there are {len(source.class_names)} classes"
+                )
+        _decode_one(source, most_unreadable(data, len(source)) if source is train else 0, channels)
+    if train.class_names != test.class_names:
+        pairs = itertools.zip_longest(train.class_names, test.class_names)
+        first = next(pair for pair in pairs if pair[0] != pair[1])
+        raise InputError(
+            f"{data.source} has {len(train.class_names)} classes in {data.train_split!r} and {len(test.class_names)} "
+            f"in {data.eval_split!r}, which differ first in {first[0]!r} and {first[1]!r}; both must have the same"
+        )
+
+
+def _decode_one(source: Source, unreadable: int, channels: int) -> None:
+    for index in range(len(source)):
+        try:
+            image, _ = source[index]
+        except InputError:
+            if index >= min(unreadable, MOST_ATTEMPTS, len(source) - 1):
+                raise
+            continue
+        to_channels(image, channels)
+        return
+
+
+def content_of(source: Source) -> dict[str, str]:
+    """What a split holds: the number of its images, and digests of class names, file names and labels."""
+    found = {"number of images": str(len(source)), "class names": _digest("\0".join(source.class_names).encode())}
+    if (files := getattr(source, "files", None)) is not None:
+        found["file names"] = files.digest()
+    if (labels := getattr(source, "labels", None)) is not None:
+        found["labels"] = _digest(np.asarray(labels).astype("<i4").tobytes())
+    return found
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -1,0 +1,135 @@
+"""One run at a time in a folder, on one machine and on a disk that machines share.
+
+The kernel's lock on `run.lock` ends with its process, however that ends. Not every shared disk has such locks, so the
+holder also writes a line into `run.lock.json` every ten seconds: who finds that of another machine watches it for a
+while, and takes its place if it does not change.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+
+from tnt_jax.config import InputError
+from tnt_jax.storage.files import write_text
+
+BEAT_SECONDS = 10.0
+LOCK_FILE, HOLDER_FILE = "run.lock", "run.lock.json"
+
+
+class RunningError(RuntimeError):
+    """Another start of the run lives."""
+
+    exit_code = 75
+
+
+class RunLock:
+    """Holds a run's folder, as a context.
+
+    Args:
+        tell: is told when another holder is watched.
+        lost: is called, in a thread, when another process has taken the folder.
+
+    Raises:
+        RunningError: another process holds it.
+        InputError: it cannot be written.
+    """
+
+    def __init__(self, run_dir: str | os.PathLike, tell: Callable[[str], None], lost: Callable[[str], None]):
+        self._folder = pathlib.Path(run_dir)
+        self._tell, self._lost = tell, lost
+        self._me = {"host": socket.gethostname(), "process": os.getpid(), "place": _place(), "token": uuid.uuid4().hex}
+        self._ended = threading.Event()
+
+    def __enter__(self) -> "RunLock":
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._file = (self._folder / LOCK_FILE).open("w")
+        except OSError as error:
+            raise InputError(f"cannot write into the run's folder {self._folder}: {error.strerror}") from error
+        try:
+            self._take()
+        except BaseException:
+            self._file.close()
+            raise
+        threading.Thread(target=self._keep, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._ended.set()
+        if self._holder().get("token") == self._me["token"]:
+            with contextlib.suppress(OSError):
+                (self._folder / HOLDER_FILE).unlink()
+        self._file.close()
+
+    def _take(self) -> None:
+        locked = True
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._refusal() from None
+        except OSError:  # this disk has no locks
+            locked = False
+        holder = self._holder()
+        # On this machine, who holds no lock any more is dead.
+        if holder and not (locked and holder.get("place") == self._me["place"]):
+            watched = 2.5 * BEAT_SECONDS
+            self._tell(f"{_who(holder)} was here last; watching for {watched:.0f} s whether it lives")
+            end = time.monotonic() + watched
+            while time.monotonic() < end:
+                time.sleep(min(1.0, BEAT_SECONDS / 5))
+                if self._holder() not in (holder, {}):
+                    raise self._refusal()
+        self._write(0)
+        if not locked:  # of two that come at once, the last to write stays
+            time.sleep(min(1.0, BEAT_SECONDS / 5))
+            if self._holder().get("token") != self._me["token"]:
+                raise self._refusal()
+
+    def _refusal(self) -> RunningError:
+        return RunningError(
+            f"{self._folder} is being trained by {_who(self._holder())}; wait until that has ended, or take another "
+            "--run-dir"
+        )
+
+    def _holder(self) -> dict:
+        try:
+            holder = json.loads((self._folder / HOLDER_FILE).read_text())
+            return holder if isinstance(holder, dict) else {}
+        except (OSError, ValueError):
+            return {}
+
+    def _write(self, beat: int) -> None:
+        try:
+            write_text(self._folder / HOLDER_FILE, json.dumps(self._me | {"beat": beat}) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write into the run's folder {self._folder}: {error.strerror}") from error
+
+    def _keep(self) -> None:
+        beat = 0
+        while not self._ended.wait(BEAT_SECONDS):
+            holder = self._holder()
+            if holder and holder.get("token") != self._me["token"]:
+                self._lost(f"{_who(holder)} has taken {self._folder} while this process was stopped")
+                return
+            beat += 1
+            with contextlib.suppress(InputError):  # a full disk ends the run elsewhere
+                self._write(beat)
+
+
+def _who(holder: dict) -> str:
+    return f"process {holder.get('process', '?')} on {holder.get('host', 'another host')}"
+
+
+def _place() -> str:
+    """What process numbers are unique in: a start of a machine, and of a container on it."""
+    with contextlib.suppress(OSError):
+        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    return socket.gethostname()

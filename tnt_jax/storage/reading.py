@@ -1,0 +1,240 @@
+"""What lies in the checkpoints of a run, read and verified.
+
+A run's folder has in `checkpoints/`: a folder for each step that is kept, as Orbax writes it, and beside it the
+checksums of its files in `STEP.files.json`; the scores of the steps in `scores.json`; what was found damaged, as
+`damaged-STEP`.
+
+Reading ends in one of three ways, and changes nothing: what was saved; DamagedError, where what is on the disk is
+proven to be something else; UnreadableError, where it cannot be read at the moment. A checkpoint of another model, or
+of another optimizer, is a LayoutError.
+"""
+
+import functools
+import json
+import logging
+import os
+import pathlib
+import re
+import sys
+import zlib
+from collections.abc import Iterator
+
+import orbax.checkpoint as ocp
+
+from tnt_jax.config import InputError
+from tnt_jax.storage.files import write_text
+from tnt_jax.storage.packing import Layout, checksums, layout, packed_shapes, unpack
+
+BEST_METRIC = "ema_top1"
+CHECKPOINTS = "checkpoints"
+SCORES_FILE = "scores.json"
+LAST_CHECKPOINT = "last_checkpoint.json"
+
+Trees = dict[str, dict]
+"""Trees of arrays, or of their shapes and shardings, by name."""
+
+
+class DamagedError(InputError):
+    """What lies on the disk is not what was saved."""
+
+
+class LayoutError(InputError):
+    """A checkpoint holds other arrays than are wanted."""
+
+
+class UnreadableError(RuntimeError):
+    """A checkpoint cannot be read now, and nothing says that it is damaged: another try may succeed."""
+
+    exit_code = 75
+
+
+def steps_of(run_dir: str | os.PathLike) -> list[int]:
+    """The steps whose checkpoints were written to their end, ascending."""
+    folder = pathlib.Path(run_dir) / CHECKPOINTS
+    names = os.listdir(folder) if folder.is_dir() else ()
+    return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
+
+
+def scores_of(run_dir: str | os.PathLike) -> dict[int, dict[str, float]]:
+    """The scores of the steps that were evaluated; none where the file is missing or damaged."""
+    try:
+        found = json.loads((pathlib.Path(run_dir) / CHECKPOINTS / SCORES_FILE).read_text())
+        return {int(step): scores for step, scores in found.items() if BEST_METRIC in scores}
+    except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError, TypeError):
+        return {}
+
+
+def best_step(run_dir: str | os.PathLike) -> int | None:
+    """The kept step with the highest test accuracy of the averaged weights, None where none was evaluated."""
+    return best_of(steps_of(run_dir), scores_of(run_dir))
+
+
+def best_of(steps: list[int], scores: dict[int, dict[str, float]]) -> int | None:
+    return max(
+        (step for step in steps if step in scores), key=lambda step: (scores[step][BEST_METRIC], step), default=None
+    )
+
+
+def had_checkpoint(run_dir: str | os.PathLike) -> bool:
+    """Whether a run has ever had a checkpoint, whatever has become of it."""
+    run_dir = pathlib.Path(run_dir)
+    folder = run_dir / CHECKPOINTS
+    left = [name for name in os.listdir(folder) if "tmp" not in name] if folder.is_dir() else []
+    return bool(left) or (run_dir / LAST_CHECKPOINT).exists()
+
+
+def restore(run_dir: str | os.PathLike, step: int, like: Trees) -> Trees:
+    """Some of the trees of a step, with the shapes and shardings of `like`, verified. The others are not read.
+
+    Raises:
+        InputError: there is no checkpoint of this step.
+        DamagedError, LayoutError, UnreadableError: as this module says.
+    """
+    quiet_orbax()
+    folder = pathlib.Path(run_dir).resolve() / CHECKPOINTS / str(step)
+    if not folder.is_dir():
+        raise InputError(f"the run in {run_dir} has no checkpoint of step {step}; {kept(run_dir)}")
+    try:
+        saved = _description(folder)
+        for name, tree in like.items():
+            if differ := _differences(saved["layouts"].get(name, []), layout(tree)):
+                raise LayoutError(f"{name_of(folder)} has another layout: in {name}, {differ}. Nothing was touched")
+        least = saved["least_alone"]
+        shapes = {name: packed_shapes(tree, least) for name, tree in like.items()}
+        args = ocp.args.PyTreeRestore(
+            shapes, restore_args=ocp.checkpoint_utils.construct_restore_args(shapes), partial_restore=True
+        )
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            packed = checkpointer.restore(folder / "default", args=args)
+        for name in like:
+            sums, finite = checksums(packed[name])
+            if sums != saved["checksums"].get(name):
+                raise ValueError(f"wrong checksum in {name}")
+            if not finite:
+                raise DamagedError(f"{name_of(folder)} is damaged: {name} has numbers that are not finite")
+    except InputError:
+        raise
+    except Exception as error:  # Orbax and TensorStore raise many types
+        raise _explained(folder, error) from error
+    return {name: unpack(packed[name], tree, least) for name, tree in like.items()}
+
+
+def kept(run_dir: str | os.PathLike) -> str:
+    """The steps that a run has, in words."""
+    steps = steps_of(run_dir)
+    return f"it has {', '.join(map(str, steps))}" if steps else "it has none yet"
+
+
+def name_of(folder: pathlib.Path) -> str:
+    return f"the checkpoint of step {folder.name} in {folder.parent.parent}"
+
+
+def _description(folder: pathlib.Path) -> dict:
+    """What was saved beside the arrays of a step. Raises ValueError if it is damaged."""
+    # Orbax's own reader hides why it could not read the file.
+    text = (folder / "_CHECKPOINT_METADATA").read_text()
+    description = json.loads(text)["custom_metadata"]
+    if description.pop("crc32", None) != description_crc(description):
+        raise ValueError("wrong checksum in its description")
+    return description
+
+
+def description_crc(description: dict) -> int:
+    return zlib.crc32(json.dumps(description, sort_keys=True).encode())
+
+
+def _differences(saved: Layout, wanted: Layout) -> str | None:
+    """How two layouts differ, in words; None where they do not."""
+    if saved == wanted:
+        return None
+    there, here = ({path: f"{dtype} {tuple(shape)}" for path, shape, dtype in each} for each in (saved, wanted))
+    differ = [
+        f"{path} is {there.get(path, 'missing')} there and {here.get(path, 'missing')} here"
+        for path in sorted(there.keys() | here.keys())
+        if there.get(path) != here.get(path)
+    ]
+    more = f", and {len(differ) - 3} more" if len(differ) > 3 else ""
+    return "; ".join(differ[:3]) + more if differ else "the arrays come in another order"
+
+
+# What TensorStore says where the disk, the network or memory is to blame.
+NOT_NOW = re.compile(
+    "RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|CANCELLED|OS error|[Oo]ut of memory"
+)
+
+
+def _explained(folder: pathlib.Path, error: Exception) -> DamagedError | UnreadableError:
+    """What an error in reading a step means: damage only where the files prove it."""
+    reason = f"{type(error).__name__}: {first_line(error)}"
+    unreadable = UnreadableError(f"{name_of(folder)} cannot be read now ({reason}). Nothing was touched; try again")
+    causes = list(_chain(error))
+    if any(isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError) for cause in causes):
+        return unreadable
+    if any(isinstance(cause, MemoryError) or NOT_NOW.search(str(cause)) for cause in causes):
+        return unreadable
+    try:
+        wrong = _wrong_files(folder)
+    except OSError as other:
+        return UnreadableError(f"{name_of(folder)} cannot be read now ({other}). Nothing was touched; try again")
+    if wrong is None:  # killed before they were noted
+        return DamagedError(f"{name_of(folder)} is damaged ({reason})")
+    return DamagedError(f"{name_of(folder)} is damaged ({wrong[0]}: {reason})") if wrong else unreadable
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def files_file(folder: pathlib.Path) -> pathlib.Path:
+    return folder.with_name(f"{folder.name}.files.json")
+
+
+def note_files(folder: pathlib.Path) -> None:
+    """Writes down the checksum of each file of a step."""
+    files = {str(path.relative_to(folder)): _crc_of(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    write_text(files_file(folder), json.dumps(files, indent=1))
+
+
+def _wrong_files(folder: pathlib.Path) -> list[str] | None:
+    """The files of a step that are not as they were written; None where that was not noted."""
+    try:
+        files = json.loads(files_file(folder).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+    def is_right(path: pathlib.Path, crc: int) -> bool:
+        try:
+            return _crc_of(path) == crc
+        except FileNotFoundError:
+            return False
+
+    return [name for name, crc in files.items() if not is_right(folder / name, crc)]
+
+
+def _crc_of(path: pathlib.Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+@functools.cache
+def quiet_orbax() -> None:
+    """Keeps Orbax from printing pages, in threads and of what it left half read, on what becomes one message here."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    others = sys.unraisablehook
+
+    def hook(unraisable) -> None:
+        code = getattr(unraisable.object, "cr_code", None)
+        left = (code and "orbax" in code.co_filename) or str(unraisable.exc_value) == "Event loop is closed"
+        if not left:
+            others(unraisable)
+
+    sys.unraisablehook = hook
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -1,0 +1,173 @@
+"""A run's folder: what the run is, and whether another start is the same run.
+
+`config.json` is written last and in one step: a folder without it holds no run. Beside it lie `model.json`, `data.json`
+(digests of what the data holds) and `starts.jsonl` (a line for each start, with the fields that changed).
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+
+from tnt_jax.config import InputError, TrainConfig, from_json, to_json
+from tnt_jax.fields import role_of
+from tnt_jax.storage.description import DESCRIPTION, ModelDescription, Preprocessing, describe, write_description
+from tnt_jax.storage.files import write_text
+from tnt_jax.storage.reading import steps_of
+
+CONFIG_FILE = "config.json"
+DATA_FILE = "data.json"
+STARTS_FILE = "starts.jsonl"
+LOCK_FILES = ("run.lock", "run.lock.json")
+
+
+def read_config(run_dir: str | os.PathLike) -> TrainConfig:
+    """The configuration of the run in this folder.
+
+    Raises:
+        InputError: the folder holds no run.
+    """
+    path = pathlib.Path(run_dir) / CONFIG_FILE
+    try:
+        return from_json(json.loads(path.read_text()))
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{run_dir} is not the folder of a run: it has no {CONFIG_FILE}") from None
+    except InputError:
+        raise
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} cannot be read as the configuration of a run: {error}") from error
+
+
+def is_run(path: str | os.PathLike) -> bool:
+    """Whether a training run lies in this folder."""
+    return (pathlib.Path(path) / CONFIG_FILE).is_file()
+
+
+def compare(config: TrainConfig, content: Mapping[str, str]) -> dict[str, list] | None:
+    """What has changed since the run in `config.run_dir` was started last; None where no run is there.
+
+    Nothing is written.
+
+    Args:
+        content: digests of what the data holds, by what they are of.
+
+    Returns:
+        The fields of how the run is computed, watched and kept that changed, and `epochs` if it was raised, each with
+        its values before and now.
+
+    Raises:
+        InputError: something else lies there, or a run of another identity; or it cannot be written.
+    """
+    folder = pathlib.Path(config.run_dir)
+    try:
+        if not folder.exists() or _is_unclaimed(folder):
+            return None
+    except OSError as error:
+        raise InputError(f"cannot write into the run's folder {folder}: {error.strerror}") from error
+    there, wanted = by_role(read_config(folder)), by_role(config)
+    changed = {
+        name: [there.get(name, (None,))[0], value]
+        for name, (value, _) in wanted.items()
+        if there.get(name, (None,))[0] != value
+    }
+    another = [
+        f"{name} {before!r} (now {now!r})"
+        for name, (before, now) in changed.items()
+        if wanted[name][1] == "identity" and not (name == "epochs" and now > before)
+    ]
+    if another:
+        raise InputError(
+            f"{folder} holds a run of another configuration: {', '.join(another)}. "
+            "Go on with the same one, or choose another folder with --run-dir"
+        )
+    if differ := [name for name, digest in _content(folder).items() if content.get(name, digest) != digest]:
+        raise InputError(
+            f"{folder} holds a run on other data: {', '.join(differ)} differ. {config.data.source} must hold what the "
+            "run began with, or choose another folder with --run-dir"
+        )
+    for place in (folder, folder / "checkpoints"):
+        if place.exists() and not os.access(place, os.W_OK):
+            raise InputError(f"the run's folder {place} cannot be written: go on in a copy of it, with --run-dir")
+    return changed
+
+
+def _is_unclaimed(folder: pathlib.Path) -> bool:
+    """Whether a folder is empty, or holds what a start left that ended before it had claimed the folder."""
+    left = {DESCRIPTION, DATA_FILE, STARTS_FILE, *LOCK_FILES}
+    empty = (folder / CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).stat().st_size
+    left |= {CONFIG_FILE} if empty else set()
+    return all(path.name in left or ".unfinished-" in path.name for path in folder.iterdir())
+
+
+def by_role(config, prefix: str = "") -> dict[str, tuple]:
+    """Value and role of each field that `config.json` holds, by its dotted name, but for the folder's own name."""
+    kept, found = None if prefix else to_json(config), {}
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), prefix + field.name
+        if name == "run_dir" or (kept is not None and field.name not in kept):
+            continue
+        found |= by_role(value, f"{name}.") if dataclasses.is_dataclass(value) else {name: (value, role_of(field))}
+    return found
+
+
+def _content(folder: pathlib.Path) -> dict[str, str]:
+    try:
+        return json.loads((folder / DATA_FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def claim(
+    config: TrainConfig, class_names: Sequence[str], content: Mapping[str, str], changed: dict | None, start: Mapping
+) -> None:
+    """Writes into `config.run_dir` what the run is now, and that it is started; `changed` is what `compare` found.
+
+    Args:
+        start: what else is noted of this start.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    folder = pathlib.Path(config.run_dir)
+    try:
+        if changed is None:
+            write_description(folder, _description(config, class_names))
+        if not (folder / DATA_FILE).exists():
+            write_text(folder / DATA_FILE, json.dumps(dict(content), indent=1) + "\n")
+        with (folder / STARTS_FILE).open("a") as file:
+            line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **start, "changed": changed or {}}
+            file.write(json.dumps(line, default=str) + "\n")
+        if changed is None or changed:
+            write_text(folder / CONFIG_FILE, json.dumps(to_json(config), indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"cannot write into the run's folder {folder}: {error.strerror or error}") from error
+
+
+def _description(config: TrainConfig, class_names: Sequence[str]) -> ModelDescription:
+    model, data = config.model, config.data
+    mean, std = ((value,) * model.in_channels for value in (data.mean, data.std))
+    return describe(
+        model,
+        class_names=class_names,
+        source={"run": config.run_dir, "data": data.source},
+        preprocessing=Preprocessing(model.image_size, data.crop, mean, std),
+    )
+
+
+def check_space(config: TrainConfig, state_bytes: int) -> None:
+    """Raises InputError unless the disk has room for the checkpoints that a run will keep.
+
+    These are the latest, the best, and the one that is being written.
+    """
+    folder = pathlib.Path(config.run_dir)
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    missing = max(config.keep_checkpoints + 2 - len(steps_of(folder)), 1)
+    free, needed = shutil.disk_usage(place).free, missing * state_bytes
+    if free < needed:
+        raise InputError(
+            f"{place} has {free / 1e9:.2f} GB free, and the checkpoints to come need {needed / 1e9:.2f} GB: "
+            f"{missing} of {state_bytes / 1e9:.2f} GB. Make room, or take another --run-dir"
+        )

@@ -1,0 +1,66 @@
+"""The model of a training run, also while it is being trained. Nothing is written."""
+
+import dataclasses
+import os
+
+import jax
+from flax import nnx
+
+from tnt_jax.config import InputError
+from tnt_jax.models.variants import Model, abstract_model
+from tnt_jax.storage.description import read_description
+from tnt_jax.storage.reading import DamagedError, best_step, kept, restore, scores_of, steps_of
+
+TREES = {"ema": "ema", "raw": "params"}
+ATTEMPTS = 3
+
+
+def load_run(run_dir: str | os.PathLike, *, weights: str = "ema", step: int | None = None) -> Model:
+    """The model of a training run; see `tnt_jax.load_model`.
+
+    Raises:
+        InputError: the run has no checkpoint yet, or none of this step; or it is damaged.
+        UnreadableError: it cannot be read now.
+    """
+    description = read_description(run_dir)
+    graphdef, state = nnx.split(abstract_model(description.config))
+    # Onto one device of this machine, wherever it was trained.
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    own = nnx.to_pure_dict(state)
+    like = average_like(own) if weights == "ema" else own
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), like)
+    step, trees = _restored(run_dir, step, {TREES[weights]: like})
+    params = trees[TREES[weights]]
+    model = nnx.merge(graphdef, jax.tree.map(lambda leaf, to: leaf.astype(to.dtype), params, own))
+    origin = {**(description.source or {}), "step": step, "weights": weights, "scores": scores_of(run_dir).get(step)}
+    model.description = dataclasses.replace(description, source=origin)
+    return model
+
+
+def average_like(params: dict) -> dict:
+    """Shapes and dtypes of the average of parameters: float32 or more, for bfloat16 cannot hold so small changes."""
+
+    def average(leaf) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, jax.numpy.promote_types(leaf.dtype, "float32"))
+
+    return jax.tree.map(average, params)
+
+
+def _restored(run_dir: str | os.PathLike, asked: int | None, like: dict) -> tuple[int, dict]:
+    for attempt in range(1, ATTEMPTS + 1):
+        steps = steps_of(run_dir)
+        step = asked if asked is not None else best_step(run_dir) or max(steps, default=None)
+        if step is None:
+            raise InputError(f"the run in {run_dir} has no checkpoint yet")
+        try:
+            return step, restore(run_dir, step, like)
+        except InputError as error:
+            # A run that is being trained removes its old steps.
+            gone = step not in steps_of(run_dir)
+            if asked is None and gone and attempt < ATTEMPTS:
+                continue
+            if gone or not isinstance(error, DamagedError):
+                raise
+            others = [each for each in steps if each != step]
+            raise DamagedError(f"{error}; of the run, {kept(run_dir)}" if others else str(error)) from error
+    raise AssertionError

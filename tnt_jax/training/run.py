@@ -1,0 +1,141 @@
+"""What a configuration determines and no step changes: data, devices, and the functions of a step."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from flax import nnx
+
+from tnt_jax.config import ModelChanges, TrainConfig, check
+from tnt_jax.data.check import check_splits, content_of
+from tnt_jax.data.pipeline import Batch, eval_batches, steps_per_epoch, train_batches
+from tnt_jax.data.sources import open_source
+from tnt_jax.models.variants import abstract_model, build_model, complete, resolve
+from tnt_jax.storage.checkpoint import Checkpoints
+from tnt_jax.storage.folder import model_from_parameters
+from tnt_jax.storage.load import open_for
+from tnt_jax.training.mesh import check_batch_size, make_mesh, to_devices
+from tnt_jax.training.optimizer import learning_rate_schedule
+from tnt_jax.training.program import Program
+from tnt_jax.training.report import check_wandb
+from tnt_jax.training.step import TrainState, evaluate
+
+
+def saved_trees(state: TrainState) -> dict[str, dict]:
+    """What a checkpoint holds of a state, beside its step."""
+    return {"params": state.params, "ema": state.ema, "opt_state": state.opt_state}
+
+
+class Run:
+    """What a configuration determines and no step changes: data, devices, and the functions of a step.
+
+    Raises:
+        InputError: something in the configuration is wrong.
+    """
+
+    def __init__(self, config: TrainConfig[ModelChanges]):
+        data = config.data
+        check(config)
+        resolve(config.model)
+        check_wandb(config)
+        self.train_source, self.test_source = (
+            open_source(data.source, split) for split in (data.train_split, data.eval_split)
+        )
+        self.config = complete(config, len(self.train_source.class_names))
+        check_splits(self.train_source, self.test_source, data, self.config.model.in_channels)
+        self.mesh = make_mesh(config.fsdp)
+        check_batch_size(config.batch_size, self.mesh, config.accumulation_steps)
+        self.steps_per_epoch = steps_per_epoch(len(self.train_source), data, config.batch_size)
+        self.total_steps = (config.epochs + config.optimizer.cooldown_epochs) * self.steps_per_epoch
+        self.steps_between_evaluations = config.eval_every_epochs * self.steps_per_epoch
+        self.program = Program(self.config, self.mesh, self.steps_per_epoch)
+        self.epochs_before: int | None = None
+        """What `epochs` was, where it was raised since the last start."""
+        self._feed = {
+            "image_size": self.config.model.image_size,
+            "channels": self.config.model.in_channels,
+            "batch_size": config.batch_size,
+            "process_index": jax.process_index(),
+            "process_count": jax.process_count(),
+        }
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether the test images are looked at after so many steps."""
+        return step % self.steps_between_evaluations == 0 or step == self.total_steps
+
+    def saved_state(self, checkpoints: Checkpoints) -> TrainState | None:
+        """The newest sound state, on all devices; None before the first checkpoint."""
+        abstract = self.program.abstract_state
+        if saved := checkpoints.restore_latest(saved_trees(abstract)):
+            step, trees = saved
+            return TrainState(step=jax.device_put(np.int32(step), abstract.step.sharding), **trees)
+        return None
+
+    def initial_state(self) -> TrainState:
+        """The state before the first step, on all devices."""
+        # Made op by op and then placed: to compile the whole initialisation takes longer than the first step.
+        if self.config.init_from:
+            wanted, data = self.config.model, self.config.data.source
+            names = self.train_source.class_names
+            parameters = open_for(self.config.init_from, wanted, names, data, seed=self.config.seed)
+            model = model_from_parameters(wanted, parameters)
+        else:
+            model = build_model(self.config.model, self.config.seed)
+        params = nnx.to_pure_dict(nnx.state(model))
+        return self.program.init(jax.tree.map(np.asarray, params))
+
+    def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One step on all devices. The memory of `state` is used again: it cannot be read afterwards."""
+        return self.program.train_step(state, to_devices(batch, self.mesh))
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """Training batches after `start` steps."""
+        return train_batches(self.train_source, self.config.data, **self._feed, seed=self.config.seed, start_step=start)
+
+    def evaluate(self, state: TrainState, stop: Callable[[], int | None]) -> dict[str, float] | None:
+        """Scores on every test image, of the averaged and of the raw weights; None if it was stopped in between."""
+        batches = eval_batches(self.test_source, self.config.data, **self._feed)
+        weights = {"ema": state.ema, "raw": state.params}
+        with contextlib.closing(batches):
+            return evaluate(self.program.eval_step, weights, batches, self.mesh, stop)
+
+    def content(self) -> dict[str, str]:
+        """Digests of what the data of both splits holds, by what they are of."""
+        sources = {"training": self.train_source, "test": self.test_source}
+        return {
+            f"{what} of the {split} images": digest
+            for split, source in sources.items()
+            for what, digest in content_of(source).items()
+        }
+
+    def state_bytes(self) -> int:
+        """What a checkpoint takes on the disk, uncompressed."""
+        leaves = jax.tree.leaves(saved_trees(self.program.abstract_state))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+    def longer_schedule(self, epochs_before: int, step: int) -> str:
+        """What raising the epochs does, in words."""
+        optimizer, per_epoch = self.config.optimizer, self.steps_per_epoch
+        rates = [
+            float(learning_rate_schedule(optimizer, steps_per_epoch=per_epoch, epochs=epochs)(step))
+            for epochs in (epochs_before, self.config.epochs)
+        ]
+        return (
+            f"epochs were raised from {epochs_before} to {self.config.epochs}: the cosine of the learning rate now "
+            f"ends later, and the next step has {rates[1]:.3g} instead of {rates[0]:.3g}"
+        )
+
+    def describe(self, start: int) -> str:
+        """The run in a sentence or two, for people."""
+        model = self.config.model
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_model(model)))
+        device = jax.devices()[0]
+        verb = "Going on with" if start else "Training"
+        return (
+            f"{verb} {model.name}: {model.depth} blocks, words {model.inner_dim} and sentences {model.outer_dim} wide, "
+            f"{parameters:,} parameters, on {jax.device_count()} {device.device_kind} device(s), "
+            f"from step {start} to {self.total_steps}. {len(self.train_source):,} training and "
+            f"{len(self.test_source):,} test images of {len(self.train_source.class_names)} classes. "
+            f"Everything of the run lies in {self.config.run_dir}"
+        )
