@@ -33,6 +33,7 @@ from tnt_jax.storage.description import (
 from tnt_jax.storage.files import check_space, write_whole
 
 PARAMETERS = "parameters"
+RUN_FILES = ("checkpoints", "metrics.jsonl", "starts.jsonl", "tensorboard")  # of which a run has some, a model none
 
 
 def model_parameters(model: nnx.Module) -> dict[str, Any]:
@@ -192,7 +193,7 @@ def check_destination(path: str | os.PathLike, *, overwrite: bool) -> None:
 
 def holds_run(folder: Path) -> bool:
     """Whether a training run, or something of one, lies in a folder. A hub repository has a `config.json` as well."""
-    if any((folder / name).exists() for name in ("checkpoints", "metrics.jsonl", "tensorboard")):
+    if any((folder / name).exists() for name in RUN_FILES):
         return True
     return (folder / "config.json").exists() and not is_hub_folder(folder)
 
