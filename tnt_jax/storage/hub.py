@@ -117,10 +117,10 @@ def _out_of_reach(name: str, error: Exception | str) -> str:
     from huggingface_hub import constants
 
     first = next(iter(str(error).splitlines()), repr(error))
+    command = f"hf download {name.partition('@')[0]} --local-dir FOLDER"
     return (
         f"{name} is no file or folder here and not in {constants.HF_HUB_CACHE}, and the Hugging Face hub is out of "
-        f"reach: {first}. On a machine that reaches it: hf download {name.partition('@')[0]} --local-dir FOLDER, and then "
-        "give local-dir:FOLDER"
+        f"reach: {first}. On a machine that reaches it: {command}, and then give local-dir:FOLDER"
     )
 
 
