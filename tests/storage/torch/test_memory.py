@@ -6,6 +6,8 @@ import commands
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
+from state_dicts import as_torch
 
 from tnt_jax.models.variants import model_config
 from tnt_jax.storage.folder import parameter_shapes
@@ -13,15 +15,19 @@ from tnt_jax.storage.torch.layouts import layout_shapes
 
 
 @pytest.mark.slow
-def test_converting_tnt_b_peaks_below_three_times_its_checkpoint(tmp_path):
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_converting_tnt_b_peaks_below_three_times_its_checkpoint(suffix, tmp_path):
     """All of the process counts: the interpreter and JAX as well."""
     shapes = parameter_shapes(model_config(name="tnt_b_patch16_224"))
     tensors = {
         name: np.ones(shape, np.float32)
         for name, shape in layout_shapes({path: of.shape for path, of in shapes.items()}, "timm").items()
     }
-    checkpoint = tmp_path / "tnt_b.safetensors"
-    safetensors.numpy.save_file(tensors, checkpoint)
+    checkpoint = tmp_path / f"tnt_b{suffix}"
+    if suffix == ".pth":
+        torch.save(as_torch(tensors), checkpoint)
+    else:
+        safetensors.numpy.save_file(tensors, checkpoint)
     command = [sys.executable, "convert_torch_weights.py", checkpoint, tmp_path / "model"]
     subprocess.run(command, cwd=commands.ROOT, check=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
