@@ -169,8 +169,9 @@ def outcome(path, kind, expected):
 
 
 def _by_torch(path):
-    """What PyTorch reads, whatever device the file names."""
-    return torch.load(path, weights_only=True, map_location=lambda storage, _: storage)
+    """What PyTorch reads, whatever device the file names and whether a gradient is wanted."""
+    saved = torch.load(path, weights_only=True, map_location=lambda storage, _: storage)
+    return {name: tensor.detach() for name, tensor in saved.items()}
 
 
 def _as_others_read(path, kind):
