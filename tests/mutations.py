@@ -168,11 +168,17 @@ def outcome(path, kind, expected):
     return result
 
 
+def _by_torch(path):
+    """What PyTorch reads, whatever device the file names and whether a gradient is wanted."""
+    saved = torch.load(path, weights_only=True, map_location=lambda storage, _: storage)
+    return {name: tensor.detach() for name, tensor in saved.items()}
+
+
 def _as_others_read(path, kind):
     """Compares every tensor with what PyTorch or safetensors reads; a file may be another one and still be whole."""
     from tnt_jax.storage.torch.read import read_file
 
     tensors = read_file(Path(path)).tensors
-    theirs = safetensors.numpy.load_file(path) if kind == "safetensors" else torch.load(path, weights_only=True)
+    theirs = safetensors.numpy.load_file(path) if kind == "safetensors" else _by_torch(path)
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(tensor.numpy(), np.asarray(theirs[name]), err_msg=name)

@@ -51,6 +51,13 @@ def test_another_process_goes_on_where_one_ended(monkeypatch):
     assert server.requests[-1][2] == "bytes=1000000-"
 
 
+def test_a_server_that_falls_silent_is_given_up(monkeypatch):
+    monkeypatch.setattr(download, "TIMEOUT", 0.2)
+    monkeypatch.setattr(download, "TRIES", 2)
+    with Files({PATH: CONTENT}, pause=3) as server, pytest.raises(InputError, match=r"cannot be reached \(.*timed out"):
+        download.download(server.address + PATH)
+
+
 def test_a_file_that_changed_meanwhile_is_fetched_anew():
     other = CONTENT[::-1]
     path = "/models/plain.pth"

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import jax
@@ -285,3 +286,19 @@ def test_the_old_model_stays_where_the_new_one_cannot_take_its_place(folder, mod
         saving.save_model(model, folder, overwrite=True, class_names=("x", "y", "z"))
     assert saving.read_description(folder) == before
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_full_disk_is_one_message_and_leaves_nothing(model, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(InputError, match=r"it takes 18,892 bytes, and 1,000 are free on the disk"):
+        saving.save_model(model, tmp_path / "deep" / "model")
+    monkeypatch.undo()
+
+    def full(*_):
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+
+    monkeypatch.setattr(saving.ocp.Checkpointer, "save", full)
+    with pytest.raises(InputError, match="cannot be written: RESOURCE_EXHAUSTED: No space left on device"):
+        saving.save_model(model, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []

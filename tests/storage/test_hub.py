@@ -120,3 +120,14 @@ def test_a_hub_cache_that_cannot_be_written_is_said_and_does_without(filled, tmp
     (tmp_path / "cache").write_text("and here")
     assert load_model("me/new").config.num_classes == 10
     assert "the hub's cache cannot be written" in capsys.readouterr().err
+
+
+def test_what_another_program_has_fetched_is_taken_when_the_hub_is_out_of_reach(filled, monkeypatch):
+    import huggingface_hub
+
+    for file in ("model.safetensors", "config.json"):
+        huggingface_hub.hf_hub_download("me/new", file)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert load_model("me/new").description.class_names[0] == "class 0"
+    with pytest.raises(InputError, match="HF_HUB_OFFLINE is set"):
+        load_model("me/old")

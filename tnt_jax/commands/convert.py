@@ -4,6 +4,7 @@ To a model folder: `python convert_torch_weights.py MODEL FOLDER`. To a checkpoi
 """
 
 import dataclasses
+import re
 from typing import Annotated, Literal
 
 import tyro
@@ -55,7 +56,6 @@ def main() -> None:
 def _to_folder(arguments: Arguments) -> None:
     from tnt_jax.storage.convert import convert
     from tnt_jax.storage.description import read_class_names
-    from tnt_jax.storage.torch.convert import parse_image_size
 
     done = convert(
         arguments.source,
@@ -94,3 +94,15 @@ def _to_checkpoint(arguments: Arguments) -> None:
     print(
         f"written       {arguments.destination}: {tensors} tensors of {model.config.name} as {arguments.to} names them"
     )
+
+
+def parse_image_size(text: str) -> tuple[int, int]:
+    """`384` or `256x320` (height x width) as height and width.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if not re.fullmatch(r"[1-9]\d{0,5}(x[1-9]\d{0,5})?", text):
+        raise InputError(f"image size {text!r} should be a number such as 384, or height and width such as 256x320")
+    sides = text.split("x")
+    return int(sides[0]), int(sides[-1])

@@ -117,9 +117,10 @@ def kept() -> list[Kept]:
     """Everything in the cache but the hub's own."""
     found, root = [], cache_root()
     for folder in sorted((root / "downloads").glob("*")):
-        fields = read_record(folder / ".record.json") or read_record(folder / ".unfinished.json") or {}
-        kind = "file" if (folder / ".record.json").exists() else "unfinished"
-        found.append(Kept(kind, str(fields.get("address", folder.name)), folder, _size(folder)))
+        whole, part = read_record(folder / ".record.json"), read_record(folder / ".unfinished.json")
+        if whole or (folder / ".unfinished").exists():
+            name = str((whole or part or {}).get("address", folder.name))
+            found.append(Kept("file" if whole else "unfinished", name, folder, _size(folder)))
     sources: dict[str, list[str]] = {}
     for path in sorted((root / "sources").glob("*.json")):
         fields = read_record(path) or {}

@@ -1,6 +1,7 @@
 """The model card of a repository on the hub: what the model is, what is known of it, and how to load it."""
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -102,6 +103,7 @@ def _results(description: ModelDescription, rows: Sequence[Mapping[str, str]], p
     if isinstance(scores, Mapping) and scores:
         which = {"ema": "ema_", "raw": "raw_"}.get((description.source or {}).get("weights"), "")
         own = {name.removeprefix(which): value for name, value in scores.items() if name.startswith(which)}
+        own = {name: value for name, value in own.items() if value is not None and math.isfinite(value)}
         lines += ["Measured on the test images of the run, while it was trained:", ""]
         lines += [f"- {name}: {_score(name, value)}" for name, value in own.items()]
         lines += ["", "`python eval.py RUN` measures it again."]

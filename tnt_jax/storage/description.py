@@ -174,7 +174,7 @@ def description_text(description: ModelDescription) -> str:
         InputError: its `source` has something that JSON cannot hold.
     """
     try:
-        fields = {"format": FORMAT, **dataclasses.asdict(description)}
+        fields = {"format": FORMAT, **dataclasses.asdict(description), "source": _finite(description.source)}
         text = json.dumps(fields, indent=1, ensure_ascii=False, default=_for_json, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise InputError(f"the description of the model cannot be written as JSON: {error}") from error
@@ -182,6 +182,15 @@ def description_text(description: ModelDescription) -> str:
     if back != description:
         raise InputError(f"the description of the model would come back from {DESCRIPTION} as another: {back}")
     return text + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """A value with None for each number that JSON does not have: a score may be NaN."""
+    if isinstance(value, Mapping):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float | np.floating) and not math.isfinite(value) else value
 
 
 def _for_json(value: Any) -> Any:

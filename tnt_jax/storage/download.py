@@ -133,6 +133,7 @@ def _fetch(address: str, place: str, folder: Path) -> Path:
             raise
         except OSError as error:
             remove(part)
+            remove(notes)
             raise InputError(f"{place} cannot be written to {folder}: {error.strerror or error}") from error
         failures = 0 if part.exists() and part.stat().st_size > before else failures + 1
         if failures == TRIES or _is_final(reason):

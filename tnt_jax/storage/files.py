@@ -47,6 +47,14 @@ def write_whole(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
             remove(replaced)
 
 
+def check_space(path: str | os.PathLike, size: int) -> None:
+    """Raises InputError if there is no room for as many bytes where a file or folder is to be."""
+    there = next(folder for folder in Path(path).absolute().parents if folder.is_dir())
+    free = shutil.disk_usage(there).free
+    if free < size:
+        raise InputError(f"{path} cannot be written: it takes {size:,} bytes, and {free:,} are free on the disk")
+
+
 def write_text(path: Path, text: str) -> None:
     """Replaces a file in one step that no crash comes between. Raises OSError."""
     unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")

@@ -30,9 +30,10 @@ from tnt_jax.storage.description import (
     read_description,
     write_description,
 )
-from tnt_jax.storage.files import write_whole
+from tnt_jax.storage.files import check_space, write_whole
 
 PARAMETERS = "parameters"
+RUN_FILES = ("checkpoints", "metrics.jsonl", "starts.jsonl", "tensorboard")  # of which a run has some, a model none
 
 
 def model_parameters(model: nnx.Module) -> dict[str, Any]:
@@ -166,10 +167,14 @@ def save_parameters(
         arrays = {path: jnp.asarray(value) for path, value in parameters.items()}
         write_description(folder, dataclasses.replace(description, checksums=tensor_checksums(arrays)))
         at_a_time = 2 * max(array.nbytes for array in arrays.values())
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler(save_concurrent_gb=at_a_time / 1e9)) as checkpointer:
-            checkpointer.save(folder.absolute() / PARAMETERS, unflatten_dict(arrays, sep="."))
+        try:
+            with ocp.Checkpointer(ocp.StandardCheckpointHandler(save_concurrent_gb=at_a_time / 1e9)) as checkpointer:
+                checkpointer.save(folder.absolute() / PARAMETERS, unflatten_dict(arrays, sep="."))
+        except (ValueError, RuntimeError) as error:  # as which TensorStore raises what the system says
+            raise InputError(f"{folder} cannot be written: {str(error).splitlines()[0]}") from error
 
     check_destination(folder, overwrite=overwrite)
+    check_space(folder, sum(value.nbytes for value in parameters.values()))
     write_whole(folder, write)
 
 
@@ -188,7 +193,7 @@ def check_destination(path: str | os.PathLike, *, overwrite: bool) -> None:
 
 def holds_run(folder: Path) -> bool:
     """Whether a training run, or something of one, lies in a folder. A hub repository has a `config.json` as well."""
-    if any((folder / name).exists() for name in ("checkpoints", "metrics.jsonl", "tensorboard")):
+    if any((folder / name).exists() for name in RUN_FILES):
         return True
     return (folder / "config.json").exists() and not is_hub_folder(folder)
 

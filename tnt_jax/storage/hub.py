@@ -12,12 +12,10 @@ from pathlib import Path
 from tnt_jax.config import InputError
 from tnt_jax.storage.cache import temporary_folder
 from tnt_jax.storage.download import Unreachable
+from tnt_jax.storage.hub_folder import CONFIG, NAMES
 from tnt_jax.storage.torch.formats import read_index
 
 CONNECT = 10.0  # seconds to wait for a connection
-CONFIG = "config.json"
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-DESCRIPTION = "model.json"
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 
 
@@ -34,40 +32,69 @@ def fetch_repository(name: str) -> Path:
         InputError: the repository has no weights.
     """
     repository, _, revision = name.partition("@")
-    tries = (_fetcher(name, repository, revision or None, only_here=here) for here in (True, False))
-    for fetch in tries:
-        if found := _fetch_weights(name, fetch):
+    if found := _cached(repository, revision or None, surely=True):
+        return found
+    try:
+        found = _fetch_weights(name, _fetcher(name, repository, revision or None))
+    except Unreachable:
+        if found := _cached(repository, revision or None, surely=False):
             return found
-    raise InputError(f"{name} on the Hugging Face hub has none of {', '.join(WEIGHTS)}")
+        raise
+    if found is None:
+        raise InputError(f"{name} on the Hugging Face hub has none of {', '.join(NAMES)}")
+    return found
+
+
+def _cached(repository: str, revision: str | None, *, surely: bool) -> Path | None:
+    """The folder of a repository in the hub's cache, if its weights are there.
+
+    Args:
+        surely: only if it is known of everything before them, and of what describes them, whether there is such a file.
+    """
+    import huggingface_hub
+
+    def here(file: str) -> str | object | None:
+        return huggingface_hub.try_to_load_from_cache(repository, file, revision=revision)
+
+    for weights in NAMES:
+        found = here(weights)
+        if isinstance(found, str):
+            shards = list(read_index(Path(found))) if weights.endswith(".index.json") else []
+            whole = all(isinstance(here(shard), str) for shard in shards)
+            return Path(found).parent if whole and (here(CONFIG) is not None or not surely) else None
+        if found is None and surely:
+            return None
+    return None
 
 
 def _fetch_weights(name: str, fetch: Callable[[str], Path | None]) -> Path | None:
-    for weights in WEIGHTS:
+    for weights in NAMES:
         if found := fetch(weights):
             for shard in read_index(found) if weights.endswith(".index.json") else ():
                 if fetch(shard) is None:
                     raise InputError(f"{name} on the Hugging Face hub lacks {shard}, which {weights} names")
-            for beside in (CONFIG, DESCRIPTION):
-                fetch(beside)
+            fetch(CONFIG)
             return found.parent
     return None
 
 
-def _fetcher(name: str, repository: str, revision: str | None, *, only_here: bool) -> Callable[[str], Path | None]:
+def _fetcher(name: str, repository: str, revision: str | None) -> Callable[[str], Path | None]:
+    """The function that fetches a file of a repository, or gives None where there is none.
+
+    Raises:
+        Unreachable: nobody answers; the function raises it as well.
+    """
     import huggingface_hub
     from huggingface_hub import errors
 
-    elsewhere: dict[str, Path] = {}  # where the hub's cache cannot be written
-    if not only_here and (why := _why_unreachable()):  # the library would try for half a minute
+    if why := _why_unreachable():  # the library would try for half a minute
         raise Unreachable(_out_of_reach(name, why))
+    elsewhere: dict[str, Path] = {}  # where the hub's cache cannot be written
 
     def fetch(file: str) -> Path | None:
         try:
-            options = {"revision": revision, "local_files_only": only_here, **elsewhere}
-            return Path(huggingface_hub.hf_hub_download(repository, file, **options))
+            return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision, **elsewhere))
         except errors.LocalEntryNotFoundError as error:
-            if only_here:
-                return None
             raise Unreachable(_out_of_reach(name, error)) from error
         except errors.GatedRepoError as error:
             raise Unreachable(
@@ -85,7 +112,7 @@ def _fetcher(name: str, repository: str, revision: str | None, *, only_here: boo
         except errors.HFValidationError as error:
             raise InputError(f"{name} is no name on the Hugging Face hub: {error}") from error
         except OSError as error:
-            if elsewhere or only_here or error.errno == errno.ENOSPC:
+            if elsewhere or error.errno == errno.ENOSPC:
                 raise InputError(f"{name} cannot be kept in the hub's cache (HF_HOME): {error}") from error
             print(f"the hub's cache cannot be written ({error}): {name} is fetched and not kept", file=sys.stderr)
             elsewhere["local_dir"] = temporary_folder()
@@ -117,9 +144,10 @@ def _out_of_reach(name: str, error: Exception | str) -> str:
     from huggingface_hub import constants
 
     first = next(iter(str(error).splitlines()), repr(error))
+    command = f"hf download {name.partition('@')[0]} --local-dir FOLDER"
     return (
-        f"{name} is not in {constants.HF_HUB_CACHE}, and the Hugging Face hub is out of reach: {first}. On a machine "
-        f"that reaches it: hf download {name.partition('@')[0]} --local-dir FOLDER, and then give local-dir:FOLDER"
+        f"{name} is no file or folder here and not in {constants.HF_HUB_CACHE}, and the Hugging Face hub is out of "
+        f"reach: {first}. On a machine that reaches it: {command}, and then give local-dir:FOLDER"
     )
 
 

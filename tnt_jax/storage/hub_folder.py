@@ -10,7 +10,7 @@ from tnt_jax.config import InputError
 from tnt_jax.fields import plain
 from tnt_jax.models.variants import VARIANTS
 from tnt_jax.storage.description import ModelDescription, Preprocessing, describe, named_classes
-from tnt_jax.storage.torch.convert import Opened, open_checkpoint
+from tnt_jax.storage.torch.checkpoint import Opened, open_checkpoint
 
 CONFIG = "config.json"
 NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")

@@ -22,7 +22,7 @@ from tnt_jax.storage.folder import model_from_parameters, model_parameters, rest
 from tnt_jax.storage.hub import fetch_repository, is_hub_name
 from tnt_jax.storage.hub_folder import open_hub_folder
 from tnt_jax.storage.resolve import locate, published_places
-from tnt_jax.storage.torch.convert import Opened, is_published, open_checkpoint
+from tnt_jax.storage.torch.checkpoint import Opened, is_published, open_checkpoint
 from tnt_jax.storage.trained import load_run
 
 _log = logging.getLogger(__name__)

@@ -144,6 +144,7 @@ def test_what_is_no_checkpoint_is_named(text, tmp_path):
             lambda value: value.to("meta"),
             r"norm\.bias is without data .on the device meta., and should",
         ),
+        (lambda value: torch.quantize_per_tensor(value, 0.1, 0, torch.qint8), r"norm\.bias is quantised"),
         (lambda value: value.to_sparse(), r"norm\.bias is sparse"),
         (lambda value: value.to(torch.float8_e4m3fn), r"norm\.bias is float8_e4m3fn, and should be of floating point"),
         (lambda value: value.int(), r"norm\.bias is int32"),

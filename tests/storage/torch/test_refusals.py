@@ -12,9 +12,9 @@ from small_models import small_model
 from state_dicts import as_torch, save_safetensors
 
 import tnt_jax
+from tnt_jax.commands.convert import parse_image_size
 from tnt_jax.config import InputError
 from tnt_jax.storage.convert import convert
-from tnt_jax.storage.torch.convert import parse_image_size
 from tnt_jax.storage.torch.write import export
 
 

@@ -113,10 +113,9 @@ def _read_safetensors(path: Path) -> Checkpoint:
     import safetensors
 
     try:
-        file = safetensors.safe_open(path, framework="numpy")
-        names = list(file.keys())
-        tensors = {name: _file_tensor(path, file, name) for name in names}
-        return Checkpoint(tensors, file.metadata() or {})
+        with safetensors.safe_open(path, framework="numpy") as file:
+            tensors = {name: _file_tensor(path, file, name) for name in file.keys()}  # noqa: SIM118
+            return Checkpoint(tensors, file.metadata() or {})
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path} is damaged or no safetensors file: {error}") from error
 
@@ -126,7 +125,15 @@ def _file_tensor(path: Path, file: Any, name: str) -> FileTensor | NoTensor:
     dtype = known.get_dtype()
     if dtype not in _SAFETENSORS_DTYPES:
         return NoTensor(f"of the dtype {dtype}")
-    return FileTensor(tuple(known.get_shape()), np.dtype(_SAFETENSORS_DTYPES[dtype]), lambda: file.get_tensor(name))
+
+    def read() -> np.ndarray:
+        import safetensors
+
+        # Opened anew, for an open file stays in memory with all that was read of it.
+        with safetensors.safe_open(path, framework="numpy") as again:
+            return again.get_tensor(name)
+
+    return FileTensor(tuple(known.get_shape()), np.dtype(_SAFETENSORS_DTYPES[dtype]), read)
 
 
 def _read_shards(path: Path) -> Checkpoint:

@@ -96,6 +96,12 @@ class Tensor:
             return np.empty(self.shape, self.dtype)
         return np.ndarray(self.shape, self.dtype, buffer, self.offset * self.dtype.itemsize, strides)
 
+    def forget(self) -> None:
+        """Gives the memory of what was read of the file back to the system; the next look reads it again."""
+        mapped = self.storage.content().obj
+        if isinstance(mapped, mmap.mmap) and hasattr(mapped, "madvise"):
+            mapped.madvise(mmap.MADV_DONTNEED)
+
 
 @dataclasses.dataclass(frozen=True)
 class NoTensor:

@@ -18,7 +18,7 @@ from tnt_jax.storage.description import ModelDescription, description_from_dict,
 from tnt_jax.storage.folder import parameter_shapes
 from tnt_jax.storage.torch.formats import is_tensor, read_checkpoint
 from tnt_jax.storage.torch.layouts import ARCHITECTURES, OURS, UNUSED, from_layout, layout_shapes, tensor_names
-from tnt_jax.storage.torch.pth import NoTensor
+from tnt_jax.storage.torch.pth import NoTensor, Tensor
 from tnt_jax.storage.torch.unpickle import Damaged
 from tnt_jax.storage.torch.wrappings import StateDict, find_state_dict
 
@@ -204,12 +204,23 @@ def to_parameters(tensors: dict[str, Any], layout: str, config: ModelConfig) -> 
             f"this is no {config.name} as {layout} names it; nothing was converted:\n  " + "\n  ".join(faults)
         )
 
-    def take(name: str) -> np.ndarray:
-        tensor = tensors.pop(name)
-        return tensor if isinstance(tensor, np.ndarray) else tensor.numpy()
+    # Copies: what lies in a file that is mapped into memory would not outlast it.
+    return {path: _parameter(tensors, path, layout, of.dtype) for path, of in shapes.items()}
 
-    # A copy: what lies in a file that is mapped into memory does not change with the file.
-    return {path: jnp.array(from_layout(take, path, layout), of.dtype) for path, of in shapes.items()}
+
+def _parameter(tensors: dict[str, Any], path: str, layout: str, dtype: Any) -> jax.Array:
+    """A parameter, made of tensors that are taken out of the state dict, of which no other copy stays in memory."""
+    taken = []
+
+    def take(name: str) -> np.ndarray:
+        taken.append(tensors.pop(name))
+        return taken[-1] if isinstance(taken[-1], np.ndarray) else taken[-1].numpy()
+
+    parameter = jnp.array(from_layout(take, path, layout), dtype).block_until_ready()
+    for tensor in taken:
+        if isinstance(tensor, Tensor):
+            tensor.forget()
+    return parameter
 
 
 def is_array(value: Any) -> bool:
@@ -236,7 +247,9 @@ def _fault(tensors: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> str
     if tensor.dtype.name not in FLOATING:
         return f"{name} is {tensor.dtype.name}, and should be of floating point: {', '.join(FLOATING)}"
     try:
-        values = tensor if isinstance(tensor, np.ndarray) else tensor.numpy()
+        finite = np.isfinite(tensor if isinstance(tensor, np.ndarray) else tensor.numpy()).all()
     except Damaged as error:
         return f"{name} is damaged: {error}"
-    return None if np.isfinite(values).all() else f"{name} has values that are NaN or infinite"
+    if isinstance(tensor, Tensor):
+        tensor.forget()
+    return None if finite else f"{name} has values that are NaN or infinite"

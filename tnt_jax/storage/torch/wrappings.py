@@ -74,7 +74,7 @@ def _state_dicts(content: Any) -> Iterator[StateDict]:
     for keys, mapping in _mappings(content):
         prefixes = _prefixes(mapping)
         for prefix in prefixes:
-            place = "/".join((*keys, prefix)) or "the file itself"
+            place = "/".join(filter(None, (*keys, prefix))) or "the file itself"
             averaged = bool(_AVERAGED.search(".".join((*keys[-2:], prefix))))
             if len(keys) == 1 and isinstance(content, Mapping) and "ema_state_dict" in content:
                 averaged = keys[0] == "state_dict"  # mmengine saves the averaged weights there, and the raw ones here

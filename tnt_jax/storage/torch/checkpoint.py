@@ -1,12 +1,11 @@
 """A checkpoint of PyTorch in any published layout to the parameters of a model, every tensor accounted for."""
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from tnt_jax.config import InputError, ModelConfig
+from tnt_jax.config import ModelConfig
 from tnt_jax.models.variants import VARIANTS
 from tnt_jax.storage.cache import file_sha256
 from tnt_jax.storage.description import ModelDescription, describe, imagenet_names
@@ -89,15 +88,3 @@ def is_published(place: str) -> bool:
     """Whether this is an address or a repository of published weights, or the name of such a file."""
     places = [place for variant in VARIANTS.values() for place in variant.weights]
     return place in places or place in [known.rpartition("/")[2] for known in places if known.startswith("https://")]
-
-
-def parse_image_size(text: str) -> tuple[int, int]:
-    """`384` or `256x320` (height x width) as height and width.
-
-    Raises:
-        InputError: it is neither.
-    """
-    if not re.fullmatch(r"[1-9]\d{0,5}(x[1-9]\d{0,5})?", text):
-        raise InputError(f"image size {text!r} should be a number such as 384, or height and width such as 256x320")
-    sides = text.split("x")
-    return int(sides[0]), int(sides[-1])
