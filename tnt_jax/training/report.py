@@ -7,16 +7,14 @@ import json
 import math
 import os
 import pathlib
+import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import rich.console
 import rich.progress
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 
 from tnt_jax.chips import chip_of, training_flops
 from tnt_jax.config import InputError, TrainConfig, to_json
@@ -162,6 +160,19 @@ class _JsonLines:
         self._file.close()
 
 
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """Keeps tensorboardX from importing PyTorch where it is installed: seconds of every start, for nothing."""
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # as if it was not installed
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+
+
 class _TensorBoard:
     """Event files, written at once.
 
@@ -170,6 +181,12 @@ class _TensorBoard:
     """
 
     def __init__(self, folder: pathlib.Path, start_step: int):
+        with _without_torch():
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
+            from tensorboardX.summary import scalar
+
+        self._event, self._scalar = Event, scalar
         folder = folder / "tensorboard"
         folder.mkdir(parents=True, exist_ok=True)
         # Two starts within a second must not write the same file.
@@ -180,8 +197,8 @@ class _TensorBoard:
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
         for name in sorted(values.keys() - {"epoch"}):
-            summary = scalar(f"{kind}/{name}", values[name])
-            self._writer.write_event(Event(step=step, wall_time=time.time(), summary=summary))
+            summary = self._scalar(f"{kind}/{name}", values[name])
+            self._writer.write_event(self._event(step=step, wall_time=time.time(), summary=summary))
         self._writer.flush()
 
     def close(self) -> None:
