@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: digits test test-slow smoke test-demo notebooks lint clean
+.PHONY: digits test test-slow smoke test-demo notebooks docs lint clean
 
 digits: .venv/.installed
 	.venv/bin/python train.py
@@ -18,6 +18,10 @@ smoke: .venv/.installed-dev
 
 notebooks: .venv/.installed-dev
 	.venv/bin/python -m pytest -m slow --durations=4 tests/test_notebooks.py
+
+# The documentation as a site, with warnings as errors.
+docs: .venv/.installed-dev
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet --strict --site-dir build/site
 
 # Needs chromium and chromedriver (Debian: chromium-driver). Gradio asks for an older Pillow and works with ours, which comes after it.
 test-demo: .venv-demo/.installed

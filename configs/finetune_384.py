@@ -1,6 +1,5 @@
 """TNT-S from 224x224 to 384x384 on ImageNet-1k.
 
-    python convert_torch_weights.py timm/tnt_s_patch16_224.in1k weights/tnt_s_patch16_224
     python train.py --config configs/finetune_384.py
 
 Published accuracy: 83.1 top-1 (TNT-B: 83.9; arXiv 2103.00112, table 9). The paper says "the same settings and
@@ -15,7 +14,7 @@ from tnt_jax.config import DataConfig, ModelChanges, OptimizerConfig, TrainConfi
 def get_config() -> TrainConfig:
     return TrainConfig(
         run_dir="runs/finetune_384",
-        init_from="weights/tnt_s_patch16_224",
+        init_from="tnt_s_patch16_224",
         model=ModelChanges("tnt_s_patch16_224", image_size=384, dtype="bfloat16", remat="all"),
         data=DataConfig("tfds:imagenet2012", eval_split="validation", crop=1.0, num_workers=8),
         optimizer=OptimizerConfig(

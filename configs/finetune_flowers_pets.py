@@ -1,6 +1,5 @@
 """TNT-S on Oxford Flowers or Pets at 384x384, from weights that were trained on ImageNet-1k.
 
-    python convert_torch_weights.py timm/tnt_s_patch16_224.in1k weights/tnt_s_patch16_224
     python train.py --config configs/finetune_flowers_pets.py                       # Flowers, 102 classes
     python train.py --config configs/finetune_flowers_pets.py --data.source tfds:oxford_iiit_pet \\
         --data.train-split train --run-dir runs/finetune_pets
@@ -16,7 +15,7 @@ from tnt_jax.config import DataConfig, ModelChanges, OptimizerConfig, TrainConfi
 def get_config() -> TrainConfig:
     return TrainConfig(
         run_dir="runs/finetune_flowers",
-        init_from="weights/tnt_s_patch16_224",
+        init_from="tnt_s_patch16_224",
         model=ModelChanges("tnt_s_patch16_224", image_size=384, dtype="bfloat16"),
         data=DataConfig("tfds:oxford_flowers102", train_split="train+validation", crop=1.0, num_workers=8),
         optimizer=OptimizerConfig(learning_rate=5e-5, weight_decay=5e-4, min_learning_rate=1e-6, ema_decay=0.9998),

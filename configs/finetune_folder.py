@@ -1,6 +1,5 @@
 """Any folder of images, one folder a class, from weights that were trained on ImageNet-1k.
 
-    python convert_torch_weights.py timm/tnt_s_patch16_224.in1k weights/tnt_s_patch16_224
     python train.py --config configs/finetune_folder.py --data.source folder:PATH --run-dir runs/mine
 
 PATH holds train/CLASS/*.jpg and val/CLASS/*.jpg. The rate is small and smaller still near the words, the augmentation
@@ -14,7 +13,7 @@ from tnt_jax.config import DataConfig, ModelChanges, OptimizerConfig, TrainConfi
 def get_config() -> TrainConfig:
     return TrainConfig(
         run_dir="runs/finetune_folder",
-        init_from="weights/tnt_s_patch16_224",
+        init_from="tnt_s_patch16_224",
         model=ModelChanges("tnt_s_patch16_224"),
         data=DataConfig("folder:images", repeats=1, crop_area=(0.3, 1.0), mixup=0.0, cutmix=0.0, erasing=0.0),
         optimizer=OptimizerConfig(

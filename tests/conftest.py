@@ -5,6 +5,11 @@ import os
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
+if os.environ.get("CHECK_SHAPES"):  # `make shapes`: every annotated shape is checked in every call
+    from jaxtyping import install_import_hook
+
+    install_import_hook(["tnt_jax.models", "tnt_jax.data", "tnt_jax.training"], "beartype.beartype")
+
 
 def pytest_collection_modifyitems(items):
     """The longest first: of two workers, none is left with a test of a minute at the end."""

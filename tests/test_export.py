@@ -13,7 +13,7 @@ from tnt_jax import export
 from tnt_jax.config import InputError
 from tnt_jax.data.mixing import normalise
 from tnt_jax.export import export_model
-from tnt_jax.storage.folder import description_of
+from tnt_jax.storage.description import description_of
 
 NAMES = ("ant", "bee", "cat")
 # What somebody does who has JAX and not this project.

@@ -3,16 +3,18 @@ import io
 import json
 
 import commands
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax import nnx
 from PIL import Image
-from small_models import small_model, small_pyramid
+from small_models import small_model
 
 import tnt_jax
 from tnt_jax.config import InputError
 from tnt_jax.data.images import evaluation_crop
-from tnt_jax.inference import predict_images
+from tnt_jax.inference import _probabilities, predict_images
 
 NAMES = ("ant", "bee", "cat [spotted]")
 
@@ -108,38 +110,6 @@ def test_a_model_without_names_names_numbers_and_one_without_classes_is_refused(
         tnt_jax.inference_model(small_model(num_classes=0), photos / "0.png")
 
 
-@pytest.mark.parametrize(
-    ("name", "variant"),
-    [
-        ("tnt-small-p16_3rdparty_in1k", "tnt_s_legacy_patch16_224"),
-        ("timm/tnt_s_patch16_224.in1k", "tnt_s_patch16_224"),
-        ("tnt_b_patch16_224.in1k", "tnt_b_patch16_224"),
-    ],
-)
-def test_a_published_name_says_how_to_get_its_weights(name, variant, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    command = rf"python convert_torch_weights\.py timm/{variant}\.in1k weights/{variant}"
-    with pytest.raises(InputError, match=command):
-        tnt_jax.inference_model(name, "bird.jpg")
-    tnt_jax.save_model(small_model(name=variant), f"weights/{variant}", class_names=NAMES)
-    assert tnt_jax.load_model(name).description.class_names == NAMES
-    tnt_jax.save_model(small_pyramid(), f"weights/{variant}", overwrite=True)
-    with pytest.raises(InputError, match=f"holds ptnt_custom_patch8_32, and {name} is {variant}"):
-        tnt_jax.load_model(name)
-
-
-def test_what_is_no_model_is_refused_with_what_to_do(tmp_path):
-    (tmp_path / "a.pth").touch()
-    with pytest.raises(InputError, match=r"python convert_torch_weights\.py .*a\.pth"):
-        tnt_jax.load_model(tmp_path / "a.pth")
-    with pytest.raises(InputError, match=r"no folder tnt_s_patch16, and .* nearest names are tnt_s_patch16_224"):
-        tnt_jax.load_model("tnt_s_patch16")
-    with pytest.raises(InputError, match=r"(?s)py FILE weights/ptnt_s_patch16_256\n.*https://github.com/huawei-noah"):
-        tnt_jax.load_model("ptnt_s_patch16_256")
-    with pytest.raises(InputError, match="nobody has published weights of tnt_ti_patch16_224"):
-        tnt_jax.load_model("tnt_ti_patch16_224")
-
-
 def test_predict_prints_the_likeliest_classes(folder, photos):
     code, out, _ = commands.run("predict.py", folder, photos / "2.png", "--top-k", "2")
     assert code == 0
@@ -179,3 +149,76 @@ def test_predict_refuses_bad_arguments(arguments, message):
     assert (code, out) == (2, "")
     assert message in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        jnp.asarray,
+        torch.tensor,
+        lambda pixels: bytearray(_png(pixels)),
+        lambda pixels: memoryview(_png(pixels)),
+        lambda pixels: io.BytesIO(_png(pixels)),
+        Image.fromarray,
+    ],
+    ids=["jax", "torch", "bytearray", "memoryview", "file", "pillow"],
+)
+def test_what_programs_have_in_hand_is_an_image(given, model):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    expected = tnt_jax.inference_model(model, pixels)["pred_scores"]
+    np.testing.assert_array_equal(tnt_jax.inference_model(model, given(pixels))["pred_scores"], expected)
+
+
+def _png(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_list_of_images_gives_a_list(model, photos):
+    paths = [photos / "1.png", str(photos / "2.png")]
+    results = tnt_jax.inference_model(model, paths)
+    assert [result["pred_label"] for result in results] == [
+        tnt_jax.inference_model(model, path)["pred_label"] for path in paths
+    ]
+    assert tnt_jax.inference_model(model, []) == []
+    with pytest.raises(InputError, match=r"there is no image .*none\.png"):
+        tnt_jax.inference_model(model, [photos / "1.png", photos / "none.png"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, "None is no image; one is a path, bytes"),
+        (3, "3 is no image"),
+        (np.zeros((3, 40, 50), np.uint8), r"its channels are first: transpose them, as in image\.transpose\(1, 2, 0\)"),
+        (torch.zeros(40, 50, 3), "dtype float32 was given, and should be uint8"),
+    ],
+)
+def test_what_is_no_image_is_said(given, message, model):
+    with pytest.raises(InputError, match=message):
+        tnt_jax.inference_model(model, given)
+
+
+def test_any_number_of_images_compiles_a_model_a_few_times(photos):
+    model = small_model(depth=2)  # of a form that no other test has
+    before = _probabilities._cache_size()
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    for count in range(1, 21):
+        assert len(list(predict_images(model, [pixels] * count, batch_size=16))) == count
+    assert _probabilities._cache_size() - before == 5  # 1, 2, 4, 8 and 16 images
+
+
+def test_the_probability_of_a_single_output_is_its_sigmoid(photos):
+    model = small_model(num_classes=1)
+    pixels = evaluation_crop(Image.open(photos / "3.png"), (32, 32), 0.9)
+    logit = float(model((pixels[None].astype(np.float32) / 255 - 0.5) / 0.5)[0, 0])
+    result = tnt_jax.inference_model(model, photos / "3.png")
+    assert result["pred_score"] == pytest.approx(1 / (1 + np.exp(-logit)), rel=1e-4)
+
+
+def test_scores_that_are_not_numbers_are_an_error(photos):
+    model = small_model()
+    model.head.bias[...] = model.head.bias[...] * np.nan
+    with pytest.raises(InputError, match=r"gives scores that are not numbers \(NaN\)"):
+        tnt_jax.inference_model(model, photos / "0.png")

@@ -9,7 +9,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "InputError": "config",
-    "create_model": "models.variants",
+    "create_model": "storage.load",
+    "get_model": "storage.load",
     "inference_model": "inference",
     "list_models": "models.variants",
     "load_model": "storage.load",

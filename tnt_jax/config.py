@@ -226,8 +226,8 @@ class TrainConfig(Generic[Model]):
     run_dir: str = setting("runs/digits", role="execution")
     """Where the run lies: configuration, checkpoints, metrics. A run that is started again goes on from there."""
     init_from: str | None = None
-    """Folder of a model or of a run whose parameters the run starts from. Positions are resized to another image size;
-    another number of classes gets a fresh head."""
+    """Model whose parameters the run starts from: a folder, a published name, OWNER/NAME on the hub, an address or a
+    checkpoint. Positions are resized to another image size. Classes are matched by name; others get a fresh head."""
     model: Model = dataclasses.field(default_factory=ModelChanges)
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -8,7 +8,7 @@ import numpy as np
 from tnt_jax.config import InputError
 from tnt_jax.inference import inference_model, most_likely
 from tnt_jax.models.variants import Model
-from tnt_jax.storage.folder import description_of
+from tnt_jax.storage.description import description_of
 from tnt_jax.visualize.attention import inner_attention, outer_attention
 from tnt_jax.visualize.canvas import see
 

@@ -21,8 +21,8 @@ from jaxtyping import Array, Float, UInt8
 from tnt_jax.config import InputError
 from tnt_jax.data.mixing import normalise
 from tnt_jax.models.variants import Model, abstract_model
+from tnt_jax.storage.description import description_of
 from tnt_jax.storage.files import write_whole
-from tnt_jax.storage.folder import description_of
 
 SUFFIXES = {"stablehlo": ".stablehlo", "onnx": ".onnx"}
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -170,7 +170,8 @@ def _describe(model: Model, compute: Callable, format: str) -> dict:
         "format": format,
         "input": {"name": "pixels", "dtype": "uint8", "shape": ["batch", height, width, known.config.in_channels]},
         "output": {"name": "logits", "dtype": "float32", "shape": ["batch", width_of_output]},
-        "preprocessing": "shorter side to floor(size / crop), bicubic with antialiasing; centre cut out; 0 to 255",
+        "preprocessing": f"shorter side to floor(size / crop), {known.preprocessing.interpolation} with antialiasing; "
+        "centre cut out; 0 to 255",
         "crop": known.preprocessing.crop,
         "class_names": known.class_names,
     }

@@ -16,29 +16,34 @@ from tnt_jax.config import InputError
 from tnt_jax.data.images import ImageSource, evaluation_crop, open_image
 from tnt_jax.data.mixing import normalise
 from tnt_jax.models.variants import Model
-from tnt_jax.storage.folder import ModelDescription, Preprocessing, description_of
+from tnt_jax.storage.description import ModelDescription, Preprocessing, description_of
 from tnt_jax.storage.load import load_model
 
 
-def inference_model(model: Model | str | os.PathLike, image: ImageSource) -> dict[str, Any]:
-    """The class of one image. The keys are those of mmpretrain's `inference_model`.
+def inference_model(
+    model: Model | str | os.PathLike, image: ImageSource | list[ImageSource]
+) -> dict[str, Any] | list[dict[str, Any]]:
+    """The class of an image, or of each image of a list. The keys are those of mmpretrain's `inference_model`.
 
     Args:
-        model: a model, its folder, or a published name. To classify many images, load it once.
-        image: path, bytes, open binary file, PIL image, or uint8 array (height, width, channels) in RGB.
+        model: a model, or whatever `load_model` takes. To classify many images, load it once.
+        image: path, bytes, open binary file, PIL image, or uint8 array (height, width, channels) in RGB, of NumPy, JAX
+            or PyTorch; or a list of these.
 
     Returns:
         pred_label (int), pred_class (its name, or the number as text where no names are known), pred_score (its
-        probability), pred_scores (float32 (classes,), of all).
+        probability), pred_scores (float32 (classes,), of all). The probability of a single output is its sigmoid.
 
     Raises:
-        InputError: the image cannot be read, or the model cannot be loaded or has no classes.
+        InputError: an image cannot be read, or the model cannot be loaded or has no classes.
     """
     model = model if isinstance(model, nnx.Module) else load_model(model)
-    (result,) = predict_images(model, [image], batch_size=1)
-    if isinstance(result, InputError):
-        raise result
-    return result
+    images = list(image) if isinstance(image, list | tuple) else [image]
+    results = list(predict_images(model, images))
+    for result in results:
+        if isinstance(result, InputError):
+            raise result
+    return results if isinstance(image, list | tuple) else results[0]
 
 
 def predict_images(
@@ -47,7 +52,8 @@ def predict_images(
     """For each image in turn what `inference_model` returns, or the error that says why it cannot be read.
 
     Images are asked for as they are needed, two batches ahead of what has been predicted, and read on threads. Batches
-    have one size, so that the model is compiled once; the last is filled up with black images.
+    have one size, and the last is filled up with black images. Fewer images than `batch_size` are filled up to the next
+    power of two, so that a service that gets any number of them compiles the model only a few times.
 
     Raises:
         InputError: the model has no classes, or the batch size is not positive.
@@ -65,7 +71,7 @@ def _predict(
 ) -> Iterator[dict[str, Any] | InputError]:
     graph, state = nnx.split(model)
     first = list(itertools.islice(images, batch_size))
-    batch_size = len(first)  # fewer images than a batch holds need no larger one
+    batch_size = min(batch_size, 1 << max(0, len(first) - 1).bit_length())
     with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="images") as pool:
 
         def read(chosen: list[ImageSource]) -> list[Future]:
@@ -81,7 +87,12 @@ def _predict(
             if readable:
                 batch = np.zeros((batch_size, *readable[0].shape), np.uint8)
                 batch[: len(readable)] = readable
-                scores = iter(np.asarray(_probabilities(graph, description.preprocessing, state, batch)))
+                computed = np.asarray(_probabilities(graph, description.preprocessing, state, batch))
+                if not np.isfinite(computed).all():
+                    raise InputError(
+                        f"{description.config.name} gives scores that are not numbers (NaN): its parameters are damaged"
+                    )
+                scores = iter(computed)
             for image in pixels:
                 yield image if isinstance(image, InputError) else _result(next(scores), description.class_names)
             reading = following
@@ -90,7 +101,8 @@ def _predict(
 def _pixels(image: ImageSource, description: ModelDescription) -> np.ndarray | InputError:
     feeding = description.preprocessing
     try:
-        return evaluation_crop(open_image(image, description.config.in_channels), feeding.image_size, feeding.crop)
+        pixels = open_image(image, description.config.in_channels)
+        return evaluation_crop(pixels, feeding.image_size, feeding.crop, feeding.interpolation)
     except InputError as error:
         return error
 
@@ -99,7 +111,8 @@ def _pixels(image: ImageSource, description: ModelDescription) -> np.ndarray | I
 def _probabilities(
     graph: nnx.GraphDef, feeding: Preprocessing, state: nnx.State, images: UInt8[Array, "batch height width channels"]
 ) -> Float[Array, "batch classes"]:
-    return jax.nn.softmax(nnx.merge(graph, state)(normalise(images, feeding)), axis=-1)
+    logits = nnx.merge(graph, state)(normalise(images, feeding))
+    return jax.nn.sigmoid(logits) if logits.shape[-1] == 1 else jax.nn.softmax(logits, axis=-1)
 
 
 def _result(scores: np.ndarray, class_names: Sequence[str] | None) -> dict[str, Any]:
@@ -114,7 +127,7 @@ def _result(scores: np.ndarray, class_names: Sequence[str] | None) -> dict[str, 
 
 def class_name(label: int, class_names: Sequence[str] | None) -> str:
     """What a class is called, or its number where no names are known."""
-    return str(label) if class_names is None else class_names[label]
+    return class_names[label] if class_names and label < len(class_names) else str(label)
 
 
 def most_likely(result: dict[str, Any], class_names: Sequence[str] | None, count: int) -> list[dict[str, Any]]:

@@ -1,15 +1,22 @@
 import dataclasses
 import json
+import math
+from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from small_models import small_model
 
 from tnt_jax.config import InputError
+from tnt_jax.models.variants import create_model
+from tnt_jax.storage import description as described
 from tnt_jax.storage import folder as saving
 
 NAMES = ("ant", "bee", "cat")
+SMALL = {"depth": 1, "inner_dim": 4, "inner_heads": 2, "outer_dim": 12, "outer_heads": 3}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +37,7 @@ def test_a_saved_model_comes_back_bit_for_bit_with_its_description(model, folder
     for path in before:
         np.testing.assert_array_equal(after[path], before[path], err_msg=path)
     assert loaded.config == model.config
-    description = saving.description_of(loaded)
+    description = described.description_of(loaded)
     assert description.class_names == NAMES
     assert description.source == {"file": "a.pth"}
     assert (description.preprocessing.image_size, description.preprocessing.crop) == ((32, 32), 0.9)
@@ -42,7 +49,7 @@ def test_a_bfloat16_model_of_grey_images_comes_back(tmp_path):
     loaded = saving.load_folder(tmp_path / "model")
     assert loaded.head.kernel[...].dtype == jnp.bfloat16
     np.testing.assert_array_equal(loaded.head.kernel[...], model.head.kernel[...])
-    assert saving.description_of(loaded).preprocessing.mean == (0.5,)
+    assert described.description_of(loaded).preprocessing.mean == (0.5,)
 
 
 def test_saving_a_loaded_model_keeps_its_class_names(folder, tmp_path):
@@ -119,7 +126,162 @@ def test_as_many_class_names_as_classes(model, tmp_path):
 
 
 def test_a_description_without_parameters_is_written_and_read_alone(model, tmp_path):
-    preprocessing = saving.Preprocessing((32, 32), 1.0, (0.1,) * 3, (0.3,) * 3)
-    description = saving.describe(model.config, class_names=NAMES, preprocessing=preprocessing)
+    preprocessing = described.Preprocessing((32, 32), 1.0, (0.1,) * 3, (0.3,) * 3)
+    description = described.describe(model.config, class_names=NAMES, preprocessing=preprocessing)
     saving.write_description(tmp_path, description)
     assert saving.read_description(tmp_path) == dataclasses.replace(description)
+
+
+def again(model, folder, **options):
+    """Saved and loaded."""
+    saving.save_model(model, folder, **options)
+    return saving.load_folder(folder)
+
+
+def test_parameters_that_were_cast_come_back_as_they_are(tmp_path):
+    graph, state = nnx.split(small_model())
+    cast = nnx.merge(graph, jax.tree.map(lambda value: value.astype(jnp.bfloat16), state))
+    loaded = again(cast, tmp_path / "model")
+    assert loaded.config.param_dtype == "bfloat16"
+    np.testing.assert_array_equal(loaded.head.kernel[...], cast.head.kernel[...])
+
+
+def test_numpys_numbers_in_a_configuration_come_back_as_pythons(tmp_path):
+    numbers = {"num_classes": np.int64(3), "drop_path_rate": np.float32(0.25), "image_size": np.array([32, 48])}
+    model = create_model("tnt_ti_patch16_224", **SMALL, **numbers)
+    config = again(model, tmp_path / "model").config
+    assert (config.num_classes, config.drop_path_rate, config.image_size) == (3, 0.25, (32, 48))
+    assert {type(value) for value in (config.num_classes, *config.image_size)} == {int}
+
+
+def test_another_head_is_saved_with_its_own_classes(folder, tmp_path):
+    model = saving.load_folder(folder)
+    model.head = nnx.Linear(12, 7, rngs=nnx.Rngs(0))
+    assert described.description_of(model).class_names is None
+    assert again(model, tmp_path / "nameless").config.num_classes == 7
+    names = tuple("abcdefg")
+    assert described.description_of(again(model, tmp_path / "named", class_names=names)).class_names == names
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda model: setattr(
+                model, "head", nnx.Sequential(nnx.Linear(12, 5, rngs=nnx.Rngs(0)), nnx.Linear(5, 3, rngs=nnx.Rngs(0)))
+            ),
+            r"head\.layers\.0\.kernel \(12, 5\) is not in such a model",
+        ),
+        (
+            lambda model: setattr(model, "norm", nnx.LayerNorm(5, rngs=nnx.Rngs(0))),
+            r"norm\.bias is \(5,\), and should",
+        ),
+        (
+            lambda model: model.norm.bias.set_value(jnp.zeros(12, jnp.float16)),
+            r"norm\.bias is float16, and should",
+        ),
+    ],
+)
+def test_a_module_of_another_form_is_refused_before_anything_is_written(change, message, tmp_path):
+    model = small_model()
+    change(model)
+    with pytest.raises(InputError, match=message):
+        saving.save_model(model, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ({0: "ant", 1: "bee", 2: "cat"}, NAMES),
+        ({"2": "cat", "0": "ant", "1": "bee"}, NAMES),
+        (np.array(NAMES), NAMES),
+        (iter(NAMES), NAMES),
+        ({0: "ant", 2: "cat", 3: "bee"}, "should have each number from 0 to 2"),
+        ("ant", "should be a list of texts"),
+        (range(3), "class names have 0, and each should be a text"),
+        (["ant", "", "cat"], "class names have '', and each should be a text"),
+        (3, "class names are 3, and should be a list of texts"),
+    ],
+)
+def test_names_of_classes_are_texts_in_any_collection(names, expected, model, tmp_path):
+    if isinstance(expected, tuple):
+        assert described.description_of(again(model, tmp_path / "model", class_names=names)).class_names == expected
+        return
+    with pytest.raises(InputError, match=expected):
+        saving.save_model(model, tmp_path / "model", class_names=names)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("ant\nbee\n\ncat \n", NAMES),
+        ('["ant", "bee", "cat"]', NAMES),
+        ('{"0": "ant", "1": "bee", "2": "cat"}', NAMES),
+        ("\n", "has no class names"),
+        ("[1, 2]", "each should be a text"),
+        ("{", "class names cannot be read"),
+    ],
+)
+def test_names_of_classes_from_a_file(text, expected, tmp_path):
+    (tmp_path / "names").write_text(text)
+    if isinstance(expected, tuple):
+        assert described.read_class_names(tmp_path / "names") == expected
+        return
+    with pytest.raises(InputError, match=expected):
+        described.read_class_names(tmp_path / "names")
+
+
+@pytest.mark.parametrize(
+    ("feeding", "message"),
+    [
+        ({"std": [0, 0, 0]}, "std is .*, and each should lie between above 0 and 1"),
+        ({"mean": [127.5] * 3}, "pixels lie between 0 and 1, so divide it by 255"),
+        ({"mean": [0.5, 0.5]}, "mean is .*, and should be one number for each of 3 channels"),
+        ({"mean": [math.nan] * 3}, "mean is"),
+        ({"crop": 0}, "crop is 0, and should be a share of the image"),
+        ({"crop": 87.5}, "crop is 87.5"),
+        ({"interpolation": "nearest"}, "interpolation is 'nearest'; known are bicubic, bilinear"),
+    ],
+)
+def test_preprocessing_that_cannot_be_is_refused_on_writing_and_on_reading(feeding, message, model, folder, tmp_path):
+    with pytest.raises(InputError, match=message):
+        saving.save_model(model, tmp_path / "other", **feeding)
+    fields = json.loads((folder / "model.json").read_text())
+    fields["preprocessing"] |= feeding
+    (folder / "model.json").write_text(json.dumps(fields))
+    with pytest.raises(InputError, match=rf"model\.json: .*{message}"):
+        saving.load_folder(folder)
+
+
+def test_what_json_cannot_hold_is_refused_and_numpys_numbers_are_taken(model, tmp_path):
+    loaded = again(model, tmp_path / "model", source={"top1": np.float32(0.5), "file": tmp_path})
+    assert described.description_of(loaded).source == {"top1": 0.5, "file": str(tmp_path)}
+    with pytest.raises(InputError, match="cannot be written as JSON: set"):
+        saving.save_model(model, tmp_path / "other", source={"tags": {1}})
+
+
+@pytest.mark.parametrize("of_run", ["checkpoints/100/data", "metrics.jsonl", "config.json", "tensorboard/events"])
+def test_a_run_is_never_overwritten(of_run, folder, model):
+    (folder / of_run).parent.mkdir(parents=True, exist_ok=True)
+    (folder / of_run).write_text("{}")
+    with pytest.raises(InputError, match="holds a training run, and is not overwritten"):
+        saving.save_model(model, folder, overwrite=True)
+    assert (folder / of_run).exists()
+
+
+def test_the_old_model_stays_where_the_new_one_cannot_take_its_place(folder, model, monkeypatch):
+    before = saving.read_description(folder)
+    rename = Path.rename
+
+    def fail(path, target):
+        if "unfinished" in path.name:
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(InputError, match="cannot be written"):
+        saving.save_model(model, folder, overwrite=True, class_names=("x", "y", "z"))
+    assert saving.read_description(folder) == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]

@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 
 import tnt_jax
-from tnt_jax.commands.process import use_cpu_where_there_is_nothing_else
+from tnt_jax.commands.process import notes_on_stderr, use_cpu_where_there_is_nothing_else
 from tnt_jax.config import InputError, ModelChanges, TrainConfig, smoke
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
@@ -111,7 +111,8 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
     def run() -> None:
         use_cpu_where_there_is_nothing_else()
         try:
-            main()
+            with notes_on_stderr():
+                main()
         except KeyboardInterrupt:
             print("error: stopped by Ctrl-C", file=sys.stderr)
             sys.exit(130)

@@ -1,6 +1,6 @@
-"""Takes PyTorch weights of TNT in any published layout, and gives them back in any.
+"""Takes weights of TNT in any published layout, and gives them back in any.
 
-To a model of ours: `python convert_torch_weights.py SOURCE FOLDER`. From one: `... FOLDER FILE --to timm`.
+To a model folder: `python convert_torch_weights.py MODEL FOLDER`. To a checkpoint: `... MODEL FILE --to timm`.
 """
 
 import dataclasses
@@ -14,10 +14,11 @@ from tnt_jax.config import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Converts a PyTorch checkpoint into a model folder, or with --to a model folder into a PyTorch checkpoint."""
+    """Writes any MODEL as a model folder, or with --to as a checkpoint that PyTorch reads."""
 
-    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """A .pth, .pth.tar, .pt, .bin or .safetensors file or a name on the Hugging Face hub; with --to, a model folder."""
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """A checkpoint file (.pth, .safetensors ...), a published name, OWNER/NAME on the Hugging Face hub, an https://
+    address, or the folder of a model or a run."""
     destination: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")]
     """The model folder to write; with --to, a .safetensors or .pth file."""
     to: Literal["huawei", "timm", "mmpretrain"] | None = None
@@ -25,7 +26,17 @@ class Arguments:
     image_size: str | None = None
     """Resize the sentence positions for images of this size: 384, or height and width as 256x320."""
     num_classes: int | None = None
-    """Classes of the head: a fresh one where the checkpoint's has another number, none for 0."""
+    """Classes of the head: a fresh one where the model's has another number, none for 0."""
+    class_names: str | None = None
+    """A file with the names of the classes, one a line or JSON; or imagenet-1k."""
+    mean: tuple[float, ...] | None = None
+    """Of each channel, between 0 and 1: what is subtracted from a pixel."""
+    std: tuple[float, ...] | None = None
+    """Of each channel, between 0 and 1: what it is divided by then."""
+    crop: float | None = None
+    """Share of the shorter side that evaluation keeps."""
+    interpolation: Literal["bicubic", "bilinear"] | None = None
+    """How images are resized."""
     weights: Literal["raw", "ema"] | None = None
     """Which weights of a training checkpoint; by default the averaged ones where there are any."""
     overwrite: Flag = False
@@ -36,13 +47,15 @@ class Arguments:
 def main() -> None:
     arguments = tyro.cli(Arguments, description=Arguments.__doc__)
     if arguments.to is None:
-        _read(arguments)
+        _to_folder(arguments)
     else:
-        _write(arguments)
+        _to_checkpoint(arguments)
 
 
-def _read(arguments: Arguments) -> None:
-    from tnt_jax.storage.torch.convert import convert, parse_image_size
+def _to_folder(arguments: Arguments) -> None:
+    from tnt_jax.storage.convert import convert
+    from tnt_jax.storage.description import read_class_names
+    from tnt_jax.storage.torch.convert import parse_image_size
 
     done = convert(
         arguments.source,
@@ -50,27 +63,33 @@ def _read(arguments: Arguments) -> None:
         image_size=None if arguments.image_size is None else parse_image_size(arguments.image_size),
         num_classes=arguments.num_classes,
         weights=arguments.weights,
-        overwrite=arguments.overwrite,
+        class_names=None if arguments.class_names is None else read_class_names(arguments.class_names),
+        **{name: getattr(arguments, name) for name in ("mean", "std", "crop", "interpolation", "overwrite")},
     )
-    print(f"layout        {done.layout}")
-    print(f"architecture  {done.config.architecture}")
-    print(f"variant       {done.config.name}")
-    print("image size    {}x{}".format(*done.config.image_size))
-    print(f"classes       {done.config.num_classes}")
-    print(f"tensors read  {done.tensors}, every one accounted for")
+    config, names = done.description.config, done.description.class_names
+    if done.layout:
+        print(f"layout        {done.layout}")
+    print(f"architecture  {config.architecture}")
+    print(f"variant       {config.name}")
+    print("image size    {}x{}".format(*config.image_size))
+    print(f"classes       {config.num_classes}" + (f", {names[0]} to {names[-1]}" if names else ""))
+    if done.tensors:
+        print(f"tensors read  {done.tensors}, every one accounted for")
     for note in done.notes:
         print(f"note          {note}")
     print(f"written       {arguments.destination}")
 
 
-def _write(arguments: Arguments) -> None:
+def _to_checkpoint(arguments: Arguments) -> None:
     from tnt_jax.storage.load import load_model
-    from tnt_jax.storage.torch.convert import export
+    from tnt_jax.storage.torch.write import export
 
-    for option in ("image_size", "num_classes", "weights"):
+    for option in ("image_size", "num_classes", "class_names", "mean", "std", "crop", "interpolation"):
         if getattr(arguments, option) is not None:
-            raise InputError(f"--{option.replace('_', '-')} is for reading a checkpoint, and --to writes one")
-    model = load_model(arguments.source)
+            raise InputError(
+                f"--{option.replace('_', '-')} is for writing a model folder, and --to writes a checkpoint"
+            )
+    model = load_model(arguments.source, weights=arguments.weights)
     tensors = export(model, arguments.destination, arguments.to, overwrite=arguments.overwrite)
     print(
         f"written       {arguments.destination}: {tensors} tensors of {model.config.name} as {arguments.to} names them"

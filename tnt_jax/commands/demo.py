@@ -13,7 +13,7 @@ class Arguments:
     """Serves a page on this machine: drop an image, see its likeliest classes, click a patch to see its attention."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """Folder of a training run or of a model, or a published name."""
+    """A folder of a run or a model, a published name, OWNER/NAME on the hub, an address, or a checkpoint file."""
     port: int = 7860
     """Where the page is: http://127.0.0.1:PORT"""
 

@@ -20,7 +20,8 @@ class Arguments:
     """Prints how many of the test images models get right, each image counted once, with 95% confidence intervals."""
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL ...")]
-    """Folders of training runs (averaged and raw weights are evaluated) or of models, or published names."""
+    """Folders of runs (averaged and raw weights are evaluated) or of models, published names, OWNER/NAME on the hub,
+    addresses, or checkpoint files."""
     source: tuple[str, ...] = ()
     """Where images come from, such as `digits`, `idx:FOLDER`, `imagenet:FOLDER`, `imagenet-a:FOLDER`, one or several;
     a training run knows its own."""

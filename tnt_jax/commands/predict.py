@@ -27,7 +27,7 @@ class Arguments:
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """Folder of a model, or a published name."""
+    """A folder of a run or a model, a published name, OWNER/NAME on the hub, an address, or a checkpoint file."""
     images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE_OR_FOLDER ...")]
     """Image files, and folders that are searched for images."""
     top_k: int = 5
@@ -42,7 +42,7 @@ class Arguments:
 def main() -> None:
     arguments = tyro.cli(Arguments)
     from tnt_jax.inference import most_likely, predict_images
-    from tnt_jax.storage.folder import description_of
+    from tnt_jax.storage.description import description_of
     from tnt_jax.storage.load import load_model
 
     if arguments.top_k < 1 or not arguments.images:

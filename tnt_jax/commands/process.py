@@ -1,11 +1,15 @@
 """What a command does to its own process before JAX starts. A library call leaves the process as it is."""
 
+import contextlib
 import ctypes
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import pathlib
 import platform
+import sys
+from collections.abc import Iterator
 
 # <malloc.h> of glibc.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -43,6 +47,24 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "tnt_jax", "compiled"))
     if jax.config.jax_compilation_cache_max_size < 0:
         jax.config.update("jax_compilation_cache_max_size", 4 * 2**30)  # bytes; JAX sets no limit
+
+
+@contextlib.contextmanager
+def notes_on_stderr() -> Iterator[None]:
+    """Shows what the library has to say while a command runs, one line each."""
+    logger, handler = logging.getLogger("tnt_jax"), _Notes(logging.WARNING)
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
+
+
+class _Notes(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"note: {record.getMessage()}", file=sys.stderr, flush=True)
 
 
 def _chips() -> list[pathlib.Path]:

@@ -33,7 +33,7 @@ class Arguments:
     ]
     """What to draw."""
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """Folder of a training run or of a model, or a published name."""
+    """A folder of a run or a model, a published name, OWNER/NAME on the hub, an address, or a checkpoint file."""
     images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE ...")] = ()
     """Image files."""
     out: str | None = None

@@ -16,7 +16,8 @@ from tnt_jax.data.resample import Pixels, resize
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 LARGEST = 100_000_000
 """Pixels. What claims to be larger is taken for a decompression bomb, and refused before it is decoded."""
-ImageSource = str | os.PathLike | bytes | BinaryIO | np.ndarray | Image.Image
+ImageSource = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | np.ndarray | Image.Image
+"""What an image is taken from; arrays of JAX and PyTorch as well."""
 
 
 def open_image(source: ImageSource, channels: int = 3) -> Image.Image:
@@ -27,16 +28,22 @@ def open_image(source: ImageSource, channels: int = 3) -> Image.Image:
     `convert` would cut off everything above 255. Of an animation it is the first picture.
 
     Args:
-        source: path, bytes of a file, open binary file, PIL image, or uint8 array (height, width[, channels]).
+        source: path, bytes of a file, open binary file, PIL image, or uint8 array (height, width[, channels]) of NumPy,
+            JAX or PyTorch.
 
     Raises:
         InputError: there is no such file, or it cannot be read as an image; the message says which and why.
     """
     name = source if isinstance(source, str | os.PathLike) else getattr(source, "name", None) or "the image"
-    if isinstance(source, np.ndarray):
-        source = _from_array(source)
-    elif isinstance(source, bytes):
+    if isinstance(source, bytes | bytearray | memoryview):
         source = io.BytesIO(source)
+    elif hasattr(source, "__array__") and not isinstance(source, Image.Image):
+        source = _from_array(np.asarray(source.detach().cpu() if hasattr(source, "detach") else source))
+    elif not isinstance(source, str | os.PathLike | Image.Image) and not hasattr(source, "read"):
+        raise InputError(
+            f"{source!r:.80} is no image; one is a path, bytes, an open file, a PIL image, or a uint8 array "
+            "(height, width, channels)"
+        )
     try:
         image = source if isinstance(source, Image.Image) else Image.open(source)
         _refuse_bomb(image.size)
@@ -59,10 +66,12 @@ def _refuse_bomb(size: tuple[int, int]) -> None:
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
+    first = array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[-1] not in (1, 3, 4)
     if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (1, 3, 4))):
         raise InputError(
             f"an image of shape {array.shape} and dtype {array.dtype} was given, and should be uint8 "
             "(height, width) or (height, width, channels) with 1, 3 or 4 channels"
+            + ("; its channels are first: transpose them, as in image.transpose(1, 2, 0)" if first else "")
         )
     return Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
 
@@ -75,8 +84,10 @@ def _reason(error: Exception, source: ImageSource) -> str:
     return str(error) or type(error).__name__
 
 
-def evaluation_crop(image: Image.Image | Pixels, size: tuple[int, int], crop: float) -> Pixels:
-    """What evaluation shows of an image: resized (bicubic, antialiased) until it covers size / crop, cut at its centre.
+def evaluation_crop(
+    image: Image.Image | Pixels, size: tuple[int, int], crop: float, interpolation: str = "bicubic"
+) -> Pixels:
+    """What evaluation shows of an image: resized (antialiased) until it covers size / crop, and cut at its centre.
 
     Source: timm/data/transforms_factory.py, transforms_imagenet_eval with its default crop mode, and the Resize and
     CenterCrop of torchvision, rounding included.
@@ -84,12 +95,13 @@ def evaluation_crop(image: Image.Image | Pixels, size: tuple[int, int], crop: fl
     Args:
         size: height and width of the result.
         crop: share of the shorter side that is kept, above 0 and at most 1.
+        interpolation: bicubic or bilinear.
     """
     pixels = np.asarray(image)
     pixels = pixels.reshape(*pixels.shape[:2], -1)
     width, height = _resized_size(pixels.shape[1::-1], size, crop)
     top, left = round((height - size[0]) / 2), round((width - size[1]) / 2)
-    return resize(pixels, (height, width), Image.Resampling.BICUBIC, (top, left, *size))
+    return resize(pixels, (height, width), Image.Resampling[interpolation.upper()], (top, left, *size))
 
 
 def _resized_size(image_size: tuple[int, int], size: tuple[int, int], crop: float) -> tuple[int, int]:

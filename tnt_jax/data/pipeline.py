@@ -131,6 +131,7 @@ class EvalRecipe:
     data: DataConfig
     row_shape: tuple[int, int, int]
     batch_size: int
+    interpolation: str = "bicubic"
 
     def fill(self, step: int, rows: range, images: np.ndarray, labels: np.ndarray) -> list:
         for at, row in enumerate(rows):
@@ -140,7 +141,7 @@ class EvalRecipe:
                 continue
             image, labels[at] = read(self, index)
             image = to_channels(image, self.row_shape[2])
-            images[at] = evaluation_crop(image, self.row_shape[:2], self.data.crop)
+            images[at] = evaluation_crop(image, self.row_shape[:2], self.data.crop, self.interpolation)
         return []
 
 
@@ -206,13 +207,14 @@ def eval_batches(
     batch_size: int,
     process_index: int = 0,
     process_count: int = 1,
+    interpolation: str = "bicubic",
 ) -> Iterator[Batch]:
     """Every image exactly once over all processes.
 
     As in `train_batches`, with "mask" bool (rows,), False in the rows that fill up the last batch. Every process gets
     the same number of batches.
     """
-    recipe = EvalRecipe(source, data, (*image_size, channels), batch_size)
+    recipe = EvalRecipe(source, data, (*image_size, channels), batch_size, interpolation)
     steps = range(-(-len(source) // batch_size))
     filled = _prepare(recipe, steps, process_index, process_count)
     return _with_mask(filled, recipe, process_index * (batch_size // process_count))

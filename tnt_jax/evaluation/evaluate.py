@@ -1,6 +1,7 @@
 """Every image of a source exactly once: what a finished model answers, and its features."""
 
 import dataclasses
+import logging
 import math
 import re
 import time
@@ -13,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from tnt_jax.config import DataConfig, InputError
+from tnt_jax.data.classes import Match, match_classes
 from tnt_jax.data.imagenet import RELATIVES, ImageNetSource, open_imagenet, real_labels
 from tnt_jax.data.mixing import normalise
 from tnt_jax.data.pipeline import eval_batches
@@ -21,10 +23,13 @@ from tnt_jax.evaluation.probes import NEIGHBOURS, linear_probe, nearest_neighbou
 from tnt_jax.evaluation.published import published
 from tnt_jax.evaluation.scores import Answers, wilson
 from tnt_jax.models.variants import Model
-from tnt_jax.storage.folder import description_of
+from tnt_jax.storage.description import description_of
 from tnt_jax.storage.load import load_model
-from tnt_jax.storage.run import is_run, read_config
+from tnt_jax.storage.resolve import is_run
+from tnt_jax.storage.run import read_config
 from tnt_jax.training.mesh import check_batch_size, make_mesh, on_mesh, to_devices
+
+_log = logging.getLogger(__name__)
 
 
 class NonFiniteAnswersError(RuntimeError):
@@ -65,6 +70,7 @@ def _over(
         image_size=config.image_size,
         channels=config.in_channels,
         batch_size=batch_size,
+        interpolation=feeding.interpolation,
     )
     for batch in batches:
         computed = step(params, to_devices(batch, mesh))
@@ -79,38 +85,42 @@ def _over(
     return [[np.concatenate(part) for part in zip(*each, strict=True)] for each in zip(*parts, strict=True)], rate
 
 
-def check_classes(model: Model, images: Source, data: DataConfig) -> None:
-    """Raises InputError if a model has other classes than the source."""
-    if len(images.class_names) != model.config.num_classes:
-        raise InputError(
-            f"the model has {model.config.num_classes} classes, and {data.source} has {len(images.class_names)}; "
-            "its features can be probed with any data: --probe knn linear"
-        )
-
-
 def answers_of(models: Sequence[Model], images: Source, data: DataConfig, *, batch_size: int = 64) -> list[Answers]:
-    """What each of some models answers for every image of a source, in its order.
+    """What each of some models answers for every image of a source, in its order, in the classes of the source.
 
-    For an `ImageNetSource`, answers are restricted to its classes.
+    Classes are matched by name: another order is mapped, and of more classes only those of the source are looked at,
+    as of an `ImageNetSource` those that it has. Either is said.
 
     Args:
-        models: of the same sizes, such as the averaged and the raw weights of a run.
+        models: of the same sizes and classes, such as the averaged and the raw weights of a run.
 
     Raises:
-        InputError: the models have other classes than the source, or an image cannot be read.
+        InputError: the source has classes that the models do not have, or an image cannot be read.
         NonFiniteAnswersError: a model gives infinite numbers or NaN.
     """
-    check_classes(models[0], images, data)
-    asked = np.zeros(models[0].config.num_classes, bool)
+    match = match_of(models[0], images, data)
+    if match.note:
+        _log.warning(match.note)
+    asked = np.zeros(len(images.class_names), bool)
     asked[getattr(images, "classes", slice(None))] = True
 
     def compute(model: Model, inputs: jax.Array, labels: jax.Array):
-        log = jax.nn.log_softmax(jnp.where(asked, model(inputs).astype(jnp.float32), -jnp.inf))
+        logits = model(inputs).astype(jnp.float32)[:, match.of_model]
+        log = jax.nn.log_softmax(jnp.where(asked, logits, -jnp.inf))
         likeliest, top = jax.lax.top_k(log, min(5, int(asked.sum())))
         return labels, top, jnp.exp(likeliest), -jnp.take_along_axis(log, labels[:, None], axis=1)[:, 0]
 
     found, rate = _over(images, data, models, batch_size, compute)
     return [Answers(*arrays, rate) for arrays in found]
+
+
+def match_of(model: Model, images: Source, data: DataConfig) -> Match:
+    """The classes of a source among those of a model. Raises InputError if the model does not have them."""
+    described = description_of(model)
+    try:
+        return match_classes(described.class_names, described.config.num_classes, images.class_names, data.source)
+    except InputError as error:
+        raise InputError(f"{error}; its features can be probed with any data: --probe knn linear") from error
 
 
 def features_of(
@@ -166,7 +176,7 @@ def evaluate_model(
     }
     names, models = zip(*models_in(path), strict=True)
     for data, images in opened:
-        check_classes(models[0], images, data)
+        match_of(models[0], images, data)
 
     def evaluations() -> Iterator[Evaluation]:
         for data, images in opened:

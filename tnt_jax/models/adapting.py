@@ -59,6 +59,18 @@ def adapt(
     return adapted, notes
 
 
+def select_classes(
+    parameters: Mapping[str, np.ndarray], config: ModelConfig, classes: np.ndarray | None
+) -> tuple[dict[str, np.ndarray], ModelConfig]:
+    """The same model with a head of some of its classes, in this order, or with none."""
+    chosen = dict(parameters)
+    for name in ("head.kernel", "head.bias"):
+        value = chosen.pop(name)
+        if classes is not None:
+            chosen[name] = np.asarray(value)[..., classes]
+    return chosen, dataclasses.replace(config, num_classes=0 if classes is None else len(classes))
+
+
 def _resized(parameters: Mapping[str, np.ndarray], config: ModelConfig, wanted: ModelConfig) -> dict[str, np.ndarray]:
     resized = {}
     if config.sentence_positions:

@@ -3,6 +3,8 @@
 import dataclasses
 import difflib
 import fnmatch
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -292,7 +294,7 @@ def _check_stages(config: ModelConfig) -> None:
                 raise InputError(f"{branch}_dim {dim} cannot be divided among {branch}_heads {count}")
 
 
-def create_model(name: str, *, seed: int = 0, **changes) -> Model:
+def create_model(name: str, *, seed: int = 0, **changes: Any) -> Model:
     """A freshly initialised model, for example `create_model("tnt_s_patch16_224", num_classes=10, image_size=(192,
     320))`.
 
@@ -307,18 +309,32 @@ def create_model(name: str, *, seed: int = 0, **changes) -> Model:
     return build_model(model_config(name, **changes), seed)
 
 
-def model_config(name: str, **changes) -> ModelConfig:
+def model_config(name: str, **changes: Any) -> ModelConfig:
     """The complete configuration of a published model with other values of some fields.
 
     Raises:
         InputError: as `create_model`.
     """
-    fields = [field.name for field in dataclasses.fields(ModelChanges)]
-    for field in changes:
-        if field not in fields:
-            nearest = difflib.get_close_matches(field, fields, n=1) or fields
-            raise InputError(f"a model has no field {field!r}; did you mean {' or '.join(nearest)}?")
+    _check_names(changes)
     return resolve(ModelChanges(name=name, **changes))
+
+
+def changed(config: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:
+    """A complete configuration with other values of some fields.
+
+    Raises:
+        InputError: as `create_model`.
+    """
+    _check_names(changes)
+    return resolve(dataclasses.replace(changes_to(config), **changes))
+
+
+def _check_names(fields: Iterable[str]) -> None:
+    known = [field.name for field in dataclasses.fields(ModelChanges)]
+    for field in fields:
+        if field not in known:
+            nearest = difflib.get_close_matches(field, known, n=1) or known
+            raise InputError(f"a model has no field {field!r}; did you mean {' or '.join(nearest)}?")
 
 
 def build_model(config: ModelConfig, seed: int = 0) -> Model:

@@ -19,21 +19,32 @@ def check_ending(path: str | os.PathLike, endings: Sequence[str], what: str) -> 
 def write_whole(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
     """Has `write` make a file or folder beside `path`, which takes its place when it is complete.
 
+    What was there is renamed away before, and removed after, so that one of the two is always whole.
+
     Raises:
         InputError: it cannot be written there.
     """
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
+    replaced = path.with_name(f".{path.name}.replaced-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(unfinished)
-        if path.exists():
-            _remove(path)
-        unfinished.rename(path)
+        if path.is_dir():
+            path.rename(replaced)
+            try:
+                unfinished.rename(path)
+            except OSError:
+                replaced.rename(path)
+                raise
+        else:
+            unfinished.replace(path)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error}") from error
     finally:
-        _remove(unfinished)
+        remove(unfinished)
+        if path.exists():
+            remove(replaced)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -49,8 +60,9 @@ def write_text(path: Path, text: str) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
+def remove(path: Path) -> None:
+    """Removes a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-    elif path.exists():
+    elif path.exists() or path.is_symlink():
         path.unlink()

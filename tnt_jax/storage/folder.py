@@ -20,63 +20,19 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tnt_jax.config import InputError, ModelConfig
+from tnt_jax.fields import plain
 from tnt_jax.models.variants import Model, abstract_model, check_sizes
+from tnt_jax.storage.description import (
+    DESCRIPTION,
+    ModelDescription,
+    describe,
+    description_of,
+    read_description,
+    write_description,
+)
 from tnt_jax.storage.files import write_whole
 
-FORMAT = 1
-DESCRIPTION = "model.json"
 PARAMETERS = "parameters"
-PUBLISHED_CROP = 0.9
-
-
-@dataclasses.dataclass(frozen=True)
-class Preprocessing:
-    """How an image becomes an input: shorter side to floor(size / crop), centre crop, (x / 255 - mean) / std."""
-
-    image_size: tuple[int, int]
-    crop: float
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str = "bicubic"
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelDescription:
-    """Everything of a model but its numbers. A loaded model carries its own as `model.description`."""
-
-    config: ModelConfig
-    preprocessing: Preprocessing
-    class_names: tuple[str, ...] | None = None
-    source: Mapping[str, Any] | None = dataclasses.field(default=None, compare=False)
-    """Where the numbers came from, for people to read: a file and its checksum, or a run."""
-    checksums: Mapping[str, str] | None = dataclasses.field(default=None, compare=False)
-    """CRC-32 of the bytes of each parameter by its path. None where no parameters lie beside the description."""
-
-
-def describe(
-    config: ModelConfig,
-    *,
-    class_names: Sequence[str] | None = None,
-    source: Mapping[str, Any] | None = None,
-    preprocessing: Preprocessing | None = None,
-) -> ModelDescription:
-    """The description of a model, which is fed as its published variant is unless told otherwise.
-
-    Raises:
-        InputError: there are not as many class names as classes, or the configuration contradicts itself.
-    """
-    check_sizes(config)
-    if class_names is not None and len(class_names) != config.num_classes:
-        raise InputError(f"there are {len(class_names)} class names for a model with {config.num_classes} classes")
-    if preprocessing is None:
-        half = (0.5,) * config.in_channels
-        preprocessing = Preprocessing(config.image_size, PUBLISHED_CROP, half, half)
-    return ModelDescription(config, preprocessing, class_names and tuple(class_names), source)
-
-
-def description_of(model: Model) -> ModelDescription:
-    """The description that a loaded model carries, or that of a published model for one that was made here."""
-    return getattr(model, "description", None) or describe(model.config)
 
 
 def model_parameters(model: nnx.Module) -> dict[str, Any]:
@@ -110,34 +66,99 @@ def save_model(
     model: Model,
     folder: str | os.PathLike,
     *,
-    class_names: Sequence[str] | None = None,
+    class_names: Sequence[str] | Mapping[int, str] | None = None,
     source: Mapping[str, Any] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    crop: float | None = None,
+    interpolation: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes a model as a folder that `load_model` reads. The folder appears when it is complete, or not at all.
 
+    What the module has become is what is saved: a head of another width, or parameters that were cast.
+
     Args:
-        class_names: one for each output; by default those that the model was loaded with.
+        class_names: one for each output, or a dictionary from the number to the name; by default those that the model
+            was loaded with.
         source: where the parameters came from, in anything that JSON can hold.
+        mean, std: of each channel, between 0 and 1. These and the two below: by default as the model was loaded, or as
+            its published variant.
+        crop: share of the shorter side that evaluation keeps.
+        interpolation: how images are resized, bicubic or bilinear.
         overwrite: replaces a model that is there.
 
     Raises:
-        InputError: the folder exists, or there are not as many class names as outputs.
+        InputError: the folder exists, there are not as many class names as outputs, the preprocessing is not sound, or
+            the module has other parameters than its configuration says.
     """
-    known = description_of(model)
-    description = describe(
-        model.config,
-        class_names=known.class_names if class_names is None else class_names,
-        source=known.source if source is None else source,
-        preprocessing=known.preprocessing,
+    check_destination(folder, overwrite=overwrite)
+    description = description_with(
+        model, class_names=class_names, source=source, mean=mean, std=std, crop=crop, interpolation=interpolation
     )
     save_parameters(model_parameters(model), description, folder, overwrite=overwrite)
+
+
+def description_with(
+    model: Model,
+    *,
+    class_names: Sequence[str] | Mapping[int, str] | None = None,
+    source: Mapping[str, Any] | None = None,
+    **preprocessing: Any,
+) -> ModelDescription:
+    """The description of a model as it is now, changed where something is given; see `save_model`.
+
+    Raises:
+        InputError: as `save_model`.
+    """
+    known = description_of(model)
+    config = config_of_parameters(model.config, model_parameters(model))
+    names = known.class_names if config.num_classes == known.config.num_classes else None
+    given = {name: plain(value) for name, value in preprocessing.items() if value is not None}
+    return describe(
+        config,
+        class_names=names if class_names is None else class_names,
+        source=known.source if source is None else source,
+        preprocessing=dataclasses.replace(known.preprocessing, **given),
+    )
+
+
+def config_of_parameters(config: ModelConfig, parameters: Mapping[str, Any]) -> ModelConfig:
+    """The configuration with the number of classes and the dtype that the parameters have.
+
+    Raises:
+        InputError: the parameters are not those of such a model; the message lists every one that differs.
+    """
+    shapes = {path: tuple(value.shape) for path, value in parameters.items()}
+    classes = shapes["head.bias"][0] if len(shapes.get("head.bias", ())) == 1 else 0
+    dtypes = {str(value.dtype) for value in parameters.values()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else config.param_dtype
+    dtype = dtype if dtype in ("float32", "bfloat16") else config.param_dtype
+    config = dataclasses.replace(config, num_classes=classes, param_dtype=dtype)
+    check_sizes(config)
+    wanted = parameter_shapes(config)
+    faults = [f"{path} {shape} is not in such a model" for path, shape in shapes.items() if path not in wanted]
+    for path, of in wanted.items():
+        if path not in shapes:
+            faults.append(f"{path} {of.shape} is missing")
+        elif shapes[path] != of.shape:
+            faults.append(f"{path} is {shapes[path]}, and should be {of.shape}")
+        elif parameters[path].dtype != of.dtype:
+            faults.append(f"{path} is {parameters[path].dtype}, and should be {of.dtype}")
+    if faults:
+        raise InputError(
+            f"the parameters are not those of {config.name} as its configuration describes it, so nothing could load "
+            "them again; save them with Flax's own tools, or give the model its published form back:\n  "
+            + "\n  ".join(faults)
+        )
+    return config
 
 
 def save_parameters(
     parameters: Mapping[str, Any], description: ModelDescription, folder: str | os.PathLike, *, overwrite: bool = False
 ) -> None:
     """`save_model` for parameters by their dotted path that are in no module."""
+    config_of_parameters(description.config, parameters)
 
     def write(folder: Path) -> None:
         folder.mkdir()
@@ -157,8 +178,28 @@ def check_destination(path: str | os.PathLike, *, overwrite: bool) -> None:
     path = Path(path)
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists; choose another destination, or overwrite it (--overwrite, overwrite=True)")
-    if path.is_dir() and any(path.iterdir()) and not (path / DESCRIPTION).is_file():
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    if holds_run(path):
+        raise InputError(f"{path} holds a training run, and is not overwritten; choose another destination")
+    if not (path / DESCRIPTION).is_file():
         raise InputError(f"{path} is a folder without {DESCRIPTION}; it is no model, and is not overwritten")
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a training run, or something of one, lies in a folder. A hub repository has a `config.json` as well."""
+    if any((folder / name).exists() for name in ("checkpoints", "metrics.jsonl", "tensorboard")):
+        return True
+    return (folder / "config.json").exists() and not is_hub_folder(folder)
+
+
+def is_hub_folder(folder: str | os.PathLike) -> bool:
+    """Whether a folder is a repository as timm's hub has it: its `config.json` names an architecture."""
+    try:
+        fields = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(fields, dict) and "architecture" in fields
 
 
 def tensor_checksums(parameters: Mapping[str, Any]) -> dict[str, str]:
@@ -166,49 +207,6 @@ def tensor_checksums(parameters: Mapping[str, Any]) -> dict[str, str]:
     return {
         path: f"{zlib.crc32(np.ascontiguousarray(value).view(np.uint8).data):08x}" for path, value in parameters.items()
     }
-
-
-def write_description(folder: str | os.PathLike, description: ModelDescription) -> None:
-    """Writes `model.json` into a folder that exists."""
-    fields = dataclasses.asdict(description)
-    text = json.dumps({"format": FORMAT, **fields}, indent=1, ensure_ascii=False, default=str)
-    (Path(folder) / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
-
-
-def read_description(folder: str | os.PathLike) -> ModelDescription:
-    """Reads `model.json`: of a saved model, or of a training run.
-
-    Raises:
-        InputError: there is none, it was written by a later version, or it is damaged.
-    """
-    path = Path(folder) / DESCRIPTION
-    if not path.is_file():
-        raise InputError(f"{folder} is not a model: it has no {DESCRIPTION}")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        version = fields.pop("format")
-        if version == FORMAT:
-            return description_from_dict(fields)
-    except InputError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is damaged: {type(error).__name__}: {error}") from error
-    raise InputError(f"{path} has format {version}, and this version of tnt_jax reads format {FORMAT}")
-
-
-def description_from_dict(fields: dict[str, Any]) -> ModelDescription:
-    """A description from what `dataclasses.asdict` made of it, after a journey through JSON, which has no tuples."""
-    config = {name: tuple(value) if isinstance(value, list) else value for name, value in fields["config"].items()}
-    feeding = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in fields["preprocessing"].items()
-    }
-    described = describe(
-        ModelConfig(**config),
-        class_names=fields["class_names"],
-        source=fields["source"],
-        preprocessing=Preprocessing(**feeding),
-    )
-    return dataclasses.replace(described, checksums=fields["checksums"])
 
 
 def load_folder(folder: str | os.PathLike) -> Model:

@@ -1,54 +1,214 @@
-"""A model from wherever it lies: a model folder, a training run, or a published name."""
+"""A model from wherever it lies; see `tnt_jax.storage.resolve` for what a MODEL is."""
 
+import dataclasses
+import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from tnt_jax.config import InputError
-from tnt_jax.models.variants import Model, get_variant
-from tnt_jax.storage.folder import load_folder
-from tnt_jax.storage.run import is_run
+import filelock
+
+from tnt_jax.config import InputError, ModelConfig
+from tnt_jax.data.classes import match_classes
+from tnt_jax.models import variants
+from tnt_jax.models.adapting import adapt, select_classes
+from tnt_jax.models.variants import Model, changed, get_variant
+from tnt_jax.storage import cache
+from tnt_jax.storage.description import describe, description_of, description_text, read_description
+from tnt_jax.storage.download import Unreachable, download
+from tnt_jax.storage.files import remove
+from tnt_jax.storage.folder import model_from_parameters, model_parameters, restore_parameters, save_parameters
+from tnt_jax.storage.hub import fetch_repository, is_hub_name
+from tnt_jax.storage.hub_folder import open_hub_folder
+from tnt_jax.storage.resolve import locate, published_places
+from tnt_jax.storage.torch.convert import Opened, is_published, open_checkpoint
 from tnt_jax.storage.trained import load_run
 
-WEIGHTS_FOLDER = Path("weights")
+_log = logging.getLogger(__name__)
 
 
-def load_model(path: str | os.PathLike, *, weights: Literal["ema", "raw"] = "ema", step: int | None = None) -> Model:
-    """A model from its folder, from a training run's folder, or by its published name from `weights/NAME`.
+def load_model(
+    model: str | os.PathLike, *, weights: Literal["ema", "raw"] | None = None, step: int | None = None
+) -> Model:
+    """A model from wherever it lies.
+
+    What has to be fetched is kept in the user's cache, converted: the next call needs no network.
 
     Args:
-        weights: of a training run: the average of the parameters over the steps, or the parameters themselves.
+        model: a model folder, the folder of a training run, a published name (ours, mmpretrain's or timm's),
+            `OWNER/NAME[@REVISION]` on the Hugging Face hub (also as `hf-hub:OWNER/NAME`), `local-dir:FOLDER` of a hub
+            repository, an address of a checkpoint, or a checkpoint file of PyTorch or safetensors in any layout.
+        weights: of a training run or checkpoint: the average of the parameters over the steps, or the parameters
+            themselves; by default the average where there is one.
         step: of a training run: one whose checkpoint is kept; by default the best on the test images.
 
     Raises:
-        InputError: it is not there, or it is damaged; for a published name the message says how to get the weights.
+        InputError: it is not there or cannot be fetched, it is damaged, or it is no TNT.
     """
-    if is_run(path):
-        return load_run(path, weights=weights, step=step)
-    if Path(path).is_dir():
-        return load_folder(path)
-    if Path(path).is_file():
-        raise InputError(
-            f"{path} is a file, and a model is a folder; make one with: "
-            f"python convert_torch_weights.py {path} {WEIGHTS_FOLDER}/NAME"
-        )
-    try:
-        variant = get_variant(str(path))
-    except InputError as error:
-        raise InputError(f"there is no folder {path}, and {error}") from error
-    folder = WEIGHTS_FOLDER / variant.config.name
-    if folder.is_dir():
-        model = load_folder(folder)
-        if model.config.architecture != variant.config.architecture:
-            raise InputError(f"{folder} holds {model.config.name}, and {path} is {variant.config.name}")
-        return model
-    if not variant.weights:
-        raise InputError(f"nobody has published weights of {path}, and there are none in {folder}")
-    addresses = [place for place in variant.weights if place.startswith("https://")]
-    on_hub = [place for place in variant.weights if place not in addresses]
-    raise InputError(
-        f"the weights of {path} are not in {folder}. To get them:\n"
-        + "\n".join(f"  python convert_torch_weights.py {place} {folder}" for place in on_hub or ["FILE"])
-        + ("\nor download one of these and give its file instead:\n" if on_hub else "\nwith the FILE from here:\n")
-        + "\n".join(f"  {place}" for place in addresses)
+    opened = open_model(model, weights=weights, step=step)
+    for note in opened.notes:
+        _log.info("%s: %s", model, note)
+    loaded = model_from_parameters(opened.description.config, opened.parameters)
+    loaded.description = opened.description
+    return loaded
+
+
+def create_model(name: str, pretrained: bool | str | os.PathLike = False, *, seed: int = 0, **changes: Any) -> Model:
+    """A model by its name, freshly initialised or with its published weights.
+
+    For example `create_model("tnt_s_patch16_224", pretrained=True, num_classes=10, image_size=384)`, whose head is
+    fresh and whose positions are resized, which is said.
+
+    Args:
+        name: one of `list_models()`; with `pretrained=True` anything that `load_model` takes.
+        pretrained: whether to take the published weights; or the MODEL that has them.
+        seed: of the initial parameters; the same seed gives the same model.
+        changes: fields of `ModelConfig` that are to differ from the published model.
+
+    Raises:
+        InputError: an unknown name or field, sizes that contradict each other, weights that nobody has published, or
+            what `load_model` raises.
+    """
+    if pretrained is False:
+        return variants.create_model(name, seed=seed, **changes)
+    opened = open_model(name if pretrained is True else pretrained)
+    known = opened.description
+    wanted = changed(known.config, changes)
+    parameters, notes = adapt(opened.parameters, known.config, wanted, seed=seed)
+    for note in notes:
+        _log.warning("%s: %s", name, note)
+    model = model_from_parameters(wanted, parameters)
+    model.description = describe(
+        wanted,
+        class_names=known.class_names if wanted.num_classes == known.config.num_classes else None,
+        source=known.source,
+        preprocessing=dataclasses.replace(known.preprocessing, image_size=wanted.image_size),
     )
+    return model
+
+
+get_model = create_model  # mmpretrain's name of it
+
+
+def open_model(
+    model: str | os.PathLike,
+    *,
+    weights: Literal["ema", "raw"] | None = None,
+    step: int | None = None,
+    image_size: tuple[int, int] | None = None,
+) -> Opened:
+    """The parameters of a MODEL and their description; see `load_model`.
+
+    Args:
+        image_size: height and width that the positions of a checkpoint were made for, where they are no square.
+
+    Raises:
+        InputError: as `load_model`.
+    """
+    place = locate(model)
+    if step is not None and place.kind != "run":
+        raise InputError(f"step {step} was asked for, and {model} is not the folder of a training run")
+    if place.kind == "run":
+        loaded = load_run(place.path, weights=weights or "ema", step=step)
+        return Opened(model_parameters(loaded), description_of(loaded))
+    if place.kind == "folder":
+        return _open_folder(place.path)
+    if place.kind == "hub folder":
+        return open_hub_folder(place.path, weights=weights)
+    if place.kind == "file":
+        return open_checkpoint(place.path, weights=weights, image_size=image_size)
+    if place.kind != "published":
+        return _fetched(place.where, weights, image_size, is_published(place.where))
+    reasons = []
+    for where in published_places(place.where):
+        try:
+            opened = _fetched(where, weights, image_size, published=True)
+            check_published(opened.description.config, place.where, where)
+            return opened
+        except Unreachable as error:
+            reasons.append(str(error))
+    raise InputError(f"the published weights of {model} cannot be fetched:\n  " + "\n  ".join(reasons))
+
+
+def open_for(
+    model: str | os.PathLike, wanted: ModelConfig, class_names: Sequence[str], data: str, *, seed: int = 0
+) -> dict[str, Any]:
+    """The parameters of a MODEL for a model that is to learn the classes of a dataset.
+
+    Positions are resized. Of a head whose classes have names, those of the dataset are taken by name; where it has
+    others the head is fresh. What was changed is said.
+
+    Args:
+        wanted: the configuration of the model that is to have them.
+        class_names: of the dataset.
+        data: what the dataset is called.
+        seed: of a fresh head.
+
+    Raises:
+        InputError: as `load_model`; or the parameters are those of a model of another form.
+    """
+    opened = open_model(model)
+    known, parameters, notes = opened.description, dict(opened.parameters), []
+    config = known.config
+    if known.class_names and config.num_classes:
+        try:
+            match = match_classes(known.class_names, config.num_classes, class_names, data)
+            parameters, config = select_classes(parameters, config, match.of_model)
+            notes += [match.note] if match.note else []
+        except InputError as error:
+            parameters, config = select_classes(parameters, config, None)
+            notes.append(f"{error}: the head is fresh")
+    parameters, adapted = adapt(parameters, config, wanted, seed=seed)
+    for note in (*notes, *(note for note in adapted if config.num_classes or "head" not in note)):
+        _log.warning("%s: %s", model, note)
+    return parameters
+
+
+def check_published(config: ModelConfig, name: str, where: str) -> None:
+    """Raises InputError unless weights that were fetched are those of the model that has the name."""
+    wanted = get_variant(name).config.name
+    if config.name != wanted:
+        raise InputError(f"{where} holds {config.name}, and {name} is {wanted}")
+
+
+def _open_folder(folder: Path) -> Opened:
+    description = read_description(folder)
+    return Opened(restore_parameters(folder, description), description)
+
+
+def _fetched(
+    where: str, weights: Literal["ema", "raw"] | None, image_size: tuple[int, int] | None, published: bool
+) -> Opened:
+    """The model at an address or in a repository of the hub: as it was kept, or fetched, converted and kept."""
+    key = " ".join(map(str, filter(None, (where, weights, image_size))))
+    known = cache.recorded(key)
+    folder = cache.models_folder() / str((known or {}).get("model", ""))
+    if known and folder.is_dir():
+        try:
+            return _open_folder(folder)
+        except InputError as error:
+            _log.warning("%s; it is removed and made again", error)
+            remove(folder)
+    if is_hub_name(where):
+        path, found = fetch_repository(where), {"hub": where}
+        opened = open_hub_folder(path, weights=weights, source=found, published=published)
+    else:
+        path, found = download(where), {"address": where}
+        opened = open_checkpoint(path, weights=weights, image_size=image_size, source=found, published=published)
+    _keep(opened, key)
+    cache.forget_temporary(path)
+    return opened
+
+
+def _keep(opened: Opened, key: str) -> None:
+    """Puts a converted model into the cache, once. Where that fails the model works all the same."""
+    try:
+        folder = cache.model_folder(opened.description.source["sha256"], description_text(opened.description))
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder.with_name(f".{folder.name}.lock")):
+            if not folder.is_dir():
+                save_parameters(opened.parameters, opened.description, folder)
+        cache.record(key, {"model": folder.name})
+    except (InputError, OSError, ValueError, RuntimeError) as error:
+        _log.warning("the converted model is not kept: %s", error)

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 
 from tnt_jax.config import InputError, TrainConfig, from_json, to_json
 from tnt_jax.fields import role_of
+from tnt_jax.storage.description import DESCRIPTION, ModelDescription, Preprocessing, describe, write_description
 from tnt_jax.storage.files import write_text
-from tnt_jax.storage.folder import DESCRIPTION, ModelDescription, Preprocessing, describe, write_description
 from tnt_jax.storage.reading import steps_of
 
 CONFIG_FILE = "config.json"

@@ -1,5 +1,6 @@
 """The model of a training run, also while it is being trained. Nothing is written."""
 
+import dataclasses
 import os
 
 import jax
@@ -7,8 +8,8 @@ from flax import nnx
 
 from tnt_jax.config import InputError
 from tnt_jax.models.variants import Model, abstract_model
-from tnt_jax.storage.folder import read_description
-from tnt_jax.storage.reading import DamagedError, best_step, kept, restore, steps_of
+from tnt_jax.storage.description import read_description
+from tnt_jax.storage.reading import DamagedError, best_step, kept, restore, scores_of, steps_of
 
 TREES = {"ema": "ema", "raw": "params"}
 ATTEMPTS = 3
@@ -28,9 +29,11 @@ def load_run(run_dir: str | os.PathLike, *, weights: str = "ema", step: int | No
     own = nnx.to_pure_dict(state)
     like = average_like(own) if weights == "ema" else own
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), like)
-    params = _restored(run_dir, step, {TREES[weights]: like})[TREES[weights]]
+    step, trees = _restored(run_dir, step, {TREES[weights]: like})
+    params = trees[TREES[weights]]
     model = nnx.merge(graphdef, jax.tree.map(lambda leaf, to: leaf.astype(to.dtype), params, own))
-    model.description = description
+    origin = {**(description.source or {}), "step": step, "weights": weights, "scores": scores_of(run_dir).get(step)}
+    model.description = dataclasses.replace(description, source=origin)
     return model
 
 
@@ -43,14 +46,14 @@ def average_like(params: dict) -> dict:
     return jax.tree.map(average, params)
 
 
-def _restored(run_dir: str | os.PathLike, asked: int | None, like: dict) -> dict:
+def _restored(run_dir: str | os.PathLike, asked: int | None, like: dict) -> tuple[int, dict]:
     for attempt in range(1, ATTEMPTS + 1):
         steps = steps_of(run_dir)
         step = asked if asked is not None else best_step(run_dir) or max(steps, default=None)
         if step is None:
             raise InputError(f"the run in {run_dir} has no checkpoint yet")
         try:
-            return restore(run_dir, step, like)
+            return step, restore(run_dir, step, like)
         except InputError as error:
             # A run that is being trained removes its old steps.
             gone = step not in steps_of(run_dir)

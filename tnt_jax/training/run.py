@@ -11,11 +11,10 @@ from tnt_jax.config import ModelChanges, TrainConfig, check
 from tnt_jax.data.check import check_splits, content_of
 from tnt_jax.data.pipeline import Batch, eval_batches, steps_per_epoch, train_batches
 from tnt_jax.data.sources import open_source
-from tnt_jax.models.adapting import adapt
 from tnt_jax.models.variants import abstract_model, build_model, complete, resolve
 from tnt_jax.storage.checkpoint import Checkpoints
-from tnt_jax.storage.folder import model_from_parameters, model_parameters
-from tnt_jax.storage.load import load_model
+from tnt_jax.storage.folder import model_from_parameters
+from tnt_jax.storage.load import open_for
 from tnt_jax.training.mesh import check_batch_size, make_mesh, to_devices
 from tnt_jax.training.optimizer import learning_rate_schedule
 from tnt_jax.training.program import Program
@@ -77,9 +76,9 @@ class Run:
         """The state before the first step, on all devices."""
         # Made op by op and then placed: to compile the whole initialisation takes longer than the first step.
         if self.config.init_from:
-            model = load_model(self.config.init_from)
-            wanted = self.config.model
-            parameters, _ = adapt(model_parameters(model), model.config, wanted, seed=self.config.seed)
+            wanted, data = self.config.model, self.config.data.source
+            names = self.train_source.class_names
+            parameters = open_for(self.config.init_from, wanted, names, data, seed=self.config.seed)
             model = model_from_parameters(wanted, parameters)
         else:
             model = build_model(self.config.model, self.config.seed)

@@ -14,7 +14,7 @@ from tnt_jax.config import InputError
 from tnt_jax.data.images import ImageSource, evaluation_crop, open_image
 from tnt_jax.data.mixing import normalise
 from tnt_jax.models.variants import Model
-from tnt_jax.storage.folder import description_of
+from tnt_jax.storage.description import description_of
 
 MAP = "viridis"  # rises evenly in lightness: it holds in grey print and for the colour-blind
 MARK = "#ff2a2a"  # the paper's red
@@ -35,7 +35,7 @@ class Seen:
 def see(model: Model, image: ImageSource) -> Seen:
     """Raises InputError where the image cannot be read."""
     feeding, channels = description_of(model).preprocessing, model.config.in_channels
-    pixels = evaluation_crop(open_image(image, channels), feeding.image_size, feeding.crop)
+    pixels = evaluation_crop(open_image(image, channels), feeding.image_size, feeding.crop, feeding.interpolation)
     return Seen(pixels, normalise(jnp.asarray(pixels)[None], feeding))
 
 

