@@ -536,3 +536,10 @@ def test_who_was_stopped_while_another_took_the_folder_is_told(elsewhere):
         while not lost and time.monotonic() < deadline:
             time.sleep(0.05)
     assert "process 7 on other has taken" in lost[0]
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_between_a_line_and_its_scores_has_the_line_once(finished, copy):
+    (pathlib.Path(copy.run_dir) / "checkpoints/scores.json").unlink()
+    train(copy)
+    assert_ended_as(copy, finished)

@@ -133,7 +133,15 @@ def _from(
         console.print(run.longer_schedule(run.epochs_before, start))
     try:
         with (
-            Report(run.config, console, start, run.total_steps, run.steps_per_epoch, began) as report,
+            Report(
+                run.config,
+                console,
+                start,
+                run.total_steps,
+                run.steps_per_epoch,
+                began,
+                evaluates_first=not evaluated,
+            ) as report,
             contextlib.closing(run.batches(start)) as batches,
             listening.training(jax.process_count() > 1) as stop,
         ):
