@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: digits test test-slow smoke test-demo notebooks docs lint clean
+.PHONY: digits test test-slow smoke shapes test-demo notebooks docs lint clean
 
 digits: .venv/.installed
 	.venv/bin/python train.py
@@ -10,14 +10,21 @@ digits: .venv/.installed
 test: .venv/.installed-dev lint
 	.venv/bin/python -m pytest -n 2
 
+# What a pod relies on: several processes, kernels at published size and on a mesh, exports of every family, 8 chips
+# against 256, every configuration shrunk, the notebooks, the wheel.
 test-slow: .venv/.installed-dev
-	.venv/bin/python -m pytest -m slow
+	.venv/bin/python -m pytest -n 2 -m slow --durations=15
 
 smoke: .venv/.installed-dev
 	.venv/bin/python -m pytest -n 2 -m slow --durations=0 tests/test_configs.py
 
 notebooks: .venv/.installed-dev
 	.venv/bin/python -m pytest -m slow --durations=4 tests/test_notebooks.py
+
+# The annotated shapes of models, data and training, checked in every call.
+shapes: .venv/.installed-dev
+	CHECK_SHAPES=1 .venv/bin/python -m pytest -n 2 tests/models tests/data tests/training/test_optimizer.py \
+		tests/training/test_batch_norm.py tests/training/test_golden_training.py
 
 # The documentation as a site, with warnings as errors.
 docs: .venv/.installed-dev

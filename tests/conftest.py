@@ -2,13 +2,15 @@
 
 import os
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+flags = os.environ.get("XLA_FLAGS", "")
+if "xla_backend_optimization_level" not in flags:
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0"
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 if os.environ.get("CHECK_SHAPES"):  # `make shapes`: every annotated shape is checked in every call
     from jaxtyping import install_import_hook
 
-    install_import_hook(["tnt_jax.models", "tnt_jax.data", "tnt_jax.training"], "beartype.beartype")
+    install_import_hook(["tnt_jax.models", "tnt_jax.data", "tnt_jax.training"], "shapes.checked")
 
 
 def pytest_collection_modifyitems(items):

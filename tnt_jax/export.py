@@ -99,11 +99,11 @@ def logits_of(model: Model) -> Callable[[Array], Array]:
     platform, so that a file is compared with what a CPU computes.
     """
     graphdef, state = nnx.split(model)
-    feeding = description_of(model).preprocessing
+    preprocessing = description_of(model).preprocessing
 
     def logits(pixels: UInt8[Array, "batch height width channels"]) -> Float[Array, "batch classes"]:
         with jax.default_matmul_precision("highest"):
-            return nnx.merge(graphdef, state)(normalise(pixels, feeding))
+            return nnx.merge(graphdef, state)(normalise(pixels, preprocessing))
 
     return logits
 

@@ -99,19 +99,22 @@ def _predict(
 
 
 def _pixels(image: ImageSource, description: ModelDescription) -> np.ndarray | InputError:
-    feeding = description.preprocessing
+    preprocessing = description.preprocessing
     try:
         pixels = open_image(image, description.config.in_channels)
-        return evaluation_crop(pixels, feeding.image_size, feeding.crop, feeding.interpolation)
+        return evaluation_crop(pixels, preprocessing.image_size, preprocessing.crop, preprocessing.interpolation)
     except InputError as error:
         return error
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _probabilities(
-    graph: nnx.GraphDef, feeding: Preprocessing, state: nnx.State, images: UInt8[Array, "batch height width channels"]
+    graph: nnx.GraphDef,
+    preprocessing: Preprocessing,
+    state: nnx.State,
+    images: UInt8[Array, "batch height width channels"],
 ) -> Float[Array, "batch classes"]:
-    logits = nnx.merge(graph, state)(normalise(images, feeding))
+    logits = nnx.merge(graph, state)(normalise(images, preprocessing))
     return jax.nn.sigmoid(logits) if logits.shape[-1] == 1 else jax.nn.softmax(logits, axis=-1)
 
 

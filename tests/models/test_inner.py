@@ -282,7 +282,7 @@ def compare_pallas_on_a_mesh():
         ("auto", "cpu", 24, {"drop_rate": 0.1}, True, "reference"),
         ("auto", "cpu", 24, {"drop_rate": 0.1}, False, "native"),
         ("native", "tpu", 24, {}, True, "reference"),
-        ("auto", "gpu", 24, {}, True, "feature_major"),
+        ("auto", "gpu", 24, {}, True, "reference"),
         ("auto", "tpu", 24, {}, True, "pallas"),
         ("auto", "tpu", 12, {}, True, "feature_major"),  # TNT-Ti: no whole registers
         ("pallas", "cpu", 24, {}, False, "feature_major"),
@@ -297,7 +297,7 @@ def test_what_is_run_where(monkeypatch, caplog, asked, platform, channels, field
     layer = make_layer(asked, channels, 4, **fields)
     with caplog.at_level(logging.WARNING):
         assert [inner.choose(layer, 196, training=training) for _ in range(2)] == [chosen] * 2
-    usual = {"cpu": "native", "gpu": "feature_major", "tpu": "pallas"}[platform]
+    usual = {"cpu": "native", "gpu": "reference", "tpu": "pallas"}[platform]
     fell_back = chosen != (usual if asked == "auto" else asked)
     assert len(caplog.records) == fell_back, "a fallback is logged once, a plain choice never"
 

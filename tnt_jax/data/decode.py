@@ -27,7 +27,7 @@ def decode(content: bytes, name: str, at_least: tuple[int, int] | None = None) -
     """
     if not content:
         raise InputError(f"{name} cannot be read as an image: it is empty")
-    if content.startswith(b"\xff\xd8\xff") and not _is_turned(content):
+    if content.startswith(b"\xff\xd8\xff") and not _has_orientation(content):
         try:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
             # Pillow converts CMYK in another way, and it is the reference.
@@ -60,8 +60,8 @@ def _drafted(file: io.BytesIO, at_least: tuple[int, int]) -> Image.Image | io.By
         return file
 
 
-def _is_turned(content: bytes) -> bool:
-    """Whether the EXIF data of a JPEG ask for the image to be turned or mirrored."""
+def _has_orientation(content: bytes) -> bool:
+    """Whether the EXIF data of a JPEG ask for the image to be rotated or mirrored."""
     if content.find(b"Exif\0\0", 0, 65_536) < 0:
         return False
     try:

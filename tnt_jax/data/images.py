@@ -5,7 +5,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -16,15 +16,24 @@ from tnt_jax.data.resample import Pixels, resize
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 LARGEST = 100_000_000
 """Pixels. What claims to be larger is taken for a decompression bomb, and refused before it is decoded."""
-ImageSource = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | np.ndarray | Image.Image
-"""What an image is taken from; arrays of JAX and PyTorch as well."""
+
+
+@runtime_checkable
+class SupportsArray(Protocol):
+    """An array of JAX, PyTorch or another library."""
+
+    def __array__(self) -> np.ndarray: ...
+
+
+ImageSource = str | os.PathLike | bytes | bytearray | memoryview | io.IOBase | BinaryIO | Image.Image | SupportsArray
+"""What an image is read from."""
 
 
 def open_image(source: ImageSource, channels: int = 3) -> Image.Image:
-    """An image in RGB (3 channels) or grey (1), turned upright as its EXIF orientation says.
+    """An image in RGB (3 channels) or grey (1), rotated upright as its EXIF orientation says.
 
     What is not RGB is made so by PIL's `convert`, as in timm: grey and palettes are written out, CMYK is converted, and
-    alpha is left away, which shows the colour that lies beneath it. Of 16-bit samples the high byte is taken, where
+    alpha is dropped, which shows the colour beneath it. Of 16-bit samples the high byte is taken, where
     `convert` would cut off everything above 255. Of an animation it is the first picture.
 
     Args:

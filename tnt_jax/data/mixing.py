@@ -4,12 +4,12 @@ The order is that of the published run: mixed, normalised, erased. Mixing before
 but what is erased is noise in one image alone.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
 
 from tnt_jax.config import DataConfig
 
@@ -17,20 +17,21 @@ Images = Float[Array, "batch height width channels"]
 Scalar = Float[Array, ""]
 
 
-class Feeding(Protocol):
+@runtime_checkable
+class Normalisation(Protocol):
     """What says how a network is fed: mean and standard deviation, one for all channels or one for each."""
 
     mean: float | tuple[float, ...]
     std: float | tuple[float, ...]
 
 
-def normalise(images: UInt8[Array, "batch height width channels"], feeding: Feeding) -> Images:
+def normalise(images: Num[Array | np.ndarray, "batch height width channels"], by: Normalisation) -> Images:
     """uint8 pixels to (x / 255 - mean) / std in float32."""
-    return (images.astype(jnp.float32) / 255 - jnp.array(feeding.mean)) / jnp.array(feeding.std)
+    return (images.astype(jnp.float32) / 255 - jnp.array(by.mean)) / jnp.array(by.std)
 
 
 def prepare_training(
-    images: UInt8[Array, "batch height width channels"],
+    images: Num[Array, "batch height width channels"],
     labels: Int[Array, " batch"],
     *,
     data: DataConfig,

@@ -75,7 +75,7 @@ class TrainRecipe:
         order, places = self.places(step, rows)
         unreadable = []
         for at, row in enumerate(rows):
-            image, labels[at] = self._read(order, places[at], unreadable)
+            image, labels[at] = self._read(order, int(places[at]), unreadable)
             rng = np.random.default_rng((self.seed, 1, step, row))
             image = to_channels(image, self.row_shape[2])
             if not self.data.crop_area:

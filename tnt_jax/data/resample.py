@@ -13,7 +13,7 @@ from PIL import Image
 
 from tnt_jax import native
 
-Pixels = UInt8[np.ndarray, "height width channels"]
+Pixels = UInt8[np.ndarray, "_height _width _channels"]
 SOURCE = pathlib.Path(__file__).with_suffix(".c")
 
 

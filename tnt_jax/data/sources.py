@@ -4,7 +4,7 @@ import dataclasses
 import gzip
 import pathlib
 import struct
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from tnt_jax.data.records import open_array_record, open_tfds
 from tnt_jax.data.resample import Pixels
 
 
+@runtime_checkable
 class Source(Protocol):
     """One split of a dataset. It can be pickled, so that worker processes can read it too."""
 

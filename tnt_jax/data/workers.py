@@ -23,13 +23,14 @@ import traceback
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from tnt_jax.config import InputError
 
 
+@runtime_checkable
 class Recipe(Protocol):
     """What the rows of a batch are. Pickled to the worker processes."""
 

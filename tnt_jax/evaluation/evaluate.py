@@ -52,25 +52,25 @@ def _over(
     Raises:
         NonFiniteAnswersError: a model gives infinite numbers or NaN.
     """
-    config, feeding = models[0].config, description_of(models[0]).preprocessing
+    config, preprocessing = models[0].config, description_of(models[0]).preprocessing
     mesh = make_mesh()
     check_batch_size(batch_size, mesh)
     graphdef = nnx.split(models[0])[0]
     params = [nnx.split(model)[1] for model in models]
 
     def compute_batch(params: list, batch: dict):
-        inputs = normalise(batch["image"], feeding)
+        inputs = normalise(batch["image"], preprocessing)
         return [compute(nnx.merge(graphdef, each), inputs, batch["label"]) for each in params]
 
     step = jax.jit(on_mesh(mesh, compute_batch))
     parts, started = [], None
     batches = eval_batches(
         images,
-        dataclasses.replace(data, crop=feeding.crop),
+        dataclasses.replace(data, crop=preprocessing.crop),
         image_size=config.image_size,
         channels=config.in_channels,
         batch_size=batch_size,
-        interpolation=feeding.interpolation,
+        interpolation=preprocessing.interpolation,
     )
     for batch in batches:
         computed = step(params, to_devices(batch, mesh))

@@ -4,14 +4,18 @@ import functools
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, Num, PRNGKeyArray
 
 from tnt_jax.config import InputError, ModelConfig
 from tnt_jax.models.formulations.devices import AUTO_MESH, has_explicit_axes
 
+Images = Num[Array | np.ndarray, "batch height width channels"]
+"""Normalised images, in floating point; anything else is refused with a message."""
 
-def check_images(images: Array, config: ModelConfig) -> None:
+
+def check_images(images: Images, config: ModelConfig) -> None:
     """Raises InputError unless the images are normalised and have the shape that the model was made for."""
     expected = (*config.image_size, config.in_channels)
     if images.ndim != 4 or images.shape[1:] != expected:

@@ -58,10 +58,16 @@ def initializer(draw: Callable[[np.random.Generator, tuple[int, ...]], np.ndarra
         if key is None:
             return undrawn
         bits = jax.random.key_data(key)
+
+        def from_bits(bits: Array) -> np.ndarray:
+            return undrawn.draw(np.asarray(bits).tolist())
+
         if isinstance(bits, jax.core.Tracer):
             drawn = jax.ShapeDtypeStruct(shape, undrawn.dtype)
-            return jax.pure_callback(lambda bits: undrawn.draw(np.asarray(bits)), drawn, bits, vmap_method="sequential")
-        return jnp.asarray(undrawn.draw(np.asarray(bits)))
+            return jax.pure_callback(
+                lambda bits: undrawn.draw(np.asarray(bits).tolist()), drawn, bits, vmap_method="sequential"
+            )
+        return jnp.asarray(undrawn.draw(np.asarray(bits).tolist()))
 
     return init
 
@@ -177,10 +183,14 @@ class Attention(nnx.Module):
         self.qkv = Linear(dim, 3 * dim, use_bias=False, config=config, rngs=rngs)
         self.proj = Linear(dim, dim, config=config, rngs=rngs)
 
-    def query_key_value(self, x: Float[Array, "batch tokens dim"]) -> Sequence[Float[Array, "batch heads _ head_dim"]]:
+    def query_key_value(
+        self, x: Float[Array, "batch tokens dim"]
+    ) -> tuple[Float[Array, "batch heads _ head_dim"], ...]:
         """q, k and v, heads first."""
         batch, tokens, dim = x.shape
-        return self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads).transpose(2, 0, 3, 1, 4)
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
+        query, keys, value = qkv.transpose(2, 0, 3, 1, 4)
+        return query, keys, value
 
     def merge_heads(self, attended: Float[Array, "batch heads tokens head_dim"]) -> Float[Array, "batch tokens dim"]:
         """The heads side by side, projected."""

@@ -9,7 +9,6 @@ Source: huawei-noah/Efficient-AI-Backbones, tnt_pytorch/pyramid_tnt.py.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from tnt_jax.config import InputError, ModelConfig
-from tnt_jax.models.calling import block_indices, check_images, explains_forward_mode, training_key
+from tnt_jax.models.calling import Images, block_indices, check_images, explains_forward_mode, training_key
 from tnt_jax.models.formulations.gradients import parameter_add, parameter_einsum
 from tnt_jax.models.functions import dropout, split_key
 from tnt_jax.models.inner import InnerTransformer
@@ -110,7 +109,9 @@ class ReducedAttention(Attention):
         self.linear = Linear(dim, dim, config=config, rngs=rngs)
         self.norm = LayerNorm(dim, config=config, rngs=rngs)
 
-    def query_key_value(self, x: Float[Array, "batch tokens dim"]) -> Sequence[Float[Array, "batch heads _ head_dim"]]:
+    def query_key_value(
+        self, x: Float[Array, "batch tokens dim"]
+    ) -> tuple[Float[Array, "batch heads _ head_dim"], ...]:
         batch, _, dim = x.shape
         plain = self.formulation == "reference"
         rows, columns = key_grid(self.grid, self.reduction)
@@ -281,7 +282,7 @@ class PyramidTNT(nnx.Module):
 
     def __call__(
         self,
-        images: Float[Array, "batch height width channels"],
+        images: Images,
         key: PRNGKeyArray | None = None,
         *,
         rngs: nnx.Rngs | None = None,
@@ -298,7 +299,7 @@ class PyramidTNT(nnx.Module):
     @explains_forward_mode
     def forward_features(
         self,
-        images: Float[Array, "batch height width channels"],
+        images: Images,
         key: PRNGKeyArray | None = None,
         *,
         rngs: nnx.Rngs | None = None,
@@ -312,7 +313,7 @@ class PyramidTNT(nnx.Module):
         return self.norm(sentences)
 
     def embed(
-        self, images: Float[Array, "batch height width channels"], key: PRNGKeyArray | None = None
+        self, images: Images, key: PRNGKeyArray | None = None
     ) -> tuple[Float[Array, "sentences words inner"], Float[Array, "batch patches outer"]]:
         """The words and sentences that enter the first block, with their positions."""
         check_images(images, self.config)
@@ -337,7 +338,7 @@ class PyramidTNT(nnx.Module):
 
     def forward_intermediates(
         self,
-        images: Float[Array, "batch height width channels"],
+        images: Images,
         blocks: tuple[int, ...] | None = None,
         *,
         words: bool = False,
@@ -370,11 +371,11 @@ class PyramidTNT(nnx.Module):
                     outputs.append((maps, words_of_patches) if words else maps)
         return outputs
 
-    def extract_feat(self, images: Float[Array, "batch height width channels"]) -> tuple[Float[Array, "batch outer"]]:
+    def extract_feat(self, images: Images) -> tuple[Float[Array, "batch outer"]]:
         """The mean of the normalised sentences, in a tuple of one, as mmpretrain's `extract_feat` returns it."""
         return (self.forward_features(images).astype(jnp.float32).mean(axis=1),)
 
-    def attention_maps(self, images: Float[Array, "batch height width channels"]) -> tuple[list[Array], list[Array]]:
+    def attention_maps(self, images: Images) -> tuple[list[Array], list[Array]]:
         """What attends to what, in every block.
 
         Returns:

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from tnt_jax.config import ModelConfig
-from tnt_jax.models.calling import block_indices, check_images, explains_forward_mode, training_key
+from tnt_jax.models.calling import Images, block_indices, check_images, explains_forward_mode, training_key
 from tnt_jax.models.formulations.gradients import parameter_add, parameter_einsum
 from tnt_jax.models.formulations.sentences import make_sentences
 from tnt_jax.models.functions import dropout, split_key
@@ -80,7 +80,7 @@ class WordEmbedding(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(self, images: Float[Array, "batch height width channels"]) -> Float[Array, "sentences words inner"]:
+    def __call__(self, images: Images) -> Float[Array, "sentences words inner"]:
         """The convolution as one matrix product.
 
         As a convolution, the gradient of its kernel takes XLA ten times as long on a CPU, and three input channels fill
@@ -89,11 +89,11 @@ class WordEmbedding(nnx.Module):
         dtype, inner = self.conv.dtype, self.conv.out_features
         kernel, bias = self.conv.kernel[...], self.conv.bias[...]
         if self.cut_first:
-            patches = to_patches(images.astype(dtype), self.patch_size)
+            patches = to_patches(jnp.asarray(images, dtype), self.patch_size)
             matrix = whole_patch_matrix(kernel, self.patch_size, self.stride)
             words = parameter_einsum("np,pw->nw", patches.reshape(patches.shape[0], -1), matrix, plain=self.plain)
             return parameter_add(words.reshape(patches.shape[0], -1, inner), bias, plain=self.plain)
-        windows = unfold(images.astype(dtype), self.kernel_size, self.stride)
+        windows = unfold(jnp.asarray(images, dtype), self.kernel_size, self.stride)
         rows = windows.reshape(-1, windows.shape[-1])
         words = parameter_einsum("np,pc->nc", rows, kernel.reshape(-1, inner), plain=self.plain)
         words = parameter_add(words, bias, plain=self.plain)
@@ -103,7 +103,7 @@ class WordEmbedding(nnx.Module):
 
 def whole_patch_matrix(
     kernel: Float[Array, "size size channels inner"], patch_size: int, stride: int
-) -> Float[Array, "patch*patch*channels words*inner"]:
+) -> Float[Array, "pixels outputs"]:
     """The matrix by which a zero-padded convolution takes all pixels of a patch to all its words.
 
     Five times the convolution's arithmetic, a hundredth of the network's, and no window is ever cut out.
@@ -121,9 +121,7 @@ def whole_patch_matrix(
     return matrix.transpose(0, 2, 4, 1, 3, 5).reshape(patch_size**2 * channels, words**2 * inner)
 
 
-def unfold(
-    x: Float[Array, "n height width channels"], size: int, stride: int
-) -> Float[Array, "n rows columns size*size*channels"]:
+def unfold(x: Float[Array, "n height width channels"], size: int, stride: int) -> Float[Array, "n rows columns window"]:
     """The square windows that a convolution with padding size // 2 sees, in the order of its kernel."""
     _, height, width, _ = x.shape
     x = jnp.pad(x, ((0, 0), (size // 2, size // 2), (size // 2, size // 2), (0, 0)))
@@ -196,8 +194,8 @@ class Block(nnx.Module):
         )
 
     def add_words(
-        self, words: Float[Array, "sentences words inner"], sentences: Float[Array, "batch 1+patches outer"]
-    ) -> tuple[Float[Array, "sentences words inner"], Float[Array, "batch 1+patches outer"]]:
+        self, words: Float[Array, "sentences words inner"], sentences: Float[Array, "batch tokens outer"]
+    ) -> tuple[Float[Array, "sentences words inner"], Float[Array, "batch tokens outer"]]:
         """The words, and the sentences to which they are added, projected; the class token, gets none."""
         words, from_words = self.words_to_sentence(words, batch=sentences.shape[0])
         return words, sentences + jnp.pad(from_words, ((0, 0), (1, 0), (0, 0)))
@@ -205,9 +203,9 @@ class Block(nnx.Module):
     def __call__(
         self,
         words: Float[Array, "sentences words inner"],
-        sentences: Float[Array, "batch 1+patches outer"],
+        sentences: Float[Array, "batch tokens outer"],
         key: PRNGKeyArray | None = None,
-    ) -> tuple[Float[Array, "sentences words inner"], Float[Array, "batch 1+patches outer"]]:
+    ) -> tuple[Float[Array, "sentences words inner"], Float[Array, "batch tokens outer"]]:
         inner_key, outer_key = split_key(key, 2)
         if self.inner is not None:
             words = self.inner(words, inner_key)
@@ -268,7 +266,7 @@ class TNT(nnx.Module):
 
     def __call__(
         self,
-        images: Float[Array, "batch height width channels"],
+        images: Images,
         key: PRNGKeyArray | None = None,
         *,
         rngs: nnx.Rngs | None = None,
@@ -285,11 +283,11 @@ class TNT(nnx.Module):
     @explains_forward_mode
     def forward_features(
         self,
-        images: Float[Array, "batch height width channels"],
+        images: Images,
         key: PRNGKeyArray | None = None,
         *,
         rngs: nnx.Rngs | None = None,
-    ) -> Float[Array, "batch 1+patches outer"]:
+    ) -> Float[Array, "batch tokens outer"]:
         """All tokens after the last norm, the class token first."""
         key = training_key(self, key, rngs)
         embed_key, *block_keys = split_key(key, 1 + len(self.blocks))
@@ -300,8 +298,8 @@ class TNT(nnx.Module):
         return self.norm(sentences)
 
     def embed(
-        self, images: Float[Array, "batch height width channels"], key: PRNGKeyArray | None = None
-    ) -> tuple[Float[Array, "sentences words inner"], Float[Array, "batch 1+patches outer"]]:
+        self, images: Images, key: PRNGKeyArray | None = None
+    ) -> tuple[Float[Array, "sentences words inner"], Float[Array, "batch tokens outer"]]:
         """The words and sentences that enter the first block, with their positions."""
         check_images(images, self.config)
         dtype, plain = jnp.dtype(self.config.dtype), self.config.inner == "reference"
@@ -319,7 +317,7 @@ class TNT(nnx.Module):
 
     def forward_intermediates(
         self,
-        images: Float[Array, "batch height width channels"],
+        images: Images,
         blocks: tuple[int, ...] | None = None,
         *,
         words: bool = False,
@@ -348,11 +346,11 @@ class TNT(nnx.Module):
                 outputs.append((maps, inner.reshape(*grid, *inner.shape[1:])) if words else maps)
         return outputs
 
-    def extract_feat(self, images: Float[Array, "batch height width channels"]) -> tuple[Float[Array, "batch outer"]]:
+    def extract_feat(self, images: Images) -> tuple[Float[Array, "batch outer"]]:
         """The normalised class token, in a tuple of one, as mmpretrain's `extract_feat` returns it."""
         return (self.forward_features(images)[:, 0],)
 
-    def attention_maps(self, images: Float[Array, "batch height width channels"]) -> tuple[list[Array], list[Array]]:
+    def attention_maps(self, images: Images) -> tuple[list[Array], list[Array]]:
         """What attends to what, in every block.
 
         Returns:

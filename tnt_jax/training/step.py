@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from tnt_jax.config import TrainConfig
-from tnt_jax.data.mixing import Feeding, normalise, prepare_training
+from tnt_jax.data.mixing import Normalisation, normalise, prepare_training
 from tnt_jax.storage.trained import average_like
 from tnt_jax.training.mesh import to_devices
 from tnt_jax.training.optimizer import ema_decay
@@ -131,7 +131,9 @@ def accumulated(value_and_grad: Callable, steps: int) -> Callable:
     return of_all_parts
 
 
-def make_eval_step(graphdef: nnx.GraphDef, own: dict, feeding: Feeding) -> Callable[[dict[str, dict], dict], dict]:
+def make_eval_step(
+    graphdef: nnx.GraphDef, own: dict, normalisation: Normalisation
+) -> Callable[[dict[str, dict], dict], dict]:
     """The function (parameters by name, batch) -> by name, sums over the images that the batch's mask marks as real.
 
     The sums: count, top1 and top5 (right answers), loss (cross-entropy). Averages are rounded to the parameters' own
@@ -139,7 +141,7 @@ def make_eval_step(graphdef: nnx.GraphDef, own: dict, feeding: Feeding) -> Calla
     """
 
     def eval_step(weights: dict[str, dict], batch: dict) -> dict:
-        inputs = normalise(batch["image"], feeding)
+        inputs = normalise(batch["image"], normalisation)
         return {name: sums(params, inputs, batch["label"], batch["mask"]) for name, params in weights.items()}
 
     def sums(params: dict, inputs: jax.Array, labels: jax.Array, mask: jax.Array) -> dict:

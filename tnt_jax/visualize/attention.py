@@ -116,7 +116,7 @@ def outer_attention(model: Model, images: Images, *, patch: tuple[int, int] | No
             alone = ", one key" if math.prod(outer_grids(model)[block][1]) == 1 else ""
             show_map(axes, outer_map(model, outer, block, (row, column)), seen.pixels, f"block {block}{alone}")
             mark_box(axes, row * size, column * size, size, size)
-        part.suptitle("Outer attention of the framed patch, mean over heads; bright is much", fontsize=9)
+        part.suptitle("Outer attention of the framed patch, mean over heads; brighter is more", fontsize=9)
 
     return per_image(model, images, (PANEL * columns, PANEL * -(-(1 + count) // columns) + 0.5), draw)
 
@@ -211,6 +211,6 @@ def class_attention(model: Model, images: Images, *, block: int | None = None):
         show_map(rolled, rollout(outer)[0, 1:].reshape(grid), seen.pixels, "all blocks, rollout")
         for head, axes in enumerate(each):
             show_map(axes, of_class[head], seen.pixels, f"block {block}, head {head}")
-        part.suptitle("Attention of the class token; bright is much", fontsize=9)
+        part.suptitle("Attention of the class token; brighter is more", fontsize=9)
 
     return per_image(model, images, (PANEL * columns, PANEL * -(-(3 + heads) // columns) + 0.5), draw)

@@ -34,9 +34,11 @@ class Seen:
 
 def see(model: Model, image: ImageSource) -> Seen:
     """Raises InputError where the image cannot be read."""
-    feeding, channels = description_of(model).preprocessing, model.config.in_channels
-    pixels = evaluation_crop(open_image(image, channels), feeding.image_size, feeding.crop, feeding.interpolation)
-    return Seen(pixels, normalise(jnp.asarray(pixels)[None], feeding))
+    preprocessing, channels = description_of(model).preprocessing, model.config.in_channels
+    pixels = evaluation_crop(
+        open_image(image, channels), preprocessing.image_size, preprocessing.crop, preprocessing.interpolation
+    )
+    return Seen(pixels, normalise(jnp.asarray(pixels)[None], preprocessing))
 
 
 def new_figure(width: float, height: float):

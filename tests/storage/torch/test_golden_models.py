@@ -5,6 +5,9 @@ The bound of 1e-5 of the record's largest value is the golden README's; PyTorch'
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
 
 import numpy as np
 import published
@@ -85,3 +88,14 @@ def test_bfloat16_has_the_same_most_likely_class(name):
     assert relative_error(logits, expected) < 0.04
     of_the_likeliest = np.take_along_axis(expected, logits.argmax(-1)[:, None], -1)[:, 0]
     assert (of_the_likeliest >= expected.max(-1) - 0.04 * np.abs(expected).max()).all()
+
+
+def test_one_record_as_users_compile_it():
+    """The other tests compile at XLA's lowest level, which is fast; users have its default, 3."""
+    flags = {"XLA_FLAGS": "--xla_backend_optimization_level=3"}
+    chosen = ["-k", "test_every_block_and_the_logits and huawei_tnt_s", "-p", "no:xdist", "-q", __file__]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *chosen], env=os.environ | flags, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    assert "no tests ran" not in done.stdout

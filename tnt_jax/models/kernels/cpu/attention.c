@@ -2,7 +2,7 @@
    this; the equations are those of Attention in ../layers.py.
 
    Queries are taken in blocks. Where weights are made, a lane is a query, so that softmax is arithmetic between vectors;
-   where weights are used, a lane is a channel, and they are broadcast from where they lie. Nothing is turned but the
+   where weights are used, a lane is a channel, and they are broadcast from where they lie. Nothing is transposed but the
    queries, q, k and v are read where their linear map has left them, and no more weights are kept than a block has. */
 
 #include <string.h>
@@ -15,15 +15,15 @@ typedef struct {
     size images, tokens, dim, heads, head_dim;
     size vectors;       /* of the channels of a head */
     const float *qkv;   /* (images, tokens, 3 dim) */
-    const float *slope; /* (images, tokens, dim), what reaches the result; NULL where no gradient is wanted */
+    const float *cotangent; /* (images, tokens, dim), what reaches the result; NULL where no gradient is wanted */
     float *out;         /* the result, (images, tokens, dim), or what reaches qkv */
 } Work;
 
 /* Arrays of a head. Those of queries have a block of them. */
 typedef struct {
-    vec *query_lanes, *slope_lanes;               /* (head_dim, HIGH), lanes are queries */
+    vec *query_lanes, *cotangent_lanes;               /* (head_dim, HIGH), lanes are queries */
     vec *weights, *of_weights;                    /* (tokens, HIGH), lanes are queries */
-    vec *query, *slope, *of_query, *attended;     /* (BLOCK, vectors), lanes are channels */
+    vec *query, *cotangent, *of_query, *attended;     /* (BLOCK, vectors), lanes are channels */
     vec *key, *value, *of_key, *of_value;         /* (tokens, vectors), lanes are channels */
 } Head;
 
@@ -33,8 +33,8 @@ static size lay_out(const Work *work, Head *head, vec *memory) {
     struct {
         vec **array;
         size count;
-    } arrays[] = {{&head->query_lanes, lanes}, {&head->slope_lanes, lanes}, {&head->weights, pairs},
-                  {&head->of_weights, pairs}, {&head->query, block}, {&head->slope, block},
+    } arrays[] = {{&head->query_lanes, lanes}, {&head->cotangent_lanes, lanes}, {&head->weights, pairs},
+                  {&head->of_weights, pairs}, {&head->query, block}, {&head->cotangent, block},
                   {&head->of_query, block}, {&head->attended, block}, {&head->key, all},
                   {&head->value, all}, {&head->of_key, all}, {&head->of_value, all}};
     for (size i = 0; i < (size)(sizeof arrays / sizeof *arrays); count += arrays[i++].count)
@@ -54,7 +54,7 @@ static void store_rows(const vec *from, size vectors, size rows, size channels, 
     for (size row = 0; row < rows; row++, to += stride, from += vectors) memcpy(to, from, channels * sizeof(float));
 }
 
-/* Rows of a block turned, so that they are lanes; those that the block does not have are zeros. */
+/* Rows of a block transposed, so that they are lanes; those that the block does not have are zeros. */
 static void load_lanes(const float *from, size stride, size rows, size channels, vec *to) {
     float *lanes = (float *)to;
     memset(lanes, 0, channels * HIGH * sizeof(vec));
@@ -62,7 +62,7 @@ static void load_lanes(const float *from, size stride, size rows, size channels,
         for (size i = 0; i < channels; i++) lanes[i * BLOCK + row] = from[row * stride + i];
 }
 
-/* out (tiles of queries, tokens) = queries (tiles, head_dim) times rows (tokens, head_dim) turned. */
+/* out (tiles of queries, tokens) = queries (tiles, head_dim) times rows (tokens, head_dim) transposed. */
 INLINE void query_products(const Work *work, size tiles, vec *lanes, const float *rows, size stride, vec *out) {
     linear(tiles, work->head_dim, work->tokens, (Vectors){lanes, 1, HIGH}, (Numbers){rows, 1, stride},
            (Vectors){out, 1, HIGH}, 0);
@@ -79,17 +79,17 @@ static void softmax(const Work *work, size tiles, vec *weights) {
     }
 }
 
-static void softmax_gradient(const Work *work, size tiles, const vec *weights, vec *slope) {
+static void softmax_gradient(const Work *work, size tiles, const vec *weights, vec *cotangent) {
     float scale = 1 / sqrtf((float)work->head_dim);
     for (size tile = 0; tile < tiles; tile++) {
         size end = work->tokens * HIGH;
         vec sum = {0};
-        for (size i = tile; i < end; i += HIGH) sum += weights[i] * slope[i];
-        for (size i = tile; i < end; i += HIGH) slope[i] = weights[i] * (slope[i] - sum) * scale;
+        for (size i = tile; i < end; i += HIGH) sum += weights[i] * cotangent[i];
+        for (size i = tile; i < end; i += HIGH) cotangent[i] = weights[i] * (cotangent[i] - sum) * scale;
     }
 }
 
-/* out (queries, channels) = weights (tokens, queries) turned, times rows (tokens, channels). */
+/* out (queries, channels) = weights (tokens, queries) transposed, times rows (tokens, channels). */
 INLINE void sum_over_tokens(const Work *work, size queries, const vec *weights, vec *rows, vec *out) {
     linear(work->vectors, work->tokens, queries, (Vectors){rows, 1, work->vectors},
            (Numbers){(const float *)weights, BLOCK, 1}, (Vectors){out, 1, work->vectors}, 0);
@@ -115,7 +115,7 @@ static void forward(const Work *work, const Head *head, const float *qkv, float 
     }
 }
 
-static void backward(const Work *work, const Head *head, const float *qkv, const float *slope, float *of_qkv) {
+static void backward(const Work *work, const Head *head, const float *qkv, const float *cotangent, float *of_qkv) {
     size dim = work->dim, stride = 3 * dim, tokens = work->tokens, channels = work->head_dim, vectors = work->vectors;
     load_rows(qkv + dim, stride, tokens, channels, vectors, head->key);
     memset(head->of_key, 0, tokens * vectors * sizeof(vec));
@@ -124,13 +124,13 @@ static void backward(const Work *work, const Head *head, const float *qkv, const
         size queries = tokens - first < BLOCK ? tokens - first : BLOCK, tiles = (queries + LANES - 1) / LANES;
         load_lanes(qkv + first * stride, stride, queries, channels, head->query_lanes);
         load_rows(qkv + first * stride, stride, queries, channels, vectors, head->query);
-        load_lanes(slope + first * dim, dim, queries, channels, head->slope_lanes);
-        load_rows(slope + first * dim, dim, queries, channels, vectors, head->slope);
+        load_lanes(cotangent + first * dim, dim, queries, channels, head->cotangent_lanes);
+        load_rows(cotangent + first * dim, dim, queries, channels, vectors, head->cotangent);
 
         query_products(work, tiles, head->query_lanes, qkv + dim, stride, head->weights);
         softmax(work, tiles, head->weights);
-        query_products(work, tiles, head->slope_lanes, qkv + 2 * dim, stride, head->of_weights);
-        add_over_queries(work, queries, head->weights, head->slope, head->of_value);
+        query_products(work, tiles, head->cotangent_lanes, qkv + 2 * dim, stride, head->of_weights);
+        add_over_queries(work, queries, head->weights, head->cotangent, head->of_value);
         softmax_gradient(work, tiles, head->weights, head->of_weights);
         add_over_queries(work, queries, head->of_weights, head->query, head->of_key);
         sum_over_tokens(work, queries, head->of_weights, head->key, head->of_query);
@@ -149,8 +149,8 @@ static int do_head(void *data, size chunk) {
     lay_out(work, &head, memory);
     size first = chunk / work->heads * work->tokens * work->dim, channel = chunk % work->heads * work->head_dim;
     const float *qkv = work->qkv + 3 * first + channel;
-    if (work->slope)
-        backward(work, &head, qkv, work->slope + first + channel, work->out + 3 * first + channel);
+    if (work->cotangent)
+        backward(work, &head, qkv, work->cotangent + first + channel, work->out + 3 * first + channel);
     else
         forward(work, &head, qkv, work->out + first + channel);
     return 1;
@@ -163,7 +163,7 @@ static XLA_FFI_Error *attend(XLA_FFI_CallFrame *call, int gradient) {
     work.heads = *(const int64_t *)((const XLA_FFI_Scalar *)call->attrs.attrs[0])->value;
     work.head_dim = work.dim / work.heads;
     work.vectors = (work.head_dim + LANES - 1) / LANES;
-    work.slope = gradient ? argument(call, 1)->data : NULL;
+    work.cotangent = gradient ? argument(call, 1)->data : NULL;
     work.out = result(call, 0)->data;
     return do_all(call, do_head, &work, work.images * work.heads);
 }

@@ -10,7 +10,7 @@ from tnt_jax.models.kernels.cpu import library
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attention(num_heads: int, qkv: Float[Array, "batch tokens 3*dim"]) -> Float[Array, "batch tokens dim"]:
+def attention(num_heads: int, qkv: Float[Array, "batch tokens qkv"]) -> Float[Array, "batch tokens dim"]:
     """softmax(q k^T / sqrt(head_dim)) v of float32 q, k and v that lie side by side, heads contiguous in each.
 
     For the gradient the weights are computed again; there are never more of them than those of a block of queries.

@@ -16,7 +16,7 @@ typedef struct {
     size sentences, words, channels, heads, hidden;
     size normed;   /* channels that a norm looks at: of one word, or of all words of a patch */
     float epsilon;
-    const float *words_in, *survival, *parameters[PARAMETERS], *slope; /* slope: of what the layer returns */
+    const float *words_in, *survival, *parameters[PARAMETERS], *cotangent; /* cotangent: of what the layer returns */
     float *words_out;
     size sizes[PARAMETERS], all_parameters; /* numbers in each parameter, and in all */
     float *partial;                         /* gradients of the parameters by chunk, one after the other */
@@ -72,12 +72,12 @@ static void norm(const Layer *layer, int scale_at, const vec *x, vec *normed, ve
     }
 }
 
-/* slope += what reaches x through a norm; of_scale and of_bias += what reaches the parameters. */
+/* cotangent += what reaches x through a norm; of_scale and of_bias += what reaches the parameters. */
 static void norm_gradient(const Layer *layer, int scale_at, const vec *normed, const vec *inverse, const vec *of_out,
-                          vec *slope, vec *of_scale, vec *of_bias) {
+                          vec *cotangent, vec *of_scale, vec *of_bias) {
     size n = layer->normed, groups = layer->words * layer->channels / n;
     const float *scale = layer->parameters[scale_at];
-    for (size group = 0; group < groups; group++, normed += n, of_out += n, slope += n) {
+    for (size group = 0; group < groups; group++, normed += n, of_out += n, cotangent += n) {
         vec mean = {0}, along = {0};
         for (size i = 0; i < n; i++) {
             vec scaled = of_out[i] * scale[i];
@@ -89,14 +89,14 @@ static void norm_gradient(const Layer *layer, int scale_at, const vec *normed, c
         mean /= (float)n;
         along /= (float)n;
         for (size i = 0; i < n; i++)
-            slope[i] += (of_out[i] * scale[i] - mean - normed[i] * along) * inverse[group];
+            cotangent[i] += (of_out[i] * scale[i] - mean - normed[i] * along) * inverse[group];
     }
 }
 
 /* What a tile computes on the way, of which the gradient needs everything. */
 typedef struct {
     vec *x, *normed1, *n1, *inverse1, *qkv, *weights, *attended, *x1, *normed2, *n2, *inverse2, *hidden;
-    vec *bend; /* the derivative of GELU */
+    vec *derivative; /* of GELU */
     vec *of_x, *of_words, *of_hidden, *of_attended, *of_qkv, *of_weights, *of_parameters;
 } Tile;
 
@@ -109,7 +109,7 @@ static size lay_out(const Layer *layer, Tile *tile, vec *memory) {
     } arrays[] = {{&tile->x, flat}, {&tile->normed1, flat}, {&tile->n1, flat}, {&tile->inverse1, words},
                   {&tile->qkv, 3 * flat}, {&tile->weights, layer->heads * words * words}, {&tile->attended, flat},
                   {&tile->x1, flat}, {&tile->normed2, flat}, {&tile->n2, flat}, {&tile->inverse2, words},
-                  {&tile->hidden, hidden}, {&tile->bend, hidden}, {&tile->of_x, flat}, {&tile->of_words, flat},
+                  {&tile->hidden, hidden}, {&tile->derivative, hidden}, {&tile->of_x, flat}, {&tile->of_words, flat},
                   {&tile->of_hidden, hidden}, {&tile->of_attended, flat}, {&tile->of_qkv, 3 * flat},
                   {&tile->of_weights, words * words}, {&tile->of_parameters, layer->all_parameters}};
     for (size i = 0; i < (size)(sizeof arrays / sizeof *arrays); count += arrays[i++].count)
@@ -124,7 +124,7 @@ static void attention(const Layer *layer, const Tile *tile) {
         vec *start = tile->qkv + head * size_of_head, *weights = tile->weights + head * words * words;
         Vectors query = rows_of(start, 3 * channels), key = rows_of(start + channels, 3 * channels);
         Vectors value = rows_of(start + 2 * channels, 3 * channels);
-        product(words, size_of_head, words, query, turned(key), rows_of(weights, words), 0);
+        product(words, size_of_head, words, query, transposed(key), rows_of(weights, words), 0);
         for (vec *row = weights; row < weights + words * words; row += words) {
             vec most = row[0], sum = {0};
             for (size k = 1; k < words; k++) most = larger(most, row[k]);
@@ -146,11 +146,11 @@ static void add_branch(const Layer *layer, int bias_at, const vec *x, vec surviv
 
 /* Of the hidden channels of a word, which begin at `first`; the derivative where it is wanted. */
 static void gelu(const Layer *layer, const Tile *tile, size first, int gradient) {
-    vec *hidden = tile->hidden + first, *bend = tile->bend + first;
+    vec *hidden = tile->hidden + first, *derivative = tile->derivative + first;
     for (size i = 0; i < layer->hidden; i++) {
         vec h = hidden[i] + layer->parameters[FC1_BIAS][i], below = cumulative(h);
         hidden[i] = h * below;
-        if (gradient) bend[i] = below + h * 0.398942280f * exponential(h * h * -0.5f);
+        if (gradient) derivative[i] = below + h * 0.398942280f * exponential(h * h * -0.5f);
     }
 }
 
@@ -176,9 +176,9 @@ static void forward(const Layer *layer, const Tile *tile, size first, vec *out, 
 }
 
 /* of_bias += sums over the words of what reaches it. */
-static void add_bias_gradient(const vec *slope, size words, size channels, vec *of_bias) {
-    for (const vec *end = slope + words * channels; slope < end;)
-        for (size i = 0; i < channels; i++) of_bias[i] += *slope++;
+static void add_bias_gradient(const vec *cotangent, size words, size channels, vec *of_bias) {
+    for (const vec *end = cotangent + words * channels; cotangent < end;)
+        for (size i = 0; i < channels; i++) of_bias[i] += *cotangent++;
 }
 
 static void attention_gradient(const Layer *layer, const Tile *tile) {
@@ -190,9 +190,9 @@ static void attention_gradient(const Layer *layer, const Tile *tile) {
         Vectors key = query, value = query, of_key = of_query, of_value = of_query;
         key.data += channels, value.data += 2 * channels, of_key.data += channels, of_value.data += 2 * channels;
         Vectors weights = rows_of(tile->weights + head * words * words, words);
-        Vectors of_weights = rows_of(tile->of_weights, words), slope = rows_of(tile->of_attended + at, channels);
-        product(words, words, size_of_head, turned(weights), slope, of_value, 0);
-        product(words, size_of_head, words, slope, turned(value), of_weights, 0);
+        Vectors of_weights = rows_of(tile->of_weights, words), cotangent = rows_of(tile->of_attended + at, channels);
+        product(words, words, size_of_head, transposed(weights), cotangent, of_value, 0);
+        product(words, size_of_head, words, cotangent, transposed(value), of_weights, 0);
         for (size row = 0; row < words * words; row += words) {
             vec sum = {0};
             for (size k = row; k < row + words; k++) sum += of_weights.data[k] * weights.data[k];
@@ -200,7 +200,7 @@ static void attention_gradient(const Layer *layer, const Tile *tile) {
                 of_weights.data[k] = weights.data[k] * (of_weights.data[k] - sum) * scale;
         }
         product(words, words, size_of_head, of_weights, key, of_query, 0);
-        product(words, words, size_of_head, turned(of_weights), query, of_key, 0);
+        product(words, words, size_of_head, transposed(of_weights), query, of_key, 0);
     }
 }
 
@@ -214,28 +214,28 @@ static void backward(const Layer *layer, const Tile *tile, size first, float *of
     Vectors of_qkv = rows_of(tile->of_qkv, 3 * channels);
 
     forward(layer, tile, first, tile->of_words, 1);
-    load_tile(layer->slope, first, layer->sentences, numbers, tile->of_x);
+    load_tile(layer->cotangent, first, layer->sentences, numbers, tile->of_x);
     for (size i = 0; i < numbers; i++) tile->of_words[i] = tile->of_x[i] * survival2;
     add_bias_gradient(tile->of_words, words, channels, of[FC2_BIAS]);
-    product(hidden, words, channels, turned(rows_of(tile->hidden, hidden)), of_words, rows_of(of[FC2], channels), 1);
-    linear(words, channels, hidden, of_words, turned_numbers(matrix(layer, FC2, channels)), of_hidden, 0);
-    for (size i = 0; i < words * hidden; i++) tile->of_hidden[i] *= tile->bend[i];
+    product(hidden, words, channels, transposed(rows_of(tile->hidden, hidden)), of_words, rows_of(of[FC2], channels), 1);
+    linear(words, channels, hidden, of_words, transposed_numbers(matrix(layer, FC2, channels)), of_hidden, 0);
+    for (size i = 0; i < words * hidden; i++) tile->of_hidden[i] *= tile->derivative[i];
     add_bias_gradient(tile->of_hidden, words, hidden, of[FC1_BIAS]);
-    product(channels, words, hidden, turned(rows_of(tile->n2, channels)), of_hidden, rows_of(of[FC1], hidden), 1);
-    linear(words, hidden, channels, of_hidden, turned_numbers(matrix(layer, FC1, hidden)), of_words, 0);
+    product(channels, words, hidden, transposed(rows_of(tile->n2, channels)), of_hidden, rows_of(of[FC1], hidden), 1);
+    linear(words, hidden, channels, of_hidden, transposed_numbers(matrix(layer, FC1, hidden)), of_words, 0);
     norm_gradient(layer, NORM2_SCALE, tile->normed2, tile->inverse2, tile->of_words, tile->of_x, of[NORM2_SCALE],
                   of[NORM2_BIAS]);
 
     for (size i = 0; i < numbers; i++) tile->of_words[i] = tile->of_x[i] * survival1;
     add_bias_gradient(tile->of_words, words, channels, of[PROJ_BIAS]);
-    product(channels, words, channels, turned(rows_of(tile->attended, channels)), of_words,
+    product(channels, words, channels, transposed(rows_of(tile->attended, channels)), of_words,
             rows_of(of[PROJ], channels), 1);
-    linear(words, channels, channels, of_words, turned_numbers(matrix(layer, PROJ, channels)),
+    linear(words, channels, channels, of_words, transposed_numbers(matrix(layer, PROJ, channels)),
            rows_of(tile->of_attended, channels), 0);
     attention_gradient(layer, tile);
-    product(channels, words, 3 * channels, turned(rows_of(tile->n1, channels)), of_qkv,
+    product(channels, words, 3 * channels, transposed(rows_of(tile->n1, channels)), of_qkv,
             rows_of(of[QKV], 3 * channels), 1);
-    linear(words, 3 * channels, channels, of_qkv, turned_numbers(matrix(layer, QKV, 3 * channels)), of_words, 0);
+    linear(words, 3 * channels, channels, of_qkv, transposed_numbers(matrix(layer, QKV, 3 * channels)), of_words, 0);
     norm_gradient(layer, NORM1_SCALE, tile->normed1, tile->inverse1, tile->of_words, tile->of_x, of[NORM1_SCALE],
                   of[NORM1_BIAS]);
     store_tile(tile->of_x, first, layer->sentences, numbers, of_words_in);
@@ -244,7 +244,7 @@ static void backward(const Layer *layer, const Tile *tile, size first, float *of
 static int do_chunk(void *work, size chunk) {
     const Layer *layer = work;
     Tile tile;
-    int gradient = layer->slope != NULL;
+    int gradient = layer->cotangent != NULL;
     vec *memory = scratch(lay_out(layer, &tile, NULL));
     if (!memory) return 0;
     lay_out(layer, &tile, memory);
@@ -299,7 +299,7 @@ XLA_FFI_Error *inner_layer_forward(XLA_FFI_CallFrame *call) {
 XLA_FFI_Error *inner_layer_gradient(XLA_FFI_CallFrame *call) {
     if (is_question_of_version(call)) return NULL;
     Layer layer = read(call);
-    layer.slope = argument(call, 2 + PARAMETERS)->data;
+    layer.cotangent = argument(call, 2 + PARAMETERS)->data;
     size tiles = (layer.sentences + LANES - 1) / LANES, few = tiles / 16;
     layer.chunk_tiles = few < 1 ? 1 : few < 8 ? few : 8;
     size chunks = (tiles + layer.chunk_tiles - 1) / layer.chunk_tiles;

@@ -121,6 +121,6 @@ PRODUCT(linear, Numbers, block_of_numbers)
 
 INLINE Vectors rows_of(vec *data, size width) { return (Vectors){data, width, 1}; }
 
-INLINE Vectors turned(Vectors x) { return (Vectors){x.data, x.column, x.row}; }
+INLINE Vectors transposed(Vectors x) { return (Vectors){x.data, x.column, x.row}; }
 
-INLINE Numbers turned_numbers(Numbers x) { return (Numbers){x.data, x.column, x.row}; }
+INLINE Numbers transposed_numbers(Numbers x) { return (Numbers){x.data, x.column, x.row}; }

@@ -1,7 +1,7 @@
 """The inner transformer layer as two Pallas kernels for TPUs: forward, and backward, which computes the forward again.
 
 The words of a patch are few and narrow: 16 words of 24 channels fill an eighth of a TPU's registers however they are
-turned. So a tile holds 1,024 sentences, and its arrays stand in the two ways in which they fill the registers whole:
+transposed. So a tile holds 1,024 sentences, and its arrays stand in the two ways in which they fill the registers whole:
 
 - For norms, matrix products and GELU, a register holds 8 channels of one word of 128 sentences: a matrix product reads
   and writes registers of channels.
@@ -179,7 +179,7 @@ def backward_kernel(sizes: Sizes, sentences: int, x_ref, keep_ref, attended_ref,
         gradients.fc2_bias[...] += total(dout)
         add_products("fc2", dout, [hidden.astype(sizes.dtype) for hidden, _ in activated])
         dhidden = [dot(layer.fc2[...], dout.astype(sizes.dtype), (0, 0)) for dout in dout]
-        dz = [dhidden * slope for dhidden, (_, slope) in zip(dhidden, activated, strict=True)]
+        dz = [dhidden * derivative for dhidden, (_, derivative) in zip(dhidden, activated, strict=True)]
         gradients.fc1_bias[...] += total(dz)
         add_products("fc1", dz, h)
         dh = [dot(layer.fc1[...], dz.astype(sizes.dtype), (0, 0)) for dz in dz]
@@ -234,10 +234,10 @@ def backward_kernel(sizes: Sizes, sentences: int, x_ref, keep_ref, attended_ref,
 def inner_block(
     sizes: Sizes,
     interpret: bool,
-    words: Float[Array, "words*channels sentences"],
+    words: Float[Array, "flat sentences"],
     keep: Float[Array, "2 sentences"],
     layer: LayerParameters,
-) -> Float[Array, "words*channels sentences"]:
+) -> Float[Array, "flat sentences"]:
     """A transformer layer over the words of every sentence.
 
     `keep` is what each sentence's branch of attention and of the MLP is multiplied by: 1, or what stochastic depth has

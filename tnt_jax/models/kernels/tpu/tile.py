@@ -87,8 +87,8 @@ def gelu(x: Array, *, exact: bool) -> tuple[Array, Array]:
     c0, c1, c2 = TANH_GELU
     tanh = jnp.tanh(x * (c0 + square * (c1 + square * c2)))
     cdf = 0.5 + 0.5 * tanh
-    slope = c0 + square * (3 * c1 + square * (5 * c2))
-    return x * cdf, cdf + 0.5 * x * (1 - tanh * tanh) * slope
+    derivative = c0 + square * (3 * c1 + square * (5 * c2))
+    return x * cdf, cdf + 0.5 * x * (1 - tanh * tanh) * derivative
 
 
 def total(terms: list[Array]) -> Array:

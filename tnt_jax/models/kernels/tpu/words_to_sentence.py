@@ -1,7 +1,7 @@
 """Words to sentence as two Pallas kernels for TPUs: norm, linear map, norm (equation 8), forward and backward.
 
 The words come as the inner block's kernel leaves them, a column for each sentence, and a norm of them is one pass down
-a column; where XLA would read and write the words five times, they are read once. The result is turned, in registers,
+a column; where XLA would read and write the words five times, they are read once. The result is transposed, in registers,
 to a row for each sentence, as the outer transformer has them.
 """
 
@@ -44,7 +44,7 @@ class Projection(NamedTuple):
 
 
 def covers(rows: int, outer: int) -> bool:
-    """Whether the kernels can run such a projection: the result fills whole registers, either way it is turned."""
+    """Whether the kernels can run such a projection: the result fills whole registers, transposed or not."""
     return rows % LANES == 0 and outer % LANES == 0
 
 
@@ -100,8 +100,8 @@ def backward_kernel(epsilon: float, sentences: int, x_ref, passed_ref, dy_ref, *
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def words_to_sentence(
-    epsilon: float, interpret: bool, words: Float[Array, "words*channels sentences"], layer: Projection
-) -> tuple[Float[Array, "words*channels sentences"], Float[Array, "sentences outer"]]:
+    epsilon: float, interpret: bool, words: Float[Array, "flat sentences"], layer: Projection
+) -> tuple[Float[Array, "flat sentences"], Float[Array, "sentences outer"]]:
     """The words as they were given, and those of every sentence as one vector, in the dtype of the words.
 
     What goes on with the words that are returned has its gradient added in the backward kernel, not in a pass of its

@@ -1,0 +1,75 @@
+"""Every command and every snippet of the README and of docs/ runs, or says above it why it does not."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from commands import ROOT
+from PIL import Image
+
+PAGES = sorted(["README.md", *(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))])
+BLOCK = re.compile(r"(?:^<!-- not run: (.+?) -->\n)?^```(\w*)\n(.*?)^```$", re.M | re.S)
+RUN_ELSEWHERE = {"docs/weights.md"}  # tests/test_weights_page.py runs the table, test_publish.py and others the rest
+NOT_COMMANDS = {"yaml", "dockerfile", "json", "text"}
+
+
+def blocks(page: str) -> list[tuple[str, str, str]]:
+    """The reason why it is not run (or nothing), the language and the text of each fenced block."""
+    return BLOCK.findall((ROOT / page).read_text())
+
+
+def commands_in(text: str) -> list[list[str]]:
+    """The command lines of a block, as our own Python runs them."""
+    lines = text.replace("\\\n", " ").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines if line.strip()]
+    return [[word.removeprefix(".venv/bin/") for word in line] for line in words if line]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with what the pages name: a run of digits, an image of a digit, photographs."""
+    folder = tmp_path_factory.mktemp("docs")
+    for name in ("my_digit.png", "bird.jpg"):
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 48, 3), np.uint8)).save(folder / name)
+    run(folder, ["python", "train.py", "--epochs", "1", "--run-dir", "runs/digits"])
+    return folder
+
+
+def run(folder, command: list[str]) -> str:
+    program, script, *arguments = command
+    assert program == "python", f"{command}: only Python commands are run; say above the block why it is not"
+    script = [script] if script.startswith("-") else [str(ROOT / script)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, *script, *arguments], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-1000:]}{done.stderr[-2000:]}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_is_not_run_says_why(page):
+    text = (ROOT / page).read_text()
+    assert text.count("```") == 2 * len(blocks(page)), "a fenced block that this test does not see"
+    for reason in re.findall(r"<!-- not run: (.*?) -->", text):
+        assert len(reason.split()) > 3, reason
+    assert text.count("<!-- not run") == sum(bool(reason) for reason, _, _ in blocks(page))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in RUN_ELSEWHERE])
+def test_every_block_runs(page, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    names = {"tnt_jax": __import__("tnt_jax")}
+    for reason, language, text in blocks(page):
+        if reason or language in NOT_COMMANDS:
+            continue
+        if language == "python":
+            exec(compile(text, page, "exec"), names)
+            continue
+        for command in commands_in(text):
+            run(folder, command)
