@@ -8,8 +8,10 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from tnt_jax.config import InputError
+from tnt_jax.config import DataConfig, InputError
 from tnt_jax.data import prepare
+from tnt_jax.data.check import check_splits
+from tnt_jax.data.records import RecordSource
 from tnt_jax.data.sources import open_source
 
 CLASSES = ("n01", "n02", "n03")
@@ -138,3 +140,28 @@ def test_without_the_libraries_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "array_record", None)
     with pytest.raises(InputError, match="need array_record, which is not installed: pip install"):
         open_source("tfds:imagenet2012", "train")
+
+
+class Unlabelled:
+    """What TFDS gives of a split whose labels are -1, such as ImageNet's test images."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return {"image": b"", "label": -1, "file_name": b"ILSVRC2012_test_00000001.JPEG"}
+
+
+def test_a_split_without_labels_is_no_test_split():
+    source = RecordSource("tfds:imagenet2012 test", Unlabelled(), ("a", "b"))
+    with pytest.raises(InputError, match=r"has label -1: this split has no labels.*--data.eval-split validation"):
+        check_splits(source, source, DataConfig("tfds:imagenet2012"), 3)
+
+
+def test_a_full_disk_is_not_the_archives_fault(tars, monkeypatch):
+    def full(shard, info):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prepare, "_write", full)
+    with pytest.raises(InputError, match=r"train images cannot be written into .*5.1.0: .*No space left on device"):
+        prepare.prepare_imagenet(*tars, ARCHIVES)

@@ -14,7 +14,7 @@ import tnt_jax
 from tnt_jax.config import DataConfig, InputError
 from tnt_jax.data.imagenet import open_imagenet, real_labels
 from tnt_jax.data.sources import ArraySource
-from tnt_jax.evaluation.evaluate import answers_of, evaluate_model, features_of
+from tnt_jax.evaluation.evaluate import _kind, answers_of, evaluate_model, features_of
 from tnt_jax.evaluation.probes import linear_probe, nearest_neighbours
 from tnt_jax.evaluation.published import published
 
@@ -186,3 +186,50 @@ def test_the_command_refuses_what_it_cannot_evaluate(arguments, message, tmp_pat
     assert (code, out) == (2, "")
     assert message in err
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+def test_a_model_that_gives_nan_has_no_accuracy(tmp_path):
+    model = small_model(in_channels=1, num_classes=10)
+    model.head.bias[...] = model.head.bias[...].at[3].set(np.nan)
+    tnt_jax.save_model(model, tmp_path / "bad")
+    code, out, err = commands.run("eval.py", tmp_path / "bad", "--source", "digits")
+    assert (code, out) == (1, "")
+    assert "the model gives numbers that are not finite for images of digits: it has no accuracy" in err
+
+
+def test_the_command_opens_all_models_before_it_computes(tmp_path, monkeypatch):
+    def compute(*arguments, **named):
+        raise AssertionError("it computes")
+
+    monkeypatch.setattr("tnt_jax.evaluation.evaluate.answers_of", compute)
+    tnt_jax.save_model(small_model(in_channels=1, num_classes=10), tmp_path / "good")
+    code, _, err = commands.run("eval.py", tmp_path / "good", tmp_path / "missing", "--source", "digits")
+    assert code == 2
+    assert "missing" in err
+
+
+@pytest.mark.parametrize(
+    ("source", "kind"),
+    [
+        ("tfds:imagenet2012", "imagenet"),
+        ("tfds:imagenet2012:5.1.0", "imagenet"),
+        ("array_record:/data/imagenet2012/5.1.0", "imagenet"),
+        ("tfds:imagenet2012_corrupted/gaussian_noise_1", "tfds"),
+        ("tfds:imagenet2012_subset", "tfds"),
+        ("folder:/data/imagenet2012-mine", "folder"),
+        ("imagenet-a:/data/imagenet2012", "imagenet-a"),
+    ],
+)
+def test_published_numbers_stand_beside_their_own_dataset_alone(source, kind):
+    assert _kind(source) == kind
+
+
+def test_a_linear_probe_of_one_class_is_refused(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split / "only").mkdir(parents=True)
+        Image.new("L", (32, 32)).save(tmp_path / split / "only/1.png")
+    tnt_jax.save_model(small_model(in_channels=1), tmp_path / "small")
+    arguments = ["--source", f"folder:{tmp_path}", "--probe", "linear"]
+    code, _, err = commands.run("eval.py", tmp_path / "small", *arguments)
+    assert code == 2
+    assert "has 1 class, and a linear probe needs two at least" in err

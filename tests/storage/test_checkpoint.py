@@ -285,6 +285,16 @@ def test_numbers_that_are_not_finite_are_neither_saved_nor_restored(tmp_path, mo
         restore(tmp_path, 1, {"opt_state": on_one_device(state.opt_state)})
 
 
+def test_a_step_that_is_saved_again_has_no_scores_until_it_is_evaluated_again(tmp_path):
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        checkpoints.save(1, saved_trees(state_of(1)))
+        checkpoints.set_scores(1, SCORES)
+        checkpoints.discard(1, "it is damaged")
+        checkpoints.save(1, saved_trees(state_of(1)))
+        checkpoints.wait()
+    assert (steps_of(tmp_path), reading.scores_of(tmp_path)) == ([1], {})
+
+
 def test_scores_that_are_damaged_are_as_if_there_were_none(saved, tmp_path):
     folder, _ = saved
     shutil.copytree(folder, tmp_path / "run")

@@ -1,9 +1,12 @@
 """Logs that are written while the machine misbehaves."""
 
 import struct
+import subprocess
+import sys
 import time
 
 import pytest
+from commands import ROOT
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from tnt_jax.training.report import _TensorBoard
@@ -51,3 +54,16 @@ def test_a_full_disk_is_said_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(log._writer, "write_event", full)
     with pytest.raises(OSError, match="No space left"):
         log.write("train", 1, {"loss": 1.0})
+
+
+def test_no_run_imports_pytorch(tmp_path):
+    code = f"""
+import sys
+from tnt_jax.training import loop, report
+report._TensorBoard(__import__("pathlib").Path({str(tmp_path)!r}), 0)
+assert "torch" not in sys.modules
+import importlib.util
+importlib.util.find_spec("torch")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

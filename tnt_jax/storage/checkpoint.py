@@ -113,6 +113,8 @@ class Checkpoints:
                 raise NonFiniteError(f"{name} has numbers that are not finite after step {step}")
         description["least_alone"] = LEAST_ALONE
         description["crc32"] = description_crc(description)
+        if self._scores.pop(step, None):  # of a checkpoint that was damaged, or of steps that were taken again
+            self._write_scores()
         with self._writing():
             self.wait()
             self._being_written = step
@@ -146,8 +148,11 @@ class Checkpoints:
             WriteError: they cannot be written.
         """
         self._scores[step] = scores
+        self._write_scores()
+
+    def _write_scores(self) -> None:
         if jax.process_index() == 0:
-            kept = {*steps_of(self._run_dir), step, self._being_written}
+            kept = {*steps_of(self._run_dir), self._being_written, max(self._scores, default=None)}
             noted = {str(each): self._scores[each] for each in sorted(self._scores) if each in kept}
             with self._writing():
                 write_text(self._folder / SCORES_FILE, json.dumps(noted, indent=1, allow_nan=False) + "\n")
@@ -239,7 +244,8 @@ class Checkpoints:
             files_file(self._folder / str(step)).unlink(missing_ok=True)
         self._warn(f"{reason}. It is renamed to {name}. {back}")
         _worst(0)  # every process may look again
-        self._scores.pop(step, None)
+        if self._scores.pop(step, None):
+            self._write_scores()
         self._manager.reload()
 
     def wait(self) -> None:

@@ -21,7 +21,7 @@ from tnt_jax.training.report import Report, check_finite
 from tnt_jax.training.run import Run, saved_trees
 from tnt_jax.training.saving import SaveClock
 from tnt_jax.training.step import TrainState
-from tnt_jax.training.stopping import Signals, StoppedError, signals
+from tnt_jax.training.stopping import Signals, StoppedError, current_signals
 
 
 def train(config: TrainConfig[ModelChanges]) -> dict[str, float]:
@@ -41,7 +41,8 @@ def train(config: TrainConfig[ModelChanges]) -> dict[str, float]:
         PeersError: not all processes of the run came.
     """
     began = time.perf_counter()
-    with signals() as listening, together(config.distributed, facts(config), listening):
+    listening = current_signals()
+    with together(config.distributed, facts(config), listening):
         console = rich.console.Console(highlight=False, soft_wrap=True, quiet=jax.process_index() > 0)
         run = Run(config)
         with _claimed(run, console) as fresh_state:
@@ -133,7 +134,15 @@ def _from(
         console.print(run.longer_schedule(run.epochs_before, start))
     try:
         with (
-            Report(run.config, console, start, run.total_steps, run.steps_per_epoch, began) as report,
+            Report(
+                run.config,
+                console,
+                start,
+                run.total_steps,
+                run.steps_per_epoch,
+                began,
+                evaluates_first=not evaluated,
+            ) as report,
             contextlib.closing(run.batches(start)) as batches,
             listening.training(jax.process_count() > 1) as stop,
         ):

@@ -7,16 +7,14 @@ import json
 import math
 import os
 import pathlib
+import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import rich.console
 import rich.progress
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 
 from tnt_jax.chips import chip_of, training_flops
 from tnt_jax.config import InputError, TrainConfig, to_json
@@ -50,6 +48,8 @@ class Report:
         total_steps: int,
         steps_per_epoch: int,
         began: float,
+        *,
+        evaluates_first: bool = False,
     ):
         self.start_step, self.total_steps, self.steps_per_epoch = start_step, total_steps, steps_per_epoch
         self.batch_size, self.log_every = config.batch_size, config.log_every_steps
@@ -62,7 +62,7 @@ class Report:
         flops = training_flops(sum(count_macs(config.model).values()))
         self._peak_rate = jax.device_count() * chip.flops / flops if chip else None
         self._trace = _Trace(pathlib.Path(config.run_dir) / "profile", start_step) if config.profile else None
-        self._logs = _open_logs(config, start_step)
+        self._logs = _open_logs(config, start_step, evaluates_first)
         self._progress = rich.progress.Progress(
             rich.progress.TextColumn("epoch {task.fields[epoch]}"),
             rich.progress.BarColumn(),
@@ -151,8 +151,8 @@ class Report:
 class _JsonLines:
     """One line of `metrics.jsonl` for every call."""
 
-    def __init__(self, folder: pathlib.Path, start_step: int):
-        self._file = _reopen(folder / METRICS_FILE, start_step)
+    def __init__(self, folder: pathlib.Path, start_step: int, evaluates_first: bool):
+        self._file = _reopen(folder / METRICS_FILE, start_step, evaluates_first)
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
         self._file.write(json.dumps({"kind": kind, "step": step} | values, allow_nan=False) + "\n")
@@ -160,6 +160,19 @@ class _JsonLines:
 
     def close(self) -> None:
         self._file.close()
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """Keeps tensorboardX from importing PyTorch where it is installed: seconds of every start, for nothing."""
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # as if it was not installed
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
 
 
 class _TensorBoard:
@@ -170,6 +183,12 @@ class _TensorBoard:
     """
 
     def __init__(self, folder: pathlib.Path, start_step: int):
+        with _without_torch():
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
+            from tensorboardX.summary import scalar
+
+        self._event, self._scalar = Event, scalar
         folder = folder / "tensorboard"
         folder.mkdir(parents=True, exist_ok=True)
         # Two starts within a second must not write the same file.
@@ -180,8 +199,8 @@ class _TensorBoard:
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
         for name in sorted(values.keys() - {"epoch"}):
-            summary = scalar(f"{kind}/{name}", values[name])
-            self._writer.write_event(Event(step=step, wall_time=time.time(), summary=summary))
+            summary = self._scalar(f"{kind}/{name}", values[name])
+            self._writer.write_event(self._event(step=step, wall_time=time.time(), summary=summary))
         self._writer.flush()
 
     def close(self) -> None:
@@ -219,13 +238,13 @@ def check_wandb(config: TrainConfig) -> None:
         raise InputError("--wandb needs the package of Weights & Biases: pip install wandb")
 
 
-def _open_logs(config: TrainConfig, start_step: int) -> list:
+def _open_logs(config: TrainConfig, start_step: int, evaluates_first: bool) -> list:
     """Where metrics go. Only the first process writes."""
     if jax.process_index() > 0:
         return []
     folder = pathlib.Path(config.run_dir)
     try:
-        logs = [_JsonLines(folder, start_step), _TensorBoard(folder, start_step)]
+        logs = [_JsonLines(folder, start_step, evaluates_first), _TensorBoard(folder, start_step)]
         return [*logs, _WeightsAndBiases(folder, config)] if config.wandb else logs
     except OSError as error:
         raise WriteError(f"the logs in {folder} cannot be written: {error.strerror or error}") from error
@@ -269,14 +288,18 @@ def _compile_seconds() -> Callable[[], float]:
     return stop
 
 
-def _reopen(path: pathlib.Path, start_step: int) -> io.TextIOWrapper:
+def _reopen(path: pathlib.Path, start_step: int, evaluates_first: bool) -> io.TextIOWrapper:
     """The metrics file, without what an earlier process wrote after the step from which this one goes on.
 
     Those lines are kept in another file.
+
+    Args:
+        evaluates_first: whether the evaluation of that step is done again.
     """
     lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if _step_of(line) <= start_step]
-    if dropped := [line for line in lines if _step_of(line) > start_step]:
+    end = (start_step, "test" if evaluates_first else "")
+    kept = [line for line in lines if _place_of(line)[0] <= start_step and _place_of(line) != end]
+    if dropped := [line for line in lines if line not in kept]:
         with path.with_name(DROPPED_FILE).open("a") as file:
             file.write("".join(f"{line}\n" for line in dropped))
     if dropped:
@@ -284,9 +307,10 @@ def _reopen(path: pathlib.Path, start_step: int) -> io.TextIOWrapper:
     return path.open("a")
 
 
-def _step_of(line: str) -> float:
-    """The step of a line; infinite for the half line that a killed process leaves."""
+def _place_of(line: str) -> tuple[float, str]:
+    """Step and kind of a line; infinite for the half line that a killed process leaves."""
     try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return math.inf
+        values = json.loads(line)
+        return values["step"], values["kind"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf, ""

@@ -1,7 +1,10 @@
 """Ctrl-C and SIGTERM, from the first instant of a command to its end.
 
-While a run starts and compiles there is nothing to lose, and the process ends at once. While it trains, all processes
-of the run stop after the same step, which is saved. Nothing here imports JAX before it is needed.
+While a run starts and compiles there is nothing to lose, and a command ends at once.
+While it trains, all processes of the run stop after the same step, which is saved.
+Where `train` is called without a command, as in a notebook, signals are left alone until it trains, and a second Ctrl-C
+is a KeyboardInterrupt.
+Nothing here imports JAX before it is needed.
 """
 
 import contextlib
@@ -36,7 +39,8 @@ class Signals:
     the handlers do nothing, and a thread reads the numbers of the signals as they come.
     """
 
-    def __init__(self):
+    def __init__(self, ends_process: bool):
+        self._ends_process, self._installed, self._interrupts = ends_process, False, 0
         self.kept: Callable[[], str] = lambda: "nothing was begun"
         """What is kept if the process ends now, in words."""
         self.before_exit: Callable[[int, str], None] = lambda code, message: None
@@ -54,16 +58,23 @@ class Signals:
             return
         ours, theirs = socket.socketpair()
         theirs.setblocking(False)
-        previous = {number: signal.signal(number, lambda *_: None) for number in STOP_CODES}
+        previous = {number: signal.signal(number, self._handle) for number in STOP_CODES}
         descriptor = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=(ours,), daemon=True).start()
+        self._installed = True
         try:
             yield self
         finally:
+            self._installed = False
             signal.set_wakeup_fd(descriptor)
             for number, handler in previous.items():
                 signal.signal(number, handler)
             theirs.close()
+
+    def _handle(self, number: int, frame) -> None:
+        self._interrupts += number == signal.SIGINT
+        if not self._ends_process and self._interrupts > 1:
+            raise KeyboardInterrupt
 
     def _listen(self, ours: socket.socket) -> None:
         with ours:
@@ -75,7 +86,7 @@ class Signals:
     def _take(self, number: signal.Signals) -> None:
         again = number in self._received
         self._received.append(number)
-        if not self._training or (again and number == signal.SIGINT):
+        if self._ends_process and (not self._training or (again and number == signal.SIGINT)):
             message = f"stopped by {NAMES[number]}; {self.kept()}"
             self.before_exit(STOP_CODES[number], message)
             print(f"error: {message}", file=sys.stderr, flush=True)
@@ -88,9 +99,9 @@ class Signals:
 
     def take_back(self) -> None:
         """SIGTERM ends this process at once again; JAX's service, which has just been started, has taken it."""
-        if threading.current_thread() is threading.main_thread():
+        if self._installed:
             self._other_sigterm = _action(signal.SIGTERM)
-            signal.signal(signal.SIGTERM, lambda *_: None)
+            signal.signal(signal.SIGTERM, self._handle)
 
     @contextlib.contextmanager
     def training(self, several: bool) -> Iterator[Callable[[], int | None]]:
@@ -102,13 +113,14 @@ class Signals:
         Yields:
             What says, each time that all processes ask, with which signal the run was asked to stop, or None.
         """
-        if self._other_sigterm is not None:
-            _action(signal.SIGTERM, self._other_sigterm)
-        self._training, self._several = True, several
-        try:
-            yield self._agreed if several else lambda: self._received[0] if self._received else None
-        finally:
-            self._training = False
+        with contextlib.nullcontext() if self._installed else self.installed():
+            if self._other_sigterm is not None:
+                _action(signal.SIGTERM, self._other_sigterm)
+            self._training, self._several = True, several
+            try:
+                yield self._agreed if several else lambda: self._received[0] if self._received else None
+            finally:
+                self._training = False
 
     def _agreed(self) -> int | None:
         import numpy as np
@@ -132,14 +144,16 @@ _active: list[Signals] = []
 
 
 @contextlib.contextmanager
-def signals() -> Iterator[Signals]:
-    """The signals of this process: those that a command listens to already, or new ones."""
-    if _active:
-        yield _active[-1]
-        return
-    with Signals().installed() as listening:
+def signals() -> Iterator[None]:
+    """A command listens to the signals of its process inside."""
+    with Signals(ends_process=True).installed() as listening:
         _active.append(listening)
         try:
-            yield listening
+            yield
         finally:
             _active.remove(listening)
+
+
+def current_signals() -> Signals:
+    """Those that a command listens to, or those of a call that no command has made."""
+    return _active[-1] if _active else Signals(ends_process=False)
