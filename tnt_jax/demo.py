@@ -10,7 +10,7 @@ from tnt_jax.inference import inference_model, most_likely
 from tnt_jax.models.variants import Model
 from tnt_jax.storage.description import description_of
 from tnt_jax.visualize.attention import inner_attention, outer_attention
-from tnt_jax.visualize.canvas import see
+from tnt_jax.visualize.canvas import preprocess
 
 SHOWN = 448  # pixels of the shorter side of the image that is clicked
 INSTALL = (
@@ -39,7 +39,7 @@ def make_page(model: Model, name: str):
             return None, None, None, None, None
         try:
             top = most_likely(inference_model(model, image), description.class_names, 5)
-            pixels = see(model, image).pixels
+            pixels = preprocess(model, image).pixels
         except InputError as error:
             raise gradio.Error(str(error)) from error
         pixels = np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
@@ -72,7 +72,7 @@ def make_page(model: Model, name: str):
     return page
 
 
-def serve(model: Model, name: str, port: int) -> None:
+def serve_page(model: Model, name: str, port: int) -> None:
     """Serves the page on this machine until Ctrl-C.
 
     Raises:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from tnt_jax.evaluation.scores import Answers, calibration_error, confusion, per_class, summary, wilson
+from tnt_jax.evaluation.scores import Answers, calibration_error, confusion_matrix, metrics_of, per_class, wilson
 
 ANSWERS = Answers(
     labels=np.array([0, 0, 1, 1]),
@@ -28,7 +28,7 @@ def test_calibration_error_is_the_mean_gap_of_confidence_and_accuracy():
 
 
 def test_the_summary_counts_every_image_once():
-    scores = summary(ANSWERS)
+    scores = metrics_of(ANSWERS)
     assert (scores["images"], scores["top1"], scores["top5"]) == (4, 0.75, 0.75)
     assert (scores["top1_low"], scores["top1_high"]) == wilson(3, 4)
     assert scores["loss"] == pytest.approx(0.65)
@@ -39,12 +39,12 @@ def test_classes_have_recall_and_precision():
     ant, bee = per_class(ANSWERS, ("ant", "bee", "cat"))
     assert (ant["class"], ant["images"], ant["recall"], ant["precision"]) == ("ant", 2, 0.5, 1.0)
     assert (bee["recall"], bee["precision"]) == (1.0, pytest.approx(2 / 3))
-    assert per_class(ANSWERS.judged_by([frozenset({1})] * 4), "abc")[0]["precision"] is not None
-    np.testing.assert_array_equal(confusion(ANSWERS, 3), [[1, 1, 0], [0, 2, 0], [0, 0, 0]])
+    assert per_class(ANSWERS.rescored([frozenset({1})] * 4), "abc")[0]["precision"] is not None
+    np.testing.assert_array_equal(confusion_matrix(ANSWERS, 3), [[1, 1, 0], [0, 2, 0], [0, 0, 0]])
 
 
 def test_several_right_answers_count_and_images_without_any_are_left_out():
-    judged = ANSWERS.judged_by([frozenset({5}), frozenset({1, 7}), frozenset(), frozenset({2})])
+    judged = ANSWERS.rescored([frozenset({5}), frozenset({1, 7}), frozenset(), frozenset({2})])
     assert judged.right(1).tolist() == [False, True, False]
     assert judged.right(5).tolist() == [False, True, True]
     assert np.isnan(judged.loss).all()

@@ -157,6 +157,11 @@ def test_forward_mode_elsewhere_says_to_take_the_reference():
         jax.jvp(model, (IMAGES,), (IMAGES,))
 
 
+def test_an_empty_batch_is_refused():
+    with pytest.raises(tnt_jax.InputError, match=r"\(0, 32, 32, 3\), and a batch has at least one image"):
+        small_model()(jnp.zeros((0, 32, 32, 3)))
+
+
 def test_pixels_are_refused():
     with pytest.raises(tnt_jax.InputError, match=r"images are uint8 pixels; normalise them, for example"):
         small_model()(jnp.zeros((1, 32, 32, 3), jnp.uint8))

@@ -19,7 +19,7 @@ from small_runs import config_file, metrics_of, parameters, tiny_run
 from tnt_jax.config import DistributedConfig, InputError
 from tnt_jax.training.loop import train
 from tnt_jax.training.meeting import PeersError
-from tnt_jax.training.processes import together
+from tnt_jax.training.processes import process_group
 from tnt_jax.training.stopping import Signals
 
 # train.py, in which something happens after step 5.
@@ -178,7 +178,7 @@ def test_no_process_outlives_another(who, happens, code, message, tmp_path):
 def test_process_zero_says_who_did_not_come():
     with (
         pytest.raises(PeersError, match=r"waited 1 s for 3 processes at 127.0.0.1:\d+; 1, 2 did not come"),
-        together(DistributedConfig(f"127.0.0.1:{free_port()}", 3, 0, timeout=1), {}, Signals(False)),
+        process_group(DistributedConfig(f"127.0.0.1:{free_port()}", 3, 0, timeout=1), {}, Signals(False)),
     ):
         pass
 
@@ -186,7 +186,7 @@ def test_process_zero_says_who_did_not_come():
 def test_other_processes_say_that_the_coordinator_cannot_be_reached():
     with (
         pytest.raises(PeersError, match=r"waited 1 s: process 1 cannot reach the coordinator at 127.0.0.1:\d+ \("),
-        together(DistributedConfig(f"127.0.0.1:{free_port()}", 2, 1, timeout=1), {}, Signals(False)),
+        process_group(DistributedConfig(f"127.0.0.1:{free_port()}", 2, 1, timeout=1), {}, Signals(False)),
     ):
         pass
 
@@ -203,7 +203,7 @@ def test_processes_that_contradict_each_other_are_all_told_so(others, message):
 
     def other(count, index):
         try:
-            with together(DistributedConfig(coordinator, count, index, timeout=20), {}, Signals(False)):
+            with process_group(DistributedConfig(coordinator, count, index, timeout=20), {}, Signals(False)):
                 pass
         except InputError as error:
             told.append(str(error))
@@ -213,7 +213,7 @@ def test_processes_that_contradict_each_other_are_all_told_so(others, message):
         thread.start()
     with (
         pytest.raises(InputError, match=message),
-        together(DistributedConfig(coordinator, 1 + len(others), 0, timeout=20), {}, Signals(False)),
+        process_group(DistributedConfig(coordinator, 1 + len(others), 0, timeout=20), {}, Signals(False)),
     ):
         pass
     for thread in threads:

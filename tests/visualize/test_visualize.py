@@ -15,7 +15,7 @@ from tnt_jax.evaluation.scores import Answers
 from tnt_jax.models.variants import abstract_model, model_config
 from tnt_jax.storage.run import CONFIG_FILE
 from tnt_jax.visualize.attention import attention_of, outer_map, rollout
-from tnt_jax.visualize.canvas import see
+from tnt_jax.visualize.canvas import preprocess
 from tnt_jax.visualize.tokens import tiled
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
@@ -74,7 +74,7 @@ def test_an_outer_map_of_a_pyramid_repeats_a_key_over_its_square_of_sentences(py
 @pytest.mark.slow
 def test_every_picture_of_a_pyramid():
     pyramid = small_pyramid(image_size=64)
-    shapes = [weights.shape for weights in attention_of(pyramid, see(pyramid, IMAGE))[1]]
+    shapes = [weights.shape for weights in attention_of(pyramid, preprocess(pyramid, IMAGE))[1]]
     assert shapes == [(2, 64, 4), (2, 16, 4), (2, 4, 4), (2, 1, 1)]
     assert titles(visualize.outer_attention(pyramid, IMAGE))[-1] == "block 3, one key"
     assert titles(visualize.inner_attention(pyramid, IMAGE))[-1] == "block 3: each word's attention"
@@ -103,7 +103,7 @@ def test_several_images_stand_below_each_other(tnt):
 def test_inner_attention_shows_the_weights_of_the_words(tnt):
     figure = visualize.inner_attention(tnt, IMAGE, patch=(1, 0), block=1)
     drawn = [np.asarray(image.get_array()).ravel() for image in figure.subfigs[0].axes[2].get_images()]
-    weights = attention_of(tnt, see(tnt, IMAGE))[0][1][1, 0].mean(axis=0)
+    weights = attention_of(tnt, preprocess(tnt, IMAGE))[0][1][1, 0].mean(axis=0)
     np.testing.assert_allclose(drawn, weights, rtol=1e-5)
 
 
@@ -139,7 +139,7 @@ def test_confusion_and_mistakes_show_what_was_taken_for_what():
     np.testing.assert_allclose(axes.get_images()[0].get_array(), [[50, 50, 0], [0, 50, 50], [0, 0, 100]])
     assert titles(visualize.mistakes(ANSWERS, SOURCE)) == ["cat 70%\nis bee", "bee 60%\nis ant"]
     assert titles(visualize.mistakes(ANSWERS, SOURCE, count=1)) == ["cat 70%\nis bee"]
-    right = ANSWERS.judged_by([frozenset(range(3))] * 5)
+    right = ANSWERS.rescored([frozenset(range(3))] * 5)
     with pytest.raises(InputError, match="no mistakes: all 5"):
         visualize.mistakes(right, SOURCE)
 

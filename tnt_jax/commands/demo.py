@@ -21,8 +21,8 @@ class Arguments:
 @command
 def main() -> None:
     arguments = tyro.cli(Arguments)
-    from tnt_jax.demo import check_port, serve
+    from tnt_jax.demo import check_port, serve_page
     from tnt_jax.storage.load import load_model
 
     check_port(arguments.port)
-    serve(load_model(arguments.model), arguments.model, arguments.port)
+    serve_page(load_model(arguments.model), arguments.model, arguments.port)

@@ -44,7 +44,7 @@ def main() -> None:
     arguments = tyro.cli(Arguments)
     from tnt_jax.commands.tables import write_rows
     from tnt_jax.evaluation.evaluate import evaluate_model, probe_model
-    from tnt_jax.evaluation.scores import per_class, summary
+    from tnt_jax.evaluation.scores import metrics_of, per_class
     from tnt_jax.storage.files import check_ending
 
     if not arguments.models:
@@ -68,7 +68,7 @@ def main() -> None:
         # All are opened before anything is computed.
         evaluations = [evaluate_model(model, arguments.source, **options) for model in arguments.models]
         for done in itertools.chain.from_iterable(evaluations):
-            rows.append({"model": done.model, "weights": done.weights, "data": done.data, **summary(done.answers)})
+            rows.append({"model": done.model, "weights": done.weights, "data": done.data, **metrics_of(done.answers)})
             rows[-1] |= {f"published_{name}": value for name, value in done.published.items()}
             _tell(rows[-1])
             if arguments.per_class:

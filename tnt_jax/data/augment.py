@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from tnt_jax.config import DataConfig
-from tnt_jax.data.resample import Pixels, affine, mirror, resize
+from tnt_jax.data.resample import Pixels, affine, mirror, resize, to_pillow
 
 
 def augment(image: Pixels, data: DataConfig, size: tuple[int, int], rng: np.random.Generator) -> Pixels:
@@ -79,10 +79,6 @@ def _through_pillow(operation: Callable[[Image.Image], Image.Image]) -> Callable
         return from_pillow(operation(to_pillow(image)))
 
     return operate
-
-
-def to_pillow(image: Pixels) -> Image.Image:
-    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
 def from_pillow(picture: Image.Image) -> Pixels:

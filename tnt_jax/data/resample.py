@@ -33,7 +33,7 @@ def resize(
     inside = 0 <= top <= size[0] - height and 0 <= left <= size[1] - width
     library = _library() if image.shape[2] == 3 and inside else None
     if library is None:
-        picture = _to_pillow(image).resize(size[::-1], interpolation)
+        picture = to_pillow(image).resize(size[::-1], interpolation)
         picture = picture.crop((left, top, left + width, top + height)) if region else picture
         return np.asarray(picture).reshape(height, width, -1)
     if image.strides[1:] != (3, 1) or image.strides[0] < 0:
@@ -52,7 +52,7 @@ def affine(image: Pixels, matrix: tuple[float, ...], interpolation: Image.Resamp
     library = _library() if image.shape[2] == 3 else None
     if library is None:
         colour = fill if image.shape[2] == 1 else (fill,) * 3
-        picture = _to_pillow(image)
+        picture = to_pillow(image)
         moved = picture.transform(picture.size, Image.Transform.AFFINE, matrix, interpolation, fillcolor=colour)
         return np.asarray(moved).reshape(image.shape)
     image = np.ascontiguousarray(image)
@@ -76,7 +76,7 @@ def mirror(image: Pixels) -> Pixels:
     return out
 
 
-def _to_pillow(image: Pixels) -> Image.Image:
+def to_pillow(image: Pixels) -> Image.Image:
     return Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
 
 

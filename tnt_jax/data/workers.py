@@ -160,7 +160,7 @@ class Worker:
         parent = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
         code = (
             f"import sys; sys.path.insert(0, {parent!r})\n"
-            f"from tnt_jax.data.workers import serve; serve({theirs.fileno()}, {shared.descriptor})"
+            f"from tnt_jax.data.workers import run_worker; run_worker({theirs.fileno()}, {shared.descriptor})"
         )
         with theirs:
             self._process = subprocess.Popen(
@@ -221,7 +221,7 @@ def _receive_into(connection: socket.socket, array: np.ndarray) -> None:
         view = view[received:]
 
 
-def serve(descriptor: int, shared: int) -> None:
+def run_worker(descriptor: int, shared: int) -> None:
     """A worker's main loop: reads the job, then sends a share of a batch for every step.
 
     Args:

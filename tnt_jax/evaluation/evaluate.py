@@ -184,7 +184,7 @@ def evaluate_model(
             for weights, answers in zip(names, answers_of(models, images, data, batch_size=batch_size), strict=True):
                 yield Evaluation(path, weights, data.source, images, answers, known)
                 if data.source in accepted:
-                    judged = answers.judged_by(accepted[data.source])
+                    judged = answers.rescored(accepted[data.source])
                     known_real = published(models[0].config, "imagenet-real")
                     yield Evaluation(path, weights, f"{data.source} (ReaL)", images, judged, known_real)
 

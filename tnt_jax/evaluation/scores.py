@@ -39,7 +39,7 @@ class Answers:
             ]
         )
 
-    def judged_by(self, accepted: Sequence[frozenset[int]]) -> "Answers":
+    def rescored(self, accepted: Sequence[frozenset[int]]) -> "Answers":
         """The same answers with other right ones. Images that have none are left out, and there is no loss."""
         kept = [index for index, classes in enumerate(accepted) if classes]
         return Answers(
@@ -76,7 +76,7 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 15)
     return float(gaps.sum() / counts.sum())
 
 
-def summary(answers: Answers) -> dict[str, float]:
+def metrics_of(answers: Answers) -> dict[str, float]:
     """images, top1 and top5 (shares) with the ends of their 95% intervals, ece, loss (mean), images_per_second."""
     count = len(answers.labels)
     scores: dict[str, float] = {"images": count}
@@ -111,7 +111,7 @@ def per_class(answers: Answers, class_names: Sequence[str]) -> list[dict]:
     return rows
 
 
-def confusion(answers: Answers, classes: int) -> Int[np.ndarray, "classes classes"]:
+def confusion_matrix(answers: Answers, classes: int) -> Int[np.ndarray, "classes classes"]:
     """How often an image of a class (row) was given a class (column)."""
     matrix = np.zeros((classes, classes), np.int64)
     np.add.at(matrix, (answers.labels, answers.top[:, 0]), 1)

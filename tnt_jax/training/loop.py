@@ -16,7 +16,7 @@ from tnt_jax.storage.lock import RunLock
 from tnt_jax.storage.reading import had_checkpoint, steps_of
 from tnt_jax.storage.run import check_space, claim, compare, is_run
 from tnt_jax.training.agreement import agree_on_content, facts
-from tnt_jax.training.processes import together
+from tnt_jax.training.processes import process_group
 from tnt_jax.training.report import Report, check_finite
 from tnt_jax.training.run import Run, saved_trees
 from tnt_jax.training.saving import SaveClock
@@ -42,7 +42,7 @@ def train(config: TrainConfig[ModelChanges]) -> dict[str, float]:
     """
     began = time.perf_counter()
     listening = current_signals()
-    with together(config.distributed, facts(config), listening):
+    with process_group(config.distributed, facts(config), listening):
         console = rich.console.Console(highlight=False, soft_wrap=True, quiet=jax.process_index() > 0)
         run = Run(config)
         with _claimed(run, console) as fresh_state:

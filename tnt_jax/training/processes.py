@@ -28,7 +28,7 @@ HEARTBEAT_SECONDS = 50
 
 
 @contextlib.contextmanager
-def together(config: DistributedConfig, facts: Mapping[str, str], listening: Signals) -> Iterator[None]:
+def process_group(config: DistributedConfig, facts: Mapping[str, str], listening: Signals) -> Iterator[None]:
     """Joins the processes of a run, if there are several; the run goes on inside.
 
     It must come before JAX looks for devices. An error inside ends all processes: the others print it, and exit with

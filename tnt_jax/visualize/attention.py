@@ -19,7 +19,7 @@ from tnt_jax.visualize.canvas import (
     MAP,
     MARK,
     PANEL,
-    Seen,
+    Preprocessed,
     chosen_block,
     mark_box,
     panels,
@@ -38,7 +38,7 @@ def _attention_maps(model: Model, batch):
     return model.attention_maps(batch)
 
 
-def attention_of(model: Model, seen: Seen) -> tuple[list[np.ndarray | None], list[np.ndarray]]:
+def attention_of(model: Model, seen: Preprocessed) -> tuple[list[np.ndarray | None], list[np.ndarray]]:
     """`attention_maps` of one image, without the axis of the batch."""
     inner, outer = _attention_maps(model, seen.batch)
     return [None if weights is None else np.asarray(weights[0]) for weights in inner], [
@@ -107,7 +107,7 @@ def outer_attention(model: Model, images: Images, *, patch: tuple[int, int] | No
     size, count = model.config.patch_size, len(outer_grids(model))
     columns = min(5, 1 + count)
 
-    def draw(part, seen: Seen) -> None:
+    def draw(part, seen: Preprocessed) -> None:
         _, outer = attention_of(model, seen)
         image, *blocks = panels(part, 1 + count, columns)
         show_image(image, seen.pixels, f"patch {row} {column}")
@@ -139,7 +139,7 @@ def inner_attention(model: Model, images: Images, *, patch: tuple[int, int] | No
     height, width = (full * model.config.patch_size // side for full, side in zip(finest, grid, strict=True))
     row, column = (place * side // full for place, side, full in zip((row, column), grid, finest, strict=True))
 
-    def draw(part, seen: Seen) -> None:
+    def draw(part, seen: Preprocessed) -> None:
         weights = attention_of(model, seen)[0][block][row, column].mean(axis=0)
         image, close, maps = panels(part, 3, 3)
         show_image(image, seen.pixels, f"patch {row} {column}")
@@ -202,7 +202,7 @@ def class_attention(model: Model, images: Images, *, block: int | None = None):
     heads, grid = config.outer_heads, grid_size(config)
     columns = min(6, 3 + heads)
 
-    def draw(part, seen: Seen) -> None:
+    def draw(part, seen: Preprocessed) -> None:
         _, outer = attention_of(model, seen)
         image, mean, rolled, *each = panels(part, 3 + heads, columns)
         show_image(image, seen.pixels, "image")

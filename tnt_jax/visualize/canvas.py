@@ -23,7 +23,7 @@ TITLE_WIDTH = 4.8  # inches: no narrower, or the title is cut off
 
 
 @dataclasses.dataclass(frozen=True)
-class Seen:
+class Preprocessed:
     """An image as the model sees it."""
 
     pixels: UInt8[np.ndarray, "height width channels"]
@@ -32,13 +32,13 @@ class Seen:
     """Normalised: what the model is called with."""
 
 
-def see(model: Model, image: ImageSource) -> Seen:
+def preprocess(model: Model, image: ImageSource) -> Preprocessed:
     """Raises InputError where the image cannot be read."""
     preprocessing, channels = description_of(model).preprocessing, model.config.in_channels
     pixels = evaluation_crop(
         open_image(image, channels), preprocessing.image_size, preprocessing.crop, preprocessing.interpolation
     )
-    return Seen(pixels, normalise(jnp.asarray(pixels)[None], preprocessing))
+    return Preprocessed(pixels, normalise(jnp.asarray(pixels)[None], preprocessing))
 
 
 def new_figure(width: float, height: float):
@@ -52,7 +52,7 @@ def per_image(
     model: Model,
     images: ImageSource | Sequence[ImageSource],
     size: tuple[float, float],
-    draw: Callable[[Any, Seen], None],
+    draw: Callable[[Any, Preprocessed], None],
 ):
     """A figure with one part of `size` (inches) for each image, one below the other, in which `draw` draws it.
 
@@ -62,7 +62,7 @@ def per_image(
     images = list(images) if isinstance(images, list | tuple) else [images]
     if not images:
         raise InputError("no image was given")
-    all_seen = [see(model, image) for image in images]
+    all_seen = [preprocess(model, image) for image in images]
     figure = new_figure(max(size[0], TITLE_WIDTH), size[1] * len(images))
     parts = figure.subfigures(len(images), squeeze=False)[:, 0]
     for part, seen in zip(parts, all_seen, strict=True):

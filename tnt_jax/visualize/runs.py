@@ -10,8 +10,7 @@ import numpy as np
 from tnt_jax.config import InputError, TrainConfig
 from tnt_jax.data.pipeline import steps_per_epoch, to_channels
 from tnt_jax.data.sources import Source, open_source
-from tnt_jax.evaluation.scores import Answers
-from tnt_jax.evaluation.scores import confusion as count_confusion
+from tnt_jax.evaluation.scores import Answers, confusion_matrix
 from tnt_jax.storage.run import read_config
 from tnt_jax.training.optimizer import learning_rate_schedule
 from tnt_jax.training.report import METRICS_FILE
@@ -104,7 +103,7 @@ def confusion(answers: Answers, class_names: Sequence[str]):
 
     Classes without images are left out of the rows; up to 20 classes, every cell has its number.
     """
-    counts = count_confusion(answers, len(class_names))
+    counts = confusion_matrix(answers, len(class_names))
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     few = len(class_names) <= 20
     side = 2.5 + 0.5 * len(class_names) if few else 8

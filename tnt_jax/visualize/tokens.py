@@ -13,7 +13,17 @@ from tnt_jax.config import InputError
 from tnt_jax.data.images import ImageSource
 from tnt_jax.models.tnt import block_indices
 from tnt_jax.models.variants import Model
-from tnt_jax.visualize.canvas import MAP, PANEL, Seen, new_figure, panels, per_image, see, show_image, title_of
+from tnt_jax.visualize.canvas import (
+    MAP,
+    PANEL,
+    Preprocessed,
+    new_figure,
+    panels,
+    per_image,
+    preprocess,
+    show_image,
+    title_of,
+)
 
 Images = ImageSource | Sequence[ImageSource]
 MOST_POINTS = 2000  # t-SNE of more takes minutes, and they cover each other
@@ -39,7 +49,7 @@ def words(model: Model, images: Images):
     blocks = tuple(range(depth_of(model)))
     columns = min(5, 1 + len(blocks))
 
-    def draw(part, seen: Seen) -> None:
+    def draw(part, seen: Preprocessed) -> None:
         image, *each = panels(part, 1 + len(blocks), columns)
         show_image(image, seen.pixels, "image")
         for block, axes, (_, embeddings) in zip(blocks, each, _intermediates(model, seen.batch, blocks), strict=True):
@@ -69,7 +79,7 @@ def features(model: Model, images: Images, *, blocks: Sequence[int] | None = Non
     depth = depth_of(model)
     chosen = sorted(block_indices(blocks or {0, (depth - 1) // 2, depth - 1}, depth))
 
-    def draw(part, seen: Seen) -> None:
+    def draw(part, seen: Preprocessed) -> None:
         maps = _intermediates(model, seen.batch, tuple(chosen))
         axes = part.subplots(len(chosen), CHANNELS + 1, squeeze=False)
         for each in axes.ravel():
@@ -96,7 +106,7 @@ def map_tsne(model: Model, image: ImageSource):
     Raises:
         InputError: the image cannot be read, or the last block has a single sentence, which makes no map.
     """
-    seen = see(model, image)
+    seen = preprocess(model, image)
     ((sentences, _),) = _intermediates(model, seen.batch, (depth_of(model) - 1,))
     values = np.asarray(sentences[0], np.float32)
     if values.shape[0] * values.shape[1] < 2:

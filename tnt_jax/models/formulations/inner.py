@@ -72,9 +72,9 @@ def pallas_obstacle(sentences: int) -> str | None:
 
 def _size_obstacle(layer: nnx.Module) -> str | None:
     """Why the Pallas kernel cannot run this layer, or None."""
-    from tnt_jax.models.kernels.tpu.tile import SUBLANES, covers
+    from tnt_jax.models.kernels.tpu.tile import SUBLANES, covers_layer
 
-    if not covers(layer.attn.qkv.in_features, layer.attn.num_heads):
+    if not covers_layer(layer.attn.qkv.in_features, layer.attn.num_heads):
         return f"the Pallas kernel takes channels in multiples of {SUBLANES}"
     if not layer.norms_each_word:
         return "the Pallas kernel normalises each word by itself"

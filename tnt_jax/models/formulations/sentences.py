@@ -30,7 +30,7 @@ def runs_kernel(layer: nnx.Module, sentences: int) -> bool:
 
     proj = layer.proj
     obstacle = pallas_obstacle(sentences)
-    if not words_to_sentence.covers(proj.in_features, proj.out_features):
+    if not words_to_sentence.covers_projection(proj.in_features, proj.out_features):
         obstacle = obstacle or f"the Pallas kernel takes widths in multiples of {LANES}"
     if layer.norm_each_word or layer.norm2 is None:
         obstacle = obstacle or "the Pallas kernel normalises whole patches"

@@ -31,9 +31,9 @@ from tnt_jax.models.kernels.tpu.tile import (
     channel_of_word,
     channels_of_word,
     dot,
-    gelu,
+    gelu_and_derivative,
     is_sentence,
-    normalise,
+    normalise_columns,
     over_tiles,
     start_sums,
     through_norm,
@@ -44,7 +44,7 @@ from tnt_jax.models.kernels.tpu.tile import (
 
 def norm1(sizes: Sizes, layer: LayerParameters, x_ref, blocks: list) -> tuple[list, list]:
     """Per group: (normed, scale) of the first norm, and its result for a matrix product."""
-    parts = [normalise(x_ref[block], sizes.epsilon) for block in blocks]
+    parts = [normalise_columns(x_ref[block], sizes.epsilon) for block in blocks]
     out = [normed * layer.norm1_scale[...] + layer.norm1_bias[...] for normed, _ in parts]
     return parts, [h.astype(sizes.dtype) for h in out]
 
@@ -123,7 +123,7 @@ def forward_kernel(sizes: Sizes, saves: bool, x_ref, keep_ref, *refs) -> None:
             for block, value in zip(blocks, attended, strict=True):
                 attended32_ref[0][block] = value
         *_, x, z = to_hidden(sizes, layer, x32_ref, keep_ref, blocks, attended)
-        hidden = [gelu(z, exact=sizes.dtype == jnp.float32)[0].astype(sizes.dtype) for z in z]
+        hidden = [gelu_and_derivative(z, exact=sizes.dtype == jnp.float32)[0].astype(sizes.dtype) for z in z]
         out = [dot(layer.fc2[...], hidden) + layer.fc2_bias[...] for hidden in hidden]
         for block, before, change in zip(blocks, x, out, strict=True):
             x32_ref[block] = before + change * keep_ref[1:2, block[1]]
@@ -144,7 +144,7 @@ def to_hidden(sizes: Sizes, layer: LayerParameters, x_ref, keep_ref, blocks: lis
     attended = [value.astype(sizes.dtype) for value in attended]
     out = [dot(layer.proj[...], value) + layer.proj_bias[...] for value in attended]
     x = [x_ref[block] + out * keep_ref[0:1, block[1]] for block, out in zip(blocks, out, strict=True)]
-    parts = [normalise(x, sizes.epsilon) for x in x]
+    parts = [normalise_columns(x, sizes.epsilon) for x in x]
     h = [(normed * layer.norm2_scale[...] + layer.norm2_bias[...]).astype(sizes.dtype) for normed, _ in parts]
     return attended, parts, h, x, [dot(layer.fc1[...], h) + layer.fc1_bias[...] for h in h]
 
@@ -173,7 +173,7 @@ def backward_kernel(sizes: Sizes, sentences: int, x_ref, keep_ref, attended_ref,
         blocks = blocks_of_word(sizes, word)
         attended = [attended32_ref[block] for block in blocks]
         attended, parts, h, _, z = to_hidden(sizes, layer, x32_ref, keep_ref, blocks, attended)
-        activated = [gelu(z, exact=exact) for z in z]
+        activated = [gelu_and_derivative(z, exact=exact) for z in z]
         dy = [dx32_ref[block] for block in blocks]
         dout = [dy * keep_ref[1:2, block[1]] for dy, block in zip(dy, blocks, strict=True)]
         gradients.fc2_bias[...] += total(dout)

@@ -46,7 +46,7 @@ class Sizes(NamedTuple):
         return self.words * SUBLANES + 1
 
 
-def covers(channels: int, heads: int) -> bool:
+def covers_layer(channels: int, heads: int) -> bool:
     """Whether the kernels can run a layer: its channels fill whole registers."""
     return channels % SUBLANES == 0 and channels % heads == 0
 
@@ -58,15 +58,15 @@ def dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
-def normalise(x: Array, epsilon: float) -> tuple[Array, Array]:
+def normalise_columns(x: Array, epsilon: float) -> tuple[Array, Array]:
     """Columns with mean 0 and variance 1, and what they were multiplied by."""
     centred = x - jnp.mean(x, 0, keepdims=True)
     scale = lax.rsqrt(jnp.mean(centred * centred, 0, keepdims=True) + epsilon)
     return centred * scale, scale
 
 
-def normalise_gradient(gradient: Array, normed: Array, scale: Array) -> Array:
-    """Gradient of what `normalise` was given, from that of its result."""
+def normalise_columns_gradient(gradient: Array, normed: Array, scale: Array) -> Array:
+    """Gradient of what `normalise_columns` was given, from that of its result."""
     along = jnp.mean(gradient * normed, 0, keepdims=True)
     return scale * (gradient - jnp.mean(gradient, 0, keepdims=True) - normed * along)
 
@@ -75,10 +75,10 @@ def through_norm(dh: list, parts: list, scale_ref, dscale_ref, dbias_ref) -> lis
     """Gradients of what a norm was given; those of its scale and bias are added up."""
     dbias_ref[...] += total(dh)
     dscale_ref[...] += total([dh * normed for dh, (normed, _) in zip(dh, parts, strict=True)])
-    return [normalise_gradient(dh * scale_ref[...], *part) for dh, part in zip(dh, parts, strict=True)]
+    return [normalise_columns_gradient(dh * scale_ref[...], *part) for dh, part in zip(dh, parts, strict=True)]
 
 
-def gelu(x: Array, *, exact: bool) -> tuple[Array, Array]:
+def gelu_and_derivative(x: Array, *, exact: bool) -> tuple[Array, Array]:
     """GELU and its derivative."""
     if exact:
         cdf = 0.5 + 0.5 * lax.erf(x * 0.5**0.5)

@@ -19,8 +19,8 @@ from tnt_jax.models.kernels.tpu.tile import (
     PerSentence,
     dot,
     is_sentence,
-    normalise,
-    normalise_gradient,
+    normalise_columns,
+    normalise_columns_gradient,
     over_tiles,
     start_sums,
     with_matrices_in,
@@ -43,7 +43,7 @@ class Projection(NamedTuple):
     norm2_bias: Array
 
 
-def covers(rows: int, outer: int) -> bool:
+def covers_projection(rows: int, outer: int) -> bool:
     """Whether the kernels can run such a projection: the result fills whole registers, transposed or not."""
     return rows % LANES == 0 and outer % LANES == 0
 
@@ -53,9 +53,9 @@ def to_result(layer: Projection, epsilon: float, x: Array) -> tuple:
 
     Returns: (normed, scale) of the first norm, its result, (normed, scale) of the second one.
     """
-    part1 = normalise(x, epsilon)
+    part1 = normalise_columns(x, epsilon)
     h = (part1[0] * layer.norm1_scale[...] + layer.norm1_bias[...]).astype(layer.proj.dtype)
-    return part1, h, normalise(dot(layer.proj[...], h) + layer.proj_bias[...], epsilon)
+    return part1, h, normalise_columns(dot(layer.proj[...], h) + layer.proj_bias[...], epsilon)
 
 
 def partial_sums(x: Array) -> Array:
@@ -87,14 +87,14 @@ def backward_kernel(epsilon: float, sentences: int, x_ref, passed_ref, dy_ref, *
         (normed1, scale1), h, (normed2, scale2) = to_result(layer, epsilon, x)
         gradients.norm2_bias[...] += partial_sums(dy)
         gradients.norm2_scale[...] += partial_sums(dy * normed2)
-        dz = normalise_gradient(dy * layer.norm2_scale[...], normed2, scale2)
+        dz = normalise_columns_gradient(dy * layer.norm2_scale[...], normed2, scale2)
         gradients.proj_bias[...] += partial_sums(dz)
         dz = dz.astype(layer.proj.dtype)
         gradients.proj[...] += dot(dz, h, (1, 1))
         dh = dot(layer.proj[...], dz, (0, 0))
         gradients.norm1_bias[...] += partial_sums(dh)
         gradients.norm1_scale[...] += partial_sums(dh * normed1)
-        dx = normalise_gradient(dh * layer.norm1_scale[...], normed1, scale1)
+        dx = normalise_columns_gradient(dh * layer.norm1_scale[...], normed1, scale1)
         dx_ref[:, lanes] = (passed_ref[:, lanes].astype(jnp.float32) + dx).astype(dx_ref.dtype)
 
 
