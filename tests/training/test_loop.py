@@ -32,7 +32,9 @@ def test_scores_are_those_of_the_weights_that_are_kept(finished):
     config, scores = finished
     assert scores["count"] == 360
     assert scores["ema_top1"] > 0.15  # chance is 0.1
-    evaluated = {each.weights: scores.metrics_of(each.answers) for each in evaluate_model(config.run_dir, batch_size=7)}
+    evaluated = {
+        each.weights: scoring.metrics_of(each.answers) for each in evaluate_model(config.run_dir, batch_size=7)
+    }
     best = max(
         (line for line in metrics_of(config.run_dir) if line["kind"] == "test"),
         key=lambda line: (line["ema_top1"], line["step"]),
