@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from tnt_jax import native
+from tnt_jax import c_compiler
 
 Pixels = UInt8[np.ndarray, "_height _width _channels"]
 SOURCE = pathlib.Path(__file__).with_suffix(".c")
@@ -89,5 +89,5 @@ def _checked(done: int, out: Pixels) -> Pixels:
 def _library() -> ctypes.CDLL | None:
     """resample.c, compiled; None where that cannot be done."""
     # Without contraction, so that sums are rounded as Pillow's are.
-    flags = ("-O3", "-ffp-contract=off") + (("-mavx2",) if "avx2" in native.processor_flags() else ())
-    return native.library(SOURCE, flags, without="preparing images takes up to twice as long")
+    flags = ("-O3", "-ffp-contract=off") + (("-mavx2",) if "avx2" in c_compiler.processor_flags() else ())
+    return c_compiler.library(SOURCE, flags, without="preparing images takes up to twice as long")

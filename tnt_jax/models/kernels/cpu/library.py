@@ -9,7 +9,7 @@ import jax
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from tnt_jax import native
+from tnt_jax import c_compiler
 from tnt_jax.models.formulations.devices import mesh_obstacle
 from tnt_jax.models.formulations.devices import platform as platform_of_program
 
@@ -24,7 +24,7 @@ def compiled(name: str) -> bool:
     processor = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
     # Roots that set no errno are vector instructions.
     flags = ("-std=gnu11", "-O3", processor, "-fno-math-errno", f"-I{include}")
-    library = native.library(FOLDER / f"{name}.c", flags, headers, without="a network takes a fifth longer")
+    library = c_compiler.library(FOLDER / f"{name}.c", flags, headers, without="a network takes a fifth longer")
     if library is None:
         return False
     for function in (f"{name}_forward", f"{name}_gradient"):

@@ -7,7 +7,7 @@ import stat
 
 import pytest
 
-from tnt_jax import native
+from tnt_jax import c_compiler
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def compilations(tmp_path, monkeypatch):
 
 def load(source):
     """As the first call of a process does."""
-    return native.library.__wrapped__(source, ("-O1",), (source.with_name("number.h"),), without="answers are slow")
+    return c_compiler.library.__wrapped__(source, ("-O1",), (source.with_name("number.h"),), without="answers are slow")
 
 
 def cached(source) -> list[pathlib.Path]:
@@ -52,7 +52,7 @@ def test_what_it_includes_the_processor_the_compiler_and_the_c_library_each_make
     assert load(source).answer() == 43
     monkeypatch.setattr(native, "processor_lines", lambda: ("flags: abacus",))
     load(source)
-    monkeypatch.setattr(native.platform, "libc_ver", lambda: ("glibc", "1.0"))
+    monkeypatch.setattr(c_compiler.platform, "libc_ver", lambda: ("glibc", "1.0"))
     load(source)
     monkeypatch.setattr(native, "_compiler", lambda: ("cc", "1.0"))
     load(source)
@@ -66,7 +66,7 @@ def test_instruction_sets_are_those_that_all_processors_have(monkeypatch):
         ((), set()),
     ):
         monkeypatch.setattr(native, "processor_lines", lambda lines=lines: lines)
-        assert native.processor_flags() == expected
+        assert c_compiler.processor_flags() == expected
 
 
 @pytest.mark.parametrize("left", ["half of it", "nothing", "a text", "another checksum"])
@@ -93,7 +93,7 @@ def test_a_library_that_cannot_be_loaded_is_compiled_again(source, compilations,
             raise error
         return library(path)
 
-    monkeypatch.setattr(native.ctypes, "CDLL", of_another_libc)
+    monkeypatch.setattr(c_compiler.ctypes, "CDLL", of_another_libc)
     assert load(source).answer() == 42
     assert compilations() == 2
 
@@ -110,7 +110,7 @@ def test_what_others_could_have_written_is_not_loaded(source, compilations, monk
     assert compilations() == 2
     assert stat.S_IMODE(cached(source)[0].stat().st_mode) == 0o700
     user = os.getuid()
-    monkeypatch.setattr(native.os, "getuid", lambda: user + 1)
+    monkeypatch.setattr(c_compiler.os, "getuid", lambda: user + 1)
     assert load(source).answer() == 42
     assert compilations() == 3
     assert "answer.c is compiled for this process alone" in caplog.text
