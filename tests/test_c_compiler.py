@@ -50,11 +50,11 @@ def test_what_it_includes_the_processor_the_compiler_and_the_c_library_each_make
     load(source)
     source.with_name("number.h").write_text("#define NUMBER 43\n")
     assert load(source).answer() == 43
-    monkeypatch.setattr(native, "processor_lines", lambda: ("flags: abacus",))
+    monkeypatch.setattr(c_compiler, "processor_lines", lambda: ("flags: abacus",))
     load(source)
     monkeypatch.setattr(c_compiler.platform, "libc_ver", lambda: ("glibc", "1.0"))
     load(source)
-    monkeypatch.setattr(native, "_compiler", lambda: ("cc", "1.0"))
+    monkeypatch.setattr(c_compiler, "_compiler", lambda: ("cc", "1.0"))
     load(source)
     assert len(cached(source)) == 5
 
@@ -65,7 +65,7 @@ def test_instruction_sets_are_those_that_all_processors_have(monkeypatch):
         (("Features\t: fp asimd sve", "Features\t: fp asimd", "CPU part\t: 0xd0c"), {"fp", "asimd"}),
         ((), set()),
     ):
-        monkeypatch.setattr(native, "processor_lines", lambda lines=lines: lines)
+        monkeypatch.setattr(c_compiler, "processor_lines", lambda lines=lines: lines)
         assert c_compiler.processor_flags() == expected
 
 
