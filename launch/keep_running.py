@@ -19,11 +19,13 @@ import argparse
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 FINAL = (0, 1, 2, 130)
 LONGEST_WAIT = 300.0
+# Python runs the handler of a signal between two of its own instructions. A signal that comes just before a blocking call
+# would be noticed when the call returns, so no call blocks for longer than this.
+SLICE = 0.2
 
 
 def main() -> int:
@@ -40,10 +42,11 @@ def main() -> int:
 
 
 def keep_running(command: list[str], starts: int, first_wait: float, good: float) -> int:
-    told, child = threading.Event(), None
+    told, child = False, None
 
     def pass_on(number: int, frame) -> None:
-        told.set()
+        nonlocal told
+        told = True
         if child is not None and child.poll() is None:
             child.send_signal(number)
 
@@ -58,11 +61,11 @@ def keep_running(command: list[str], starts: int, first_wait: float, good: float
         except OSError as error:
             print(f"keep_running: {command[0]}: {error.strerror}", file=sys.stderr)
             return 2
-        if told.is_set():
+        if told:
             child.terminate()
-        code = child.wait()
+        code = _wait(child)
         code = code if code >= 0 else 128 - code  # as shells say it
-        if code in FINAL or told.is_set():
+        if code in FINAL or told:
             return code
         if time.monotonic() - began >= good:
             wait = first_wait
@@ -71,10 +74,21 @@ def keep_running(command: list[str], starts: int, first_wait: float, good: float
             return code
         text = f"keep_running: exit code {code}; start {start + 1} of at most {starts} in {wait:.0f} s"
         print(text, file=sys.stderr, flush=True)
-        if told.wait(wait):
-            return 75
+        again = time.monotonic() + wait
+        while time.monotonic() < again:
+            if told:
+                return 75
+            time.sleep(min(SLICE, wait))
         wait = min(2 * wait, LONGEST_WAIT)
     return code
+
+
+def _wait(child: subprocess.Popen) -> int:
+    while True:
+        try:
+            return child.wait(timeout=SLICE)
+        except subprocess.TimeoutExpired:
+            continue
 
 
 if __name__ == "__main__":
