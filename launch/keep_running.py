@@ -23,8 +23,8 @@ import time
 
 FINAL = (0, 1, 2, 130)
 LONGEST_WAIT = 300.0
-# Python runs the handler of a signal between two of its own instructions. A signal that comes just before a blocking call
-# would be noticed when the call returns, so no call blocks for longer than this.
+# Python runs the handler of a signal between two of its own instructions. A signal that comes just before a blocking
+# call would be noticed when the call returns, so no call blocks for longer than this, in seconds.
 SLICE = 0.2
 
 
