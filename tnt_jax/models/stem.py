@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from tnt_jax.config import ModelConfig
+from tnt_jax.models.calling import Images
 from tnt_jax.models.layers import BatchNorm, Rngs, initializer, zeros_init
 from tnt_jax.models.tnt import to_patches
 
@@ -58,9 +59,9 @@ class Stem(nnx.Module):
         self.sentences3 = conv(8 * dim, config.outer_dim, 1)
 
     def __call__(
-        self, images: Float[Array, "batch height width channels"], *, training: bool
+        self, images: Images, *, training: bool
     ) -> tuple[Float[Array, "sentences words inner"], Float[Array, "batch patches outer"]]:
-        x = self.common(images, training=training)
+        x = self.common(jnp.asarray(images), training=training)
         words = to_patches(self.words(x, training=training), WORDS_PER_SIDE)
         for conv in (self.sentences1, self.sentences2, self.sentences3):
             x = conv(x, training=training)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,8 @@ from tnt_jax.training.optimizer import ema_decay
 class TrainState:
     """All that a step changes, and all that a checkpoint holds."""
 
-    step: jax.Array
-    """Steps done, int32 ()."""
+    step: Any
+    """Steps done, int32 (). Like the leaves of the others: an array, or the shape or the sharding of one."""
     params: dict
     """Parameters, and where the model has batch norm its running averages, which no optimizer moves."""
     ema: dict
