@@ -229,7 +229,7 @@ def test_the_projections_kernel_is_the_reference(sentences, dtype, use_bias):
 
 def test_the_kernels_gelu_is_within_its_bound():
     x = np.concatenate([np.linspace(-8, 8, 4001), [-1e4, -30, 30, 1e4]]).astype(np.float32)
-    value, slope = tile.gelu_and_derivative(x, exact=False)
+    value, slope = tile.gelu_and_derivative(jnp.asarray(x), exact=False)
     exact_value, exact_slope = jax.jvp(gelu, (jnp.asarray(x),), (jnp.ones_like(x),))
     np.testing.assert_allclose(value, exact_value, atol=2.6e-5, rtol=1e-6)
     np.testing.assert_allclose(slope, exact_slope, atol=2e-4)
