@@ -79,7 +79,9 @@ def test_every_command_takes_it(kind, everywhere, made, tmp_path, monkeypatch):
         train(tiny_run(made / "run", epochs=1))
         assert locate("run").kind == "run"
     given, served = everywhere(kind), []
-    monkeypatch.setattr("tnt_jax.demo.serve", lambda model, name, port: served.append((model.config.outer_dim, name)))
+    monkeypatch.setattr(
+        "tnt_jax.demo.serve_page", lambda model, name, port: served.append((model.config.outer_dim, name))
+    )
     lines = {
         "predict.py": ("digit.png", "--top-k", "2"),
         "eval.py": ("--source", "digits", "--table", tmp_path / "table.csv"),
