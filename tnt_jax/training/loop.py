@@ -1,6 +1,7 @@
 """A run from its configuration to its last step."""
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 
