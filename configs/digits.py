@@ -4,10 +4,11 @@
 
 Reached: 99.2% of the 360 test images (averaged and raw weights, seed 0). A support vector machine reaches 99%.
 
-Every image is 8x8 pixels and there are few of them, so what limits the accuracy is overfitting. Of what was tried for
-the same time, blending pairs of images (mixup with alpha 0.4) helped most: 97.5% without it, 98.1% with alpha 0.2.
-Batches of 32 allow more epochs in the same time than batches of 16. Larger rates than 2e-3 do not converge in it, and
-the published initial weights, small for layers this narrow, want some epochs of warm-up.
+Every image is 8x8 pixels and there are few of them, so what limits the accuracy is overfitting. Of what was tried,
+blending pairs of images (mixup with alpha 0.4) helped most: 97.5% without it, 98.1% with alpha 0.2. It wants more
+epochs: 98.1% after 38. Batches of 32 allow more of them in the same time than batches of 16. Larger rates than 2e-3 do
+not converge, and the published initial weights, small for layers this narrow, want some epochs of warm-up. It takes 46
+s on two cores.
 """
 
 from tnt_jax.config import DataConfig, ModelChanges, OptimizerConfig, TrainConfig
