@@ -3,6 +3,7 @@ import io
 import json
 
 import commands
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import tnt_jax
 from tnt_jax.config import InputError
 from tnt_jax.data.images import evaluation_crop
 from tnt_jax.inference import _probabilities, predict_images
+from tnt_jax.storage.description import description_of
 
 NAMES = ("ant", "bee", "cat [spotted]")
 
@@ -222,3 +224,12 @@ def test_scores_that_are_not_numbers_are_an_error(photos):
     model.head.bias[...] = model.head.bias[...] * np.nan
     with pytest.raises(InputError, match=r"gives scores that are not numbers \(NaN\)"):
         tnt_jax.inference_model(model, photos / "0.png")
+
+
+def test_products_of_a_prediction_are_those_of_a_cpu_on_every_platform():
+    model = small_model(inner="reference")
+    graph, state = nnx.split(model)
+    given = graph, description_of(model).preprocessing, state, np.zeros((1, 32, 32, 3), np.uint8)
+    program = str(jax.make_jaxpr(_probabilities, static_argnums=(0, 1))(*given))
+    products = program.count("dot_general[")
+    assert products and program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == products

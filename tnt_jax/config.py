@@ -253,7 +253,7 @@ class TrainConfig(Generic[Model]):
     precision: Literal["default", "high", "highest"] = "default"
     """How accelerators multiply float32 matrices in training: as the hardware is fastest (TPUs round factors to
     bfloat16, NVIDIA GPUs to TF32), in three passes, or as a CPU does. It makes no difference on CPUs and for bfloat16.
-    Evaluation and export always take highest."""
+    Evaluation, prediction and export always take highest."""
     seed: int = setting(0, least=0)
     """Of everything random: initial weights, order of the images, augmentation, dropout, stochastic depth."""
     wandb: bool = setting(False, role="observation")

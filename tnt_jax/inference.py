@@ -114,7 +114,8 @@ def _probabilities(
     state: nnx.State,
     images: UInt8[Array, "batch height width channels"],
 ) -> Float[Array, "batch classes"]:
-    logits = nnx.merge(graph, state)(normalise(images, preprocessing))
+    with jax.default_matmul_precision("highest"):  # the published logits are those of float32 products
+        logits = nnx.merge(graph, state)(normalise(images, preprocessing))
     return jax.nn.sigmoid(logits) if logits.shape[-1] == 1 else jax.nn.softmax(logits, axis=-1)
 
 
