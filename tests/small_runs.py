@@ -55,3 +55,19 @@ def config_file(folder) -> str:
         f"get_config = lambda: from_json({to_json(tiny_run('unused'))!r}, TrainConfig[ModelChanges])\n"
     )
     return str(path)
+
+
+def contents(folder, *but):
+    files = [path for path in sorted(pathlib.Path(folder).rglob("*")) if path.is_file() and path.name not in but]
+    return {path: path.read_bytes() for path in files}
+
+
+def history(run_dir):
+    return [{name: line[name] for name in line if name != "images_per_second"} for line in metrics_of(run_dir)]
+
+
+def assert_ended_as(config, finished):
+    assert history(config.run_dir) == history(finished.run_dir)
+    for weights in ("ema", "raw"):
+        pairs = zip(*(parameters(each.run_dir, weights=weights, step=33) for each in (config, finished)), strict=True)
+        assert all((ours == theirs).all() for ours, theirs in pairs)
