@@ -232,4 +232,5 @@ def test_products_of_a_prediction_are_those_of_a_cpu_on_every_platform():
     given = graph, description_of(model).preprocessing, state, np.zeros((1, 32, 32, 3), np.uint8)
     program = str(jax.make_jaxpr(_probabilities, static_argnums=(0, 1))(*given))
     products = program.count("dot_general[")
-    assert products and program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == products
+    assert products
+    assert program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == products
