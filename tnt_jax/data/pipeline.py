@@ -19,6 +19,11 @@ Batch = dict[str, np.ndarray]
 logger = logging.getLogger(__name__)
 
 
+def target_shape(source: Source, data: DataConfig) -> tuple[int, ...]:
+    """Of the target of an image: () for a class, and otherwise (outputs,)."""
+    return () if data.task == "single_label" else (len(source.class_names),)
+
+
 def steps_per_epoch(count: int, data: DataConfig, batch_size: int) -> int:
     """Batches of an epoch over `count` images; the last incomplete one is left out.
 
@@ -65,9 +70,14 @@ class TrainRecipe:
     row_shape: tuple[int, int, int]
     batch_size: int
     seed: int
+    dtype: str = "uint8"
 
-    def fill(self, step: int, rows: range, images: np.ndarray, labels: np.ndarray) -> list[tuple[int, str]]:
-        """Writes rows of the batch, uint8 (rows, height, width, channels) and int32 (rows,).
+    @property
+    def target_shape(self) -> tuple[int, ...]:
+        return target_shape(self.source, self.data)
+
+    def fill(self, step: int, rows: range, images: np.ndarray, targets: np.ndarray) -> list[tuple[int, str]]:
+        """Writes rows of the batch: images (rows, height, width, channels) of `dtype`, and their targets.
 
         Returns:
             The images that turned out to be unreadable, and why.
@@ -75,7 +85,7 @@ class TrainRecipe:
         order, places = self.places(step, rows)
         unreadable = []
         for at, row in enumerate(rows):
-            image, labels[at] = self._read(order, int(places[at]), unreadable)
+            image, targets[at] = self._read(order, int(places[at]), unreadable)
             rng = np.random.default_rng((self.seed, 1, step, row))
             image = to_channels(image, self.row_shape[2])
             if not self.data.crop_area:
@@ -132,14 +142,19 @@ class EvalRecipe:
     row_shape: tuple[int, int, int]
     batch_size: int
     interpolation: str = "bicubic"
+    dtype: str = "uint8"
 
-    def fill(self, step: int, rows: range, images: np.ndarray, labels: np.ndarray) -> list:
+    @property
+    def target_shape(self) -> tuple[int, ...]:
+        return target_shape(self.source, self.data)
+
+    def fill(self, step: int, rows: range, images: np.ndarray, targets: np.ndarray) -> list:
         for at, row in enumerate(rows):
             index = step * self.batch_size + row
             if index >= len(self.source):
-                images[at], labels[at] = 0, 0
+                images[at], targets[at] = 0, 0
                 continue
-            image, labels[at] = read(self, index)
+            image, targets[at] = read(self, index)
             image = to_channels(image, self.row_shape[2])
             images[at] = evaluation_crop(image, self.row_shape[:2], self.data.crop, self.interpolation)
         return []
@@ -187,7 +202,7 @@ def _prepare(recipe, steps: range, process_index: int, process_count: int) -> It
 def _without_unreadable(filled: Iterator[Filled], recipe: TrainRecipe) -> Iterator[Batch]:
     unreadable: dict[int, str] = {}
     most = most_unreadable(recipe.data, len(recipe.source))
-    for images, labels, reports in filled:
+    for images, targets, reports in filled:
         for index, reason in reports:
             if index in unreadable:
                 continue
@@ -195,7 +210,7 @@ def _without_unreadable(filled: Iterator[Filled], recipe: TrainRecipe) -> Iterat
             if len(unreadable) > most:
                 raise _too_many(recipe, unreadable)
             logger.warning("skipped unreadable image %d of at most %d: %s", len(unreadable), most, reason)
-        yield {"image": images, "label": labels}
+        yield {"image": images, "label": targets}
 
 
 def eval_batches(
@@ -221,9 +236,9 @@ def eval_batches(
 
 
 def _with_mask(filled: Iterator[Filled], recipe: EvalRecipe, first_row: int) -> Iterator[Batch]:
-    for step, (images, labels, _) in enumerate(filled):
-        index = step * recipe.batch_size + first_row + np.arange(len(labels))
-        yield {"image": images, "label": labels, "mask": index < len(recipe.source)}
+    for step, (images, targets, _) in enumerate(filled):
+        index = step * recipe.batch_size + first_row + np.arange(len(targets))
+        yield {"image": images, "label": targets, "mask": index < len(recipe.source)}
 
 
 def to_channels(image: Pixels, channels: int) -> Pixels:
