@@ -115,13 +115,13 @@ def ours(folder: str, task: str, cores: int) -> dict:
 
     from tnt_jax.config import DataConfig
     from tnt_jax.data import mixing
+    from tnt_jax.data.opening import open_split
     from tnt_jax.data.pipeline import eval_batches, train_batches
-    from tnt_jax.data.sources import open_source
 
     data = DataConfig(num_workers=cores - 1, num_threads=cores)
     feed = {"image_size": (SIZE, SIZE), "channels": 3, "batch_size": BATCH}
     if task == "train":
-        batches = train_batches(open_source(f"folder:{folder}", "train"), data, **feed, seed=0)
+        batches = train_batches(open_split(DataConfig(f"folder:{folder}"), "train"), data, **feed, seed=0)
         prepare = jax.jit(functools.partial(mixing.prepare_training, data=data, num_classes=1000))
         key = jax.random.key(0)
 
@@ -129,7 +129,7 @@ def ours(folder: str, task: str, cores: int) -> dict:
             for step, batch in enumerate(batches):
                 yield prepare(batch["image"], batch["label"], key=jax.random.fold_in(key, step))[0]
     else:
-        batches = eval_batches(open_source(f"folder:{folder}", "test"), data, **feed)
+        batches = eval_batches(open_split(DataConfig(f"folder:{folder}"), "test"), data, **feed)
         normalise = jax.jit(functools.partial(mixing.normalise, feeding=data))
 
         def fed():

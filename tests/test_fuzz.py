@@ -12,7 +12,7 @@ import pytest
 
 from tnt_jax.config import DataConfig, InputError, ModelChanges, TrainConfig, check, from_json, to_json
 from tnt_jax.data.check import check_splits, content_of
-from tnt_jax.data.sources import open_source
+from tnt_jax.data.opening import open_split
 from tnt_jax.models.variants import complete
 from tnt_jax.storage.run import by_role, read_config
 
@@ -110,6 +110,6 @@ def test_no_files_and_no_name_of_a_source_are_a_traceback(seed, tmp_path):
             spec = chance.choice(KINDS) + chance.choice((":", "", "::", f":{folder}", ":-1", ":1e3", ":5"))
         splits = [chance.choice(("train", "test", "validation", "", "train[:0]")) for _ in range(2)]
         with contextlib.suppress(InputError):
-            sources = [open_source(spec, split) for split in splits]
+            sources = [open_split(DataConfig(spec), split) for split in splits]
             check_splits(*sources, DataConfig(spec, *splits), 1)
             assert all(map(content_of, sources))

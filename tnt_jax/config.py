@@ -108,14 +108,48 @@ class DataConfig:
     """
 
     source: str = setting("digits", role="execution")
-    """`digits`, `idx:FOLDER`, `folder:PATH`, `tfds:NAME`, `array_record:PATH` or `synthetic`; see docs/data.md. A run
-    may go on with the same data at another place: what it holds is compared."""
-    task: Literal["single_label", "multi_label", "regression"] = "single_label"
+    """`digits`, `idx:FOLDER`, `folder:PATH`, `csv:FILE`, `npy:PATH`, `hf:NAME`, `tfds:NAME`, `array_record:PATH` or
+    `synthetic`; see docs/data.md. A run may go on with the same data at another place: what it holds is compared."""
+    task: Task = "single_label"
     """What is told of an image: one class, any number of classes, or numbers."""
     train_split: str = "train"
     """What training reads. TFDS takes its slices here, `train[:90%]`."""
     eval_split: str = "test"
-    """What evaluation reads. `test` is the `val` or `validation` split where a source has no test split."""
+    """What evaluation reads. `test` is the `val`, `valid` or `validation` split where a source has no test split."""
+    holdout: float = setting(0.0, least=0, below=1)
+    """Share of the training images that is evaluated instead of trained on where the source has no `eval_split`. It is
+    drawn by `split_seed` and stratified: each class gives the same share."""
+    fold: str | None = None
+    """K/N: the K-th of N stratified folds of the training images is evaluated, the others are trained on."""
+    split_seed: int = setting(0, least=0)
+    """Of `holdout` and `fold`, so that runs with several seeds share their images."""
+    class_names: str | None = setting(None, role="execution")
+    """File with the names of the classes in their order: one a line, or JSON. By default the classes are those of the
+    training images, sorted, numbers in them as numbers."""
+    other_classes: bool = False
+    """Allow classes that only the evaluated split has: the model gets an output for them that is never trained."""
+    image_column: str | None = None
+    """Column of a table (`csv:`, `hf:`) with the paths of the images; by default `image`, `path`, `file` and so on."""
+    label_columns: tuple[str, ...] = ()
+    """Columns with the labels: one of class names or numbers, or for multi_label and regression one for each output.
+    By default `label`, `labels` and so on; for regression `target`, or all other columns of numbers."""
+    label_separator: str | None = None
+    """What stands between the labels of a cell (multi_label); by default the first of `|`, `;`, `,` that occurs."""
+    split_column: str | None = None
+    """Column with the split of each row; by default `split`, where there is one."""
+    fold_column: str | None = None
+    """Column with the fold of each row, for `fold`; by default `fold`, where there is one."""
+    group_column: str | None = None
+    """Column with what must not be divided by `holdout` and `fold`, such as the patient; by default `group`."""
+    encoding: str | None = None
+    """Encoding of a table of text; by default UTF-8, or UTF-16 where its first bytes say so."""
+    depth: Literal["uint8", "uint16", "float32"] | None = None
+    """Type that every image is converted to. By default that of the first image, and another is refused."""
+    white: float | None = setting(None, above=0)
+    """Sample that is white, where files do not say it: 4095 for 12 bits in 16. By default 255 for 8 bits, 65535 for 16
+    and 1 for floats between 0 and 1; other types of samples must be told. 1 takes floats of any range as they are."""
+    max_pixels: int = setting(2**28, least=1)
+    """Images of more pixels are taken for decompression bombs, and are refused before they are decoded."""
 
     sampling: Literal["natural", "balanced", "sqrt"] = "natural"
     """How often an epoch sees each class (multi_label: label): natural is each image once; balanced is all classes
@@ -156,10 +190,10 @@ class DataConfig:
     label_smoothing: float = setting(0.1, least=0, most=1)
     """Probability that the target spreads evenly over all classes."""
 
-    mean: float = 0.5
-    """Subtracted from pixels that are scaled to [0, 1]."""
-    std: float = setting(0.5, above=0)
-    """What is left is divided by this."""
+    mean: float | tuple[float, ...] = 0.5
+    """Subtracted from pixels that are scaled to [0, 1]: one number, or one for each channel."""
+    std: float | tuple[float, ...] = setting(0.5, above=0)
+    """What is left is divided by this. `python -m tnt_jax.data.statistics` measures both."""
     crop: float = setting(0.9, above=0, most=1)
     """Share of the shorter side that evaluation keeps after resizing: images are resized to size / crop, then cut."""
 

@@ -113,7 +113,7 @@ def _kinds(hint: Any) -> tuple:
 
 def _is(value: Any, kind: Any) -> bool:
     if typing.get_origin(kind) is Literal:
-        return value in typing.get_args(kind)
+        return isinstance(value, str) and value in typing.get_args(kind)
     if typing.get_origin(kind) is tuple:
         kinds = typing.get_args(kind)
         kinds = kinds[:1] * len(value) if kinds[-1] is ... and isinstance(value, tuple) else kinds
@@ -129,7 +129,7 @@ def _words(kind: Any) -> str:
         return f"one of {', '.join(typing.get_args(kind))}"
     if typing.get_origin(kind) is tuple:
         first, *rest = typing.get_args(kind)
-        many = {int: "whole numbers", float: "numbers"}[first]
+        many = {int: "whole numbers", float: "numbers", str: "texts"}[first]
         return many if rest == [...] else f"{1 + len(rest)} {many}"
     return {int: "a whole number", float: "a number", str: "a text", bool: "True or False", types.NoneType: "None"}[
         kind

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from tnt_jax.config import DataConfig, InputError
+from tnt_jax.data.opening import open_split
 from tnt_jax.data.pipeline import eval_batches, train_batches
-from tnt_jax.data.sources import open_source
 
 QUARTERS = np.zeros((32, 48, 3), np.uint8)
 QUARTERS[:16, :24, 0] = QUARTERS[:16, 24:, 1] = QUARTERS[16:, :24, 2] = 255
@@ -110,7 +110,7 @@ def folder_of(path, files):
 @pytest.mark.parametrize("name", READ)
 def test_images_of_every_kind_are_read(name, tmp_path):
     content, expected = READ[name]
-    image, _ = open_source(folder_of(tmp_path, {name: content}), "train")[0]
+    image, _ = open_split(DataConfig(folder_of(tmp_path, {name: content})), "train")[0]
     expected = QUARTERS if expected is None else np.asarray(expected)
     if expected.ndim == 2:
         expected = np.repeat(expected[..., None], 3, axis=2)
@@ -121,7 +121,7 @@ def test_images_of_every_kind_are_read(name, tmp_path):
 
 @pytest.mark.parametrize("name", READ)
 def test_images_of_every_kind_are_trained_on(name, tmp_path):
-    source = open_source(folder_of(tmp_path, {name: READ[name][0]}), "train")
+    source = open_split(DataConfig(folder_of(tmp_path, {name: READ[name][0]})), "train")
     data = dataclasses.replace(DataConfig(), repeats=1)
     batches = train_batches(source, data, image_size=(32, 32), channels=3, batch_size=1, seed=0)
     for batch in itertools.islice(batches, 5):
@@ -137,15 +137,15 @@ def test_what_cannot_be_read_is_named_with_the_reason(name, workers, tmp_path):
     data = dataclasses.replace(DataConfig(), repeats=1, num_workers=workers)
     feed = {"image_size": (32, 32), "channels": 3, "batch_size": 1}
     for batches in (
-        train_batches(open_source(spec, "train"), data, **feed, seed=0),
-        eval_batches(open_source(spec, "test"), dataclasses.replace(data, skip_unreadable=1.0), **feed),
+        train_batches(open_split(DataConfig(spec), "train"), data, **feed, seed=0),
+        eval_batches(open_split(DataConfig(spec), "test"), dataclasses.replace(data, skip_unreadable=1.0), **feed),
     ):
         with pytest.raises(InputError, match=f"{tmp_path}/.*{name} cannot be read as an image: .*({reason})"):
             next(batches)
 
 
 def test_a_file_without_permission_or_that_is_gone_is_named(tmp_path, monkeypatch):
-    source = open_source(folder_of(tmp_path, {"a.jpg": JPEG, "b.jpg": JPEG}), "train")
+    source = open_split(DataConfig(folder_of(tmp_path, {"a.jpg": JPEG, "b.jpg": JPEG})), "train")
     (tmp_path / "train/class/a.jpg").unlink()
     with pytest.raises(InputError, match=r"train/class/a.jpg cannot be read: No such file or directory"):
         source[0]
@@ -165,7 +165,9 @@ def some_damaged(path, damaged, count=32):
 
 def read(spec, **changes):
     data = dataclasses.replace(DataConfig(), repeats=1, **changes)
-    batches = train_batches(open_source(spec, "train"), data, image_size=(16, 16), channels=3, batch_size=8, seed=0)
+    batches = train_batches(
+        open_split(DataConfig(spec), "train"), data, image_size=(16, 16), channels=3, batch_size=8, seed=0
+    )
     try:
         return [batch["image"].tobytes() for batch in itertools.islice(batches, 8)]
     finally:
@@ -203,17 +205,17 @@ def test_by_default_the_first_unreadable_image_ends_training(tmp_path):
 
 def test_folders_are_checked_before_anything_is_read(tmp_path):
     with pytest.raises(InputError, match="there is no folder"):
-        open_source(f"folder:{tmp_path}/missing", "train")
+        open_split(DataConfig(f"folder:{tmp_path}/missing"), "train")
     with pytest.raises(InputError, match="there is no split 'train'; there are none"):
-        open_source(f"folder:{tmp_path}", "train")
+        open_split(DataConfig(f"folder:{tmp_path}"), "train")
     os.makedirs(tmp_path / "train")
     with pytest.raises(InputError, match=r"holds neither class folders nor a labels.txt"):
-        open_source(f"folder:{tmp_path}", "train")
+        open_split(DataConfig(f"folder:{tmp_path}"), "train")
     os.makedirs(tmp_path / "train" / "empty_class")
     with pytest.raises(InputError, match="empty_class holds no image"):
-        open_source(f"folder:{tmp_path}", "train")
+        open_split(DataConfig(f"folder:{tmp_path}"), "train")
     with pytest.raises(InputError, match="there is no split 'test'; there are 'train'"):
-        open_source(f"folder:{tmp_path}", "test")
+        open_split(DataConfig(f"folder:{tmp_path}"), "test")
 
 
 def test_a_flat_validation_folder_takes_its_labels_from_a_file(tmp_path):
@@ -222,15 +224,15 @@ def test_a_flat_validation_folder_takes_its_labels_from_a_file(tmp_path):
         (tmp_path / name).write_bytes(JPEG)
     labels = tmp_path / "val/labels.txt"
     labels.write_text("bee\nant\n")
-    source = open_source(f"folder:{tmp_path}", "test")
-    assert source.class_names == open_source(f"folder:{tmp_path}", "train").class_names == ("ant", "bee")
+    source = open_split(DataConfig(f"folder:{tmp_path}"), "test")
+    assert source.class_names == open_split(DataConfig(f"folder:{tmp_path}"), "train").class_names == ("ant", "bee")
     assert [(source.files[index], source[index][1]) for index in range(2)] == [("a.jpg", 1), ("b.jpg", 0)]
     labels.write_text("bee\n")
     with pytest.raises(InputError, match=r"labels.txt has 1 lines, and 2 images lie beside it"):
-        open_source(f"folder:{tmp_path}", "test")
+        open_split(DataConfig(f"folder:{tmp_path}"), "test")
     labels.write_text("bee\nwasp\n")
     with pytest.raises(InputError, match=r"names the class 'wasp', which is none of the 2 class folders"):
-        open_source(f"folder:{tmp_path}", "test")
+        open_split(DataConfig(f"folder:{tmp_path}"), "test")
 
 
 def test_splits_must_have_the_same_classes(tmp_path):
@@ -238,7 +240,7 @@ def test_splits_must_have_the_same_classes(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(JPEG)
     with pytest.raises(InputError, match="do not have the same class folders: bee"):
-        open_source(f"folder:{tmp_path}", "test")
+        open_split(DataConfig(f"folder:{tmp_path}"), "test")
 
 
 @pytest.mark.parametrize("name", ["upright.jpg", "turned.jpg"])
@@ -246,7 +248,7 @@ def test_fast_decoding_gives_nearly_the_same_image_at_a_fraction_of_the_size(nam
     exif = Image.Exif()
     exif[0x0112] = 6 if name == "turned.jpg" else 1
     large = encoded(PICTURE.resize((1920, 1280)), "JPEG", quality=95, exif=exif)
-    source = open_source(folder_of(tmp_path, {name: large}), "test")
+    source = open_split(DataConfig(folder_of(tmp_path, {name: large})), "test")
     whole, small = source[0][0], source.read(0, (100, 200))[0]
     assert sorted(whole.shape[:2]) == [1280, 1920]
     assert sorted(small.shape[:2]) in ([160, 240], [320, 480])
@@ -262,4 +264,4 @@ def test_fast_decoding_gives_nearly_the_same_image_at_a_fraction_of_the_size(nam
 def test_fast_decoding_refuses_the_same_files(name, tmp_path):
     content, reason = REFUSED[name]
     with pytest.raises(InputError, match=f"{name} cannot be read as an image: .*({reason})"):
-        open_source(folder_of(tmp_path, {name: content}), "train").read(0, (8, 8))
+        open_split(DataConfig(folder_of(tmp_path, {name: content})), "train").read(0, (8, 8))

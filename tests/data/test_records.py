@@ -11,8 +11,8 @@ from PIL import Image
 from tnt_jax.config import DataConfig, InputError
 from tnt_jax.data import prepare
 from tnt_jax.data.check import check_splits
+from tnt_jax.data.opening import open_split
 from tnt_jax.data.records import RecordSource
-from tnt_jax.data.sources import open_source
 
 CLASSES = ("n01", "n02", "n03")
 ARCHIVES = prepare.Archives(CLASSES, ("n03", "n01", "n01", "n02", "n03"), train_count=7, shard_size=2)
@@ -53,7 +53,7 @@ def tars(tmp_path):
 
 def test_the_archives_become_records_that_can_be_read(tars):
     folder = prepare.prepare_imagenet(*tars, ARCHIVES, name="small_imagenet")
-    train, test = (open_source(f"array_record:{folder}", split) for split in ("train", "test"))
+    train, test = (open_split(DataConfig(f"array_record:{folder}"), split) for split in ("train", "test"))
     assert train.class_names == test.class_names == CLASSES
     assert [train[index][1] for index in range(7)] == [0, 0, 0, 1, 2, 2, 2]
     assert [test[index][1] for index in range(5)] == [2, 0, 0, 1, 2]
@@ -68,21 +68,21 @@ def test_tfds_reads_them_by_name_and_by_slices(tars, monkeypatch):
     prepare.prepare_imagenet(*tars, ARCHIVES, name="small_imagenet")
     real = tfds.builder
     monkeypatch.setattr(tfds, "builder", lambda name: real(name, data_dir=tars[2]))
-    assert len(open_source("tfds:small_imagenet", "train[:4]")) == 4
-    assert [open_source("tfds:small_imagenet", "train[50%:]")[index][1] for index in range(3)] == [2, 2, 2]
+    assert len(open_split(DataConfig("tfds:small_imagenet"), "train[:4]")) == 4
+    assert [open_split(DataConfig("tfds:small_imagenet"), "train[50%:]")[index][1] for index in range(3)] == [2, 2, 2]
     with pytest.raises(InputError, match="no split 'nonsense'; there are train, validation"):
-        open_source("tfds:small_imagenet", "nonsense")
+        open_split(DataConfig("tfds:small_imagenet"), "nonsense")
     with pytest.raises(InputError, match="TFDS knows no dataset 'nothing_of_that_name'"):
-        open_source("tfds:nothing_of_that_name", "train")
+        open_split(DataConfig("tfds:nothing_of_that_name"), "train")
 
 
 def test_what_is_not_prepared_or_not_array_record_is_said(tmp_path, monkeypatch):
     real = tfds.builder
     monkeypatch.setattr(tfds, "builder", lambda name: real(name, data_dir=str(tmp_path)))
     with pytest.raises(InputError, match="tfds:cifar10 is not prepared"):
-        open_source("tfds:cifar10", "train")
+        open_split(DataConfig("tfds:cifar10"), "train")
     with pytest.raises(InputError, match="holds no dataset: dataset_info"):
-        open_source(f"array_record:{tmp_path}", "train")
+        open_split(DataConfig(f"array_record:{tmp_path}"), "train")
 
 
 def test_tfrecord_gets_the_command_that_converts_it(tars, monkeypatch):
@@ -90,7 +90,7 @@ def test_tfrecord_gets_the_command_that_converts_it(tars, monkeypatch):
     info = folder / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
     with pytest.raises(InputError, match=f"tfds convert_format --dataset_version_dir={folder} --out_file_format=array"):
-        open_source(f"array_record:{folder}", "train")
+        open_split(DataConfig(f"array_record:{folder}"), "train")
 
 
 def test_a_stopped_run_goes_on_where_it_was(tars, monkeypatch):
@@ -108,10 +108,10 @@ def test_a_stopped_run_goes_on_where_it_was(tars, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in written}
     monkeypatch.setattr(prepare, "_write", real)
     with pytest.raises(InputError, match="holds no dataset"):
-        open_source(f"array_record:{written[0].parent}", "train")
+        open_split(DataConfig(f"array_record:{written[0].parent}"), "train")
     folder = prepare.prepare_imagenet(*tars, ARCHIVES)
     assert {path: path.stat().st_mtime_ns for path in written} == before
-    assert len(open_source(f"array_record:{folder}", "train")) == 7
+    assert len(open_split(DataConfig(f"array_record:{folder}"), "train")) == 7
 
 
 def test_archives_that_hold_something_else_are_refused(tars, tmp_path):
@@ -139,7 +139,7 @@ def test_the_lists_of_imagenet_are_complete():
 def test_without_the_libraries_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "array_record", None)
     with pytest.raises(InputError, match="need array_record, which is not installed: pip install"):
-        open_source("tfds:imagenet2012", "train")
+        open_split(DataConfig("tfds:imagenet2012"), "train")
 
 
 class Unlabelled:

@@ -25,6 +25,8 @@ class FailingRecipe:
     """Pickled by value of its fields, so that a worker process finds the class: see the fixture."""
 
     row_shape = (4, 4, 3)
+    dtype = "uint8"
+    target_shape = ()
     error: Exception
 
     def fill(self, step, rows, images, labels):

@@ -31,8 +31,8 @@ def test_answers_are_those_of_single_images_in_their_order():
         scores = tnt_jax.inference_model(model, source.images[index])["pred_scores"]
         np.testing.assert_array_equal(answers.top[index], np.argsort(-scores))
         np.testing.assert_allclose(answers.scores[index], np.sort(scores)[::-1], rtol=1e-4, atol=1e-6)
-        assert answers.loss[index] == pytest.approx(-np.log(scores[source.labels[index]]), rel=1e-3, abs=1e-5)
-    np.testing.assert_array_equal(answers.labels, source.labels)
+        assert answers.loss[index] == pytest.approx(-np.log(scores[source.targets[index]]), rel=1e-3, abs=1e-5)
+    np.testing.assert_array_equal(answers.labels, source.targets)
     with pytest.raises(InputError, match="the model has 4 classes, and any has 3"):
         answers_of([small_model(num_classes=4)], source, DataConfig("any"))
 
@@ -44,7 +44,7 @@ def test_features_are_the_class_token_of_each_image():
     logits = features @ np.asarray(model.head.kernel) + np.asarray(model.head.bias)
     top = answers_of([model], source, DataConfig("any", crop=1.0))[0].top
     np.testing.assert_array_equal(logits.argmax(axis=1), top[:, 0])
-    np.testing.assert_array_equal(labels, source.labels)
+    np.testing.assert_array_equal(labels, source.targets)
 
 
 def test_neighbours_and_probe_find_classes_in_features():
@@ -95,7 +95,7 @@ def test_v2_names_its_classes_by_number_and_validation_images_by_a_list(tmp_path
         (tmp_path / "v2" / str(number) / "0.jpeg").touch()
     source = open_imagenet(f"imagenet-v2:{tmp_path / 'v2'}")
     assert source.files[2] == "10/0.jpeg"
-    assert source.labels[2] == 10
+    assert source.targets[2] == 10
     (tmp_path / "val").mkdir()
     for index in range(1, 1001):
         (tmp_path / "val" / f"ILSVRC2012_val_{index:08d}.JPEG").touch()

@@ -117,13 +117,13 @@ class Counted(ArraySource):
 
 @pytest.mark.slow
 def test_an_evaluation_reads_every_image_once_for_both_weights(finished, copy, monkeypatch):
-    opened = run_module.open_source
+    opened = run_module.open_split
 
     def counted(source, split):
         found = opened(source, split)
-        return Counted(found.images, found.labels, found.class_names) if split == "test" else found
+        return Counted(found.images, found.targets, found.class_names) if split == "test" else found
 
-    monkeypatch.setattr(run_module, "open_source", counted)
+    monkeypatch.setattr(run_module, "open_split", counted)
     train(copy)
     assert Counted.reads == 360 + 1  # one is looked at before the run begins
 

@@ -8,6 +8,7 @@ import numpy as np
 from tnt_jax.config import DataConfig, InputError
 from tnt_jax.data.pipeline import most_unreadable, to_channels
 from tnt_jax.data.sources import Source
+from tnt_jax.data.targets import check_targets, check_training_targets
 
 MOST_ATTEMPTS = 10
 
@@ -22,13 +23,10 @@ def check_splits(train: Source, test: Source, data: DataConfig, channels: int) -
         name = f"split {split!r} of {data.source}"
         if not len(source):
             raise InputError(f"{name} has no images")
-        labels = getattr(source, "labels", None)
-        if labels is not None:
-            least, most = int(np.min(labels)), int(np.max(labels))
-            if not 0 <= least <= most < len(source.class_names):
-                raise InputError(
-                    f"{name} has labels from {least} to {most}, and there are {len(source.class_names)} classes"
-                )
+        if data.task != "single_label" or not _is_read_for_targets(source):
+            check_targets(source.targets, data, source.class_names, name)
+            if source is train:
+                check_training_targets(source.targets, data, source.class_names)
         _decode_one(source, most_unreadable(data, len(source)) if source is train else 0, channels)
     if train.class_names != test.class_names:
         pairs = itertools.zip_longest(train.class_names, test.class_names)
@@ -56,9 +54,15 @@ def content_of(source: Source) -> dict[str, str]:
     found = {"number of images": str(len(source)), "class names": _digest("\0".join(source.class_names).encode())}
     if (files := getattr(source, "files", None)) is not None:
         found["file names"] = files.digest()
-    if (labels := getattr(source, "labels", None)) is not None:
-        found["labels"] = _digest(np.asarray(labels).astype("<i4").tobytes())
+    if not _is_read_for_targets(source):
+        kind = "<i4" if source.targets.ndim == 1 else "<f4"
+        found["labels"] = _digest(np.asarray(source.targets).astype(kind).tobytes())
     return found
+
+
+def _is_read_for_targets(source: Source) -> bool:
+    """Whether every record must be read to know the targets; see `RecordSource.targets`."""
+    return hasattr(source, "records")
 
 
 def _digest(content: bytes) -> str:

@@ -14,8 +14,8 @@ import re
 import numpy as np
 
 from tnt_jax.config import InputError
+from tnt_jax.data.folders import LABEL_FILE, FolderSource
 from tnt_jax.data.listing import FileNames, class_folders, image_names, labels_of
-from tnt_jax.data.sources import LABEL_FILE, FolderSource
 
 CLASSES = 1000
 RELATIVES = {"imagenet": 1000, "imagenet-v2": 1000, "imagenet-a": 200, "imagenet-r": 200, "imagenet-sketch": 1000}

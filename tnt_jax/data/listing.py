@@ -44,6 +44,11 @@ class FileNames(Sequence):
         name = os.fsdecode(self._text[int(self._ends[index]) : int(self._ends[index + 1])].tobytes())
         return f"{folder}/{name}" if folder else name
 
+    def take(self, indices: np.ndarray) -> "FileNames":
+        """Some of the files, in this order."""
+        chosen = FileNames([("", [self[int(index)] for index in indices])])
+        return chosen
+
     def digest(self) -> str:
         """A checksum of all names and their order."""
         hashed = hashlib.sha256(repr((self._folders, self._starts.tolist())).encode(errors="surrogateescape"))

@@ -26,8 +26,9 @@ class Normalisation(Protocol):
 
 
 def normalise(images: Num[Array | np.ndarray, "batch height width channels"], by: Normalisation) -> Images:
-    """uint8 pixels to (x / 255 - mean) / std in float32."""
-    return (images.astype(jnp.float32) / 255 - jnp.array(by.mean)) / jnp.array(by.std)
+    """Pixels to (x / white - mean) / std in float32. White is 255 in uint8, 65535 in uint16 and 1 in float32."""
+    white = jnp.iinfo(images.dtype).max if jnp.issubdtype(images.dtype, jnp.integer) else 1
+    return (images.astype(jnp.float32) / white - jnp.array(by.mean)) / jnp.array(by.std)
 
 
 def prepare_training(

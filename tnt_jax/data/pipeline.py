@@ -13,10 +13,16 @@ from tnt_jax.config import DataConfig, InputError, check_data
 from tnt_jax.data.augment import Pixels, augment, from_pillow, to_pillow
 from tnt_jax.data.images import evaluation_crop
 from tnt_jax.data.sources import Source
+from tnt_jax.data.targets import Shares, image_shares, weighted_order
 from tnt_jax.data.workers import Filled, prepare
 
 Batch = dict[str, np.ndarray]
 logger = logging.getLogger(__name__)
+
+
+def target_shape(source: Source, data: DataConfig) -> tuple[int, ...]:
+    """Of the target of an image: () for a class, and otherwise (outputs,)."""
+    return () if data.task == "single_label" else (len(source.class_names),)
 
 
 def steps_per_epoch(count: int, data: DataConfig, batch_size: int) -> int:
@@ -36,9 +42,10 @@ def steps_per_epoch(count: int, data: DataConfig, batch_size: int) -> int:
 
 
 @functools.lru_cache(maxsize=2)
-def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The images of an epoch in their random order, int (count,)."""
-    return np.random.default_rng((seed, 0, epoch)).permutation(count).astype(np.int32)
+def epoch_order(count: int, seed: int, epoch: int, shares: Shares | None = None) -> np.ndarray:
+    """The images of an epoch in their random order, int (count,); each once, or as often as its share says."""
+    rng = np.random.default_rng((seed, 0, epoch))
+    return rng.permutation(count).astype(np.int32) if shares is None else weighted_order(shares, rng)
 
 
 @functools.lru_cache(maxsize=8)
@@ -65,9 +72,16 @@ class TrainRecipe:
     row_shape: tuple[int, int, int]
     batch_size: int
     seed: int
+    dtype: str = "uint8"
+    shares: Shares | None = None
+    """How often an epoch wants each image; None for each once."""
 
-    def fill(self, step: int, rows: range, images: np.ndarray, labels: np.ndarray) -> list[tuple[int, str]]:
-        """Writes rows of the batch, uint8 (rows, height, width, channels) and int32 (rows,).
+    @property
+    def target_shape(self) -> tuple[int, ...]:
+        return target_shape(self.source, self.data)
+
+    def fill(self, step: int, rows: range, images: np.ndarray, targets: np.ndarray) -> list[tuple[int, str]]:
+        """Writes rows of the batch: images (rows, height, width, channels) of `dtype`, and their targets.
 
         Returns:
             The images that turned out to be unreadable, and why.
@@ -75,7 +89,7 @@ class TrainRecipe:
         order, places = self.places(step, rows)
         unreadable = []
         for at, row in enumerate(rows):
-            image, labels[at] = self._read(order, int(places[at]), unreadable)
+            image, targets[at] = self._read(order, int(places[at]), unreadable)
             rng = np.random.default_rng((self.seed, 1, step, row))
             image = to_channels(image, self.row_shape[2])
             if not self.data.crop_area:
@@ -88,7 +102,7 @@ class TrainRecipe:
         epoch, step_of_epoch = divmod(step, steps_per_epoch(len(self.source), self.data, self.batch_size))
         first, copies = divmod(step_of_epoch * self.batch_size, self.data.repeats)
         places = places_of_batch(copies, self.batch_size, self.data.repeats)
-        return epoch_order(len(self.source), self.seed, epoch), first + places[rows.start : rows.stop]
+        return epoch_order(len(self.source), self.seed, epoch, self.shares), first + places[rows.start : rows.stop]
 
     def _read(self, order: np.ndarray, place: int, unreadable: list[tuple[int, str]]) -> tuple[Pixels, int]:
         """The image at this place of the epoch, or, in place of an unreadable one, the next that can be read."""
@@ -132,17 +146,31 @@ class EvalRecipe:
     row_shape: tuple[int, int, int]
     batch_size: int
     interpolation: str = "bicubic"
+    dtype: str = "uint8"
 
-    def fill(self, step: int, rows: range, images: np.ndarray, labels: np.ndarray) -> list:
+    @property
+    def target_shape(self) -> tuple[int, ...]:
+        return target_shape(self.source, self.data)
+
+    def fill(self, step: int, rows: range, images: np.ndarray, targets: np.ndarray) -> list:
         for at, row in enumerate(rows):
             index = step * self.batch_size + row
             if index >= len(self.source):
-                images[at], labels[at] = 0, 0
+                images[at], targets[at] = 0, 0
                 continue
-            image, labels[at] = read(self, index)
+            image, targets[at] = read(self, index)
             image = to_channels(image, self.row_shape[2])
             images[at] = evaluation_crop(image, self.row_shape[:2], self.data.crop, self.interpolation)
         return []
+
+
+def train_recipe(
+    source: Source, data: DataConfig, *, image_size: tuple[int, int], channels: int, batch_size: int, seed: int
+) -> TrainRecipe:
+    """The recipe behind `train_batches`."""
+    natural = data.sampling == "natural"  # then the targets of records need not be read
+    shares = None if natural else image_shares(source.targets, data.sampling, len(source.class_names))
+    return TrainRecipe(source, data, (*image_size, channels), batch_size, seed, shares=shares)
 
 
 def train_batches(
@@ -159,7 +187,7 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Batches without end, beginning with that of `start_step`.
 
-    Each is {"image": uint8 (rows, height, width, channels), "label": int32 (rows,)}. `batch_size` counts the images of
+    Each is {"image": uint8 (rows, height, width, channels), "label": int32 (rows,) or float32 (rows, outputs)}. `batch_size` counts the images of
     a step over all processes; process p gets the p-th of `process_count` equal stretches of its rows. The workers end
     when the iterator is closed or the process ends.
 
@@ -170,7 +198,7 @@ def train_batches(
     """
     check_data(data)
     steps_per_epoch(len(source), data, batch_size)
-    recipe = TrainRecipe(source, data, (*image_size, channels), batch_size, seed)
+    recipe = train_recipe(source, data, image_size=image_size, channels=channels, batch_size=batch_size, seed=seed)
     filled = _prepare(recipe, range(start_step, sys.maxsize), process_index, process_count)
     return _without_unreadable(filled, recipe)
 
@@ -187,7 +215,7 @@ def _prepare(recipe, steps: range, process_index: int, process_count: int) -> It
 def _without_unreadable(filled: Iterator[Filled], recipe: TrainRecipe) -> Iterator[Batch]:
     unreadable: dict[int, str] = {}
     most = most_unreadable(recipe.data, len(recipe.source))
-    for images, labels, reports in filled:
+    for images, targets, reports in filled:
         for index, reason in reports:
             if index in unreadable:
                 continue
@@ -195,7 +223,7 @@ def _without_unreadable(filled: Iterator[Filled], recipe: TrainRecipe) -> Iterat
             if len(unreadable) > most:
                 raise _too_many(recipe, unreadable)
             logger.warning("skipped unreadable image %d of at most %d: %s", len(unreadable), most, reason)
-        yield {"image": images, "label": labels}
+        yield {"image": images, "label": targets}
 
 
 def eval_batches(
@@ -221,9 +249,9 @@ def eval_batches(
 
 
 def _with_mask(filled: Iterator[Filled], recipe: EvalRecipe, first_row: int) -> Iterator[Batch]:
-    for step, (images, labels, _) in enumerate(filled):
-        index = step * recipe.batch_size + first_row + np.arange(len(labels))
-        yield {"image": images, "label": labels, "mask": index < len(recipe.source)}
+    for step, (images, targets, _) in enumerate(filled):
+        index = step * recipe.batch_size + first_row + np.arange(len(targets))
+        yield {"image": images, "label": targets, "mask": index < len(recipe.source)}
 
 
 def to_channels(image: Pixels, channels: int) -> Pixels:

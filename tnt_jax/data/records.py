@@ -1,9 +1,12 @@
 """Datasets that TensorFlow Datasets prepared as ArrayRecord, read without TensorFlow."""
 
 import dataclasses
+import functools
 from typing import Any
 
-from tnt_jax.config import InputError
+import numpy as np
+
+from tnt_jax.config import DataConfig, InputError
 from tnt_jax.data.decode import decode
 from tnt_jax.data.resample import Pixels
 
@@ -17,6 +20,11 @@ class RecordSource:
     name: str
     records: Any  # what TFDS calls a data source: records as dictionaries, the image as the bytes of a file
     class_names: tuple[str, ...]
+
+    @functools.cached_property
+    def targets(self) -> np.ndarray:
+        """The classes of all records, which are all read for them once."""
+        return np.array([int(self.records[index]["label"]) for index in range(len(self))], np.int32)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -39,7 +47,7 @@ class RecordSource:
         return decode(record["image"], name, at_least), label
 
 
-def open_tfds(name: str, split: str) -> RecordSource:
+def open_tfds(name: str, data: DataConfig, split: str) -> RecordSource:
     """A dataset in TFDS's folder (`~/tensorflow_datasets`, or `$TFDS_DATA_DIR`), by its name there."""
     tfds = _tensorflow_datasets()
     try:
@@ -53,7 +61,7 @@ def open_tfds(name: str, split: str) -> RecordSource:
     return _open(tfds, builder, f"tfds:{name}", split)
 
 
-def open_array_record(folder: str, split: str) -> RecordSource:
+def open_array_record(folder: str, data: DataConfig, split: str) -> RecordSource:
     """A folder with ArrayRecord shards and TFDS's description of them, as `tnt_jax.data.prepare` writes it."""
     tfds = _tensorflow_datasets()
     try:

@@ -130,3 +130,11 @@ def weighted_order(shares: Shares, rng: np.random.Generator) -> Int[np.ndarray, 
     ends[-1] = count
     order = np.repeat(images, np.diff(ends, prepend=0))
     return rng.permutation(order).astype(np.int32)
+
+
+def in_units(
+    outputs: Float[np.ndarray, "images outputs"], mean: Sequence[float] | None, std: Sequence[float] | None
+) -> Float[np.ndarray, "images outputs"]:
+    """What a network of standardised targets says, in the units of the targets, in float64."""
+    outputs = outputs.astype(np.float64)
+    return outputs if mean is None else outputs * np.asarray(std, np.float64) + np.asarray(mean, np.float64)

@@ -36,22 +36,26 @@ class Recipe(Protocol):
 
     row_shape: tuple[int, int, int]
     """Height, width and channels of an image."""
+    dtype: str
+    """Of the images: uint8, uint16 or float32."""
+    target_shape: tuple[int, ...]
+    """() for a class, (outputs,) for what is float32."""
 
-    def fill(self, step: int, rows: range, images: np.ndarray, labels: np.ndarray) -> list[Any]:
-        """Writes images and labels of these rows of the batch, and returns what there is to report."""
+    def fill(self, step: int, rows: range, images: np.ndarray, targets: np.ndarray) -> list[Any]:
+        """Writes images and targets of these rows of the batch, and returns what there is to report."""
 
 
 class WorkerError(RuntimeError):
     """A worker process died or raised something that is not the user's mistake."""
 
 
-Filled = tuple[np.ndarray, np.ndarray, list[Any]]  # images, labels, reports
+Filled = tuple[np.ndarray, np.ndarray, list[Any]]  # images, targets, reports
 ROWS_PER_TASK = 4
 STEPS_AHEAD = 2
 
 
 def prepare(recipe: Recipe, rows: range, steps: range, *, num_workers: int, num_threads: int) -> Iterator[Filled]:
-    """These rows of the batch of each step: images uint8, labels int32, reports.
+    """These rows of the batch of each step: images, targets (int32 classes, or float32 outputs), reports.
 
     Raises:
         InputError, WorkerError: as soon as a worker fails.
@@ -61,28 +65,33 @@ def prepare(recipe: Recipe, rows: range, steps: range, *, num_workers: int, num_
     return _in_threads(recipe, rows, steps, num_threads)
 
 
+def _empty(recipe: Recipe, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where so many rows of a batch go."""
+    targets = np.empty((count, *recipe.target_shape), np.float32 if recipe.target_shape else np.int32)
+    return np.empty((count, *recipe.row_shape), recipe.dtype), targets
+
+
 def _in_threads(recipe: Recipe, rows: range, steps: range, num_threads: int) -> Iterator[Filled]:
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="data")
     pending = collections.deque()
     is_finalizing = sys.is_finalizing  # bound here, since modules are emptied before the last iterators are closed
 
     def start(step: int) -> None:
-        images = np.empty((len(rows), *recipe.row_shape), np.uint8)
-        labels = np.empty(len(rows), np.int32)
+        images, targets = _empty(recipe, len(rows))
         parts = [slice(at, at + ROWS_PER_TASK) for at in range(0, len(rows), ROWS_PER_TASK)]
-        tasks = [pool.submit(recipe.fill, step, rows[part], images[part], labels[part]) for part in parts]
-        pending.append((images, labels, tasks))
+        tasks = [pool.submit(recipe.fill, step, rows[part], images[part], targets[part]) for part in parts]
+        pending.append((images, targets, tasks))
 
     steps = iter(steps)
     try:
         for step in itertools.islice(steps, STEPS_AHEAD):
             start(step)
         while pending:
-            images, labels, tasks = pending.popleft()
+            images, targets, tasks = pending.popleft()
             reports = [report for task in tasks for report in task.result()]
             for step in itertools.islice(steps, 1):
                 start(step)
-            yield images, labels, reports
+            yield images, targets, reports
     finally:
         if not is_finalizing():
             pool.shutdown(wait=False, cancel_futures=True)
@@ -97,12 +106,11 @@ def _in_processes(recipe: Recipe, rows: range, steps: range, num_workers: int, n
             for share in shares:
                 workers.append(Worker(shared, rows[share], steps, num_threads))
         for _ in steps:
-            images = np.empty((len(rows), *recipe.row_shape), np.uint8)
-            labels = np.empty(len(rows), np.int32)
+            images, targets = _empty(recipe, len(rows))
             reports = []
             for worker, share in zip(workers, shares, strict=True):
-                reports += worker.receive(images[share], labels[share])
-            yield images, labels, reports
+                reports += worker.receive(images[share], targets[share])
+            yield images, targets, reports
     finally:
         for worker in workers:
             worker.close()
@@ -177,14 +185,14 @@ class Worker:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `receive` says why it died
             self._socket.sendall(HEADER.pack(True, len(order)) + order)
 
-    def receive(self, images: np.ndarray, labels: np.ndarray) -> list[Any]:
+    def receive(self, images: np.ndarray, targets: np.ndarray) -> list[Any]:
         """Fills in the rows of the next step and returns its reports."""
         try:
             succeeded, length = HEADER.unpack(_receive(self._socket, HEADER.size))
             message = pickle.loads(_receive(self._socket, length))
             if succeeded:
                 _receive_into(self._socket, images)
-                _receive_into(self._socket, labels)
+                _receive_into(self._socket, targets)
                 return message
         except (EOFError, ConnectionResetError):
             raise WorkerError(f"a data worker {self._how_it_died()}") from None
@@ -239,11 +247,11 @@ def run_worker(descriptor: int, shared: int) -> None:
             pickled, lengths, rows, steps, num_threads = pickle.loads(order)
             recipe = _Shared.recipe(pickled, lengths, shared)
             os.close(shared)
-            for images, labels, reports in _in_threads(recipe, rows, steps, num_threads):
+            for images, targets, reports in _in_threads(recipe, rows, steps, num_threads):
                 message = pickle.dumps(reports)
                 connection.sendall(HEADER.pack(True, len(message)) + message)
                 connection.sendall(images)
-                connection.sendall(labels)
+                connection.sendall(targets)
         except BaseException as error:
             if not isinstance(error, InputError):
                 error = WorkerError(f"a data worker failed:\n{traceback.format_exc()}")

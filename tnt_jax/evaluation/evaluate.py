@@ -17,8 +17,9 @@ from tnt_jax.config import DataConfig, InputError
 from tnt_jax.data.classes import Match, match_classes
 from tnt_jax.data.imagenet import RELATIVES, ImageNetSource, open_imagenet, real_labels
 from tnt_jax.data.mixing import normalise
+from tnt_jax.data.opening import open_split
 from tnt_jax.data.pipeline import eval_batches
-from tnt_jax.data.sources import Source, open_source
+from tnt_jax.data.sources import Source
 from tnt_jax.evaluation.probes import NEIGHBOURS, linear_probe, nearest_neighbours
 from tnt_jax.evaluation.published import published
 from tnt_jax.evaluation.scores import Answers, wilson
@@ -210,7 +211,7 @@ def test_data(path: str, sources: Sequence[str]) -> list[DataConfig]:
 def open_test(data: DataConfig) -> Source:
     """The test images; those of ImageNet's relatives have no other split."""
     relative = data.source.partition(":")[0] in RELATIVES
-    return open_imagenet(data.source) if relative else open_source(data.source, data.eval_split)
+    return open_imagenet(data.source) if relative else open_split(data, data.eval_split)
 
 
 def models_in(path: str) -> Iterator[tuple[str, Model]]:
@@ -244,10 +245,10 @@ def probe_model(
     _, model = next(models_in(path))
     opened = []
     for data in wanted:
-        train = open_source(data.source, data.train_split)
+        train = open_split(data, data.train_split)
         if "linear" in methods and len(train.class_names) < 2:
             raise InputError(f"{data.source} has {len(train.class_names)} class, and a linear probe needs two at least")
-        opened.append((data, train, open_source(data.source, data.eval_split)))
+        opened.append((data, train, open_split(data, data.eval_split)))
     return _probes(path, model, opened, methods, batch_size)
 
 

@@ -76,13 +76,13 @@ def print_plan(config: TrainConfig[ModelChanges], topology: str) -> None:
 
 def _resolved(config: TrainConfig[ModelChanges]) -> tuple[TrainConfig[ModelConfig], str | None]:
     """The configuration with every field of its model, and a note where the classes are assumed."""
-    from tnt_jax.data.sources import open_source
+    from tnt_jax.data.opening import open_split
     from tnt_jax.models.variants import complete, resolve
 
     note, classes = None, config.model.num_classes
     if classes is None:
         try:
-            classes = len(open_source(config.data.source, config.data.train_split).class_names)
+            classes = len(open_split(config.data, config.data.train_split).class_names)
         except (InputError, ImportError):
             classes = resolve(config.model).num_classes
             note = f"{config.data.source} is not on this machine: planned with {classes} classes"

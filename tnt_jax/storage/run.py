@@ -12,6 +12,8 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from tnt_jax.config import InputError, TrainConfig, from_json, to_json
 from tnt_jax.fields import role_of
 from tnt_jax.storage.description import DESCRIPTION, ModelDescription, Preprocessing, describe, write_description
@@ -148,12 +150,12 @@ def claim(
 
 def _description(config: TrainConfig, class_names: Sequence[str]) -> ModelDescription:
     model, data = config.model, config.data
-    mean, std = ((value,) * model.in_channels for value in (data.mean, data.std))
+    mean, std = (np.broadcast_to(value, model.in_channels).tolist() for value in (data.mean, data.std))
     return describe(
         model,
         class_names=class_names,
         source={"run": config.run_dir, "data": data.source},
-        preprocessing=Preprocessing(model.image_size, data.crop, mean, std),
+        preprocessing=Preprocessing(model.image_size, data.crop, tuple(mean), tuple(std)),
     )
 
 

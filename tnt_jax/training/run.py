@@ -9,8 +9,8 @@ from flax import nnx
 
 from tnt_jax.config import ModelChanges, TrainConfig, check
 from tnt_jax.data.check import check_splits, content_of
+from tnt_jax.data.opening import open_split
 from tnt_jax.data.pipeline import Batch, eval_batches, steps_per_epoch, train_batches
-from tnt_jax.data.sources import open_source
 from tnt_jax.models.variants import abstract_model, build_model, complete, resolve
 from tnt_jax.storage.checkpoint import Checkpoints
 from tnt_jax.storage.folder import model_from_parameters
@@ -40,9 +40,7 @@ class Run:
         check(config)
         resolve(config.model)
         check_wandb(config)
-        self.train_source, self.test_source = (
-            open_source(data.source, split) for split in (data.train_split, data.eval_split)
-        )
+        self.train_source, self.test_source = (open_split(data, split) for split in (data.train_split, data.eval_split))
         self.config = complete(config, len(self.train_source.class_names))
         check_splits(self.train_source, self.test_source, data, self.config.model.in_channels)
         self.mesh = make_mesh(config.fsdp)

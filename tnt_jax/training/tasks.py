@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Float, Num
 
 from tnt_jax.config import TASKS, InputError, Task, TrainConfig
-from tnt_jax.data.targets import balanced_class_weights, balanced_positive_weights
+from tnt_jax.data.targets import balanced_class_weights, balanced_positive_weights, in_units
 from tnt_jax.training.metrics import class_metrics, multi_label_metrics, regression_metrics
 
 Outputs = Float[Array, "batch outputs"]
@@ -98,12 +98,6 @@ class Objective:
 def sigmoid(outputs: np.ndarray) -> np.ndarray:
     """Probabilities of labels, in float64."""
     return np.exp(-np.logaddexp(0, -outputs.astype(np.float64)))
-
-
-def in_units(outputs: np.ndarray, mean: PerOutput | None, std: PerOutput | None) -> np.ndarray:
-    """What a network of standardised targets says, in the units of the targets, in float64."""
-    outputs = outputs.astype(np.float64)
-    return outputs if mean is None else outputs * np.asarray(std) + np.asarray(mean)
 
 
 def _cross_entropy(objective: Objective, logits: Outputs, targets: Outputs) -> Float[Array, " batch"]:

@@ -10,8 +10,8 @@ import numpy as np
 
 from tnt_jax.config import TrainConfig
 from tnt_jax.data.mixing import prepare_training
+from tnt_jax.data.opening import open_split
 from tnt_jax.data.pipeline import TrainRecipe, read, train_batches
-from tnt_jax.data.sources import open_source
 from tnt_jax.models.variants import complete
 from tnt_jax.visualize.canvas import new_figure, panels
 
@@ -22,7 +22,7 @@ def batch(config: TrainConfig, *, step: int = 0, count: int = 16):
     Raises:
         InputError: the data of the run are not there, or cannot be read.
     """
-    source = open_source(config.data.source, config.data.train_split)
+    source = open_split(config.data, config.data.train_split)
     model = complete(config, len(source.class_names)).model
     feed = {"batch_size": config.batch_size, "seed": config.seed}
     batches = train_batches(

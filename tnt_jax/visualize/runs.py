@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from tnt_jax.config import InputError, TrainConfig
+from tnt_jax.data.opening import open_split
 from tnt_jax.data.pipeline import steps_per_epoch, to_channels
-from tnt_jax.data.sources import Source, open_source
+from tnt_jax.data.sources import Source
 from tnt_jax.evaluation.scores import Answers, confusion_matrix
 from tnt_jax.storage.run import read_config
 from tnt_jax.training.optimizer import learning_rate_schedule
@@ -77,7 +78,7 @@ def schedule(config: TrainConfig):
     """
     optimizer = config.optimizer
     try:
-        count = len(open_source(config.data.source, config.data.train_split))
+        count = len(open_split(config.data, config.data.train_split))
         steps = steps_per_epoch(count, config.data, config.batch_size)
     except InputError:
         steps = 100

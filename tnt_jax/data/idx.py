@@ -1,0 +1,69 @@
+"""MNIST's format."""
+
+import gzip
+import pathlib
+import struct
+
+import numpy as np
+
+from tnt_jax.config import DataConfig, InputError
+from tnt_jax.data.sources import ArraySource, NoSplitError
+
+IDX_FILES = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+FASHION_MNIST_CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+
+
+def open_idx(argument: str, data: DataConfig, split: str) -> ArraySource:
+    """MNIST's format: the four published files, gzipped or not.
+
+    Classes of Fashion-MNIST get their names from the folder's.
+    """
+    if split not in IDX_FILES:
+        raise NoSplitError(split, IDX_FILES)
+    folder = pathlib.Path(argument)
+    images, labels = (_read_idx(folder, name) for name in IDX_FILES[split])
+    if not len(images):
+        raise InputError(f"{folder} ({split}) has no images")
+    if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
+        raise InputError(f"{folder} ({split}): {images.shape} images and {labels.shape} labels do not belong together")
+    if "fashion" in folder.resolve().name.lower():
+        class_names = FASHION_MNIST_CLASSES
+    else:  # those of the training images, whatever classes the test images happen to have
+        train = _read_idx(folder, IDX_FILES["train"][1]) if split != "train" and _has_train(folder) else labels
+        class_names = tuple(str(label) for label in range(int(train.max()) + 1 if len(train) else 0))
+    if labels.max() >= len(class_names):
+        raise InputError(
+            f"{folder} ({split}): label {labels.max()} is out of range, there are {len(class_names)} classes"
+        )
+    return ArraySource(images[..., None], labels.astype(np.int64), class_names)
+
+
+def _has_train(folder: pathlib.Path) -> bool:
+    name = IDX_FILES["train"][1]
+    return (folder / name).is_file() or (folder / f"{name}.gz").is_file()
+
+
+def _read_idx(folder: pathlib.Path, name: str) -> np.ndarray:
+    """One IDX file: two zero bytes, the type (8.
+
+    Unsigned byte), the number of axes, their big-endian sizes, the bytes.
+    """
+    for path in (folder / name, folder / f"{name}.gz"):
+        if path.is_file():
+            break
+    else:
+        raise InputError(f"{folder} holds neither {name} nor {name}.gz, which an idx source reads")
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        zeros, kind, axes = struct.unpack_from(">HBB", content)
+        shape = struct.unpack_from(f">{axes}I", content, 4)
+        if (zeros, kind) != (0, 8):
+            raise ValueError("its header is not that of unsigned bytes")
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
+    except (OSError, EOFError, ValueError, struct.error) as error:
+        raise InputError(f"{path} is not an IDX file, or is damaged: {error}") from error
