@@ -227,8 +227,8 @@ class LossConfig:
     """Weight of each class, label or target. balanced is inverse to how many training images have it, with a mean of 1
     over the classes of the images: scikit-learn's formula."""
     positive_weights: Literal["none", "balanced"] | tuple[float, ...] = setting("none", least=0)
-    """multi_label: weight of each label where an image has it. balanced is how many training images are without it, over
-    how many have it."""
+    """multi_label: weight of each label where an image has it. balanced is how many training images are without it,
+    over how many have it."""
     focal_gamma: float = setting(0.0, least=0)
     """Focal loss (arXiv 1708.02002): what is answered well already counts less, by (1 - p) to this power; 0 is
     cross-entropy."""
@@ -403,7 +403,8 @@ def check_task(config: TrainConfig) -> None:
             part, field = name.split(".")
             value = getattr(getattr(config, part), field)
             raise InputError(
-                f"{name} is {value!r}, which only {' and '.join(tasks)} can have; for data.task {task} it must be {right}"
+                f"{name} is {value!r}, which only {' and '.join(tasks)} can have; for data.task {task} it must be "
+                f"{right}"
             )
     if config.best_metric not in (None, *TASKS[task]):
         raise InputError(

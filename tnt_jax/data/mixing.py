@@ -33,14 +33,14 @@ def normalise(images: Num[Array | np.ndarray, "batch height width channels"], by
 
 def prepare_training(
     images: Num[Array, "batch height width channels"],
-    labels: Num[Array, "batch *outputs"],
+    labels: Num[Array, "batch ..."],
     *,
     data: DataConfig,
     num_classes: int,
     key: PRNGKeyArray,
 ) -> tuple[Images, Float[Array, "batch classes"]]:
-    """What the network is fed and what it should answer: mixed and erased images, and targets as `soft_targets` has them,
-    mixed in the same shares.
+    """What the network is fed and what it should answer: mixed and erased images, and targets as `soft_targets` has
+    them, mixed in the same shares.
 
     Sources: mixup arXiv 1710.09412, cutmix arXiv 1905.04899, erasing arXiv 1708.04896, as timm's FastCollateMixup and
     RandomErasing have them.
@@ -55,9 +55,7 @@ def prepare_training(
     return inputs, targets
 
 
-def soft_targets(
-    labels: Num[Array, "batch *outputs"], data: DataConfig, num_classes: int
-) -> Float[Array, "batch classes"]:
+def soft_targets(labels: Num[Array, "batch ..."], data: DataConfig, num_classes: int) -> Float[Array, "batch classes"]:
     """Targets of the labels of a batch, float32 (batch, num_classes).
 
     single_label, int labels (batch,): probabilities of the classes; smoothing spreads a share evenly over all of them.

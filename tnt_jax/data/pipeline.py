@@ -187,9 +187,9 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Batches without end, beginning with that of `start_step`.
 
-    Each is {"image": uint8 (rows, height, width, channels), "label": int32 (rows,) or float32 (rows, outputs)}. `batch_size` counts the images of
-    a step over all processes; process p gets the p-th of `process_count` equal stretches of its rows. The workers end
-    when the iterator is closed or the process ends.
+    Each is {"image": (rows, height, width, channels), "label": int32 (rows,) or float32 (rows, outputs)}. `batch_size`
+    counts the images of a step over all processes; process p gets the p-th of `process_count` equal stretches of its
+    rows. The workers end when the iterator is closed or the process ends.
 
     Raises:
         InputError: an image is unreadable, and more than `data.skip_unreadable` of them are. At once, when the sizes

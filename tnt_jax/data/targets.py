@@ -58,8 +58,8 @@ def check_training_targets(targets: Targets, data: DataConfig, class_names: Sequ
     if data.task == "regression":
         for output in np.flatnonzero(np.ptp(targets, axis=0) == 0):
             raise InputError(
-                f"the target {class_names[output]!r} is {targets[0, output]:g} for all {len(targets)} training images of "
-                f"{data.source}; there is nothing to learn"
+                f"the target {class_names[output]!r} is {targets[0, output]:g} for all {len(targets)} training images "
+                f"of {data.source}; there is nothing to learn"
             )
 
 
@@ -133,8 +133,8 @@ def weighted_order(shares: Shares, rng: np.random.Generator) -> Int[np.ndarray, 
 
 
 def in_units(
-    outputs: Float[np.ndarray, "images outputs"], mean: Sequence[float] | None, std: Sequence[float] | None
-) -> Float[np.ndarray, "images outputs"]:
+    outputs: Float[np.ndarray, "*images outputs"], mean: Sequence[float] | None, std: Sequence[float] | None
+) -> Float[np.ndarray, "*images outputs"]:
     """What a network of standardised targets says, in the units of the targets, in float64."""
     outputs = outputs.astype(np.float64)
     return outputs if mean is None else outputs * np.asarray(std, np.float64) + np.asarray(mean, np.float64)

@@ -30,8 +30,8 @@ def train(config: TrainConfig[ModelChanges]) -> dict[str, float]:
     """Trains from where the run's folder stands to the last step.
 
     Returns:
-        The scores of the last step: count, and the metrics of the task (`tnt_jax.config.TASKS`) for the averaged weights
-        (`ema_`) and for the raw ones (`raw_`).
+        The scores of the last step: count, and the metrics of the task (`tnt_jax.config.TASKS`) for the averaged
+        weights (`ema_`) and for the raw ones (`raw_`).
 
     Raises:
         InputError: something in the configuration or in the data is wrong. Raised before anything is written.
@@ -76,7 +76,7 @@ def _claimed(run: Run, console: rich.console.Console) -> Iterator[TrainState | N
             check_space(config, run.state_bytes())
             held.enter_context(RunLock(config.run_dir, console.print, _end_now))
             start = {"processes": jax.process_count(), "devices": jax.device_count()}
-            claim(config, run.train_source.class_names, content, changed, start)
+            claim(config, run.train_source.class_names, run.program.objective.outputs, content, changed, start)
             for name, (before, now) in (changed or {}).items():
                 console.print(f"{name} was {before!r} and is now {now!r}")
         _meet_in(config.run_dir)

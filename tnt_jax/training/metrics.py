@@ -1,6 +1,7 @@
 """What outputs are worth, by task: from labels and what a model says of them to numbers by name.
 
-Shares are of 1, errors in the units of the targets. Equal to scikit-learn's where it has them. Plain NumPy, on the host.
+Shares are of 1, errors in the units of the targets. Equal to scikit-learn's where it has them. Plain NumPy, on the
+host.
 """
 
 import numpy as np
@@ -114,11 +115,26 @@ def confusion_counts(
 
 
 TITLES = {
-    "top1": "top-1", "top5": "top-5", "ece": "ECE", "map": "mAP", "ap": "AP", "roc_auc": "ROC AUC", "macro_f1": "macro F1",
-    "micro_f1": "micro F1", "f1": "F1", "r2": "R2", "rmse": "RMSE", "mae": "MAE", "images_per_second": "images/s",
+    "top1": "top-1", "top5": "top-5", "ece": "ECE", "map": "mAP", "ap": "AP", "roc_auc": "ROC AUC", "f1": "F1",
+    "macro_f1": "macro F1", "micro_f1": "micro F1", "r2": "R2", "rmse": "RMSE", "mae": "MAE",
+    "images_per_second": "images/s",
 }  # fmt: skip
 """What people call a metric; what is not here is called by its name, with spaces."""
-SHARES = ("top", "map", "ap", "macro", "micro", "balanced", "exact", "precision", "recall", "f1", "accuracy", "ece")
+SHARES = (
+    "top",
+    "map",
+    "ap",
+    "roc",
+    "macro",
+    "micro",
+    "balanced",
+    "exact",
+    "precision",
+    "recall",
+    "f1",
+    "accuracy",
+    "ece",
+)
 """Metrics whose names begin so are printed in percent."""
 
 

@@ -83,7 +83,8 @@ class Run:
         if self.config.init_from:
             wanted, data = self.config.model, self.config.data.source
             names = self.train_source.class_names
-            parameters = open_for(self.config.init_from, wanted, names, data, seed=self.config.seed)
+            outputs = self.program.objective.outputs
+            parameters = open_for(self.config.init_from, wanted, names, data, outputs=outputs, seed=self.config.seed)
             model = model_from_parameters(wanted, parameters)
         else:
             model = build_model(self.config.model, self.config.seed)

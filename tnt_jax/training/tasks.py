@@ -15,9 +15,10 @@ from jaxtyping import Array, Float, Num
 
 from tnt_jax.config import TASKS, InputError, Task, TrainConfig
 from tnt_jax.data.targets import balanced_class_weights, balanced_positive_weights, in_units
+from tnt_jax.storage.description import Outputs
 from tnt_jax.training.metrics import class_metrics, multi_label_metrics, regression_metrics
 
-Outputs = Float[Array, "batch outputs"]
+Logits = Float[Array, "batch outputs"]
 PerOutput = Float[np.ndarray, " outputs"]
 
 
@@ -35,17 +36,23 @@ class Objective:
     """Of the training targets of a regression; None for 0."""
     target_std: PerOutput | None = None
 
-    def standardised(self, labels: Num[Array, "batch *outputs"]) -> Num[Array, "batch *outputs"]:
+    @property
+    def outputs(self) -> Outputs:
+        """What the outputs mean, as `model.json` says it."""
+        mean, std = (None if each is None else tuple(each.tolist()) for each in (self.target_mean, self.target_std))
+        return Outputs(self.task, target_mean=mean, target_std=std)
+
+    def standardised(self, labels: Num[Array, "batch ..."]) -> Num[Array, "batch ..."]:
         """Targets of a regression as the network learns them; other labels as they are."""
         if self.task != "regression" or self.target_mean is None:
             return labels
         return (labels - self.target_mean.astype(np.float32)) / self.target_std.astype(np.float32)
 
-    def loss(self, outputs: Outputs, targets: Outputs) -> Float[Array, ""]:
+    def loss(self, outputs: Logits, targets: Logits) -> Float[Array, ""]:
         """Mean over the batch, and but for single_label over the outputs, in float32."""
         return _LOSSES[self.task](self, outputs.astype(jnp.float32), targets).mean()
 
-    def measure(self, outputs: Outputs, targets: Outputs) -> dict[str, Float[Array, ""]]:
+    def measure(self, outputs: Logits, targets: Logits) -> dict[str, Float[Array, ""]]:
         """What is said of a training batch beside its loss: accuracy, or R2 of standardised targets."""
         if self.task == "single_label":
             return {"accuracy": (outputs.argmax(-1) == targets.argmax(-1)).mean()}
@@ -53,7 +60,7 @@ class Objective:
             return {"accuracy": ((outputs > 0) == (targets > 0.5)).mean()}
         return {"r2": 1 - optax.squared_error(outputs.astype(jnp.float32), targets).mean()}
 
-    def evaluated(self, outputs: Outputs, labels: Num[Array, "batch *outputs"], mask: Array) -> dict[str, Array]:
+    def evaluated(self, outputs: Logits, labels: Num[Array, "batch ..."], mask: Array) -> dict[str, Array]:
         """What `scores` needs of a batch: sums for single_label, and otherwise every row of it."""
         if self.task != "single_label":
             return {"outputs": outputs, "labels": labels, "mask": mask}
@@ -100,7 +107,7 @@ def sigmoid(outputs: np.ndarray) -> np.ndarray:
     return np.exp(-np.logaddexp(0, -outputs.astype(np.float64)))
 
 
-def _cross_entropy(objective: Objective, logits: Outputs, targets: Outputs) -> Float[Array, " batch"]:
+def _cross_entropy(objective: Objective, logits: Logits, targets: Logits) -> Float[Array, " batch"]:
     """-sum(weights * targets * (1 - p) ** gamma * log p), p = softmax(logits). Without weights and gamma, optax's."""
     if objective.class_weights is not None:
         targets = targets * objective.class_weights.astype(np.float32)
@@ -109,13 +116,13 @@ def _cross_entropy(objective: Objective, logits: Outputs, targets: Outputs) -> F
     return optax.softmax_cross_entropy(logits, targets)
 
 
-def _binary_cross_entropy(objective: Objective, logits: Outputs, targets: Outputs) -> Outputs:
+def _binary_cross_entropy(objective: Objective, logits: Logits, targets: Logits) -> Logits:
     """Of each label, linear in its target: that of a present label by its share, and that of an absent one by the rest.
 
     With gamma, optax's focal loss (arXiv 1708.02002).
     """
 
-    def of(present: float) -> Outputs:
+    def of(present: float) -> Logits:
         label = jnp.full_like(logits, present)
         if objective.focal_gamma:
             return optax.sigmoid_focal_loss(logits, label, gamma=objective.focal_gamma)
@@ -125,11 +132,11 @@ def _binary_cross_entropy(objective: Objective, logits: Outputs, targets: Output
     return _weighted(objective, targets * weights * of(1.0) + (1 - targets) * of(0.0))
 
 
-def _squared_error(objective: Objective, outputs: Outputs, targets: Outputs) -> Outputs:
+def _squared_error(objective: Objective, outputs: Logits, targets: Logits) -> Logits:
     return _weighted(objective, optax.squared_error(outputs, targets))
 
 
-def _weighted(objective: Objective, losses: Outputs) -> Outputs:
+def _weighted(objective: Objective, losses: Logits) -> Logits:
     return losses if objective.class_weights is None else losses * objective.class_weights.astype(np.float32)
 
 
@@ -155,7 +162,8 @@ def objective_of(config: TrainConfig, targets: np.ndarray | None = None) -> Obje
         elif isinstance(value, tuple):
             if len(value) != config.model.num_classes:
                 raise InputError(
-                    f"loss.{name} has {len(value)} numbers, and {config.data.source} has {config.model.num_classes} outputs"
+                    f"loss.{name} has {len(value)} numbers, and {config.data.source} has {config.model.num_classes} "
+                    "outputs"
                 )
             weights[name] = np.array(value, np.float64)
     if task == "regression" and targets is not None:
