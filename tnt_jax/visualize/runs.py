@@ -9,7 +9,8 @@ import numpy as np
 
 from tnt_jax.config import InputError, TrainConfig
 from tnt_jax.data.opening import open_split
-from tnt_jax.data.pipeline import steps_per_epoch, to_channels
+from tnt_jax.data.pipeline import steps_per_epoch
+from tnt_jax.data.samples import to_channels
 from tnt_jax.data.sources import Source
 from tnt_jax.evaluation.scores import Answers, confusion_matrix
 from tnt_jax.storage.run import read_config
