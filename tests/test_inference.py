@@ -14,7 +14,7 @@ from small_models import small_model
 
 import tnt_jax
 from tnt_jax.config import InputError
-from tnt_jax.data.images import evaluation_crop
+from tnt_jax.data.crop import evaluation_crop
 from tnt_jax.inference import _probabilities, predict_images
 from tnt_jax.storage.description import description_of
 

@@ -17,7 +17,7 @@ from PIL import Image
 from state_dicts import as_torch
 
 import tnt_jax
-from tnt_jax.storage.description import imagenet_names
+from tnt_jax.data.classes import imagenet_names
 from tnt_jax.storage.publish import publish
 
 HUAWEI = "/github.com/huawei-noah/Efficient-AI-Backbones/releases/download/tnt/tnt_s_81.5.pth.tar"

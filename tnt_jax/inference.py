@@ -10,11 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Num
 
-from tnt_jax.config import InputError, Task
-from tnt_jax.data.images import ImageSource, evaluation_crop, open_image
+from tnt_jax.config import DataConfig, InputError, Task
+from tnt_jax.data.crop import evaluated
+from tnt_jax.data.decode import ImageSource
 from tnt_jax.data.mixing import normalise
+from tnt_jax.data.samples import to_depth
 from tnt_jax.data.targets import in_units
 from tnt_jax.models.variants import Model
 from tnt_jax.storage.description import ModelDescription, Preprocessing, description_of
@@ -28,8 +30,8 @@ def inference_model(
 
     Args:
         model: a model, or whatever `load_model` takes. To classify many images, load it once.
-        image: path, bytes, open binary file, PIL image, or uint8 array (height, width, channels) in RGB, of NumPy, JAX
-            or PyTorch; or a list of these.
+        image: path, bytes, open binary file, PIL image, or array (height, width, channels) in RGB, of NumPy, JAX or
+            PyTorch; or a list of these. White is 255 in uint8, 65535 in uint16 and 1 in floats.
 
     Returns:
         single_label, with the keys of mmpretrain: pred_label (int), pred_class (its name, or the number as text where
@@ -51,7 +53,7 @@ def inference_model(
 
 
 def predict_images(
-    model: Model, images: Iterable[ImageSource], *, batch_size: int = 32
+    model: Model, images: Iterable[ImageSource], *, batch_size: int = 32, max_pixels: int = DataConfig.max_pixels
 ) -> Iterator[dict[str, Any] | InputError]:
     """For each image in turn what `inference_model` returns, or the error that says why it cannot be read.
 
@@ -67,11 +69,11 @@ def predict_images(
         raise InputError(f"{description.config.name} was made with num_classes=0: it has features, and no classes")
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}, and must be at least 1")
-    return _predict(model, iter(images), description, batch_size)
+    return _predict(model, iter(images), description, batch_size, max_pixels)
 
 
 def _predict(
-    model: Model, images: Iterator[ImageSource], description: ModelDescription, batch_size: int
+    model: Model, images: Iterator[ImageSource], description: ModelDescription, batch_size: int, max_pixels: int
 ) -> Iterator[dict[str, Any] | InputError]:
     graph, state = nnx.split(model)
     first = list(itertools.islice(images, batch_size))
@@ -79,7 +81,7 @@ def _predict(
     with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="images") as pool:
 
         def read(chosen: list[ImageSource]) -> list[Future]:
-            return [pool.submit(_pixels, image, description) for image in chosen]
+            return [pool.submit(_pixels, image, description, max_pixels) for image in chosen]
 
         reading = read(first)
         while reading:
@@ -89,8 +91,10 @@ def _predict(
             readable = [image for image in pixels if not isinstance(image, InputError)]
             scores = iter(())
             if readable:
-                batch = np.zeros((batch_size, *readable[0].shape), np.uint8)
-                batch[: len(readable)] = readable
+                kinds = {str(image.dtype) for image in readable}
+                kind = kinds.pop() if len(kinds) == 1 else "float32"
+                batch = np.zeros((batch_size, *readable[0].shape), kind)
+                batch[: len(readable)] = [to_depth(image, kind) for image in readable]
                 task = description.outputs.task
                 computed = np.asarray(_probabilities(graph, description.preprocessing, state, batch, task))
                 if not np.isfinite(computed).all():
@@ -103,11 +107,9 @@ def _predict(
             reading = following
 
 
-def _pixels(image: ImageSource, description: ModelDescription) -> np.ndarray | InputError:
-    preprocessing = description.preprocessing
+def _pixels(image: ImageSource, description: ModelDescription, max_pixels: int) -> np.ndarray | InputError:
     try:
-        pixels = open_image(image, description.config.in_channels)
-        return evaluation_crop(pixels, preprocessing.image_size, preprocessing.crop, preprocessing.interpolation)
+        return evaluated(image, description.config.in_channels, description.preprocessing, max_pixels)
     except InputError as error:
         return error
 
@@ -117,7 +119,7 @@ def _probabilities(
     graph: nnx.GraphDef,
     preprocessing: Preprocessing,
     state: nnx.State,
-    images: UInt8[Array, "batch height width channels"],
+    images: Num[Array, "batch height width channels"],
     task: Task = "single_label",
 ) -> Float[Array, "batch classes"]:
     """Probabilities of classes or labels; of a regression its outputs as they are."""

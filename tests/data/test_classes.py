@@ -3,8 +3,7 @@
 import pytest
 
 from tnt_jax.config import InputError
-from tnt_jax.data.classes import match_classes
-from tnt_jax.storage.description import imagenet_names
+from tnt_jax.data.classes import imagenet_names, match_classes
 
 ANIMALS = ("cow", "bee", "ant")
 

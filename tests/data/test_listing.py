@@ -1,12 +1,14 @@
 """Names of millions of files."""
 
+import os
 import pickle
 import random
 
 import numpy as np
 import pytest
 
-from tnt_jax.data.listing import FileNames, image_names, labels_of
+from tnt_jax.config import InputError
+from tnt_jax.data.listing import FileNames, images_below, labels_of
 
 
 def test_names_are_those_that_were_given():
@@ -36,13 +38,28 @@ def test_a_file_of_imagenet_21k_takes_less_than_30_bytes():
     assert labels[650] == 21_642
 
 
+def test_a_folder_is_listed_deeply_and_in_natural_order(tmp_path):
+    for name in ("b10.jpg", "b2.JPG", "a/c.png", "notes.txt", ".hidden.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [os.path.relpath(path, tmp_path) for path in images_below(tmp_path)] == ["a/c.png", "b2.JPG", "b10.jpg"]
+    first = next(images_below(tmp_path))
+    (tmp_path / "b1.jpg").touch()
+    assert next(images_below(tmp_path)) == first == str(tmp_path / "a/c.png")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(InputError, match=r"there is no image in .*none"):
+        list(images_below(tmp_path / "none"))
+    with pytest.raises(InputError, match=r"there is no folder .*nowhere"):
+        list(images_below(tmp_path / "nowhere"))
+
+
 def test_links_that_lead_back_are_followed_once(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/1.jpg").touch()
     (tmp_path / "a/back").symlink_to("..")
-    (tmp_path / "l").symlink_to(".")
-    assert image_names(tmp_path) == ["a/1.jpg"]
-    assert image_names(tmp_path / "a") == ["1.jpg"]
+    (tmp_path / "a/here").symlink_to(".")
+    (tmp_path / "again").symlink_to("a")
+    assert [os.path.relpath(path, tmp_path) for path in images_below(tmp_path)] == ["a/1.jpg"]
 
 
 def test_labels_are_as_small_as_they_can_be():

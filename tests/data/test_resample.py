@@ -55,9 +55,9 @@ def test_parts_and_mirrored_images_are_read_where_they_lie(view):
     image = noise(50, 60)[view]
     expected = np.asarray(pillow(np.ascontiguousarray(image)).resize((20, 30), FILTERS[1]))
     np.testing.assert_array_equal(resample.resize(image, (30, 20), FILTERS[1]), expected)
-    moved = resample.affine(image, (1, 0.2, 0, 0, 1, 0), FILTERS[1], 128)
+    moved = resample.affine(image, (1, 0.2, 0, 0, 1, 0), FILTERS[1], (128,) * image.shape[2])
     np.testing.assert_array_equal(
-        moved, resample.affine(np.ascontiguousarray(image), (1, 0.2, 0, 0, 1, 0), FILTERS[1], 128)
+        moved, resample.affine(np.ascontiguousarray(image), (1, 0.2, 0, 0, 1, 0), FILTERS[1], (128,) * image.shape[2])
     )
 
 
@@ -76,7 +76,7 @@ def test_affine_maps_are_pillows(matrix, size, interpolation, channels):
     image = noise(*size, channels)
     fill = 99 if channels == 1 else (99,) * 3
     expected = pillow(image).transform(size[::-1], Image.Transform.AFFINE, matrix, interpolation, fillcolor=fill)
-    made = resample.affine(image, matrix, interpolation, 99)
+    made = resample.affine(image, matrix, interpolation, (99,) * channels)
     np.testing.assert_array_equal(made, np.asarray(expected).reshape(image.shape))
 
 

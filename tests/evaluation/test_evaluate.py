@@ -101,7 +101,7 @@ def test_v2_names_its_classes_by_number_and_validation_images_by_a_list(tmp_path
         (tmp_path / "val" / f"ILSVRC2012_val_{index:08d}.JPEG").touch()
     wordnet_ids = [imagenet1k_to_21k(number) for number in range(1000)]
     (tmp_path / "val" / "labels.txt").write_text("\n".join(wordnet_ids[::-1]))
-    assert open_imagenet(f"imagenet:{tmp_path / 'val'}").labels.tolist() == list(range(1000))[::-1]
+    assert open_imagenet(f"imagenet:{tmp_path / 'val'}").targets.tolist() == list(range(1000))[::-1]
 
 
 def test_folders_that_are_not_the_dataset_are_refused(imagenet_a, tmp_path):

@@ -39,7 +39,8 @@ static void affine_once(void) {
     if (!chance(4)) matrix[0] = matrix[4] = 1, matrix[1] = matrix[3] = 0;
     if (!chance(20)) matrix[chance(6)] = chance(2) ? 1e300 : NAN;
     uint8_t *image = noise(bytes), *out = malloc(bytes);
-    if (!affine(image, height, width, out, matrix, chance(2), chance(256))) abort();
+    uint8_t fill[3] = {chance(256), chance(256), chance(256)};
+    if (!affine(image, height, width, out, matrix, chance(2), fill)) abort();
     mirror(image, (int64_t)height * width, width, out);
     free(image);
     free(out);

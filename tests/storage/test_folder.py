@@ -12,6 +12,7 @@ from flax import nnx
 from small_models import small_model
 
 from tnt_jax.config import InputError
+from tnt_jax.data.classes import read_class_names
 from tnt_jax.models.variants import create_model
 from tnt_jax.storage import description as described
 from tnt_jax.storage import folder as saving
@@ -228,10 +229,10 @@ def test_names_of_classes_are_texts_in_any_collection(names, expected, model, tm
 def test_names_of_classes_from_a_file(text, expected, tmp_path):
     (tmp_path / "names").write_text(text)
     if isinstance(expected, tuple):
-        assert described.read_class_names(tmp_path / "names") == expected
+        assert read_class_names(tmp_path / "names") == expected
         return
     with pytest.raises(InputError, match=expected):
-        described.read_class_names(tmp_path / "names")
+        read_class_names(tmp_path / "names")
 
 
 @pytest.mark.parametrize(

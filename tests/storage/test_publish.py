@@ -72,7 +72,7 @@ def test_transformers_pipeline_gives_the_same_five_classes(photo, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tnt_s_patch16_224", "tnt_s_legacy_patch16_224", "tnt_b_patch16_224"])
 def test_published_sizes_give_the_same_logits_in_timm_and_transformers(name, photo, tmp_path):
-    from tnt_jax.storage.description import imagenet_names
+    from tnt_jax.data.classes import imagenet_names
 
     tnt_jax.save_model(tnt_jax.create_model(name, seed=3), tmp_path / "m", class_names=imagenet_names())
     publish(tnt_jax.load_model(tmp_path / "m"), tmp_path / "hub")

@@ -54,8 +54,8 @@ def main() -> None:
 
 
 def _to_folder(arguments: Arguments) -> None:
+    from tnt_jax.data.classes import read_class_names
     from tnt_jax.storage.convert import convert
-    from tnt_jax.storage.description import read_class_names
 
     done = convert(
         arguments.source,

@@ -80,7 +80,7 @@ def main() -> None:
 
 def _paths(given: tuple[str, ...], report) -> Iterator[str]:
     """The images that were given and those in the folders, as they are asked for."""
-    from tnt_jax.data.images import images_below
+    from tnt_jax.data.listing import images_below
 
     for path in given:
         if not os.path.isdir(path):

@@ -1,7 +1,8 @@
 """What training does to one image on the host: random crop, flip, RandAugment or colour jitter.
 
-Every function takes uint8 arrays (height, width, channels) with 1 or 3 channels and returns new ones. All that is
-random is drawn from the generator that is passed in.
+Every function takes pixels (height, width, channels) and returns new ones. What moves pixels is for images of any type
+and number of channels; what changes colours is for 1 and 3 channels of 8 bits, and leaves others as they are. All that
+is random is drawn from the generator that is passed in, as often for the ones as for the others.
 """
 
 import math
@@ -11,7 +12,8 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from tnt_jax.config import DataConfig
-from tnt_jax.data.resample import Pixels, affine, mirror, resize, to_pillow
+from tnt_jax.data.resample import affine, from_pillow, mirror, resize, to_pillow
+from tnt_jax.data.samples import Pixels
 
 
 def augment(image: Pixels, data: DataConfig, size: tuple[int, int], rng: np.random.Generator) -> Pixels:
@@ -24,7 +26,8 @@ def augment(image: Pixels, data: DataConfig, size: tuple[int, int], rng: np.rand
         image = mirror(image)
     if data.randaugment_ops:
         return randaugment(image, data, rng)
-    return color_jitter(image, data.color_jitter, rng) if data.color_jitter else image
+    jitters = data.color_jitter and has_colours(image)
+    return color_jitter(image, data.color_jitter, rng) if jitters else image
 
 
 def random_resized_crop(image: Pixels, data: DataConfig, size: tuple[int, int], rng: np.random.Generator) -> Pixels:
@@ -79,10 +82,6 @@ def _through_pillow(operation: Callable[[Image.Image], Image.Image]) -> Callable
         return from_pillow(operation(to_pillow(image)))
 
     return operate
-
-
-def from_pillow(picture: Image.Image) -> Pixels:
-    return np.asarray(picture).reshape(picture.height, picture.width, -1)
 
 
 def _look_up(image: Pixels, table: np.ndarray) -> Pixels:
@@ -169,17 +168,38 @@ OPERATIONS: dict[str, Callable[..., Pixels]] = {
 }
 
 
+GEOMETRY = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
+"""The operations that move pixels."""
+
+
 def randaugment(image: Pixels, data: DataConfig, rng: np.random.Generator) -> Pixels:
     """Draws operations with replacement and applies each with probability 0.5, at a strength of its own."""
-    fill = min(255, round(255 * data.mean))
-    operations = list(OPERATIONS.values())
+    fill = fill_of(image, data)
+    coloured = has_colours(image)
+    operations = list(OPERATIONS)
     for drawn in rng.integers(len(operations), size=data.randaugment_ops):
         if rng.random() < 0.5:
             continue
         level = min(10, max(0, rng.normal(data.randaugment_magnitude, data.randaugment_std))) / 10
         sign = -1 if rng.random() < 0.5 else 1
-        image = operations[drawn](image, level, sign, draw_interpolation(data, rng), fill)
+        interpolation, name = draw_interpolation(data, rng), operations[drawn]
+        if coloured or name in GEOMETRY:
+            image = OPERATIONS[name](image, level, sign, interpolation, fill)
     return image
+
+
+def has_colours(image: Pixels) -> bool:
+    """Whether operations on colours are defined: 1 or 3 channels of 8 bits."""
+    return image.dtype == np.uint8 and image.shape[2] in (1, 3)
+
+
+def fill_of(image: Pixels, data: DataConfig) -> tuple[float, ...]:
+    """What comes in from outside of an image: the mean of each channel."""
+    mean = np.broadcast_to(data.mean, image.shape[2])
+    if image.dtype.kind == "f":
+        return tuple(map(float, mean))
+    white = np.iinfo(image.dtype).max
+    return tuple(max(0, min(int(white), round(float(white * each)))) for each in mean)
 
 
 def color_jitter(image: Pixels, strength: float, rng: np.random.Generator) -> Pixels:

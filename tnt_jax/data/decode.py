@@ -1,70 +1,237 @@
-"""The content of an image file to pixels: simplejpeg for ordinary JPEGs, Pillow for all else, with the same result."""
+"""An image to pixels: the one reader of training, evaluation and prediction."""
 
+import dataclasses
 import io
+import os
+import struct
+from typing import BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
 import simplejpeg
 from PIL import Image
 
-from tnt_jax.config import InputError
-from tnt_jax.data.images import LARGEST, open_image
-from tnt_jax.data.resample import Pixels
+from tnt_jax.config import DataConfig, InputError
+from tnt_jax.data import deep
+from tnt_jax.data.samples import Pixels, at_full_scale, check_size, upright
 
 ORIENTATION = 0x0112
+LARGEST_WHOLE = 100_000_000
+"""Pixels. JPEGs of more are always decoded at a fraction of their size where that is large enough."""
 
 
-def decode(content: bytes, name: str, at_least: tuple[int, int] | None = None) -> Pixels:
-    """RGB pixels of an image file, upright.
+@runtime_checkable
+class SupportsArray(Protocol):
+    """An array of JAX, PyTorch or another library."""
+
+    def __array__(self) -> np.ndarray: ...
+
+
+ImageSource = str | os.PathLike | bytes | bytearray | memoryview | io.IOBase | BinaryIO | Image.Image | SupportsArray
+"""What an image is read from."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How images are read. See the fields of `DataConfig`."""
+
+    white: float | None = None
+    max_pixels: int = DataConfig.max_pixels
+    fast_decode: bool = False
+
+    @classmethod
+    def of(cls, data: DataConfig) -> "Reading":
+        return cls(data.white, data.max_pixels, data.fast_decode)
+
+
+AS_IT_IS = Reading()
+
+
+def read_image(
+    source: ImageSource,
+    channels: int | None = None,
+    *,
+    at_least: tuple[int, int] | None = None,
+    reading: Reading = Reading(),
+    name: str | None = None,
+) -> Pixels:
+    """The pixels of an image, upright as EXIF or XMP says: uint8, uint16 or float32 (height, width, channels).
+
+    Grey stays grey, palettes and CMYK become RGB, and of an animation it is the first picture. Alpha is a channel only
+    where as many channels are wanted; else it is dropped, which shows the colour beneath it. White is 255, 65535 or 1;
+    no sample is cut to fewer bits.
 
     Args:
-        content: the bytes of the file.
-        name: the file, for the error.
+        source: path, bytes of a file, open binary file, PIL image, or array (height, width[, channels]) of NumPy, JAX
+            or PyTorch.
+        channels: how many the model takes. The image may have others: see `to_channels`.
         at_least: height and width. A JPEG that is twice as large, or 4 or 8 times, is decoded at that fraction of its
-            size: much faster, but not with the pixels that resizing it would give.
+            size if it has more than `LARGEST_WHOLE` pixels or `reading.fast_decode` is set: much faster, but not with
+            the pixels that resizing it would give.
+        name: of the image, for errors.
 
     Raises:
-        InputError: this is no image, or a damaged one; the message names it and says why.
+        InputError: there is no such file, or it cannot be read as an image; the message says which and why.
     """
+    name = name or (os.fspath(source) if isinstance(source, str | os.PathLike) else getattr(source, "name", None))
+    name = name or "the image"
+    try:
+        if isinstance(source, str | os.PathLike):
+            with open(os.path.expanduser(source), "rb") as file:
+                source = file.read()
+        elif hasattr(source, "read"):
+            source = source.read()
+        if isinstance(source, bytes | bytearray | memoryview):
+            pixels = _decode(bytes(source), channels, at_least, reading)
+        elif isinstance(source, Image.Image):
+            pixels = _of_pillow(source, channels, reading)
+        elif hasattr(source, "__array__"):
+            array = np.asarray(source.detach().cpu() if hasattr(source, "detach") else source)
+            pixels = deep.of_array(array, channels, reading.white)
+        else:
+            raise InputError(
+                f"{source!r:.80} is no image; one is a path, bytes, an open file, a PIL image, or an array "
+                "(height, width, channels)"
+            )
+        check_size(*pixels.shape, reading.max_pixels)
+        return pixels
+    except InputError:
+        raise
+    except FileNotFoundError:
+        link = f": it is a link to {os.readlink(name)}, which is not there" if os.path.islink(name) else ""
+        raise InputError(f"there is no image {name}{link}") from None
+    except Exception as error:  # decoders raise nearly everything for a damaged file
+        raise InputError(f"{name} cannot be read as an image: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "it is not in a format that Pillow knows"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, MemoryError):
+        return "there is not enough memory for it"
+    return next(iter(str(error).splitlines()), None) or type(error).__name__
+
+
+def _decode(content: bytes, channels: int | None, at_least: tuple[int, int] | None, reading: Reading) -> Pixels:
     if not content:
-        raise InputError(f"{name} cannot be read as an image: it is empty")
-    if content.startswith(b"\xff\xd8\xff") and not _has_orientation(content):
-        try:
-            height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
-            # Pillow converts CMYK in another way, and it is the reference.
-            if colours in ("YCbCr", "RGB", "Gray") and height * width <= LARGEST:
-                return simplejpeg.decode_jpeg(content, **_scaled_down(height, width, at_least))
-        except ValueError:
-            pass  # Pillow reads it too, or says what is wrong
-    file = io.BytesIO(content)
-    file.name = name
-    return np.asarray(open_image(_drafted(file, at_least) if at_least else file))
+        raise ValueError("it is empty")
+    if content.startswith(b"\xff\xd8\xff"):
+        pixels = _jpeg(content, channels, at_least, reading)
+        if pixels is not None:
+            return pixels
+    if content.startswith(b"\x93NUMPY"):
+        return deep.of_array(np.load(io.BytesIO(content), allow_pickle=False), channels, reading.white)
+    if content.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        pixels = deep.tiff(content, channels, reading.white, reading.max_pixels)
+        if pixels is not None:
+            return pixels
+    if (samples := deep.pnm(content, reading.max_pixels)) is not None:
+        return samples
+    deep.register_plugin(content)
+    image = _open(content)
+    check_size(image.height, image.width, 1, reading.max_pixels)
+    if image.format == "PNG" and (samples := deep.png(image, content, channels)) is not None:
+        return upright(at_full_scale(samples, reading.white), _orientation(image))
+    if at_least and _small_enough(image.height * image.width, reading):
+        image.draft("RGB", (max(at_least),) * 2)  # it may lie on its side
+    return _of_pillow(image, channels, reading)
 
 
-def _scaled_down(height: int, width: int, at_least: tuple[int, int] | None) -> dict[str, int]:
+def _small_enough(pixels: int, reading: Reading) -> bool:
+    """Whether an image is decoded at a fraction of its size, if its format can do so."""
+    return reading.fast_decode or pixels > LARGEST_WHOLE
+
+
+def _jpeg(content: bytes, channels: int | None, at_least: tuple[int, int] | None, reading: Reading) -> Pixels | None:
+    """By simplejpeg, with Pillow's pixels; None where Pillow must do it, or say what is wrong."""
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
+    except ValueError:
+        return None
+    if colours not in ("YCbCr", "RGB", "Gray"):
+        return None  # Pillow converts CMYK in another way, and it is the reference
+    check_size(height, width, 1, reading.max_pixels)
+    orientation = _orientation_of_jpeg(content)
+    sizes = {}
+    if at_least and _small_enough(height * width, reading):
+        sizes = _scaled_down(height, width, at_least[::-1] if orientation > 4 else at_least)
+    kind = "Gray" if colours == "Gray" and channels != 3 else "RGB"
+    try:
+        pixels = simplejpeg.decode_jpeg(content, colorspace=kind, **sizes)
+    except ValueError:
+        return None
+    pixels = pixels.reshape(*pixels.shape[:2], -1)
+    pixels = at_full_scale(pixels, reading.white)
+    return pixels if orientation == 1 else upright(pixels, orientation)
+
+
+def _scaled_down(height: int, width: int, at_least: tuple[int, int]) -> dict[str, int]:
     """simplejpeg's arguments for the smallest of 1, 1/2, 1/4 and 1/8 of the size that is large enough."""
-    if not at_least:
-        return {}
     factor = next((n for n in (8, 4, 2) if height >= n * at_least[0] and width >= n * at_least[1]), 1)
     return {"min_height": -(-height // factor), "min_width": -(-width // factor)}
 
 
-def _drafted(file: io.BytesIO, at_least: tuple[int, int]) -> Image.Image | io.BytesIO:
-    """The same by Pillow. What is no image stays a file, and is refused as such."""
-    try:
-        picture = Image.open(file)
-        picture.name = file.name  # for the error
-        picture.draft("RGB", (max(at_least),) * 2)  # the image may lie on its side
-        return picture
-    except Exception:
-        file.seek(0)
-        return file
+def _orientation_of_jpeg(content: bytes) -> int:
+    """From EXIF or XMP data, wherever in the header they lie."""
+    at = 2
+    while at + 4 <= len(content) and content[at] == 0xFF:
+        marker = content[at + 1]
+        if marker in (0xDA, 0xD9):  # the picture begins, or ends
+            break
+        if marker == 0xFF:  # filling
+            at += 1
+            continue
+        if marker == 0xE1 and content[at + 4 : at + 8] in (b"Exif", b"http"):
+            try:
+                return _orientation(Image.open(io.BytesIO(content), formats=("JPEG", "MPO")))
+            except Exception:  # damaged metadata raise nearly everything
+                return 1
+        at += 2 + struct.unpack_from(">H", content, at + 2)[0]
+    return 1
 
 
-def _has_orientation(content: bytes) -> bool:
-    """Whether the EXIF data of a JPEG ask for the image to be rotated or mirrored."""
-    if content.find(b"Exif\0\0", 0, 65_536) < 0:
-        return False
+def _orientation(image: Image.Image) -> int:
+    """1 to 8. What is no orientation is 1."""
     try:
-        return Image.open(io.BytesIO(content)).getexif().get(ORIENTATION, 1) != 1
-    except Exception:  # damaged EXIF data raise nearly everything
-        return True  # Pillow decides
+        orientation = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # damaged metadata raise nearly everything
+        return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _open(content: bytes) -> Image.Image:
+    """As `Image.open`, without its limits: ours are checked before anything is decoded."""
+    file, prefix = io.BytesIO(content), content[:16]
+    for register in (Image.preinit, Image.init):
+        register()
+        for kind in Image.ID:
+            factory, accepts = Image.OPEN[kind]
+            if kind == "EPS" or (accepts and accepts(prefix) is not True and not accepts(prefix)):
+                continue  # EPS is a program, which Ghostscript would run
+            file.seek(0)
+            try:
+                return factory(file, "")
+            except (SyntaxError, IndexError, TypeError, struct.error):
+                continue
+    raise Image.UnidentifiedImageError
+
+
+def _of_pillow(image: Image.Image, channels: int | None, reading: Reading) -> Pixels:
+    check_size(image.height, image.width, 1, reading.max_pixels)
+    image.load()
+    orientation, mode = _orientation(image), image.mode
+    with_alpha = mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+    if mode.startswith("I;16") or mode in ("I", "F") or mode == "RGBX" or (mode == "RGBA" and channels == 4):
+        samples = np.asarray(image)
+    elif with_alpha and channels == 4:
+        samples = np.asarray(image.convert("RGBA"))
+    elif with_alpha and channels == 2 and mode in ("LA", "La", "L"):
+        samples = np.asarray(image.convert("LA"))
+    else:
+        samples = np.asarray(image.convert("L" if mode in ("1", "L", "LA", "La") else "RGB"))
+    if mode == "I" and image.format == "PPM":
+        samples = samples.astype(np.uint16)  # Pillow has scaled them to 65535
+    samples = samples.reshape(*samples.shape[:2], -1)
+    pixels = at_full_scale(samples, reading.white)
+    return pixels if orientation == 1 else upright(pixels, orientation)

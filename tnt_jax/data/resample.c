@@ -227,7 +227,8 @@ static inline doubles4 sample_linear(const uint8_t *padded, int height, int widt
 }
 
 /* 0 where there is no memory. */
-int affine(const uint8_t *image, int height, int width, uint8_t *out, const double *matrix, int cubic, int fill) {
+int affine(const uint8_t *image, int height, int width, uint8_t *out, const double *matrix, int cubic,
+           const uint8_t *fill) {
     size_t bytes = (size_t)height * width * CHANNELS;
     uint8_t *padded = malloc(bytes + SLACK);
     if (!padded) return 0;
@@ -237,7 +238,7 @@ int affine(const uint8_t *image, int height, int width, uint8_t *out, const doub
             double x = matrix[0] * (column + 0.5) + matrix[1] * (row + 0.5) + matrix[2];
             double y = matrix[3] * (column + 0.5) + matrix[4] * (row + 0.5) + matrix[5];
             if (!(x >= 0.0 && x < width && y >= 0.0 && y < height)) {
-                memset(out, fill, CHANNELS);
+                memcpy(out, fill, CHANNELS);
                 continue;
             }
             doubles4 value = cubic ? sample_cubic(padded, height, width, x - 0.5, y - 0.5)

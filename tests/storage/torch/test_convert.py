@@ -15,9 +15,9 @@ from state_dicts import as_torch, save_safetensors, state_dict
 
 import tnt_jax
 from tnt_jax.config import InputError
+from tnt_jax.data.classes import read_class_names
 from tnt_jax.models.variants import VARIANTS, model_config
 from tnt_jax.storage.convert import convert
-from tnt_jax.storage.description import read_class_names
 from tnt_jax.storage.folder import model_parameters, parameter_shapes
 from tnt_jax.storage.torch.layouts import layout_shapes
 from tnt_jax.storage.torch.read import read_file, recognise_config, recognise_layout, to_parameters

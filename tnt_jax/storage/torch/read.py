@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tnt_jax.config import InputError, ModelConfig
+from tnt_jax.data.classes import named_classes
 from tnt_jax.models.variants import VARIANTS, model_config
-from tnt_jax.storage.description import ModelDescription, description_from_dict, named_classes
+from tnt_jax.storage.description import ModelDescription, description_from_dict
 from tnt_jax.storage.folder import parameter_shapes
 from tnt_jax.storage.torch.formats import is_tensor, read_checkpoint
 from tnt_jax.storage.torch.layouts import ARCHITECTURES, OURS, UNUSED, from_layout, layout_shapes, tensor_names

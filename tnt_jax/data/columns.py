@@ -1,0 +1,212 @@
+"""Columns of a table to targets: one class, several classes, or numbers for each row."""
+
+import dataclasses
+import logging
+import math
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tnt_jax.config import DataConfig, InputError
+from tnt_jax.data.listing import natural_key
+
+if TYPE_CHECKING:
+    from tnt_jax.data.tables import Table
+
+LABEL_COLUMNS = ("label", "labels", "class", "target", "category")
+SEPARATORS = "|;,"
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """The cells of a column: its different values, in the order in which they come, and which one each row has."""
+
+    name: str
+    values: list[bytes]
+    codes: np.ndarray
+
+    @classmethod
+    def of_arrow(cls, name: str, column: Any) -> "Column":
+        """Of pyarrow's chunked array of binary."""
+        encoded = column.combine_chunks().dictionary_encode()
+        encoded = encoded.chunk(0) if hasattr(encoded, "chunk") else encoded
+        return cls(name, encoded.dictionary.to_pylist(), np.asarray(encoded.indices).astype(np.int32))
+
+    @property
+    def texts(self) -> list[str]:
+        return [os.fsdecode(value).strip() for value in self.values]
+
+    def bytes_of(self, rows: np.ndarray) -> list[bytes]:
+        """The cells of some rows."""
+        return [self.values[code] for code in self.codes[rows].tolist()]
+
+    def natural_codes(self) -> np.ndarray:
+        """Which value each row has, where values are numbered in their natural order."""
+        order = sorted(range(len(self.values)), key=lambda code: natural_key(self.texts[code]))
+        places = np.empty(len(order), np.int32)
+        places[order] = np.arange(len(order))
+        return places[self.codes]
+
+
+def targets_of(
+    table: "Table", data: DataConfig, others: set[str], training: np.ndarray | None
+) -> tuple[np.ndarray, tuple[str, ...], np.ndarray]:
+    """Targets of all rows, what the classes or numbers are called, and which of the classes training rows have.
+
+    Args:
+        others: columns that are no labels.
+        training: the training rows.
+
+    Raises:
+        InputError: a cell is empty, is no label or no number; the message names its line.
+    """
+    if training is None:
+        raise InputError(f"{table.path} has no row of the training split {data.train_split!r}")
+    if missing := [name for name in data.label_columns if name not in table.columns]:
+        table.chosen(missing[0], (), "")
+    columns = list(data.label_columns) or _label_columns(table, data, others)
+    if data.task == "regression":
+        targets = np.stack([_numbers(table, table.columns[name]) for name in columns], axis=1)
+        return targets, tuple(columns), np.ones(len(columns), bool)
+    if data.task == "multi_label" and len(columns) > 1:
+        targets = np.stack([_marks(table, table.columns[name]) for name in columns], axis=1)
+        return targets, tuple(columns), np.ones(len(columns), bool)
+    if len(columns) > 1:
+        raise InputError(
+            f"{table.path}: {len(columns)} columns of labels ({', '.join(columns)}) fit --data.task multi_label or "
+            "regression, and not single_label"
+        )
+    column = table.columns[columns[0]]
+    texts = [_text(table, column, code) for code in range(len(column.values))]
+    if data.task == "multi_label":
+        return _several(table, column, texts, data, training)
+    _refuse_numbers(table, column, texts)
+    names, numbers, trained = _class_names(table, column, [[text] for text in texts], data, training)
+    if "" in texts:
+        raise InputError(f"{_place(table, column, texts.index(''))}: the cell of {column.name!r} is empty")
+    return np.array([numbers[text] for text in texts], np.int32)[column.codes], names, trained
+
+
+def _label_columns(table: "Table", data: DataConfig, others: set[str]) -> list[str]:
+    found = table.chosen(None, LABEL_COLUMNS, "")
+    if data.task == "regression":
+        found = table.chosen(None, ("target", "targets", "value", "label"), "")
+        columns = [found] if found else [name for name in table.columns if name not in others]
+    elif found is None and data.task == "multi_label":
+        columns = [
+            name
+            for name, column in table.columns.items()
+            if name not in others and {value.strip() for value in column.values} <= {b"0", b"1", b"0.0", b"1.0"}
+        ]
+    else:
+        columns = [found] if found else []
+    if not columns:
+        table.chosen(None, LABEL_COLUMNS, "--data.label-columns", required=True)
+    return columns
+
+
+def _place(table: "Table", column: Column, code: int) -> str:
+    return table.place(int(np.flatnonzero(column.codes == code)[0]))
+
+
+def _text(table: "Table", column: Column, code: int) -> str:
+    try:
+        return column.values[code].decode().strip()
+    except UnicodeDecodeError:
+        raise InputError(
+            f"{_place(table, column, code)}: {column.values[code]!r} in column {column.name!r} is not UTF-8; "
+            "save the table as UTF-8, or name its encoding, such as --data.encoding latin-1"
+        ) from None
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _numbers(table: "Table", column: Column) -> np.ndarray:
+    values = np.empty(len(column.values), np.float32)
+    for code in range(len(column.values)):
+        text = _text(table, column, code)
+        number = _number(text)
+        if number is None or not math.isfinite(number):
+            what = "is empty" if not text else f"is {text!r}, and should be a finite number"
+            raise InputError(f"{_place(table, column, code)}: the cell of {column.name!r} {what}")
+        values[code] = number
+    return values[column.codes]
+
+
+def _marks(table: "Table", column: Column) -> np.ndarray:
+    values = _numbers(table, column)
+    if (wrong := (values != 0) & (values != 1)).any():
+        row = int(np.argmax(wrong))
+        raise InputError(
+            f"{table.place(row)}: the cell of {column.name!r} is {values[row]:g}, and should be 1 where the image has "
+            "the label and 0 where not"
+        )
+    return values
+
+
+def _refuse_numbers(table: "Table", column: Column, texts: list[str]) -> None:
+    """Measurements are no classes."""
+    if len(texts) > 20 and all("." in text and _number(text) is not None for text in texts):
+        raise InputError(
+            f"{table.path}: column {column.name!r} has {len(texts)} different numbers such as {texts[0]}, which are no "
+            "classes; --data.task regression predicts numbers"
+        )
+
+
+def _several(
+    table: "Table", column: Column, texts: list[str], data: DataConfig, training: np.ndarray
+) -> tuple[np.ndarray, tuple[str, ...], np.ndarray]:
+    """Cells with any number of labels; an empty one has none."""
+    separator = data.label_separator or next((each for each in SEPARATORS if any(each in text for text in texts)), "|")
+    if data.label_separator is None:
+        logger.info("%s: labels in column %r are divided by %r", table.path, column.name, separator)
+    cells = [[label.strip() for label in text.split(separator) if label.strip()] for text in texts]
+    names, numbers, trained = _class_names(table, column, cells, data, training)
+    targets = np.zeros((len(cells), len(names)), np.float32)
+    for code, labels in enumerate(cells):
+        targets[code, [numbers[label] for label in labels]] = 1
+    return targets[column.codes], names, trained
+
+
+def _class_names(
+    table: "Table", column: Column, cells: list[list[str]], data: DataConfig, training: np.ndarray
+) -> tuple[tuple[str, ...], dict[str, int], np.ndarray]:
+    """Names of the classes, the number of each, and which of them training rows have."""
+    used = np.unique(column.codes[training])
+    trained = {label for code in used for label in cells[code]} - {""}
+    there = {label for labels in cells for label in labels} - {""}
+    names = class_names_of(data, there)
+    numbers = {name: number for number, name in enumerate(names)}
+    for code, labels in enumerate(cells):
+        for label in labels:
+            if label and label not in numbers:
+                raise InputError(
+                    f"{_place(table, column, code)}: label {label!r} in column {column.name!r} is none of the "
+                    f"{len(names)} classes of {data.class_names}"
+                )
+    if data.class_names is None and not data.other_classes:
+        only = [name for name in names if name not in trained]
+        if only:
+            code = next(code for code, labels in enumerate(cells) if only[0] in labels)
+            raise InputError(
+                f"{_place(table, column, code)}: no training image has label {only[0]!r}"
+                + (f" (nor {len(only) - 1} others)" if len(only) > 1 else "")
+                + "; --data.other-classes True allows classes that only the evaluated split has"
+            )
+    return names, numbers, np.array([name in trained for name in names], bool)
+
+
+def class_names_of(data: DataConfig, there: set[str]) -> tuple[str, ...]:
+    """The classes in their order: that of `data.class_names`, or sorted, numbers in them as numbers."""
+    if data.class_names is None:
+        return tuple(sorted(there, key=natural_key))
+    from tnt_jax.data.classes import read_class_names
+
+    return read_class_names(data.class_names)

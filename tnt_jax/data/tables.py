@@ -1,0 +1,287 @@
+"""Tables of images: CSV, TSV and Parquet, a row for an image."""
+
+import csv
+import dataclasses
+import functools
+import io
+import logging
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tnt_jax.config import DataConfig, InputError
+from tnt_jax.data.columns import Column, targets_of
+from tnt_jax.data.decode import Reading
+from tnt_jax.data.listing import FileNames
+from tnt_jax.data.sources import FileSource, NoSplitError, names_of_split
+
+IMAGE_COLUMNS = ("image", "path", "file", "filename", "file_name", "image_path", "filepath")
+SHOWN = 5  # paths in a message
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table as it was read: rows of text."""
+
+    path: str
+    columns: dict[str, Column]
+    lines: bool
+    """Whether rows have line numbers."""
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())).codes)
+
+    def chosen(self, given: str | None, usual: Sequence[str], option: str, required: bool = False) -> str | None:
+        """The name of a column: the one that was given, or else the first of the usual ones that is there."""
+        by_lower = {name.lower(): name for name in self.columns}
+        if given is not None:
+            if given in self.columns:
+                return given
+            raise InputError(f"{self.path} has no column {given!r}; it has {self._listed()}")
+        found = next((by_lower[name] for name in usual if name in by_lower), None)
+        if found is None and required:
+            raise InputError(
+                f"{self.path} has no column {' or '.join(map(repr, usual[:3]))}; it has {self._listed()}: name one of "
+                f"them with {option}"
+            )
+        return found
+
+    def _listed(self) -> str:
+        return ", ".join(map(repr, list(self.columns)[:20]))
+
+    def place(self, row: int) -> str:
+        """Where a row stands, for a message."""
+        if not self.lines:
+            return f"{self.path}, row {row + 1}"
+        return f"{self.path}, line {_line_of(self.path, row)}"
+
+
+def open_table(argument: str, data: DataConfig, split: str) -> FileSource:
+    """A table with a row for each image: its path, relative to the table, and its label or labels.
+
+    A column `split` says which rows are of a split; without one all are training images.
+
+    Raises:
+        InputError: the table cannot be read, a column is missing, or a row is wrong: the message names it.
+    """
+    path = os.path.expanduser(argument)
+    table = read_table(path, data.encoding)
+    image = table.chosen(data.image_column, IMAGE_COLUMNS, "--data.image-column", required=True)
+    split_column = table.chosen(data.split_column, ("split",), "--data.split-column")
+    fold = table.chosen(data.fold_column, ("fold",), "--data.fold-column")
+    group = table.chosen(data.group_column, ("group",), "--data.group-column")
+    others = {name for name in (image, split_column, fold, group, "weight") if name}
+    targets, class_names, in_training = targets_of(table, data, others, _rows_of(table, split_column, data.train_split))
+    names = table.columns[image]
+    _check_images(table, names, os.path.dirname(os.path.abspath(path)))
+    rows = _rows_of(table, split_column, split)
+    if rows is None:
+        there = table.columns[split_column].texts if split_column else (data.train_split,)
+        raise NoSplitError(split, sorted(there))
+    _say_what_differs(table, class_names, in_training, targets[rows], data, split)
+    return FileSource(
+        os.path.dirname(os.path.abspath(path)),
+        FileNames([("", names.bytes_of(rows))]),
+        targets[rows],
+        class_names,
+        Reading.of(data),
+        groups=None if group is None else table.columns[group].codes[rows],
+        folds=None if fold is None else table.columns[fold].natural_codes()[rows],
+    )
+
+
+def _rows_of(table: Table, split_column: str | None, split: str) -> np.ndarray | None:
+    """The rows of a split; None where there is no such split."""
+    if split_column is None:
+        return np.arange(len(table)) if split in names_of_split("train") else None
+    column = table.columns[split_column]
+    if b"" in column.values:
+        row = int(np.flatnonzero(column.codes == column.values.index(b""))[0])
+        raise InputError(f"{table.place(row)}: the cell of {split_column!r} is empty")
+    for name in names_of_split(split):
+        codes = [code for code, text in enumerate(column.texts) if text.lower() == name.lower()]
+        if codes:
+            return np.flatnonzero(np.isin(column.codes, codes))
+    return None
+
+
+def _say_what_differs(table, class_names, in_training, targets, data: DataConfig, split: str) -> None:
+    """Names the classes that only some rows have."""
+    if data.task == "regression":
+        return
+    there = np.unique(targets) if targets.ndim == 1 else np.flatnonzero(targets.any(axis=0))
+    here = np.zeros(len(class_names), bool)
+    here[there] = True
+    check_classes(class_names, in_training, here, table.path, data, split)
+
+
+def check_classes(
+    class_names: Sequence[str], in_training: np.ndarray, here: np.ndarray, name: str, data: DataConfig, split: str
+) -> None:
+    """Says which classes a split lacks, and refuses those that training lacks unless `data.other_classes` allows them.
+
+    Args:
+        in_training: bool (classes,), whether the training images have each.
+        here: the same of the split.
+    """
+    if (only := [class_names[label] for label in np.flatnonzero(here & ~in_training)]) and not data.other_classes:
+        raise InputError(
+            f"{name}: split {split!r} has classes that no training image has: {listed(only)}; "
+            "--data.other-classes True allows them"
+        )
+    if lacking := [class_names[label] for label in np.flatnonzero(in_training & ~here)]:
+        logger.warning("%s: split %r has no image of %s", name, split, listed(lacking))
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few of some names, and how many others there are."""
+    shown = ", ".join(map(str, names[:SHOWN]))
+    return shown if len(names) <= SHOWN else f"{shown} and {len(names) - SHOWN} others"
+
+
+def _check_images(table: Table, column: Column, folder: str) -> None:
+    """Every row has an image, which no other row has, and which is there."""
+    if b"" in column.values:
+        row = int(np.flatnonzero(column.codes == column.values.index(b""))[0])
+        raise InputError(f"{table.place(row)}: the cell of {column.name!r} is empty")
+    if len(column.values) < len(table):
+        _, first, counts = np.unique(column.codes, return_index=True, return_counts=True)
+        code = int(np.argmax(counts > 1))
+        again = int(np.flatnonzero(column.codes == column.codes[first[code]])[1])
+        many = int((counts > 1).sum())
+        raise InputError(
+            f"{table.place(again)}: {os.fsdecode(column.values[column.codes[again]])} is there for the second time, "
+            f"first in {table.place(int(first[code]))}" + (f"; so are {many - 1} other images" if many > 1 else "")
+        )
+    missing = _missing(os.fsencode(folder), column.values)
+    if missing:
+        row = int(np.flatnonzero(column.codes == missing[0])[0])
+        names = [os.fsdecode(column.values[code]) for code in missing]
+        raise InputError(
+            f"{table.place(row)}: {len(missing):,} of {len(table):,} images are not there, looked for in {folder}: "
+            f"{listed(names)}"
+        )
+
+
+def _missing(folder: bytes, names: Sequence[bytes]) -> list[int]:
+    """Which of these files are not there. Each folder is listed once, which is faster than to ask for every file."""
+    missing, entries = [], {}
+    for index, name in enumerate(names):
+        place, _, base = name.rpartition(b"/")
+        there = entries.get(place)
+        if there is None:
+            there = entries[place] = _entries(os.path.join(folder, place or (b"/" if name[:1] == b"/" else b"")))
+        if base not in there:
+            missing.append(index)
+    return missing
+
+
+def _entries(folder: bytes) -> set[bytes]:
+    try:
+        return set(os.listdir(folder))
+    except OSError:
+        return set()
+
+
+def read_table(path: str, encoding: str | None = None) -> Table:
+    """Reads a CSV, TSV or Parquet file.
+
+    Raises:
+        InputError: it cannot be read as one.
+    """
+    try:
+        stat = os.stat(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read as a table: {error.strerror}") from error
+    return _read(path, encoding, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache(maxsize=1)  # both splits of a run are opened from one reading
+def _read(path: str, encoding: str | None, *version: int) -> Table:
+    del version
+    parquet = pathlib.Path(path).suffix.lower() in (".parquet", ".pq")
+    try:
+        columns = _read_parquet(path) if parquet else _read_text(path, encoding)
+    except InputError:
+        raise
+    except (OSError, ValueError, LookupError, csv.Error) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path} cannot be read as a table: {reason}") from error
+    table = Table(path, columns, not parquet)
+    if not len(table):
+        raise InputError(f"{path} has no rows")
+    return table
+
+
+def _read_text(path: str, encoding: str | None) -> dict[str, Column]:
+    import pyarrow as pa
+    from pyarrow import csv as arrow_csv
+
+    with open(path, "rb") as file:
+        head = file.read(1 << 16)
+    if not head.strip():
+        raise InputError(f"{path} is empty; its first line should name the columns")
+    encoding = encoding or ("utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")
+    header, delimiter = _header(path, head.decode(encoding, "replace").removeprefix("\ufeff"))
+    again = [name for name in header if header.count(name) > 1]
+    if again:
+        raise InputError(f"{path} has two columns {again[0]!r}")
+    read = arrow_csv.read_csv(
+        path,
+        arrow_csv.ReadOptions(encoding=encoding, column_names=header, skip_rows=1),
+        arrow_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        arrow_csv.ConvertOptions(
+            check_utf8=False, column_types=dict.fromkeys(header, pa.binary()), strings_can_be_null=False
+        ),
+    )
+    return {name: Column.of_arrow(name, read[name]) for name in header}
+
+
+def _header(path: str, head: str) -> tuple[list[str], str]:
+    """Names of the columns, and what stands between them."""
+    first = head.splitlines()[0]
+    delimiter = "\t" if path.lower().endswith((".tsv", ".tab")) else ","
+    if first.count(delimiter) == 0:
+        other = max(";\t,", key=first.count)
+        if first.count(other):
+            logger.warning("%s: its columns are divided by %r", path, other)
+            delimiter = other
+    names = [name.strip() for name in next(csv.reader(io.StringIO(head), delimiter=delimiter))]
+    return names, delimiter
+
+
+def _read_parquet(path: str) -> dict[str, Column]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    read = parquet.read_table(path)
+    columns = {}
+    for name in read.column_names:
+        kind = read[name].type
+        if pa.types.is_list(kind) or pa.types.is_struct(kind) or pa.types.is_map(kind):
+            continue  # not a label that a cell could hold
+        column = read[name].cast(pa.string()).fill_null("")
+        columns[name] = Column.of_arrow(name, column.cast(pa.binary()))
+    return columns
+
+
+def _line_of(path: str, row: int) -> int:
+    """The line where a row begins, from 1 on: cells may hold line breaks."""
+    with open(path, encoding="latin-1", newline="") as file:
+        head = file.readline()
+        file.seek(0)
+        rows = csv.reader(file, delimiter=max(",;\t", key=head.count))
+        before = 0
+        for _ in range(row + 1):
+            next(rows, None)
+            before = rows.line_num
+    return before + 1
+
+
+def columns_that(table: Table, accept: Any, without: set[str]) -> list[str]:
+    """Names of the columns, but for some, all of whose values are accepted."""
+    return [name for name, column in table.columns.items() if name not in without and all(map(accept, column.values))]
