@@ -94,9 +94,9 @@ LIMITS = {
 
 
 def logits_of(model: Model) -> Callable[[Array], Array]:
-    """The function that is exported: uint8 pixels (batch, height, width, channels) to logits (batch, classes).
+    """What is exported: the function from uint8 pixels (batch, height, width, channels) to logits (batch, classes).
 
-    """What is exported, a function from uint8 pixels (batch, height, width, channels) to logits (batch, classes).
+    Of a regression, to values in the units of the targets. Of a model with `num_classes=0`, to its features. Products of
     float32 matrices are exact to float32 on every platform, so that a file is compared with what a CPU computes.
     """
     graphdef, state = nnx.split(model)
