@@ -96,8 +96,8 @@ LIMITS = {
 def logits_of(model: Model) -> Callable[[Array], Array]:
     """What is exported: the function from uint8 pixels (batch, height, width, channels) to logits (batch, classes).
 
-    Of a regression, to values in the units of the targets. Of a model with `num_classes=0`, to its features. Products of
-    float32 matrices are exact to float32 on every platform, so that a file is compared with what a CPU computes.
+    Of a regression, to values in the units of the targets. Of a model with `num_classes=0`, to its features. Products
+    of float32 matrices are exact to float32 on every platform, so that a file is compared with what a CPU computes.
     """
     graphdef, state = nnx.split(model)
     preprocessing, outputs = description_of(model).preprocessing, description_of(model).outputs

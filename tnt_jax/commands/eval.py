@@ -177,13 +177,40 @@ def _of_values(answers, names) -> list[dict]:
 
 
 def _print(console: Console, rows: list[dict[str, str]], title: str | None) -> None:
+    """A line for each row; where these are too wide, a column for each, of which models have their names above."""
     from tnt_jax.commands.tables import columns_of
 
-    caption = "shares in percent; below, 95% intervals"
+    caption = "shares in percent; in brackets 95% intervals"
+    names = columns_of(rows)
+    widths = {name: max(len(line) for row in rows for line in _lines(name, row)) for name in names}
+    widths |= {name: min(widths[name], MODEL_WIDTH) for name in ("model", "data") if name in widths}
+    if sum(widths.values()) + 2 * len(names) > console.width and "model" in names and len(rows) <= MOST_COLUMNS:
+        _print_columns(console, rows, names)
+        return
     table = Table(title=title, caption=caption, box=rich.box.SIMPLE_HEAD, pad_edge=False)
-    for name in columns_of(rows):
+    for name in names:
         words, long = name in ("model", "weights", "data", "method", "class", "target"), name in ("model", "data")
         table.add_column(name, justify="left" if words else "right", overflow="fold", no_wrap=not long)
     for row in rows:
-        table.add_row(*(row.get(name, "-").replace(" (", "\n(") for name in columns_of(rows)))
+        table.add_row(*(row.get(name, "-").replace(" (", "\n(") for name in names))
+    console.print(table, markup=False)
+
+
+MODEL_WIDTH = 16
+MOST_COLUMNS = 3
+
+
+def _lines(name: str, row: dict[str, str]) -> list[str]:
+    return [name, *row.get(name, "-").replace(" (", "\n(").splitlines()]
+
+
+def _print_columns(console: Console, rows: list[dict[str, str]], names: list[str]) -> None:
+    of_model = [name for name in ("model", "weights", "data") if name in names]
+    table = Table(caption="shares in percent; in brackets 95% intervals", box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for row in rows:
+        table.add_column("\n".join(row.get(name, "-") for name in of_model), justify="right", overflow="fold")
+    for name in names:
+        if name not in of_model:
+            table.add_row(name, *(row.get(name, "-") for row in rows))
     console.print(table, markup=False)

@@ -70,7 +70,8 @@ def _parsed(line: str) -> dict | None:
 def _line(axes, lines: Sequence[dict], field: str, label: str, scale: float = 1) -> None:
     colour, style = LINES[label]
     values = [scale * line[field] for line in lines]
-    axes.plot([line["epoch"] for line in lines], values, color=colour, linestyle=style, label=label)
+    marker = "o" if len(values) == 1 else None  # a line of one point is not seen
+    axes.plot([line["epoch"] for line in lines], values, color=colour, linestyle=style, label=label, marker=marker)
 
 
 def _over_epochs(axes, title: str) -> None:
