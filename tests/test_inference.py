@@ -194,7 +194,7 @@ def test_a_list_of_images_gives_a_list(model, photos):
         (None, "None is no image; one is a path, bytes"),
         (3, "3 is no image"),
         (np.zeros((3, 40, 50), np.uint8), r"its channels are first: transpose them, as in image\.transpose\(1, 2, 0\)"),
-        (torch.zeros(40, 50, 3), "dtype float32 was given, and should be uint8"),
+        (torch.full((40, 50, 3), 200.0), "its samples are float32 from 200 to 200, and what is white is not known"),
     ],
 )
 def test_what_is_no_image_is_said(given, message, model):

@@ -17,13 +17,14 @@ _HOME = {
     "save_model": "storage.folder",
     "summary": "models.summary",
 }
+_MODULES = {"attribution": "evaluation.attribution"}
 _ROOMS = ("config", "data", "evaluation", "export", "inference", "models", "storage", "training", "visualize")
-__all__ = ["__version__", *_HOME, *_ROOMS]
+__all__ = ["__version__", *_HOME, *_MODULES, *_ROOMS]
 
 
 def __getattr__(name: str):
-    if name in _ROOMS:
-        return importlib.import_module(f"tnt_jax.{name}")
+    if name in _ROOMS or name in _MODULES:
+        return importlib.import_module(f"tnt_jax.{_MODULES.get(name, name)}")
     if name not in _HOME:
         raise AttributeError(f"module 'tnt_jax' has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(f"tnt_jax.{_HOME[name]}"), name)

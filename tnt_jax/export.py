@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, UInt8
 
 from tnt_jax.config import InputError
 from tnt_jax.data.mixing import normalise
-from tnt_jax.models.variants import Model, abstract_model
+from tnt_jax.models.variants import Model, with_formulation
 from tnt_jax.storage.description import description_of
 from tnt_jax.storage.files import write_whole
 
@@ -120,8 +120,7 @@ def output_name(model: Model) -> str:
 
 def _of_equations(model: Model) -> Model:
     """The same model without kernels, which nobody has who does not have this code."""
-    graphdef, _ = nnx.split(abstract_model(dataclasses.replace(model.config, inner="reference")))
-    plain = nnx.merge(graphdef, nnx.state(model))
+    plain = with_formulation(model, "reference")
     plain.description = description_of(model)
     return plain
 

@@ -28,12 +28,12 @@ def test_every_operation_of_the_record_is_ours():
 @pytest.mark.parametrize("case", RECORDED)
 def test_randaugment_operation_equals_timms(case):
     name, magnitude, sign = case.split("|")
-    ours = augment.OPERATIONS[name](GOLDEN["image"], float(magnitude) / 10, float(f"{sign}1"), BICUBIC, 128)
+    ours = augment.OPERATIONS[name](GOLDEN["image"], float(magnitude) / 10, float(f"{sign}1"), BICUBIC, (128,) * 3)
     np.testing.assert_array_equal(ours, GOLDEN[case])
 
 
 def test_posterize_to_no_bits_is_black():
-    assert not augment.OPERATIONS["PosterizeIncreasing"](GOLDEN["image"], 1.0, 1, BICUBIC, 128).any()
+    assert not augment.OPERATIONS["PosterizeIncreasing"](GOLDEN["image"], 1.0, 1, BICUBIC, (128,) * 3).any()
 
 
 def test_crops_have_the_area_and_the_aspect_of_the_recipe_and_lie_inside():
@@ -94,7 +94,7 @@ def test_randaugment_applies_each_operation_equally_often_half_of_the_time(monke
     assert 0.04 < np.std(levels) < 0.05
     assert abs(np.mean(signs)) < 0.05
     assert abs(interpolations.count(BICUBIC) / len(calls) - 0.5) < 0.03
-    assert set(fills) == {128}
+    assert set(fills) == {(128,) * 3}
 
 
 def test_colour_jitter_acts_only_where_randaugment_is_off(monkeypatch):

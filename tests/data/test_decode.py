@@ -80,7 +80,7 @@ def test_an_unreadable_image_is_named_with_the_reason(tmp_path, picture):
         read_image(tmp_path / "bomb.png", reading=Reading(max_pixels=10))
 
 
-@pytest.mark.parametrize("array", [np.zeros((3, 4, 4), np.float32), np.zeros((4, 4, 2), np.uint8), np.zeros(4)])
+@pytest.mark.parametrize("array", [np.zeros((3, 5, 6), np.float32), np.zeros((4, 4, 2), np.uint8), np.zeros(4)])
 def test_an_array_must_be_pixels(array):
     with pytest.raises(InputError, match="should be numbers"):
         read_image(array, 3)

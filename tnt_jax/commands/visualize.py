@@ -9,7 +9,7 @@ import tyro
 from tnt_jax.commands.cli import command, parse_with_config
 from tnt_jax.config import InputError
 
-OF_IMAGES = ("inner-attention", "outer-attention", "class-attention", "words", "features", "tsne")
+OF_IMAGES = ("why", "inner-attention", "outer-attention", "class-attention", "words", "features", "tsne")
 OF_ANSWERS = ("confusion", "mistakes")
 OF_CONFIGURATIONS = ("schedule", "batch")
 
@@ -18,7 +18,8 @@ OF_CONFIGURATIONS = ("schedule", "batch")
 class Arguments:
     """Draws a picture. Blocks, rows and columns are counted from 0.
 
-    Of images (without any, the first test image): inner-attention: each word's attention inside a patch;
+    Of images (without any, the first test image): why: what a class owes to each word;
+    inner-attention: each word's attention inside a patch;
     outer-attention: a patch's attention over the image, in every block; class-attention: that of the class token, by
     head and rolled out over the depth; words: word embeddings where they lie in the image, in every block; features:
     channels of some blocks as maps; tsne: the last block's feature maps as points, or without an image all test images.
@@ -41,7 +42,15 @@ class Arguments:
     patch: tuple[int, int] | None = None
     """For inner- and outer-attention: row and column of the patch; by default the one in the middle."""
     block: int | None = None
-    """For inner- and class-attention: the block; by default the last."""
+    """For inner- and class-attention and grad-cam: the block; by default the last."""
+    class_: Annotated[tuple[str, ...], tyro.conf.arg(name="class", metavar="NAME ...")] = ()
+    """For why: classes by name or number, one row each; by default the predicted one."""
+    method: tuple[str, ...] = ()
+    """For why: rollout, legrad, grad-cam, integrated-gradients, smoothgrad, one or several; by default rollout."""
+    size: Literal["sentences", "words", "pixels"] | None = None
+    """For why: of a place that has a number; by default words."""
+    maps: str | None = None
+    """For why: also write the maps to this file: .npy, (images and classes, methods, rows, columns)."""
     source: str | None = None
     """Where test images come from, as for eval.py; a training run knows its own."""
     count: int = 24
@@ -71,14 +80,15 @@ def main() -> None:
     print(f"{out} shows {arguments.what} of {arguments.model}")
 
 
-USED = {"patch": ("inner-attention", "outer-attention"), "block": ("inner-attention", "class-attention")}
+USED = {"patch": ("inner-attention", "outer-attention"), "block": ("why", "inner-attention", "class-attention")}
+USED |= dict.fromkeys(("class_", "method", "size", "maps"), ("why",))
 USED |= {"images": OF_IMAGES, "source": (*OF_IMAGES, *OF_ANSWERS)}
 
 
 def _refuse_what_is_not_used(arguments: Arguments) -> None:
     for name, pictures in USED.items():
         if getattr(arguments, name) not in (None, ()) and arguments.what not in pictures:
-            flag = "an image" if name == "images" else f"--{name}"
+            flag = "an image" if name == "images" else f"--{name.rstrip('_')}"
             raise InputError(f"{flag} was given, and {arguments.what} has no use for it; {', '.join(pictures)} have")
     if arguments.count < 1:
         raise InputError(f"--count is {arguments.count}, and must be at least 1")
@@ -103,9 +113,26 @@ def _of_images(arguments: Arguments):
         if len(images) > 1:
             raise InputError(f"tsne shows the feature maps of one image, and {len(images)} were given")
         return visualize.map_tsne(model, images[0])
+    if arguments.what == "why":
+        return _why(arguments, model, images)
     draw = getattr(visualize, arguments.what.replace("-", "_"))
     chosen = {name: getattr(arguments, name) for name in ("patch", "block") if arguments.what in USED[name]}
     return draw(model, images, **chosen)
+
+
+def _why(arguments: Arguments, model, images: list):
+    from tnt_jax.storage.files import check_ending
+    from tnt_jax.visualize.why import draw_explanations, explained_images, write_maps
+
+    if arguments.maps:
+        check_ending(arguments.maps, (".npy",), "a file of maps")
+    chosen = {"methods": arguments.method or ("rollout",), "size": arguments.size or "words"}
+    if arguments.block is not None:
+        chosen["block"] = arguments.block
+    explanations = explained_images(model, images, classes=arguments.class_, **chosen)
+    if arguments.maps:
+        write_maps(explanations, arguments.maps)
+    return draw_explanations(model, explanations, chosen["methods"])
 
 
 def _of_answers(arguments: Arguments):

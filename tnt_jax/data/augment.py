@@ -68,9 +68,9 @@ def random_shift(image: Pixels, share: float, rng: np.random.Generator) -> Pixel
     """Moves the image by up to `share` of its sides; the edge is repeated."""
     height, width, _ = image.shape
     most = [round(share * side) for side in (height, width)]
-    padded = np.pad(image, [(most[0],) * 2, (most[1],) * 2, (0, 0)], mode="edge")
-    top, left = (rng.integers(0, 2 * pixels + 1) for pixels in most)
-    return padded[top : top + height, left : left + width]
+    down, right = (rng.integers(0, 2 * pixels + 1) - pixels for pixels in most)
+    rows, columns = np.arange(height) + down, np.arange(width) + right
+    return image[rows.clip(0, height - 1)[:, None], columns.clip(0, width - 1)]
 
 
 # RandAugment. `level` is the strength over 10, so from 0 to 1, and `sign` 1 or -1. Source: timm's auto_augment.py, its

@@ -51,7 +51,7 @@ def read_image(
     channels: int | None = None,
     *,
     at_least: tuple[int, int] | None = None,
-    reading: Reading = Reading(),
+    reading: Reading = AS_IT_IS,
     name: str | None = None,
 ) -> Pixels:
     """The pixels of an image, upright as EXIF or XMP says: uint8, uint16 or float32 (height, width, channels).

@@ -34,9 +34,10 @@ def open_folder(argument: str, data: DataConfig, split: str) -> FileSource:
     if folder is None:
         raise NoSplitError(split, folders_in(root))
     training = _split_folder(root, data.train_split) or folder
-    here = folders_in(folder)
+    here = () if (folder / LABEL_FILE).is_file() else folders_in(folder)
     trained = folders_in(training)
-    class_names = class_names_of(data, {*trained, *(here if not (folder / LABEL_FILE).is_file() else ())})
+    evaluated = _split_folder(root, data.eval_split) if data.other_classes else None
+    class_names = class_names_of(data, {*trained, *here, *(folders_in(evaluated) if evaluated else ())})
     if unknown := sorted({*trained, *here} - set(class_names), key=natural_key) if data.class_names else []:
         raise InputError(
             f"{data.class_names} does not name the class folders {listed(unknown)} of {root}; it has {len(class_names)}"

@@ -353,3 +353,13 @@ def build_model(config: ModelConfig, seed: int = 0) -> Model:
 def abstract_model(config: ModelConfig) -> Model:
     """The module that a configuration describes with shapes in the place of parameters. Nothing is allocated."""
     return (PyramidTNT if config.architecture == "pyramid" else TNT)(config, rngs=ABSTRACT)
+
+
+def with_formulation(model: Model, inner: str, **changes: Any) -> Model:
+    """The same parameters in a model that computes by another formulation (`ModelConfig.inner`).
+
+    Args:
+        changes: other fields of `ModelConfig` that the shapes of parameters do not depend on, such as `dtype`.
+    """
+    graph, _ = nnx.split(abstract_model(dataclasses.replace(model.config, inner=inner, **changes)))
+    return nnx.merge(graph, nnx.state(model))

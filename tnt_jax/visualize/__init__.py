@@ -5,6 +5,7 @@ from tnt_jax.visualize.attention import class_attention, inner_attention, outer_
 from tnt_jax.visualize.batch import batch
 from tnt_jax.visualize.runs import curves, schedule
 from tnt_jax.visualize.tokens import features, image_tsne, map_tsne, words
+from tnt_jax.visualize.why import why
 
 __all__ = [
     "batch",
@@ -18,5 +19,6 @@ __all__ = [
     "mistakes",
     "outer_attention",
     "schedule",
+    "why",
     "words",
 ]

@@ -88,11 +88,40 @@ def show_image(axes, pixels: np.ndarray, title: str = "") -> None:
     title_of(axes, title)
 
 
-def show_map(axes, values: Float[np.ndarray, "rows columns"], pixels: np.ndarray, title: str = "") -> None:
-    """A map in colours from its least to its greatest value, with the image shining through it."""
+def show_map(
+    axes,
+    values: Float[np.ndarray, "rows columns"],
+    pixels: np.ndarray,
+    title: str = "",
+    *,
+    colours: str = MAP,
+    limits: tuple[float | None, float | None] = (None, None),
+):
+    """A map in colours, by default from its least to its greatest value, with the image shining through it.
+
+    Returns:
+        What `colour_bar` takes.
+    """
     height, width = pixels.shape[:2]
     show_image(axes, np.repeat(pixels.mean(axis=-1, keepdims=True).astype(np.uint8), 3, axis=-1), title)
-    axes.imshow(values, cmap=MAP, alpha=0.75, extent=(0, width, height, 0), interpolation="nearest")
+    place = {"extent": (0, width, height, 0), "interpolation": "nearest"}
+    return axes.imshow(values, cmap=colours, alpha=0.75, vmin=limits[0], vmax=limits[1], **place)
+
+
+def colour_bar(part, drawn, axes, label: str) -> None:
+    """What the colours of a map mean, beside it or beside several."""
+    bar = part.colorbar(drawn, ax=axes, shrink=0.85, aspect=18, pad=0.02)
+    bar.set_label(label, fontsize=7)
+    bar.ax.tick_params(labelsize=6)
+
+
+def bar_of_each(part, axes: list, label: str) -> None:
+    """One bar for maps that each run from their own least to their own greatest value."""
+    from matplotlib.cm import ScalarMappable
+
+    bar = part.colorbar(ScalarMappable(cmap=MAP), ax=axes, shrink=0.6, aspect=25, pad=0.01, ticks=(0, 1))
+    bar.ax.set_yticklabels(("least", "most"), fontsize=6)
+    bar.set_label(label, fontsize=7)
 
 
 def title_of(axes, title: str) -> None:
