@@ -1,18 +1,25 @@
+import dataclasses
+import datetime
 import json
+import os
+import re
 import subprocess
 import sys
+import venv
 
 import commands
+import jax
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 from small_models import small_model, small_pyramid
 
 import tnt_jax
 from tnt_jax import export
 from tnt_jax.config import InputError
 from tnt_jax.data.mixing import normalise
-from tnt_jax.export import export_model
+from tnt_jax.export import description_path, export_model, load_export
 from tnt_jax.storage.description import description_of
 
 NAMES = ("ant", "bee", "cat")
@@ -43,10 +50,12 @@ def test_the_command_writes_stablehlo_for_a_process_without_this_project(tmp_pat
     code, out, err = commands.run(*command)
     assert code == 0, err
     assert "cannot be trained" in out
-    described = json.loads((tmp_path / "a.json").read_text())
+    described = json.loads((tmp_path / "a.stablehlo.json").read_text())
     assert described["input"]["shape"] == ["batch", 32, 32, 3]
     assert described["output"]["shape"] == ["batch", 3]
-    assert (described["class_names"], described["crop"]) == (list(NAMES), 0.9)
+    assert (described["class_names"], described["input"]["resize_to_cover"]) == (list(NAMES), [35, 35])
+    assert described["made"]["versions"]["jax"] == jax.__version__
+    assert datetime.date.fromisoformat(described["made"]["read_until"]) > datetime.date.today()
 
     np.save(tmp_path / "five.npy", pixels(5))  # it was compared with three images when it was written
     stranger = [sys.executable, "-c", STRANGER, str(path), str(tmp_path / "five.npy")]
@@ -78,6 +87,7 @@ def test_onnx_runtime_computes_the_same_logits_for_any_number_of_images(make, tm
     done = export_model(model, tmp_path / "small.onnx", "onnx")
     assert done.difference <= 1e-4
     onnx.checker.check_model(str(tmp_path / "small.onnx"), full_check=True)
+    assert "Einsum" not in {node.op_type for node in onnx.load(tmp_path / "small.onnx").graph.node}
     session = onnxruntime.InferenceSession(str(tmp_path / "small.onnx"), providers=["CPUExecutionProvider"])
     for count in (1, 5):
         (ours,) = session.run(None, {"pixels": pixels(count)})
@@ -121,3 +131,67 @@ def test_a_large_model_and_a_missing_converter_and_wrong_logits_are_refused(tmp_
     with pytest.raises(InputError, match="differ from the model's by"):
         export_model(small_model(), tmp_path / "a.stablehlo", "stablehlo")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_read_back_and_one_that_is_too_old_says_since_when(tmp_path):
+    model, path = small_model(), tmp_path / "a.stablehlo"
+    export_model(model, path, "stablehlo")
+    call, about = load_export(path)
+    np.testing.assert_allclose(call(pixels(2)), logits(model, pixels(2)), atol=1e-5)
+
+    exported = jax.export.deserialize(bytearray(path.read_bytes()))
+    module = bytes(exported.mlir_module_serialized)  # of a version that this JAX does not know
+    strange = dataclasses.replace(
+        exported, mlir_module_serialized=module.replace(b"StableHLO_v1.15", b"StableHLO_v1\0\0\0")
+    )
+    path.write_bytes(strange.serialize())
+    with pytest.raises(InputError, match="cannot be read: it is damaged, export the model again"):
+        load_export(path)
+    about["made"] |= {"date": "2024-02-01", "read_until": "2024-08-01", "versions": {"jax": "0.4.24"}}
+    description_path(path).write_text(json.dumps(about))
+    message = "jax 0.4.24, which made it on 2024-02-01, promised that it can be read until 2024-08-01, and this is jax"
+    with pytest.raises(InputError, match=f"{message} .*pip install jax==0.4.24"):
+        load_export(path)
+    description_path(path).unlink()
+    with pytest.raises(InputError, match="cannot be read as an export"):
+        load_export(path)
+
+
+def test_both_formats_lie_side_by_side(tmp_path):
+    for format in ("stablehlo", "onnx"):
+        export_model(small_model(), tmp_path / f"a.{format}", format, images=pixels(4))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "a.onnx",
+        "a.onnx.json",
+        "a.stablehlo",
+        "a.stablehlo.json",
+    ]
+
+
+RUN_EXPORT = re.search(
+    r"<!-- run_export.py -->\n```python\n(.*?)```", (commands.ROOT / "docs/export.md").read_text(), re.S
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("format", "packages"), [("stablehlo", ["jax", "flatbuffers"]), ("onnx", ["onnxruntime"])])
+def test_twenty_lines_run_a_file_in_an_environment_that_has_nothing_of_ours(format, packages, tmp_path):
+    photo = np.random.default_rng(0).integers(0, 256, (60, 91, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    Image.fromarray(photo).save(tmp_path / "photo.jpg", exif=exif)
+    (tmp_path / "run_export.py").write_text(RUN_EXPORT[1])
+    venv.create(tmp_path / "env", with_pip=True)
+    python = tmp_path / "env/bin/python"
+    environment = {"PATH": os.environ["PATH"], "JAX_PLATFORMS": "cpu", "HOME": str(tmp_path)}
+    here = {"cwd": tmp_path, "env": environment, "check": True}
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "pillow", "numpy", *packages], **here)
+    for size in ((32, 32), (32, 48)):
+        model = small_model(image_size=size)
+        tnt_jax.save_model(model, tmp_path / f"m{size[1]}", class_names=NAMES)
+        export_model(tnt_jax.load_model(tmp_path / f"m{size[1]}"), tmp_path / f"m{size[1]}.{format}", format)
+        command = [python, "run_export.py", f"m{size[1]}.{format}", "photo.jpg"]
+        found = subprocess.run(command, **here, capture_output=True, text=True).stdout.split()
+        expected = tnt_jax.inference_model(tmp_path / f"m{size[1]}", tmp_path / "photo.jpg")
+        assert found[0] == expected["pred_class"]
+        assert float(found[1]) == pytest.approx(expected["pred_score"], abs=1e-4)

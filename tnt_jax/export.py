@@ -1,17 +1,20 @@
 """A model for those who do not have this code: StableHLO, and ONNX.
 
 Both take uint8 pixels as evaluation cuts them, any number of images, and give logits, or the values of a regression in
-the units of its targets: normalising is inside. Beside the file lies a `.json` with the size that images are cut to,
-how to cut them, the task, and the names of the classes, labels or targets.
+the units of its targets: normalising is inside. Beside `FILE` lies `FILE.json`: how an image is cut, the task, the
+names of the classes, labels or targets, with which versions the file was made, and how long JAX promises to read it.
 """
 
 import dataclasses
+import datetime
+import importlib.metadata
 import json
 import logging
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +22,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
+import tnt_jax
 from tnt_jax.config import InputError
 from tnt_jax.data.mixing import normalise
 from tnt_jax.models.variants import Model, with_formulation
@@ -28,6 +32,8 @@ from tnt_jax.storage.files import write_whole
 SUFFIXES = {"stablehlo": ".stablehlo", "onnx": ".onnx"}
 PLATFORMS = ("cpu", "cuda", "tpu")
 TOLERANCE = 1e-4  # of logits, beside their size where that is above 1
+MONTHS = 6
+"""How long later releases of JAX promise to read an export, https://docs.jax.dev/en/latest/export/export.html."""
 LARGEST_ONNX = 2**31 - 1  # bytes: what a protobuf message can hold
 INSTALL_ONNX = (
     "pip install onnx==1.23.2 onnx-ir==1.1.0 onnxruntime==1.32.0 && pip install --no-deps jax2onnx==0.17.1 "
@@ -49,9 +55,17 @@ class Exported:
 
 
 def export_model(
-    model: Model, path: str | os.PathLike, format: Literal["stablehlo", "onnx"], *, overwrite: bool = False
+    model: Model,
+    path: str | os.PathLike,
+    format: Literal["stablehlo", "onnx"],
+    *,
+    images: UInt8[np.ndarray, "batch height width channels"] | None = None,
+    overwrite: bool = False,
 ) -> Exported:
     """Writes a model as one file and its description beside it, after the file has given the model's logits.
+
+    Args:
+        images: as evaluation cuts them; the logits of these are compared, beside those of noise.
 
     Raises:
         InputError: the destination exists or has another ending, the format cannot hold the model, the converter is
@@ -60,7 +74,7 @@ def export_model(
     path, suffix = Path(path), SUFFIXES[format]
     if path.suffix != suffix:
         raise InputError(f"{path} should end in {suffix}")
-    description = path.with_suffix(".json")
+    description = description_path(path)
     for each in (path, description):
         if each.exists() and not overwrite:
             raise InputError(f"{each} exists; choose another file, or overwrite it (--overwrite, overwrite=True)")
@@ -68,7 +82,7 @@ def export_model(
         raise InputError(f"{path}: there is no folder {path.parent}")
     compute = logits_of(_of_equations(model))
     content, run = {"stablehlo": to_stablehlo, "onnx": to_onnx}[format](model, compute)
-    difference = _difference(model, run)
+    difference = _difference(model, run, images)
     if not difference <= TOLERANCE:
         raise InputError(
             f"the logits of the {format} file differ from the model's by {difference:.2g}: nothing is written"
@@ -158,32 +172,109 @@ def to_onnx(model: Model, compute: Callable) -> tuple[bytes, Callable[[np.ndarra
         raise InputError(f"ONNX needs {error.name}, which is not installed: {INSTALL_ONNX}") from error
     finally:
         logging.disable(logging.NOTSET)
+    _use_matrix_products(proto)
     content = proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     return content, lambda images: session.run([output], {"pixels": images})[0]
 
 
-def _difference(model: Model, run: Callable) -> float:
+def _use_matrix_products(proto) -> None:
+    """Each Einsum that is a matrix product becomes a MatMul, which runtimes compute faster and quantisers know."""
+    for node in proto.graph.node:
+        if node.op_type == "Einsum":
+            given, result = node.attribute[0].s.decode().replace(" ", "").split("->")
+            left, right = given.split(",")
+            if len(right) == 2 and left[-1] == right[0] and result == left[:-1] + right[1]:
+                node.op_type = "MatMul"
+                del node.attribute[:]
+
+
+def description_path(path: str | os.PathLike) -> Path:
+    """Where the description of an exported file lies."""
+    path = Path(path)
+    return path.with_name(f"{path.name}.json")
+
+
+def _difference(model: Model, run: Callable, images: np.ndarray | None) -> float:
     shape = (3, *model.config.image_size, model.config.in_channels)
     pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    pixels = pixels if images is None else np.concatenate([pixels, images])
     expected = np.asarray(jax.jit(logits_of(model))(pixels), np.float64)
     return float(np.max(np.abs(run(pixels) - expected)) / max(1.0, np.abs(expected).max()))
 
 
 def _describe(model: Model, compute: Callable, format: str) -> dict:
     known = description_of(model)
-    height, width = known.preprocessing.image_size
-    one = jax.ShapeDtypeStruct((1, height, width, known.config.in_channels), jnp.uint8)
+    channels, (height, width) = known.config.in_channels, known.preprocessing.image_size
+    one = jax.ShapeDtypeStruct((1, height, width, channels), jnp.uint8)
     width_of_output = jax.eval_shape(compute, one).shape[1]
     return {
         "model": known.config.name,
         "format": format,
-        "input": {"name": "pixels", "dtype": "uint8", "shape": ["batch", height, width, known.config.in_channels]},
+        "made": _made(format),
+        "input": {
+            "name": "pixels",
+            "dtype": "uint8",
+            "shape": ["batch", height, width, channels],
+            "mode": {1: "L", 3: "RGB"}.get(channels),
+            "resize_to_cover": [math.floor(side / known.preprocessing.crop) for side in (height, width)],
+            "interpolation": known.preprocessing.interpolation,
+            "cut_at_centre": [height, width],
+        },
         "output": {"name": output_name(model), "dtype": "float32", "shape": ["batch", width_of_output]},
-        "preprocessing": f"shorter side to floor(size / crop), {known.preprocessing.interpolation} with antialiasing; "
-        "centre cut out; 0 to 255",
-        "crop": known.preprocessing.crop,
         "task": known.outputs.task,
         "thresholds": known.outputs.thresholds,
         "class_names": known.class_names,
     }
+
+
+def _made(format: str) -> dict[str, Any]:
+    """When and with what a file was made, and how long it can be read."""
+    packages = {"stablehlo": ("jax", "jaxlib", "flax"), "onnx": ("jax", "flax", "jax2onnx", "onnx", "onnxruntime")}
+    today = datetime.date.today()
+    made: dict[str, Any] = {
+        "date": today.isoformat(),
+        "versions": {"tnt_jax": tnt_jax.__version__}
+        | {name: importlib.metadata.version(name) for name in packages[format]},
+    }
+    if format == "stablehlo":
+        month = today.month - 1 + MONTHS
+        until = today.replace(year=today.year + month // 12, month=month % 12 + 1, day=min(today.day, 28))
+        made["read_until"] = until.isoformat()
+        made["then"] = (
+            f"JAX promises that its releases of {MONTHS} months read the file. Afterwards, if a newer one does not: "
+            f"export the model again, or pip install jax=={jax.__version__}"
+        )
+    return made
+
+
+def load_export(path: str | os.PathLike) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]:
+    """A StableHLO file as a function from uint8 pixels to logits, and its description.
+
+    Raises:
+        InputError: the file or its description cannot be read. If the promise of JAX has run out, the message says
+            when it was made, and what to do.
+    """
+    try:
+        content = Path(path).read_bytes()
+        about = json.loads(description_path(path).read_text(encoding="utf-8"))
+        made = about["made"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be read as an export with its description beside it: {error}") from error
+    try:
+        exported = jax.export.deserialize(bytearray(content))
+        jax.jit(exported.call).lower(jax.ShapeDtypeStruct((1, *about["input"]["shape"][1:]), jnp.uint8))
+    except Exception as error:  # whatever an unknown version of the format leads to
+        raise InputError(f"{path} cannot be read: {_reason(made)} ({error})") from error
+    return lambda pixels: np.asarray(exported.call(pixels)), about
+
+
+def _reason(made: dict[str, Any]) -> str:
+    """Why a StableHLO file cannot be read: it is too old for this JAX, or damaged."""
+    version, until = made["versions"]["jax"], made["read_until"]
+    if datetime.date.fromisoformat(until) >= datetime.date.today():
+        return "it is damaged, export the model again"
+    return (
+        f"jax {version}, which made it on {made['date']}, promised that it can be read until {until}, and this is jax "
+        f"{jax.__version__}; export the model again, or pip install jax=={version}"
+    )

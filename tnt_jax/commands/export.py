@@ -45,11 +45,39 @@ def main() -> None:
     from tnt_jax.export import SUFFIXES, export_model
     from tnt_jax.storage.load import load_model
 
-    out = arguments.out or name + SUFFIXES[arguments.format]
-    done = export_model(load_model(arguments.model), out, arguments.format, overwrite=arguments.overwrite)
+    out, model = arguments.out or name + SUFFIXES[arguments.format], load_model(arguments.model)
+    images = _images(arguments.model, model)
+    done = export_model(model, out, arguments.format, images=images, overwrite=arguments.overwrite)
     print(f"{done.path}: {done.size:,} bytes; its logits and the model's differ by {done.difference:.1e} at most")
     for limit in done.limits:
         print(f"note: {limit}")
+
+
+def _images(path: str, model):
+    """Images that the file is compared with: test images of a run, or two photographs where it takes colour."""
+    import numpy as np
+
+    from tnt_jax.data.crop import evaluation_crop
+    from tnt_jax.evaluation.evaluate import open_test, test_data
+    from tnt_jax.storage.description import description_of
+    from tnt_jax.storage.resolve import is_run
+
+    config, preprocessing = model.config, description_of(model).preprocessing
+    images = []
+    if is_run(path):
+        (data,) = test_data(path, ())
+        try:
+            source = open_test(data)
+            images = [source[index][0] for index in range(min(8, len(source)))]
+        except InputError as error:
+            print(f"note: no test image of the run was compared: {error}")
+    elif config.in_channels == 3:
+        from sklearn.datasets import load_sample_images
+
+        images = load_sample_images().images
+    images = [image for image in images if image.shape[2] == config.in_channels and image.dtype == np.uint8]
+    cut = (preprocessing.image_size, preprocessing.crop, preprocessing.interpolation)
+    return np.stack([evaluation_crop(image, *cut) for image in images]) if images else None
 
 
 def _to_hub(arguments: Arguments, out: str) -> None:
