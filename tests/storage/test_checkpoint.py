@@ -340,3 +340,10 @@ def test_saved_and_restored_on_any_devices_whole_or_in_shards(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_best_step_is_that_of_the_lowest_error_and_the_later_one_of_equals():
+    scores = {1: {"ema_mae": 3.0}, 2: {"ema_mae": 1.0}, 4: {"ema_mae": 1.0}, 5: {"ema_mae": 2.0}, 6: {"ema_r2": 9.0}}
+    assert best_of([1, 2, 4, 5, 6, 7], scores, "mae") == 4
+    assert best_of([1, 5], scores, "mae") == 5
+    assert best_of([1, 5], scores, "r2") is None

@@ -17,7 +17,7 @@ from tnt_jax.storage.lock import RunLock
 from tnt_jax.storage.reading import had_checkpoint, steps_of
 from tnt_jax.storage.run import check_space, claim, compare, is_run
 from tnt_jax.training.agreement import agree_on_content, facts
-from tnt_jax.training.metrics import printed, title_of
+from tnt_jax.training.metrics import printed, spoken
 from tnt_jax.training.processes import process_group
 from tnt_jax.training.report import Report, check_finite
 from tnt_jax.training.run import Run, saved_trees
@@ -232,7 +232,7 @@ def _conclude(checkpoints: Checkpoints, run: Run, console: rich.console.Console)
         for value in (scores[f"ema_{metric}"], scores[f"raw_{metric}"], checkpoints.scores(best)[f"ema_{metric}"])
     )
     console.print(
-        f"test {title_of(metric)} {ema} with averaged weights, {raw} with raw ones, over "
+        f"test {spoken(metric)} {ema} with averaged weights, {raw} with raw ones, over "
         f"{scores['count']:,} images (best: {best_of_all} after epoch {best / run.steps_per_epoch:.4g})\n"
         f"The run lies in {run.config.run_dir}."
     )

@@ -143,6 +143,11 @@ def title_of(name: str) -> str:
     return TITLES.get(name, name.replace("_", " "))
 
 
+def spoken(name: str) -> str:
+    """A metric in a sentence: top-1 is called accuracy."""
+    return "accuracy" if name == "top1" else title_of(name)
+
+
 def printed(name: str, value: float) -> str:
     """A value of a metric for people: shares in percent, with the sign."""
     return f"{value:.2%}" if name.startswith(SHARES) else f"{value:.4g}"

@@ -21,7 +21,7 @@ from tnt_jax.config import InputError, TrainConfig, best_metric, to_json
 from tnt_jax.models.summary import count_macs
 from tnt_jax.storage.checkpoint import NonFiniteError, WriteError
 from tnt_jax.storage.files import write_text
-from tnt_jax.training.metrics import printed, title_of
+from tnt_jax.training.metrics import printed, spoken
 
 METRICS_FILE = "metrics.jsonl"
 DROPPED_FILE = "metrics_dropped.jsonl"
@@ -126,7 +126,7 @@ class Report:
         """Logs an evaluation after step `step`."""
         self._write("test", step, scores)
         self.console.print(
-            f"epoch {step / self.steps_per_epoch:.4g}  test {title_of(self.judged_by)} "
+            f"epoch {step / self.steps_per_epoch:.4g}  test {spoken(self.judged_by)} "
             f"{printed(self.judged_by, scores[f'ema_{self.judged_by}'])} averaged weights, "
             f"{printed(self.judged_by, scores[f'raw_{self.judged_by}'])} raw"
         )

@@ -11,8 +11,7 @@ from tnt_jax.config import TASKS, InputError, TrainConfig, best_metric
 from tnt_jax.data.opening import open_split
 from tnt_jax.data.pipeline import steps_per_epoch
 from tnt_jax.storage.run import read_config
-from tnt_jax.training.metrics import SHARES
-from tnt_jax.training.metrics import title_of as title_of_metric
+from tnt_jax.training.metrics import SHARES, spoken
 from tnt_jax.training.optimizer import learning_rate_schedule
 from tnt_jax.training.report import METRICS_FILE
 from tnt_jax.visualize.canvas import new_figure
@@ -51,7 +50,7 @@ def curves(run_dir: str | os.PathLike):
     for name, weights in (("ema", "averaged weights"), ("raw", "raw weights")):
         _line(loss, test, f"{name}_loss", weights)
         _line(measure, test, f"{name}_{metric}", weights, scale)
-    named = "accuracy" if metric == "top1" else title_of_metric(metric)
+    named = spoken(metric)
     for axes, title in ((loss, "loss"), (measure, f"{named}, %" if scale > 1 else named), (rate, "learning rate")):
         _over_epochs(axes, title)
     figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
