@@ -2,13 +2,13 @@
 
     python train.py
 
-Reached: 99.2% of the 360 test images (averaged and raw weights, seed 0). A support vector machine reaches 99%.
+Reached: 98.9% of the 360 test images (averaged and raw weights, seed 0). A support vector machine reaches 99%.
 
 Every image is 8x8 pixels and there are few of them, so what limits the accuracy is overfitting. Of what was tried,
 blending pairs of images (mixup with alpha 0.4) helped most: 97.5% without it, 98.1% with alpha 0.2. It wants more
-epochs: 98.1% after 38. Batches of 32 allow more of them in the same time than batches of 16. Larger rates than 2e-3 do
-not converge, and the published initial weights, small for layers this narrow, want some epochs of warm-up. It takes 46
-s on two cores.
+epochs: batches of 32 allow more of them in the same time than batches of 16, and sentences of 64 channels than of 96,
+with which 38 epochs reach 98.1% and 50 reach 99.2%. The published initial weights, small for layers this narrow, want
+some epochs of warm-up. A test image more or less is 0.3%: other seeds and other numbers of epochs give 97.8 to 99.4%.
 """
 
 from tnt_jax.config import DataConfig, ModelChanges, OptimizerConfig, TrainConfig
@@ -26,14 +26,14 @@ def get_config() -> TrainConfig:
             depth=2,
             inner_dim=6,
             inner_heads=2,
-            outer_dim=96,
-            outer_heads=3,
+            outer_dim=64,
+            outer_heads=2,
             drop_path_rate=0.0,
         ),
         data=DataConfig.plain("digits", random_shift=0.05, mixup=0.4),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_epochs=5, ema_decay=0.995),
         batch_size=32,
-        epochs=50,
+        epochs=40,
         eval_every_epochs=5,
         log_every_steps=20,
     )

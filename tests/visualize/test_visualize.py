@@ -23,7 +23,7 @@ IMAGE = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
 
 def titles(figure):
     axes = [each for part in figure.subfigs for each in part.axes] or figure.axes
-    return [each.get_title() for each in axes if each.get_visible()]
+    return [each.get_title() for each in axes if each.get_visible() and each.get_label() != "<colorbar>"]
 
 
 @pytest.fixture(scope="module")
@@ -218,3 +218,45 @@ def test_the_command_refuses_what_it_cannot_draw(arguments, message, folder, tmp
     assert (code, out) == (2, "")
     assert message in err
     assert not list(tmp_path.iterdir())
+
+
+def test_why_has_a_row_for_each_class_and_a_map_of_each_method(tnt, tmp_path):
+    tnt_jax.save_model(tnt, tmp_path / "m", class_names=["cat", "dog", "fish"])
+    model = tnt_jax.load_model(tmp_path / "m")
+    figure = visualize.why(model, IMAGE, classes=["dog", 2], methods=("rollout", "smoothgrad"), samples=2)
+    assert [part.axes[0].get_title().partition(":")[0] for part in figure.subfigs] == ["dog", "fish"]
+    assert [axes.get_title() for axes in figure.subfigs[0].axes[1:3]] == ["gradient-weighted rollout", "SmoothGrad"]
+    assert [axes.get_ylabel() for axes in figure.subfigs[0].axes[3:]] == ["% of the whole", "% of the whole"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--class", "dgo"], "the model has no class 'dgo'; did you mean 'dog'?"),
+        (["--class", "7"], "the model has no class '7'; there are 3, counted from 0"),
+        (["--method", "cam"], "there is no method 'cam'; there are rollout, legrad"),
+        (["--block", "0"], "block was given, and rollout has no use for it"),
+        (["--maps", "maps.txt"], "maps.txt"),
+        (["--patch", "0", "0"], "--patch was given, and why has no use for it"),
+    ],
+)
+def test_why_says_what_it_cannot_explain(flags, message, tnt, tmp_path):
+    tnt_jax.save_model(tnt, tmp_path / "m", class_names=["cat", "dog", "fish"])
+    Image.fromarray(IMAGE).save(tmp_path / "image.png")
+    given = ("why", tmp_path / "m", tmp_path / "image.png", "--out", tmp_path / "why.png")
+    code, _, err = commands.run("visualize.py", *given, *flags)
+    assert code == 2
+    assert message in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["image.png", "m"]
+
+
+def test_why_writes_its_maps(tnt, tmp_path):
+    tnt_jax.save_model(tnt, tmp_path / "m")
+    Image.fromarray(IMAGE).save(tmp_path / "image.png")
+    flags = ("--out", tmp_path / "why.png", "--maps", tmp_path / "maps.npy", "--class", "0", "1")
+    code, _, err = commands.run("visualize.py", "why", tmp_path / "m", tmp_path / "image.png", *flags)
+    assert code == 0, err
+    maps = np.load(tmp_path / "maps.npy")
+    assert maps.shape == (2, 1, 8, 8)
+    assert (maps >= 0).all()
+    assert (tmp_path / "why.png").stat().st_size > 5000

@@ -20,7 +20,9 @@ from tnt_jax.visualize.canvas import (
     MARK,
     PANEL,
     Preprocessed,
+    bar_of_each,
     chosen_block,
+    colour_bar,
     mark_box,
     panels,
     per_image,
@@ -116,7 +118,8 @@ def outer_attention(model: Model, images: Images, *, patch: tuple[int, int] | No
             alone = ", one key" if math.prod(outer_grids(model)[block][1]) == 1 else ""
             show_map(axes, outer_map(model, outer, block, (row, column)), seen.pixels, f"block {block}{alone}")
             mark_box(axes, row * size, column * size, size, size)
-        part.suptitle("Outer attention of the framed patch, mean over heads; brighter is more", fontsize=9)
+        bar_of_each(part, blocks, "attention, of each block")
+        part.suptitle("Outer attention of the framed patch, mean over heads", fontsize=9)
 
     return per_image(model, images, (PANEL * columns, PANEL * -(-(1 + count) // columns) + 0.5), draw)
 
@@ -150,25 +153,27 @@ def inner_attention(model: Model, images: Images, *, patch: tuple[int, int] | No
         for line in range(1, side):
             close.axhline(line * height / side, color="white", linewidth=0.6)
             close.axvline(line * width / side, color="white", linewidth=0.6)
-        draw_words(maps, weights)
+        colour_bar(part, draw_words(maps, weights), maps, "share of a word's attention")
         title_of(maps, f"block {block}: each word's attention")
         part.suptitle("Inner attention, mean over heads; the cross is the word that attends", fontsize=9)
 
     return per_image(model, images, (8.4, 3.3), draw)
 
 
-def draw_words(axes, weights: Float[np.ndarray, "words words"]) -> None:
-    """The map of every word, where the word lies in its patch, with a cross at the word."""
+def draw_words(axes, weights: Float[np.ndarray, "words words"]):
+    """The map of every word, where the word lies in its patch, with a cross at the word; returns one, for the bar."""
     side = math.isqrt(len(weights))
     step = side + 0.35  # a gap of a third of a word
     for word, values in enumerate(weights):
         down, right = divmod(word, side)
         x, y = right * step, down * step
-        axes.imshow(values.reshape(side, side), cmap=MAP, extent=(x, x + side, y + side, y), vmin=0, vmax=weights.max())
+        place = {"extent": (x, x + side, y + side, y), "vmin": 0, "vmax": weights.max()}
+        drawn = axes.imshow(values.reshape(side, side), cmap=MAP, **place)
         axes.plot(x + right + 0.5, y + down + 0.5, marker="x", color=MARK, markersize=22 / side, markeredgewidth=1.3)
     axes.set_xlim(0, side * step - 0.35)
     axes.set_ylim(side * step - 0.35, 0)
     axes.set_frame_on(False)
+    return drawn
 
 
 def rollout(outer: Sequence[Float[np.ndarray, "heads tokens tokens"]]) -> Float[np.ndarray, "tokens tokens"]:
@@ -211,6 +216,7 @@ def class_attention(model: Model, images: Images, *, block: int | None = None):
         show_map(rolled, rollout(outer)[0, 1:].reshape(grid), seen.pixels, "all blocks, rollout")
         for head, axes in enumerate(each):
             show_map(axes, of_class[head], seen.pixels, f"block {block}, head {head}")
-        part.suptitle("Attention of the class token; brighter is more", fontsize=9)
+        bar_of_each(part, [mean, rolled, *each], "attention, of each map")
+        part.suptitle("Attention of the class token", fontsize=9)
 
     return per_image(model, images, (PANEL * columns, PANEL * -(-(3 + heads) // columns) + 0.5), draw)
