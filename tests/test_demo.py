@@ -145,6 +145,8 @@ def test_an_image_is_dropped_and_a_patch_clicked(page, browser, folder, tmp_path
     click(0.4, 0.6)
     wait_for(lambda: "Patch in row 2, column 1" in found("#patch")[0].text)
     wait_for(lambda: plot("inner") != first[0] and plot("outer") != first[1])
+    wait_for(lambda: found("#classes button"))[0].click()
+    wait_for(lambda: plot("why"))
     shot = pathlib.Path(os.environ.get("DEMO_SCREENSHOT", tmp_path / "page.png"))
     time.sleep(1)
     browser.execute_script("window.scrollTo(0, 0)")

@@ -15,7 +15,7 @@ from small_models import small_model
 import tnt_jax
 from tnt_jax.config import InputError
 from tnt_jax.data.crop import evaluation_crop
-from tnt_jax.inference import _probabilities, predict_images
+from tnt_jax.inference import predict_images, probabilities
 from tnt_jax.storage.description import description_of
 
 NAMES = ("ant", "bee", "cat [spotted]")
@@ -204,11 +204,11 @@ def test_what_is_no_image_is_said(given, message, model):
 
 def test_any_number_of_images_compiles_a_model_a_few_times(photos):
     model = small_model(depth=2)  # of a form that no other test has
-    before = _probabilities._cache_size()
+    before = probabilities._cache_size()
     pixels = np.zeros((32, 32, 3), np.uint8)
     for count in range(1, 10):
         assert len(list(predict_images(model, [pixels] * count, batch_size=4))) == count
-    assert _probabilities._cache_size() - before == 3  # 1, 2 and 4 images
+    assert probabilities._cache_size() - before == 3  # 1, 2 and 4 images
 
 
 def test_the_probability_of_a_single_output_is_its_sigmoid(photos):
@@ -230,7 +230,7 @@ def test_products_of_a_prediction_are_those_of_a_cpu_on_every_platform():
     model = small_model(inner="reference")
     graph, state = nnx.split(model)
     given = graph, description_of(model).preprocessing, state, np.zeros((1, 32, 32, 3), np.uint8)
-    program = str(jax.make_jaxpr(_probabilities, static_argnums=(0, 1))(*given))
+    program = str(jax.make_jaxpr(probabilities, static_argnums=(0, 1))(*given))
     products = program.count("dot_general[")
     assert products
     assert program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == products

@@ -12,6 +12,7 @@ from tnt_jax.models.variants import Model
 from tnt_jax.storage.description import ModelDescription, description_of
 from tnt_jax.visualize.attention import inner_attention, outer_attention
 from tnt_jax.visualize.canvas import preprocess
+from tnt_jax.visualize.why import why
 
 SHOWN = 448  # pixels of the shorter side of the image that is clicked
 INSTALL = (
@@ -37,14 +38,14 @@ def make_page(model: Model, name: str):
     def dropped(image: np.ndarray | None):
         """What the model says, and the image as it sees it."""
         if image is None:
-            return None, None, None, None, None
+            return None, None, None, None, None, None
         try:
             said = label_of(inference_model(model, image), description)
             pixels = preprocess(model, image).pixels
         except InputError as error:
             raise gradio.Error(str(error)) from error
         pixels = np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
-        return said, pixels.repeat(scale, 0).repeat(scale, 1), None, None, None
+        return said, pixels.repeat(scale, 0).repeat(scale, 1), None, None, None, None
 
     def clicked(image: np.ndarray, place: gradio.SelectData):
         """The attention of the patch at a place, x and y in pixels of the enlarged image."""
@@ -53,21 +54,29 @@ def make_page(model: Model, name: str):
         title = f"### Patch in row {patch[0]}, column {patch[1]}"
         return title, inner_attention(model, image, patch=patch), outer_attention(model, image, patch=patch)
 
+    def asked(image: np.ndarray, chosen: gradio.SelectData):
+        """Why the image could be of the class that was clicked."""
+        return why(model, image, classes=[chosen.value.removeprefix("✓ ")], methods=("rollout", "integrated-gradients"))
+
     # Gradio's own theme asks Google for its fonts.
     fonts = {"font": ("Helvetica", "Arial", "sans-serif"), "font_mono": ("monospace",)}
     with gradio.Blocks(title=f"tnt_jax: {name}", analytics_enabled=False) as page:
-        gradio.Markdown(f"# {name}\nDrop an image on the left. In the middle is what the model sees: click a patch.")
+        gradio.Markdown(
+            f"# {name}\nDrop an image on the left. In the middle is what the model sees: click a patch. Click a class to see why."
+        )
         # Labels and buttons would lie over the picture that is clicked, and over the titles of the plots.
         plain = {"show_label": False}
         with gradio.Row():
             image = gradio.Image(type="numpy", sources=["upload", "clipboard"], elem_id="image", **plain)
             seen = gradio.Image(interactive=False, buttons=[], elem_id="seen", **plain)
             classes = gradio.Label(num_top_classes=5, elem_id="classes", **plain)
+        reasons = gradio.Plot(elem_id="why", **plain)
         patch = gradio.Markdown(elem_id="patch")
         with gradio.Row():
             inner = gradio.Plot(elem_id="inner", **plain)
             outer = gradio.Plot(elem_id="outer", **plain)
-        image.change(dropped, image, [classes, seen, patch, inner, outer])
+        image.change(dropped, image, [classes, seen, patch, inner, outer, reasons])
+        classes.select(asked, image, reasons)
         seen.select(clicked, image, [patch, inner, outer])
     page.theme_without_fonts = gradio.themes.Default(**fonts)
     return page

@@ -96,7 +96,7 @@ def _predict(
                 batch = np.zeros((batch_size, *readable[0].shape), kind)
                 batch[: len(readable)] = [to_depth(image, kind) for image in readable]
                 task = description.outputs.task
-                computed = np.asarray(_probabilities(graph, description.preprocessing, state, batch, task))
+                computed = np.asarray(probabilities(graph, description.preprocessing, state, batch, task))
                 if not np.isfinite(computed).all():
                     raise InputError(
                         f"{description.config.name} gives scores that are not numbers (NaN): its parameters are damaged"
@@ -115,7 +115,7 @@ def _pixels(image: ImageSource, description: ModelDescription, max_pixels: int) 
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 4))
-def _probabilities(
+def probabilities(
     graph: nnx.GraphDef,
     preprocessing: Preprocessing,
     state: nnx.State,

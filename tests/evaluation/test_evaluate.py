@@ -178,7 +178,7 @@ def test_the_command_probes_features_with_classes_that_the_model_does_not_have(t
         (["MODEL", "--source", "digits", "--table", "a.txt"], "a.txt: a table ends in .csv or .md"),
         (["MODEL", "--source", "digits", "--out", "nowhere/a.csv"], "there is no folder nowhere"),
         (["MODEL", "--source", "imagenet-a:a", "--probe", "knn"], "imagenet-a:a has no training images"),
-        (["MODEL", "--source", "digits", "--probe", "knn", "--per-class"], "--per-class is about the model's own"),
+        (["MODEL", "--source", "digits", "--probe", "knn", "--per-class"], "--per-class is of the plain evaluation"),
     ],
 )
 def test_the_command_refuses_what_it_cannot_evaluate(arguments, message, tmp_path, monkeypatch):

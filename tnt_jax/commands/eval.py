@@ -30,6 +30,21 @@ class Arguments:
     """ReaL's labels (real.json): `imagenet:FOLDER` is scored with them too."""
     probe: tuple[Literal["knn", "linear"], ...] = ()
     """Instead of the model's own classes: nearest neighbours, or a linear classifier, on its frozen features."""
+    attack: Literal["fgsm", "pgd"] | None = None
+    """Accuracy under attack: on images that differ from test images by at most --epsilon, made to fool the model."""
+    epsilon: str = "8/255"
+    """For --attack: the largest change of a pixel, of a range of 1."""
+    steps: int = 20
+    """For --attack pgd: steps along the gradient."""
+    attack_out: str | None = None
+    """For --attack: also write the images to this new folder, as `folder:` reads them."""
+    explain: tuple[str, ...] = ()
+    """How faithful explanations are, by deletion and insertion: rollout, legrad, grad-cam, integrated-gradients,
+    smoothgrad, one or several."""
+    size: Literal["sentences", "words", "pixels"] = "words"
+    """For --explain: of a place of the map."""
+    images: int | None = None
+    """For --attack and --explain: only so many test images, evenly spread."""
     per_class: Flag = False
     """Print a table of the classes as well, or of the labels or targets."""
     out: str | None = None
@@ -45,7 +60,7 @@ def main() -> None:
     arguments = tyro.cli(Arguments)
     from tnt_jax.commands.tables import write_rows
     from tnt_jax.evaluation.answers import metrics_of, per_output
-    from tnt_jax.evaluation.evaluate import evaluate_model, probe_model
+    from tnt_jax.evaluation.evaluate import evaluate_model
     from tnt_jax.storage.files import check_ending
 
     if not arguments.models:
@@ -55,13 +70,12 @@ def main() -> None:
     if arguments.out:
         check_ending(arguments.out, (".csv", ".jsonl"), "a file of answers")
     rows, answers, console = [], [], Console(width=None if sys.stdout.isatty() else 120)
-    if arguments.probe:
-        _refuse(arguments, ("real_labels", "per_class", "out"))
-        probes = [
-            probe_model(model, arguments.source, arguments.probe, batch_size=arguments.batch_size)
-            for model in arguments.models
-        ]
-        for row in itertools.chain.from_iterable(probes):
+    chosen = [name for name in ("probe", "attack", "explain") if getattr(arguments, name)]
+    if len(chosen) > 1:
+        raise InputError(f"--{chosen[0]} and --{chosen[1]} are two tables; ask for one at a time")
+    if chosen:
+        _refuse(arguments, chosen[0], ("real_labels", "per_class", "out"))
+        for row in itertools.chain.from_iterable(_tables(arguments, chosen[0])):
             rows.append(row)
             _tell(row)
     else:
@@ -90,15 +104,39 @@ def _tell(row: dict) -> None:
     from tnt_jax.training.metrics import printed, title_of
 
     what = row.get("weights") or row["method"]
-    name = next(metrics[0] for metrics in TASKS.values() if metrics[0] in row)
+    told = ("attacked_top1", "insertion", *(metrics[0] for metrics in TASKS.values()))
+    name = next(name for name in told if name in row)
     value = f"{title_of(name)} {printed(name, row[name])}"
     print(f"{row['model']}, {what}, {row['data']}: {value}", file=sys.stderr, flush=True)
 
 
-def _refuse(arguments: Arguments, options: tuple[str, ...]) -> None:
+def _refuse(arguments: Arguments, chosen: str, options: tuple[str, ...]) -> None:
     for option in options:
         if getattr(arguments, option):
-            raise InputError(f"--{option.replace('_', '-')} is about the model's own classes, and --probe is not")
+            raise InputError(f"--{option.replace('_', '-')} is of the plain evaluation, and has no use with --{chosen}")
+
+
+def _tables(arguments: Arguments, chosen: str) -> list:
+    """The rows of every model, all opened before anything is computed."""
+    if chosen == "probe":
+        from tnt_jax.evaluation.evaluate import probe_model
+
+        compute, options = probe_model, {"methods": arguments.probe}
+    elif chosen == "attack":
+        from tnt_jax.evaluation.attacks import read_epsilon
+        from tnt_jax.evaluation.examine import attack_model
+
+        compute, options = attack_model, {"attack": arguments.attack, "epsilon": read_epsilon(arguments.epsilon)}
+        options |= {"steps": arguments.steps, "count": arguments.images, "out": arguments.attack_out}
+        if arguments.attack_out and len(arguments.models) > 1:
+            raise InputError(f"--attack-out takes the images of one model, and {len(arguments.models)} were given")
+    else:
+        from tnt_jax.evaluation.examine import explain_model
+
+        compute = explain_model
+        options = {"methods": arguments.explain, "size": arguments.size, "count": arguments.images}
+    options |= {"batch_size": arguments.batch_size}
+    return [compute(model, arguments.source, **options) for model in arguments.models]
 
 
 NOT_PRINTED = ("macro_precision", "macro_recall")

@@ -65,7 +65,7 @@ def _images(path: str, model):
     config, preprocessing = model.config, description_of(model).preprocessing
     images = []
     if is_run(path):
-        (data,) = test_data(path, ())
+        (data,) = test_data(path, (), description_of(model).outputs.task)
         try:
             source = open_test(data)
             images = [source[index][0] for index in range(min(8, len(source)))]

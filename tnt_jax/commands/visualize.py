@@ -132,7 +132,7 @@ def _why(arguments: Arguments, model, images: list):
     explanations = explained_images(model, images, classes=arguments.class_, **chosen)
     if arguments.maps:
         write_maps(explanations, arguments.maps)
-    return draw_explanations(model, explanations, chosen["methods"])
+    return draw_explanations(explanations, chosen["methods"])
 
 
 def _of_answers(arguments: Arguments):

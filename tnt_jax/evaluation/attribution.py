@@ -59,6 +59,13 @@ def places_of(model: Model) -> list[Place]:
     ]
 
 
+def shape_of(model: Model, size: Size) -> tuple[int, int]:
+    """Rows and columns of a map over the image."""
+    in_patch = {"sentences": 1, "words": words_per_side(model.config), "pixels": model.config.patch_size}[size]
+    rows, columns = grid_size(model.config)
+    return rows * in_patch, columns * in_patch
+
+
 def attribute(
     model: Model, images: Images, classes: Classes, method: str = "rollout", *, size: Size = "words", **options
 ) -> Maps:
@@ -350,11 +357,8 @@ def _mean_gradient(
 
 def _by_size(model: Model, pixels: Array, size: Size) -> Array:
     """Pixels added up to words or sentences."""
-    side = {"pixels": 1, "words": model.config.patch_size // words_per_side(model.config)}.get(
-        size, model.config.patch_size
-    )
-    batch, height, width = pixels.shape
-    return pixels.reshape(batch, height // side, side, width // side, side).sum(axis=(2, 4))
+    (rows, columns), (batch, height, width) = shape_of(model, size), pixels.shape
+    return pixels.reshape(batch, rows, height // rows, columns, width // columns).sum(axis=(2, 4))
 
 
 @dataclasses.dataclass(frozen=True)

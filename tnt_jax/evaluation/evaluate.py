@@ -42,7 +42,7 @@ class NonFiniteAnswersError(RuntimeError):
     exit_code = 1
 
 
-def _over(
+def over_images(
     images: Source, data: DataConfig, models: Sequence[Model], batch_size: int, compute: Callable
 ) -> tuple[list[list], float]:
     """What `compute(model, inputs, labels)` gives for every image once, and images per second.
@@ -120,7 +120,7 @@ def answers_of(models: Sequence[Model], images: Source, data: DataConfig, *, bat
         likeliest, top = jax.lax.top_k(log, min(5, int(asked.sum())))
         return labels, top, jnp.exp(likeliest), -jnp.take_along_axis(log, labels[:, None], axis=1)[:, 0]
 
-    found, rate = _over(images, data, models, batch_size, compute)
+    found, rate = over_images(images, data, models, batch_size, compute)
     return [Answers(*arrays, rate) for arrays in found]
 
 
@@ -140,7 +140,7 @@ def outputs_of(
     def compute(model: Model, inputs: jax.Array, labels: jax.Array):
         return labels, model(inputs).astype(jnp.float32)[:, match.of_model]
 
-    found, rate = _over(images, data, models, batch_size, compute)
+    found, rate = over_images(images, data, models, batch_size, compute)
     return found[0][0], [outputs for _, outputs in found], rate
 
 
@@ -188,7 +188,7 @@ def features_of(
     def compute(model: Model, inputs: jax.Array, labels: jax.Array):
         return model.extract_feat(inputs)[0].astype(jnp.float32), labels
 
-    ((features, labels),), _ = _over(images, data, [model], batch_size, compute)
+    ((features, labels),), _ = over_images(images, data, [model], batch_size, compute)
     return features, labels
 
 

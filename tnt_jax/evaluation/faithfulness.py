@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from tnt_jax.models.variants import Model
@@ -34,7 +35,7 @@ def deletion_and_insertion(
     rows, columns = maps.shape[1:]
     # The rank of each place: 0 is the highest. Equal ones go in their order.
     ranks = jnp.argsort(jnp.argsort(-maps.reshape(batch, -1), axis=1), axis=1).reshape(maps.shape)
-    ranks = ranks.repeat(height // rows, 1).repeat(width // columns, 2)[..., None]
+    ranks = ranks[:, np.arange(height) * rows // height][:, :, np.arange(width) * columns // width, None]
     patch = model.config.patch_size
     small = jax.image.resize(images, (batch, height // patch, width // patch, channels), "linear", antialias=True)
     blurred = jax.image.resize(small, images.shape, "linear")

@@ -6,8 +6,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Float
@@ -15,7 +13,7 @@ from jaxtyping import Float
 from tnt_jax.config import InputError
 from tnt_jax.data.decode import ImageSource
 from tnt_jax.evaluation.attribution import METHODS, Size, attribute
-from tnt_jax.inference import class_name
+from tnt_jax.inference import class_name, probabilities, result_of
 from tnt_jax.models.variants import Model
 from tnt_jax.storage.description import description_of
 from tnt_jax.storage.files import write_whole
@@ -39,9 +37,8 @@ class Explanation:
     """Why an image could be of a class."""
 
     image: Preprocessed
-    label: int
-    score: float
-    """Probability of the class."""
+    title: str
+    """The class and its probability; of a regression the target and its value."""
     maps: list[Float[np.ndarray, "rows columns"]]
     """One for each method."""
 
@@ -58,7 +55,7 @@ def why(
     """A matplotlib figure: for every image a row for each class, with a map of each method.
 
     Args:
-        classes: names or numbers; by default the predicted class.
+        classes: names or numbers, of a regression of its targets; by default what is predicted.
         methods: of `tnt_jax.attribution.METHODS`.
         size: of a place, "sentences", "words" or "pixels"; of a method that does not have it, its finest.
         options: of a method, such as `block` of grad-cam.
@@ -67,9 +64,8 @@ def why(
         InputError: an unknown class or method, an option that no method has, or an image that cannot be read.
     """
     images = list(images) if isinstance(images, list | tuple) else [images]
-    return draw_explanations(
-        model, explained_images(model, images, classes=classes, methods=methods, size=size, **options), methods
-    )
+    explanations = explained_images(model, images, classes=classes, methods=methods, size=size, **options)
+    return draw_explanations(explanations, methods)
 
 
 def explained_images(
@@ -91,33 +87,42 @@ def explained_images(
     config = model.config
     if not config.num_classes:
         raise InputError(f"{config.name} was made with num_classes=0: it has features, and no classes")
-    labels = [find_class(each, description_of(model).class_names, config.num_classes) for each in classes]
+    description = description_of(model)
+    labels = [find_class(each, description.class_names, config.num_classes) for each in classes]
     explanations = []
     for image in [preprocess(model, image) for image in images]:
-        scores = np.asarray(jax.nn.softmax(_logits(model, image.batch)[0]))
-        for label in labels or [int(scores.argmax())]:
+        predicted, titles = _predicted(model, image)
+        for label in labels or predicted:
             maps = []
             for method in methods:
                 at = size if size in METHODS[method].sizes else METHODS[method].sizes[-1]
                 own = {name: value for name, value in options.items() if name in METHODS[method].options}
                 maps.append(attribute(model, image.batch, [label], method, size=at, **own)[0])
-            explanations.append(Explanation(image, label, float(scores[label]), maps))
+            explanations.append(Explanation(image, titles[label], maps))
     return explanations
 
 
-@nnx.jit
-def _logits(model: Model, batch):
-    return model(batch).astype(jnp.float32)
+def _predicted(model: Model, image: Preprocessed) -> tuple[list[int], list[str]]:
+    """What is predicted, as numbers: the class, the labels or, where there is none, the likeliest, or all targets; and
+    a title for each that could be."""
+    description, (graph, state) = description_of(model), nnx.split(model)
+    task, names = description.outputs.task, description.class_names
+    scores = np.asarray(probabilities(graph, description.preprocessing, state, image.pixels[None], task))[0]
+    if task == "regression":
+        values = result_of(scores, description)["pred_values"]
+        return list(range(len(values))), [f"{name}: {value:.4g}" for name, value in values.items()]
+    titles = [f"{class_name(label, names)}: {score:.1%}" for label, score in enumerate(scores)]
+    return result_of(scores, description).get("pred_labels") or [int(scores.argmax())], titles
 
 
-def draw_explanations(model: Model, explanations: Sequence[Explanation], methods: Sequence[str]):
+def draw_explanations(explanations: Sequence[Explanation], methods: Sequence[str]):
     """The figure of `why`."""
-    names, columns = description_of(model).class_names, 1 + len(methods)
+    columns = 1 + len(methods)
     figure = new_figure(max(TITLE_WIDTH, (PANEL + 0.55) * columns), (PANEL + 0.35) * len(explanations))
     parts = figure.subfigures(len(explanations), squeeze=False)[:, 0]
     for part, each in zip(parts, explanations, strict=True):
         image, *maps = panels(part, columns, columns)
-        show_image(image, each.image.pixels, f"{class_name(each.label, names)}: {each.score:.1%}")
+        show_image(image, each.image.pixels, each.title)
         for axes, method, values in zip(maps, methods, each.maps, strict=True):
             _draw_map(part, axes, values, each.image.pixels, METHODS[method].title)
     return figure
