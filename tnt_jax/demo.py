@@ -56,14 +56,13 @@ def make_page(model: Model, name: str):
 
     def asked(image: np.ndarray, chosen: gradio.SelectData):
         """Why the image could be of the class that was clicked."""
-        return why(model, image, classes=[chosen.value.removeprefix("✓ ")], methods=("rollout", "integrated-gradients"))
+        name = chosen.value.removeprefix("✓ ")
+        return why(model, image, classes=[name], methods=("rollout", "integrated-gradients"))
 
     # Gradio's own theme asks Google for its fonts.
     fonts = {"font": ("Helvetica", "Arial", "sans-serif"), "font_mono": ("monospace",)}
     with gradio.Blocks(title=f"tnt_jax: {name}", analytics_enabled=False) as page:
-        gradio.Markdown(
-            f"# {name}\nDrop an image on the left. In the middle is what the model sees: click a patch. Click a class to see why."
-        )
+        gradio.Markdown(f"# {name}\nDrop an image on the left, click a patch in the middle, or a class on the right.")
         # Labels and buttons would lie over the picture that is clicked, and over the titles of the plots.
         plain = {"show_label": False}
         with gradio.Row():
