@@ -14,13 +14,15 @@ import pytest
 from flax import nnx
 from PIL import Image
 from small_models import small_model, small_pyramid
+from small_runs import tiny_run
 
 import tnt_jax
-from tnt_jax import export
 from tnt_jax.config import InputError
 from tnt_jax.data.mixing import normalise
-from tnt_jax.export import description_path, export_model, load_export
+from tnt_jax.export import description_path, export_model, files, formats, load_export
+from tnt_jax.export.quantize import Judged
 from tnt_jax.storage.description import description_of
+from tnt_jax.training.loop import train
 
 NAMES = ("ant", "bee", "cat")
 # What somebody does who has JAX and not this project.
@@ -120,14 +122,14 @@ def test_what_a_format_cannot_hold_is_refused(model, name, format, message, tmp_
 
 
 def test_a_large_model_and_a_missing_converter_and_wrong_logits_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "LARGEST_ONNX", 1000)
+    monkeypatch.setattr(formats, "LARGEST_ONNX", 1000)
     with pytest.raises(InputError, match="2 GB at most"):
         export_model(small_model(), tmp_path / "a.onnx", "onnx")
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "jax2onnx", None)
     with pytest.raises(InputError, match="ONNX needs jax2onnx, which is not installed: pip install"):
         export_model(small_model(), tmp_path / "a.onnx", "onnx")
-    monkeypatch.setattr(export, "to_stablehlo", lambda model, compute: (b"", lambda images: np.zeros((len(images), 3))))
+    monkeypatch.setattr(files, "to_stablehlo", lambda model, compute: (b"", lambda images: np.zeros((len(images), 3))))
     with pytest.raises(InputError, match="differ from the model's by"):
         export_model(small_model(), tmp_path / "a.stablehlo", "stablehlo")
     assert not list(tmp_path.iterdir())
@@ -195,3 +197,59 @@ def test_twenty_lines_run_a_file_in_an_environment_that_has_nothing_of_ours(form
         expected = tnt_jax.inference_model(tmp_path / f"m{size[1]}", tmp_path / "photo.jpg")
         assert found[0] == expected["pred_class"]
         assert float(found[1]) == pytest.approx(expected["pred_score"], abs=1e-4)
+
+
+def test_int8_agrees_with_float32_in_a_third_of_its_size(tmp_path):
+    model = tnt_jax.create_model("tnt_ti_patch16_224", image_size=32, depth=2, num_classes=3)
+    judged = Judged(pixels(16), pixels(24), None, "noise")
+    done = export_model(model, tmp_path / "a.onnx", "onnx", int8=judged)
+    assert done.quantization["top1_int8"] == 1.0
+    assert done.quantization["kept_in_float32"] == []
+    assert json.loads((tmp_path / "a.onnx.json").read_text())["quantization"] == done.quantization
+    export_model(model, tmp_path / "b.onnx", "onnx")
+    assert done.size < (tmp_path / "b.onnx").stat().st_size / 3
+
+
+def test_a_layer_that_int8_ruins_stays_in_float32_and_one_that_is_too_many_is_named(tmp_path):
+    model = small_model()
+    model.norm.scale[...] = model.norm.scale[...].at[0].set(1e5)  # one channel takes the whole range of eight bits,
+    model.head.kernel[...] = model.head.kernel[...].at[0].set(0)  # and nobody reads it
+    done = export_model(model, tmp_path / "a.onnx", "onnx", int8=Judged(pixels(16), pixels(48), None, "noise", 0.1))
+    assert "head" in done.quantization["kept_in_float32"]
+    assert done.quantization["top1_int8"] >= 0.9
+    impossible = Judged(pixels(16), pixels(48), None, "noise", -0.5)
+    message = "with half of the layers in float32, more than --tolerance -50; those that lose most are head"
+    with pytest.raises(InputError, match=message):
+        export_model(model, tmp_path / "b.onnx", "onnx", int8=impossible)
+    assert not (tmp_path / "b.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--format", "stablehlo", "--quantize", "int8"], "--quantize is for --format onnx"),
+        (["--format", "onnx", "--quantize", "int8", "--tolerance", "-1"], "--tolerance is -1.0, and must lie between"),
+        (["--format", "onnx", "--quantize", "int8"], "--source must say what to calibrate with"),
+        (["--format", "onnx", "--quantize", "int8", "--source", "synthetic:0"], "synthetic"),
+    ],
+)
+def test_what_cannot_be_quantised_is_said(flags, message, tmp_path):
+    tnt_jax.save_model(small_model(in_channels=1), tmp_path / "m", class_names=NAMES)
+    code, _, err = commands.run("export.py", tmp_path / "m", *flags, "--out", tmp_path / "a.onnx")
+    assert code == 2
+    assert message in err
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.slow
+def test_the_command_quantises_a_run_with_its_own_images(tmp_path):
+    config = tiny_run(tmp_path / "run")
+    train(config)
+    code, out, err = commands.run(
+        "export.py", tmp_path / "run", "--format", "onnx", "--quantize", "int8", "--out", tmp_path / "a.onnx"
+    )
+    assert code == 0, err
+    assert "int8: accuracy" in out
+    report = json.loads((tmp_path / "a.onnx.json").read_text())["quantization"]
+    assert report["measured_on"] == "digits, 360 images"
+    assert report["top1_int8"] >= report["top1_float32"] - 0.01

@@ -28,6 +28,12 @@ class Arguments:
     """For hub: a .csv that `eval.py --table` wrote, for the model card."""
     license: str | None = None
     """For hub: the licence of the weights, such as apache-2.0, for the model card."""
+    quantize: Literal["int8"] | None = None
+    """For onnx: matrix products in 8 bits, calibrated on training images and measured on test images."""
+    tolerance: float = 1.0
+    """For int8: points of top-1 that may be lost; layers that lose most stay in float32 until it fits."""
+    source: str | None = None
+    """Where images come from that the file is compared with and int8 is made with; a training run knows its own."""
     overwrite: Flag = False
     """Replace what exists."""
 
@@ -46,38 +52,111 @@ def main() -> None:
     from tnt_jax.storage.load import load_model
 
     out, model = arguments.out or name + SUFFIXES[arguments.format], load_model(arguments.model)
-    images = _images(arguments.model, model)
-    done = export_model(model, out, arguments.format, images=images, overwrite=arguments.overwrite)
+    if arguments.quantize and arguments.format != "onnx":
+        raise InputError(f"--quantize is for --format onnx, and --format is {arguments.format}")
+    if not 0 <= arguments.tolerance <= 100:
+        raise InputError(f"--tolerance is {arguments.tolerance}, and must lie between 0 and 100 points")
+    images, int8 = _images(arguments, model)
+    done = export_model(model, out, arguments.format, images=images, int8=int8, overwrite=arguments.overwrite)
     print(f"{done.path}: {done.size:,} bytes; its logits and the model's differ by {done.difference:.1e} at most")
+    if done.quantization:
+        _tell_int8(done.quantization)
     for limit in done.limits:
         print(f"note: {limit}")
 
 
-def _images(path: str, model):
-    """Images that the file is compared with: test images of a run, or two photographs where it takes colour."""
+def _tell_int8(report: dict) -> None:
+    before, after = (f"{100 * report[f'top1_{form}']:.2f}%" for form in ("float32", "int8"))
+    print(f"int8: {report['top1_is']} {before} -> {after} ({report['measured_on']})")
+    if report["kept_in_float32"]:
+        print(f"note: in float32 stayed {', '.join(report['kept_in_float32'])}")
+
+
+COMPARED, CALIBRATED, JUDGED = 8, 256, 2000
+"""Images that a file is compared with, that int8 is calibrated with, and that it is measured on, at most."""
+
+
+def _images(arguments: Arguments, model) -> tuple:
+    """The images that the file is compared with, and what int8 is made with and measured on, where it is asked for.
+
+    They are those of the run or of --source; or, without either, parts of two photographs, which have no classes.
+    """
     import numpy as np
 
     from tnt_jax.data.crop import evaluation_crop
-    from tnt_jax.evaluation.evaluate import open_test, test_data
+    from tnt_jax.data.samples import to_channels
+    from tnt_jax.evaluation.evaluate import test_data
+    from tnt_jax.export.quantize import Judged
     from tnt_jax.storage.description import description_of
     from tnt_jax.storage.resolve import is_run
 
-    config, preprocessing = model.config, description_of(model).preprocessing
-    images = []
-    if is_run(path):
-        (data,) = test_data(path, (), description_of(model).outputs.task)
-        try:
-            source = open_test(data)
-            images = [source[index][0] for index in range(min(8, len(source)))]
-        except InputError as error:
-            print(f"note: no test image of the run was compared: {error}")
-    elif config.in_channels == 3:
-        from sklearn.datasets import load_sample_images
-
-        images = load_sample_images().images
-    images = [image for image in images if image.shape[2] == config.in_channels and image.dtype == np.uint8]
+    described = description_of(model)
+    if not arguments.source and not is_run(arguments.model):
+        parts = _photographs(model) if model.config.in_channels == 3 else []
+        if arguments.quantize and not parts:
+            raise InputError(
+                f"--source must say what to calibrate with: {arguments.model} is no run, and not of colours"
+            )
+        images = np.stack(parts) if parts else None
+        judged = Judged(images[::2], images[1::2], None, "parts of two photographs") if arguments.quantize else None
+        return None if images is None else images[:COMPARED], judged
+    (data,) = test_data(arguments.model, [arguments.source] if arguments.source else (), described.outputs.task)
+    preprocessing = described.preprocessing
     cut = (preprocessing.image_size, preprocessing.crop, preprocessing.interpolation)
-    return np.stack([evaluation_crop(image, *cut) for image in images]) if images else None
+
+    def cut_out(source, count: int) -> tuple:
+        chosen = np.unique(np.linspace(0, len(source) - 1, count).astype(int)) if len(source) else ()
+        read = [source[int(index)] for index in chosen]
+        if unlike := [image.dtype for image, _ in read if image.dtype != np.uint8]:
+            raise InputError(f"{data.source} has pixels of {unlike[0]}, and an exported file takes 8 bits")
+        channels = model.config.in_channels
+        images = [evaluation_crop(to_channels(image, channels), *cut) for image, _ in read]
+        return np.stack(images) if images else np.zeros((0,), np.uint8), [target for _, target in read]
+
+    if not arguments.quantize:
+        try:
+            return cut_out(_opened(data, data.eval_split), COMPARED)[0], None
+        except InputError as error:
+            print(f"note: only noise is compared, and no test image: {error}")
+            return None, None
+    test, labels = cut_out(_opened(data, data.eval_split), JUDGED)
+    calibration, _ = cut_out(_opened(data, data.train_split), CALIBRATED)
+    labels = _in_classes_of(model, _opened(data, data.eval_split), data, labels)
+    return test[:COMPARED], Judged(calibration, test, labels, data.source, arguments.tolerance / 100)
+
+
+def _opened(data, split: str):
+    from tnt_jax.data.opening import open_split
+
+    return open_split(data, split)
+
+
+def _in_classes_of(model, source, data, labels: list):
+    """Labels as numbers of the model's classes."""
+    import numpy as np
+
+    from tnt_jax.evaluation.evaluate import match_of
+
+    return np.arange(model.config.num_classes)[match_of(model, source, data).of_model][np.array(labels)]
+
+
+def _photographs(model) -> list:
+    """Parts of the two photographs that scikit-learn ships, as evaluation would cut them out."""
+    import numpy as np
+    from sklearn.datasets import load_sample_images
+
+    from tnt_jax.data.crop import evaluation_crop
+    from tnt_jax.storage.description import description_of
+
+    preprocessing, rng, parts = description_of(model).preprocessing, np.random.default_rng(0), []
+    cut = (preprocessing.image_size, preprocessing.crop, preprocessing.interpolation)
+    for photograph in load_sample_images().images:
+        height, width = photograph.shape[:2]
+        parts.append(evaluation_crop(photograph, *cut))
+        for side in rng.integers(min(height, width) // 3, min(height, width), 63):
+            top, left = rng.integers(0, height - side + 1), rng.integers(0, width - side + 1)
+            parts.append(evaluation_crop(photograph[top : top + side, left : left + side], *cut))
+    return [parts[index] for index in rng.permutation(len(parts))]
 
 
 def _to_hub(arguments: Arguments, out: str) -> None:

@@ -9,7 +9,6 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
-import logging
 import math
 import os
 from collections.abc import Callable
@@ -19,26 +18,21 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import UInt8
 
 import tnt_jax
 from tnt_jax.config import InputError
-from tnt_jax.data.mixing import normalise
-from tnt_jax.models.variants import Model, with_formulation
+from tnt_jax.export.formats import PLATFORMS, logits_of, of_equations, output_name, to_onnx, to_stablehlo
+from tnt_jax.export.quantize import Judged, quantize
+from tnt_jax.models.variants import Model
 from tnt_jax.storage.description import description_of
 from tnt_jax.storage.files import write_whole
+from tnt_jax.storage.folder import model_parameters
 
 SUFFIXES = {"stablehlo": ".stablehlo", "onnx": ".onnx"}
-PLATFORMS = ("cpu", "cuda", "tpu")
 TOLERANCE = 1e-4  # of logits, beside their size where that is above 1
 MONTHS = 6
 """How long later releases of JAX promise to read an export, https://docs.jax.dev/en/latest/export/export.html."""
-LARGEST_ONNX = 2**31 - 1  # bytes: what a protobuf message can hold
-INSTALL_ONNX = (
-    "pip install onnx==1.23.2 onnx-ir==1.1.0 onnxruntime==1.32.0 && pip install --no-deps jax2onnx==0.17.1 "
-    "(--no-deps, because jax2onnx declares an older Orbax than ours and does not use it)"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +46,8 @@ class Exported:
     """The greatest difference of a logit between the file, as its own runtime computes it, and the model."""
     limits: tuple[str, ...]
     """What the format does not hold."""
+    quantization: dict[str, Any] | None = None
+    """What int8 is worth, where it was asked for: `Quantized.report`."""
 
 
 def export_model(
@@ -60,16 +56,20 @@ def export_model(
     format: Literal["stablehlo", "onnx"],
     *,
     images: UInt8[np.ndarray, "batch height width channels"] | None = None,
+    int8: Judged | None = None,
     overwrite: bool = False,
 ) -> Exported:
     """Writes a model as one file and its description beside it, after the file has given the model's logits.
 
     Args:
         images: as evaluation cuts them; the logits of these are compared, beside those of noise.
+        int8: for ONNX, quantise with these images; what is compared is then the float32 form, and top-1 of both is
+            measured.
 
     Raises:
         InputError: the destination exists or has another ending, the format cannot hold the model, the converter is
-            not installed, or the logits differ by more than 1e-4. Nothing is written then.
+            not installed, the logits differ by more than 1e-4, or int8 loses more than its tolerance. Nothing is
+            written then.
     """
     path, suffix = Path(path), SUFFIXES[format]
     if path.suffix != suffix:
@@ -78,19 +78,29 @@ def export_model(
     for each in (path, description):
         if each.exists() and not overwrite:
             raise InputError(f"{each} exists; choose another file, or overwrite it (--overwrite, overwrite=True)")
+    if int8 is not None and format != "onnx":
+        raise InputError(f"int8 is for --format onnx, and the format is {format}")
+    if int8 is not None and description_of(model).outputs.task != "single_label":
+        raise InputError(f"int8 is judged by top-1, and the task of the model is {description_of(model).outputs.task}")
     if not path.parent.is_dir():
         raise InputError(f"{path}: there is no folder {path.parent}")
-    compute = logits_of(_of_equations(model))
+    compute = logits_of(of_equations(model))
     content, run = {"stablehlo": to_stablehlo, "onnx": to_onnx}[format](model, compute)
     difference = _difference(model, run, images)
     if not difference <= TOLERANCE:
         raise InputError(
             f"the logits of the {format} file differ from the model's by {difference:.2g}: nothing is written"
         )
+    about = _describe(model, compute, format)
+    if int8 is not None:
+        parameters = {name: np.asarray(value) for name, value in model_parameters(model).items()}
+        quantized = quantize(content, int8, parameters)
+        content, about["quantization"] = quantized.content, quantized.report
     write_whole(path, lambda unfinished: unfinished.write_bytes(content))
-    text = json.dumps(_describe(model, compute, format), indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
     write_whole(description, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
-    return Exported(str(path), len(content), difference, LIMITS[format])
+    limits = LIMITS[format] if int8 is None else (*LIMITS[format][:-1], INT8_LIMIT)
+    return Exported(str(path), len(content), difference, limits, about.get("quantization"))
 
 
 LIMITS = {
@@ -105,88 +115,7 @@ LIMITS = {
         "it is float32: ONNX Runtime has no bfloat16 on a CPU",
     ),
 }
-
-
-def logits_of(model: Model) -> Callable[[Array], Array]:
-    """What is exported: the function from uint8 pixels (batch, height, width, channels) to logits (batch, classes).
-
-    Of a regression, to values in the units of the targets. Of a model with `num_classes=0`, to its features. Products
-    of float32 matrices are exact to float32 on every platform, so that a file is compared with what a CPU computes.
-    """
-    graphdef, state = nnx.split(model)
-    preprocessing, outputs = description_of(model).preprocessing, description_of(model).outputs
-    scale, offset = (
-        None if each is None else np.array(each, np.float32) for each in (outputs.target_std, outputs.target_mean)
-    )
-
-    def logits(pixels: UInt8[Array, "batch height width channels"]) -> Float[Array, "batch classes"]:
-        with jax.default_matmul_precision("highest"):
-            found = nnx.merge(graphdef, state)(normalise(pixels, preprocessing))
-            return found if scale is None else found.astype(jnp.float32) * scale + offset
-
-    return logits
-
-
-def output_name(model: Model) -> str:
-    """What the output of a file is called."""
-    return "values" if description_of(model).outputs.task == "regression" else "logits"
-
-
-def _of_equations(model: Model) -> Model:
-    """The same model without kernels, which nobody has who does not have this code."""
-    plain = with_formulation(model, "reference")
-    plain.description = description_of(model)
-    return plain
-
-
-def to_stablehlo(model: Model, compute: Callable) -> tuple[bytes, Callable[[np.ndarray], np.ndarray]]:
-    """The serialised artefact of `jax.export`, and what computes it."""
-    config = model.config
-    (batch,) = jax.export.symbolic_shape("batch")
-    pixels = jax.ShapeDtypeStruct((batch, *config.image_size, config.in_channels), jnp.uint8)
-    content = jax.export.export(jax.jit(compute), platforms=PLATFORMS)(pixels).serialize()
-    return bytes(content), lambda images: np.asarray(jax.export.deserialize(content).call(images))
-
-
-def to_onnx(model: Model, compute: Callable) -> tuple[bytes, Callable[[np.ndarray], np.ndarray]]:
-    """An ONNX model, self-contained, and what computes it."""
-    config = model.config
-    if (config.dtype, config.param_dtype) != ("float32", "float32"):
-        raise InputError(
-            f"ONNX cannot hold this model: it computes in {config.dtype} with parameters in {config.param_dtype}, and "
-            "ONNX Runtime has no bfloat16 on a CPU; export it with both in float32, or as stablehlo"
-        )
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
-    if size > LARGEST_ONNX:
-        raise InputError(f"ONNX cannot hold this model: {size:,} bytes of parameters, and one file has 2 GB at most")
-    logging.disable(logging.WARNING)  # of every frontend that jax2onnx has and that is not installed
-    try:
-        import jax2onnx
-        import onnxruntime
-
-        output = output_name(model)
-        pixels = jax.ShapeDtypeStruct(("batch", *config.image_size, config.in_channels), jnp.uint8)
-        names = {"input_names": ["pixels"], "output_names": [output], "model_name": config.name}
-        proto = jax2onnx.to_onnx(compute, [pixels], **names)
-    except ImportError as error:
-        raise InputError(f"ONNX needs {error.name}, which is not installed: {INSTALL_ONNX}") from error
-    finally:
-        logging.disable(logging.NOTSET)
-    _use_matrix_products(proto)
-    content = proto.SerializeToString()
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    return content, lambda images: session.run([output], {"pixels": images})[0]
-
-
-def _use_matrix_products(proto) -> None:
-    """Each Einsum that is a matrix product becomes a MatMul, which runtimes compute faster and quantisers know."""
-    for node in proto.graph.node:
-        if node.op_type == "Einsum":
-            given, result = node.attribute[0].s.decode().replace(" ", "").split("->")
-            left, right = given.split(",")
-            if len(right) == 2 and left[-1] == right[0] and result == left[:-1] + right[1]:
-                node.op_type = "MatMul"
-                del node.attribute[:]
+INT8_LIMIT = "it is fast on processors with 8-bit products (AVX512-VNNI, AVX-VNNI, ARM dotprod)"
 
 
 def description_path(path: str | os.PathLike) -> Path:
