@@ -1,4 +1,7 @@
-"""Mean and standard deviation of each channel over training images: `python -m tnt_jax.data.statistics csv:mine.csv`."""
+"""Mean and standard deviation of each channel over the training images.
+
+python -m tnt_jax.data.statistics csv:mine.csv
+"""
 
 import dataclasses
 import hashlib
@@ -44,7 +47,7 @@ class Statistics:
 def measure(data: DataConfig, progress=lambda done, count: None) -> Statistics:
     """Mean and standard deviation of all training images of a source, or those that were measured before.
 
-    They are kept in `~/.cache/tnt_jax/statistics` (`$XDG_CACHE_HOME/tnt_jax/statistics`) by the fingerprint of the data.
+    They are kept in `~/.cache/tnt_jax/statistics` (or below `$XDG_CACHE_HOME`) by the fingerprint of the data.
 
     Args:
         progress: called with the number of images that are done, and that there are.
@@ -117,7 +120,7 @@ class Arguments:
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """As in --data.source of train.py."""
-    data: DataConfig = DataConfig()
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
     """How it is read, as in train.py."""
 
 
