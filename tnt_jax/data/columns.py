@@ -1,17 +1,21 @@
 """Columns of a table to targets: one class, several classes, or numbers for each row."""
 
 import dataclasses
+import functools
 import logging
 import math
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tnt_jax.config import DataConfig, InputError
-from tnt_jax.data.listing import natural_key
+from tnt_jax.data.listing import FileNames, natural_key
 
 if TYPE_CHECKING:
+    import pyarrow
+
     from tnt_jax.data.tables import Table
 
 LABEL_COLUMNS = ("label", "labels", "class", "target", "category")
@@ -19,35 +23,63 @@ SEPARATORS = "|;,"
 logger = logging.getLogger(__name__)
 
 
+PART = 1 << 14  # values that are Python's objects at a time
+
+
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """The cells of a column: its different values, in the order in which they come, and which one each row has."""
+    """The cells of a column, as bytes."""
 
     name: str
-    values: list[bytes]
-    codes: np.ndarray
+    cells: "pyarrow.BinaryArray"
 
-    @classmethod
-    def of_arrow(cls, name: str, column: Any) -> "Column":
-        """Of pyarrow's chunked array of binary."""
-        encoded = column.combine_chunks().dictionary_encode()
-        encoded = encoded.chunk(0) if hasattr(encoded, "chunk") else encoded
-        return cls(name, encoded.dictionary.to_pylist(), np.asarray(encoded.indices).astype(np.int32))
+    @functools.cached_property
+    def _encoded(self) -> "pyarrow.DictionaryArray":
+        return self.cells.dictionary_encode()
+
+    @property
+    def values(self) -> "pyarrow.BinaryArray":
+        """The different cells, in the order in which they come."""
+        return self._encoded.dictionary
+
+    @functools.cached_property
+    def codes(self) -> np.ndarray:
+        """Which of the values each row has, int32 (rows,)."""
+        return np.asarray(self._encoded.indices, np.int32)
 
     @property
     def texts(self) -> list[str]:
-        return [os.fsdecode(value).strip() for value in self.values]
+        """The different cells as text."""
+        return [os.fsdecode(value).strip() for value in parts(self.values)]
 
-    def bytes_of(self, rows: np.ndarray) -> list[bytes]:
-        """The cells of some rows."""
-        return [self.values[code] for code in self.codes[rows].tolist()]
+    def first_row(self, code: int) -> int:
+        """The first row that has a value, by its number."""
+        return int(np.argmax(self.codes == code))
+
+    def empty_row(self) -> int | None:
+        """The first row whose cell is empty."""
+        return next((row for row, cell in enumerate(parts(self.cells)) if not cell.strip()), None)
+
+    def files_of(self, rows: np.ndarray) -> FileNames:
+        """The cells of some rows as names of files."""
+        taken = self.cells if len(rows) == len(self.cells) else self.cells.take(rows)
+        _, ends, text = taken.buffers()
+        ends = np.frombuffer(ends, np.int32, len(taken) + 1, taken.offset * 4)
+        return FileNames.of_arrays(np.frombuffer(text or b"", np.uint8)[: ends[-1]], ends)
 
     def natural_codes(self) -> np.ndarray:
         """Which value each row has, where values are numbered in their natural order."""
-        order = sorted(range(len(self.values)), key=lambda code: natural_key(self.texts[code]))
+        texts = self.texts
+        order = sorted(range(len(texts)), key=lambda code: natural_key(texts[code]))
         places = np.empty(len(order), np.int32)
         places[order] = np.arange(len(order))
         return places[self.codes]
+
+
+def parts(array: "pyarrow.BinaryArray") -> Iterator[bytes]:
+    """What an array holds, a few thousand at a time."""
+    for at in range(0, len(array), PART):
+        yield from array.slice(at, PART).to_pylist()
 
 
 def targets_of(
@@ -79,7 +111,7 @@ def targets_of(
             "regression, and not single_label"
         )
     column = table.columns[columns[0]]
-    texts = [_text(table, column, code) for code in range(len(column.values))]
+    texts = _texts(table, column)
     if data.task == "multi_label":
         return _several(table, column, texts, data, training)
     _refuse_numbers(table, column, texts)
@@ -98,7 +130,9 @@ def _label_columns(table: "Table", data: DataConfig, others: set[str]) -> list[s
         columns = [
             name
             for name, column in table.columns.items()
-            if name not in others and {value.strip() for value in column.values} <= {b"0", b"1", b"0.0", b"1.0"}
+            if name not in others
+            and len(column.values) <= 4
+            and {value.strip() for value in parts(column.values)} <= {b"0", b"1", b"0.0", b"1.0"}
         ]
     else:
         columns = [found] if found else []
@@ -107,18 +141,27 @@ def _label_columns(table: "Table", data: DataConfig, others: set[str]) -> list[s
     return columns
 
 
+def _has_marks(column: Column) -> bool:
+    """Whether a column says nothing but 0 and 1."""
+    return len(column.values) <= 4 and {value.strip() for value in parts(column.values)} <= {b"0", b"1", b"0.0", b"1.0"}
+
+
 def _place(table: "Table", column: Column, code: int) -> str:
-    return table.place(int(np.flatnonzero(column.codes == code)[0]))
+    return table.place(column.first_row(code))
 
 
-def _text(table: "Table", column: Column, code: int) -> str:
-    try:
-        return column.values[code].decode().strip()
-    except UnicodeDecodeError:
-        raise InputError(
-            f"{_place(table, column, code)}: {column.values[code]!r} in column {column.name!r} is not UTF-8; "
-            "save the table as UTF-8, or name its encoding, such as --data.encoding latin-1"
-        ) from None
+def _texts(table: "Table", column: Column) -> list[str]:
+    """The different values of a column."""
+    texts = []
+    for value in parts(column.values):
+        try:
+            texts.append(value.decode().strip())
+        except UnicodeDecodeError:
+            raise InputError(
+                f"{_place(table, column, len(texts))}: {value!r} in column {column.name!r} is not UTF-8; "
+                "save the table as UTF-8, or name its encoding, such as --data.encoding latin-1"
+            ) from None
+    return texts
 
 
 def _number(text: str) -> float | None:
@@ -130,8 +173,7 @@ def _number(text: str) -> float | None:
 
 def _numbers(table: "Table", column: Column) -> np.ndarray:
     values = np.empty(len(column.values), np.float32)
-    for code in range(len(column.values)):
-        text = _text(table, column, code)
+    for code, text in enumerate(_texts(table, column)):
         number = _number(text)
         if number is None or not math.isfinite(number):
             what = "is empty" if not text else f"is {text!r}, and should be a finite number"

@@ -25,13 +25,13 @@ def open_idx(argument: str, data: DataConfig, split: str) -> ArraySource:
     """
     if split not in IDX_FILES:
         raise NoSplitError(split, IDX_FILES)
-    folder = pathlib.Path(argument)
+    folder = pathlib.Path(argument).expanduser()
     images, labels = (_read_idx(folder, name) for name in IDX_FILES[split])
     if not len(images):
         raise InputError(f"{folder} ({split}) has no images")
     if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
         raise InputError(f"{folder} ({split}): {images.shape} images and {labels.shape} labels do not belong together")
-    if "fashion" in folder.resolve().name.lower():
+    if "fashion" in "/".join(folder.resolve().parts[-2:]).lower():
         class_names = FASHION_MNIST_CLASSES
     else:  # those of the training images, whatever classes the test images happen to have
         train = _read_idx(folder, IDX_FILES["train"][1]) if split != "train" and _has_train(folder) else labels
@@ -44,16 +44,18 @@ def open_idx(argument: str, data: DataConfig, split: str) -> ArraySource:
 
 
 def _has_train(folder: pathlib.Path) -> bool:
-    name = IDX_FILES["train"][1]
-    return (folder / name).is_file() or (folder / f"{name}.gz").is_file()
+    return any(path.is_file() for path in _paths(folder, IDX_FILES["train"][1]))
+
+
+def _paths(folder: pathlib.Path, name: str) -> list[pathlib.Path]:
+    """Where a file may lie: as published, or with Kaggle's dot, gzipped or not, here or in torchvision's `raw`."""
+    names = [name, name.replace("-idx", ".idx")]
+    return [place / f"{each}{suffix}" for place in (folder, folder / "raw") for each in names for suffix in ("", ".gz")]
 
 
 def _read_idx(folder: pathlib.Path, name: str) -> np.ndarray:
-    """One IDX file: two zero bytes, the type (8.
-
-    Unsigned byte), the number of axes, their big-endian sizes, the bytes.
-    """
-    for path in (folder / name, folder / f"{name}.gz"):
+    """One IDX file: two zero bytes, the type (8: unsigned byte), the number of axes, big-endian sizes, the bytes."""
+    for path in _paths(folder, name):
         if path.is_file():
             break
     else:

@@ -44,6 +44,14 @@ class FileNames(Sequence):
         self._starts = np.cumsum([0, *counts])
         self._chosen: np.ndarray | None = None
 
+    @classmethod
+    def of_arrays(cls, text: np.ndarray, ends: np.ndarray) -> "FileNames":
+        """From all paths in one array of bytes, and where each ends, beginning with 0."""
+        made = cls([])
+        made._text, made._ends = text, ends.astype(np.uint32) if len(text) < 2**32 else ends
+        made._folders, made._starts = ("",), np.array([0, len(ends) - 1])
+        return made
+
     def __len__(self) -> int:
         return len(self._ends) - 1 if self._chosen is None else len(self._chosen)
 

@@ -41,8 +41,10 @@ class Source(Protocol):
 class NoSplitError(InputError):
     """A source does not have the split that was asked for."""
 
-    def __init__(self, split: str, there_are: Iterable[str]):
-        super().__init__(f"there is no split {split!r}; there are {', '.join(map(repr, there_are)) or 'none'}")
+    def __init__(self, split: str, there_are: Iterable[str] = (), remedy: str = ""):
+        self.there_are = tuple(there_are)
+        listed = ", ".join(map(repr, self.there_are)) or "none"
+        super().__init__(f"there is no split {split!r}; there are {listed}{remedy}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +146,7 @@ class Subset:
             return lambda index, *arguments, **options: value(int(self.indices[index]), *arguments, **options)
         if isinstance(value, FileNames):
             return value.take(self.indices)
-        return value[self.indices] if isinstance(value, np.ndarray) and len(value) == len(self.source) else value
+        return value[self.indices] if name in ("groups", "folds") and value is not None else value
 
 
 @dataclasses.dataclass(frozen=True)
