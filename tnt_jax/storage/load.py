@@ -1,5 +1,6 @@
 """A model from wherever it lies; see `tnt_jax.storage.resolve` for what a MODEL is."""
 
+import dataclasses
 import logging
 import os
 from collections.abc import Sequence
