@@ -17,6 +17,16 @@ class InputError(ValueError):
     exit_code = 2
 
 
+Task = Literal["single_label", "multi_label", "regression"]
+TASKS: dict[Task, tuple[str, ...]] = {
+    "single_label": ("top1", "top5", "balanced_accuracy", "macro_precision", "macro_recall", "macro_f1", "loss"),
+    "multi_label": ("map", "roc_auc", "macro_precision", "macro_recall", "macro_f1", "micro_f1", "exact_match", "loss"),
+    "regression": ("r2", "rmse", "mae", "loss"),
+}
+"""What an image is told to be, and the metrics that training has of it; the first is what it is judged by."""
+LOWER_IS_BETTER = ("loss", "rmse", "mae")
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """All sizes of a model. `ModelChanges` is what a config file or the command line says of it.
@@ -100,7 +110,7 @@ class DataConfig:
     source: str = setting("digits", role="execution")
     """`digits`, `idx:FOLDER`, `folder:PATH`, `csv:FILE`, `npy:PATH`, `hf:NAME`, `tfds:NAME`, `array_record:PATH` or
     `synthetic`; see docs/data.md. A run may go on with the same data at another place: what it holds is compared."""
-    task: Literal["single_label", "multi_label", "regression"] = "single_label"
+    task: Task = "single_label"
     """What is told of an image: one class, any number of classes, or numbers."""
     train_split: str = "train"
     """What training reads. TFDS takes its slices here, `train[:90%]`."""
@@ -141,6 +151,10 @@ class DataConfig:
     max_pixels: int = setting(2**28, least=1)
     """Images of more pixels are taken for decompression bombs, and are refused before they are decoded."""
 
+    sampling: Literal["natural", "balanced", "sqrt"] = "natural"
+    """How often an epoch sees each class (multi_label: label): natural is each image once; balanced is all classes
+    alike, images of rare ones several times and of frequent ones not all; sqrt is between them, in proportion to the
+    root of how many images a class has."""
     repeats: int = setting(3, least=1)
     """Repeated augmentation: each image of an epoch comes this many times in a batch, an epoch sees that many times
     fewer images; 1 is the ordinary order."""
@@ -201,6 +215,23 @@ class DataConfig:
         off = {"repeats": 1, "crop_area": None, "crop": 1.0, "random_flip": 0.0, "randaugment_ops": 0}
         off |= {"color_jitter": 0.0, "erasing": 0.0, "mixup": 0.0, "cutmix": 0.0}
         return cls(source, **(off | fields))
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """How outputs and targets are compared; the task decides by what: softmax cross-entropy (single_label), binary
+    cross-entropy of each label (multi_label), squared error of standardised targets (regression).
+    """
+
+    class_weights: Literal["none", "balanced"] | tuple[float, ...] = setting("none", least=0)
+    """Weight of each class, label or target. balanced is inverse to how many training images have it, with a mean of 1
+    over the classes of the images: scikit-learn's formula."""
+    positive_weights: Literal["none", "balanced"] | tuple[float, ...] = setting("none", least=0)
+    """multi_label: weight of each label where an image has it. balanced is how many training images are without it,
+    over how many have it."""
+    focal_gamma: float = setting(0.0, least=0)
+    """Focal loss (arXiv 1708.02002): what is answered well already counts less, by (1 - p) to this power; 0 is
+    cross-entropy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,6 +297,7 @@ class TrainConfig(Generic[Model]):
     checkpoint. Positions are resized to another image size. Classes are matched by name; others get a fresh head."""
     model: Model = dataclasses.field(default_factory=ModelChanges)
     data: DataConfig = DataConfig()
+    loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     batch_size: int = setting(64, least=1)
     """Images of a step over all devices."""
@@ -284,6 +316,9 @@ class TrainConfig(Generic[Model]):
     """Steps between checkpoints, beside the others."""
     keep_checkpoints: int = setting(2, role="observation", least=1)
     """Latest checkpoints that are kept, beside the best one."""
+    best_metric: str | None = setting(None, role="observation")
+    """Metric of the averaged weights on the test images by which the best checkpoint is chosen. By default top1 for
+    single_label, map for multi_label and r2 for regression; the others are in docs/evaluation.md."""
     log_every_steps: int = setting(10, role="observation", least=1)
     """Steps between lines of metrics.jsonl and TensorBoard."""
     precision: Literal["default", "high", "highest"] = "default"
@@ -338,6 +373,7 @@ def check(config: TrainConfig) -> None:
     for fault in faults(config):
         raise InputError(fault)
     check_data(config.data)
+    check_task(config)
     count, index = config.distributed.num_processes, config.distributed.process_id
     if count is not None and index is not None and index >= count:
         raise InputError(f"distributed.process_id is {index}, and must be below distributed.num_processes, {count}")
@@ -351,6 +387,34 @@ def check_data(data: DataConfig) -> None:
         low, high = getattr(data, name) or (1, 1)
         if low > high:
             raise InputError(f"data.{name} is {low} to {high}, and must rise")
+
+
+def check_task(config: TrainConfig) -> None:
+    """`check` for what only some tasks have: sampling, weights, the metric of the best checkpoint."""
+    task, loss = config.data.task, config.loss
+    only = {
+        "data.sampling": (config.data.sampling != "natural", ("single_label", "multi_label"), "natural"),
+        "loss.class_weights": (loss.class_weights == "balanced", ("single_label", "multi_label"), "none or numbers"),
+        "loss.positive_weights": (loss.positive_weights != "none", ("multi_label",), "none"),
+        "loss.focal_gamma": (loss.focal_gamma > 0, ("single_label", "multi_label"), "0"),
+    }
+    for name, (given, tasks, right) in only.items():
+        if given and task not in tasks:
+            part, field = name.split(".")
+            value = getattr(getattr(config, part), field)
+            raise InputError(
+                f"{name} is {value!r}, which only {' and '.join(tasks)} can have; for data.task {task} it must be "
+                f"{right}"
+            )
+    if config.best_metric not in (None, *TASKS[task]):
+        raise InputError(
+            f"best_metric is {config.best_metric!r}, and must be one of {', '.join(TASKS[task])} for data.task {task}"
+        )
+
+
+def best_metric(config: TrainConfig) -> str:
+    """The metric by which the best checkpoint of a run is chosen."""
+    return config.best_metric or TASKS[config.data.task][0]
 
 
 def to_json(config: TrainConfig) -> dict:

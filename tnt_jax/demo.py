@@ -1,14 +1,15 @@
-"""A page in the browser: drop an image, see the likeliest classes, click a patch and see what it attends to."""
+"""A page in the browser: drop an image, see what the model says of it, click a patch and see what it attends to."""
 
 import os
 import socket
+from typing import Any
 
 import numpy as np
 
 from tnt_jax.config import InputError
 from tnt_jax.inference import inference_model, most_likely
 from tnt_jax.models.variants import Model
-from tnt_jax.storage.description import description_of
+from tnt_jax.storage.description import ModelDescription, description_of
 from tnt_jax.visualize.attention import inner_attention, outer_attention
 from tnt_jax.visualize.canvas import preprocess
 
@@ -34,16 +35,16 @@ def make_page(model: Model, name: str):
     size = description.config.patch_size
 
     def dropped(image: np.ndarray | None):
-        """The five likeliest classes, and the image as the model sees it."""
+        """What the model says, and the image as it sees it."""
         if image is None:
             return None, None, None, None, None
         try:
-            top = most_likely(inference_model(model, image), description.class_names, 5)
+            said = label_of(inference_model(model, image), description)
             pixels = preprocess(model, image).pixels
         except InputError as error:
             raise gradio.Error(str(error)) from error
         pixels = np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
-        return {row["class"]: row["score"] for row in top}, pixels.repeat(scale, 0).repeat(scale, 1), None, None, None
+        return said, pixels.repeat(scale, 0).repeat(scale, 1), None, None, None
 
     def clicked(image: np.ndarray, place: gradio.SelectData):
         """The attention of the patch at a place, x and y in pixels of the enlarged image."""
@@ -70,6 +71,19 @@ def make_page(model: Model, name: str):
         seen.select(clicked, image, [patch, inner, outer])
     page.theme_without_fonts = gradio.themes.Default(**fonts)
     return page
+
+
+def label_of(result: dict[str, Any], description: ModelDescription) -> dict[str, float] | str:
+    """What a `gradio.Label` shows: the five likeliest classes or labels with their probabilities, of which a tick marks
+    those that are answered; or the values of a regression, one a line.
+    """
+    if "pred_values" in result:
+        return "\n".join(f"{name}: {value:.6g}" for name, value in result["pred_values"].items())
+    answered = result.get("pred_labels", ())
+    return {
+        f"✓ {row['class']}" if row["label"] in answered else row["class"]: row["score"]
+        for row in most_likely(result, description.class_names, 5)
+    }
 
 
 def serve_page(model: Model, name: str, port: int) -> None:

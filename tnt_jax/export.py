@@ -1,7 +1,8 @@
 """A model for those who do not have this code: StableHLO, and ONNX.
 
-Both take uint8 pixels as evaluation cuts them, any number of images, and give logits: normalising is inside. Beside the
-file lies a `.json` with the size that images are cut to, how to cut them, and the names of the classes.
+Both take uint8 pixels as evaluation cuts them, any number of images, and give logits, or the values of a regression in
+the units of its targets: normalising is inside. Beside the file lies a `.json` with the size that images are cut to,
+how to cut them, the task, and the names of the classes, labels or targets.
 """
 
 import dataclasses
@@ -93,19 +94,28 @@ LIMITS = {
 
 
 def logits_of(model: Model) -> Callable[[Array], Array]:
-    """The function that is exported: uint8 pixels (batch, height, width, channels) to logits (batch, classes).
+    """What is exported: the function from uint8 pixels (batch, height, width, channels) to logits (batch, classes).
 
-    Of a model with `num_classes=0`, to its features. Products of float32 matrices are exact to float32 on every
-    platform, so that a file is compared with what a CPU computes.
+    Of a regression, to values in the units of the targets. Of a model with `num_classes=0`, to its features. Products
+    of float32 matrices are exact to float32 on every platform, so that a file is compared with what a CPU computes.
     """
     graphdef, state = nnx.split(model)
-    preprocessing = description_of(model).preprocessing
+    preprocessing, outputs = description_of(model).preprocessing, description_of(model).outputs
+    scale, offset = (
+        None if each is None else np.array(each, np.float32) for each in (outputs.target_std, outputs.target_mean)
+    )
 
     def logits(pixels: UInt8[Array, "batch height width channels"]) -> Float[Array, "batch classes"]:
         with jax.default_matmul_precision("highest"):
-            return nnx.merge(graphdef, state)(normalise(pixels, preprocessing))
+            found = nnx.merge(graphdef, state)(normalise(pixels, preprocessing))
+            return found if scale is None else found.astype(jnp.float32) * scale + offset
 
     return logits
+
+
+def output_name(model: Model) -> str:
+    """What the output of a file is called."""
+    return "values" if description_of(model).outputs.task == "regression" else "logits"
 
 
 def _of_equations(model: Model) -> Model:
@@ -140,8 +150,9 @@ def to_onnx(model: Model, compute: Callable) -> tuple[bytes, Callable[[np.ndarra
         import jax2onnx
         import onnxruntime
 
+        output = output_name(model)
         pixels = jax.ShapeDtypeStruct(("batch", *config.image_size, config.in_channels), jnp.uint8)
-        names = {"input_names": ["pixels"], "output_names": ["logits"], "model_name": config.name}
+        names = {"input_names": ["pixels"], "output_names": [output], "model_name": config.name}
         proto = jax2onnx.to_onnx(compute, [pixels], **names)
     except ImportError as error:
         raise InputError(f"ONNX needs {error.name}, which is not installed: {INSTALL_ONNX}") from error
@@ -149,7 +160,7 @@ def to_onnx(model: Model, compute: Callable) -> tuple[bytes, Callable[[np.ndarra
         logging.disable(logging.NOTSET)
     content = proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    return content, lambda images: session.run(["logits"], {"pixels": images})[0]
+    return content, lambda images: session.run([output], {"pixels": images})[0]
 
 
 def _difference(model: Model, run: Callable) -> float:
@@ -168,9 +179,11 @@ def _describe(model: Model, compute: Callable, format: str) -> dict:
         "model": known.config.name,
         "format": format,
         "input": {"name": "pixels", "dtype": "uint8", "shape": ["batch", height, width, known.config.in_channels]},
-        "output": {"name": "logits", "dtype": "float32", "shape": ["batch", width_of_output]},
+        "output": {"name": output_name(model), "dtype": "float32", "shape": ["batch", width_of_output]},
         "preprocessing": f"shorter side to floor(size / crop), {known.preprocessing.interpolation} with antialiasing; "
         "centre cut out; 0 to 255",
         "crop": known.preprocessing.crop,
+        "task": known.outputs.task,
+        "thresholds": known.outputs.thresholds,
         "class_names": known.class_names,
     }

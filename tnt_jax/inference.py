@@ -1,4 +1,4 @@
-"""Classes of images from a model: pixels on the host, normalising and everything after it on the device."""
+"""What a model says of images, by its task: pixels on the host, normalising and everything after it on the device."""
 
 import functools
 import itertools
@@ -12,11 +12,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Num
 
-from tnt_jax.config import DataConfig, InputError
+from tnt_jax.config import DataConfig, InputError, Task
 from tnt_jax.data.crop import evaluated
 from tnt_jax.data.decode import ImageSource
 from tnt_jax.data.mixing import normalise
 from tnt_jax.data.samples import to_depth
+from tnt_jax.data.targets import in_units
 from tnt_jax.models.variants import Model
 from tnt_jax.storage.description import ModelDescription, Preprocessing, description_of
 from tnt_jax.storage.load import load_model
@@ -25,7 +26,7 @@ from tnt_jax.storage.load import load_model
 def inference_model(
     model: Model | str | os.PathLike, image: ImageSource | list[ImageSource]
 ) -> dict[str, Any] | list[dict[str, Any]]:
-    """The class of an image, or of each image of a list. The keys are those of mmpretrain's `inference_model`.
+    """What a model says of an image, or of each image of a list, by its task.
 
     Args:
         model: a model, or whatever `load_model` takes. To classify many images, load it once.
@@ -33,8 +34,11 @@ def inference_model(
             PyTorch; or a list of these. White is 255 in uint8, 65535 in uint16 and 1 in floats.
 
     Returns:
-        pred_label (int), pred_class (its name, or the number as text where no names are known), pred_score (its
-        probability), pred_scores (float32 (classes,), of all). The probability of a single output is its sigmoid.
+        single_label, with the keys of mmpretrain: pred_label (int), pred_class (its name, or the number as text where
+        no names are known), pred_score (its probability), pred_scores (float32 (classes,), of all). The probability of
+        a single output is its sigmoid.
+        multi_label: pred_labels and pred_classes (lists, of what is at or above its threshold), pred_scores.
+        regression: pred_values (dictionary from the name of each target to its value, in its units).
 
     Raises:
         InputError: an image cannot be read, or the model cannot be loaded or has no classes.
@@ -91,14 +95,15 @@ def _predict(
                 kind = kinds.pop() if len(kinds) == 1 else "float32"
                 batch = np.zeros((batch_size, *readable[0].shape), kind)
                 batch[: len(readable)] = [to_depth(image, kind) for image in readable]
-                computed = np.asarray(_probabilities(graph, description.preprocessing, state, batch))
+                task = description.outputs.task
+                computed = np.asarray(_probabilities(graph, description.preprocessing, state, batch, task))
                 if not np.isfinite(computed).all():
                     raise InputError(
                         f"{description.config.name} gives scores that are not numbers (NaN): its parameters are damaged"
                     )
                 scores = iter(computed)
             for image in pixels:
-                yield image if isinstance(image, InputError) else _result(next(scores), description.class_names)
+                yield image if isinstance(image, InputError) else result_of(next(scores), description)
             reading = following
 
 
@@ -109,23 +114,37 @@ def _pixels(image: ImageSource, description: ModelDescription, max_pixels: int) 
         return error
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 4))
 def _probabilities(
     graph: nnx.GraphDef,
     preprocessing: Preprocessing,
     state: nnx.State,
     images: Num[Array, "batch height width channels"],
+    task: Task = "single_label",
 ) -> Float[Array, "batch classes"]:
+    """Probabilities of classes or labels; of a regression its outputs as they are."""
     with jax.default_matmul_precision("highest"):  # the published logits are those of float32 products
         logits = nnx.merge(graph, state)(normalise(images, preprocessing))
-    return jax.nn.sigmoid(logits) if logits.shape[-1] == 1 else jax.nn.softmax(logits, axis=-1)
+    if task == "regression":
+        return logits.astype(jax.numpy.float32)
+    sigmoid = task == "multi_label" or logits.shape[-1] == 1
+    return jax.nn.sigmoid(logits) if sigmoid else jax.nn.softmax(logits, axis=-1)
 
 
-def _result(scores: np.ndarray, class_names: Sequence[str] | None) -> dict[str, Any]:
+def result_of(scores: np.ndarray, description: ModelDescription) -> dict[str, Any]:
+    """What `inference_model` returns, from the probabilities of one image or from the outputs of a regression."""
+    names, outputs = description.class_names, description.outputs
+    if outputs.task == "regression":
+        values = in_units(scores, outputs.target_mean, outputs.target_std)
+        return {"pred_values": {class_name(index, names): float(value) for index, value in enumerate(values)}}
+    if outputs.task == "multi_label":
+        answered = np.flatnonzero(scores >= np.asarray(outputs.thresholds or 0.5)).tolist()
+        classes = [class_name(label, names) for label in answered]
+        return {"pred_labels": answered, "pred_classes": classes, "pred_scores": scores}
     label = int(scores.argmax())
     return {
         "pred_label": label,
-        "pred_class": class_name(label, class_names),
+        "pred_class": class_name(label, names),
         "pred_score": float(scores[label]),
         "pred_scores": scores,
     }

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from tnt_jax.evaluation.scores import Answers, calibration_error, confusion_matrix, metrics_of, per_class, wilson
+from tnt_jax.evaluation.answers import metrics_of
+from tnt_jax.evaluation.scores import Answers, calibration_error, confusion_matrix, per_class, wilson
 
 ANSWERS = Answers(
     labels=np.array([0, 0, 1, 1]),

@@ -19,7 +19,7 @@ from tnt_jax.config import InputError
 from tnt_jax.storage import packing, reading
 from tnt_jax.storage.checkpoint import Checkpoints, NonFiniteError
 from tnt_jax.storage.packing import LEAST_ALONE, pack
-from tnt_jax.storage.reading import DamagedError, LayoutError, UnreadableError, best_step, restore, steps_of
+from tnt_jax.storage.reading import DamagedError, LayoutError, UnreadableError, best_of, restore, scores_of, steps_of
 from tnt_jax.training.mesh import make_mesh, shardings_of
 from tnt_jax.training.run import saved_trees
 from tnt_jax.training.step import TrainState
@@ -102,7 +102,7 @@ def test_latest_and_best_are_kept_and_their_scores(tmp_path):
                 checkpoints.set_scores(step, {"ema_top1": score})
         checkpoints.wait()
         assert (steps_of(tmp_path), checkpoints.best_step, checkpoints.latest_step) == ([2, 4, 5], 2, 5)
-    assert best_step(tmp_path) == 2
+    assert best_of(steps_of(tmp_path), scores_of(tmp_path), "top1") == 2
     names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert names == {"2", "4", "5", "2.files.json", "4.files.json", "5.files.json", "scores.json"}
     with contextlib.closing(Checkpoints(tmp_path, keep=1)) as checkpoints:
@@ -300,7 +300,7 @@ def test_scores_that_are_damaged_are_as_if_there_were_none(saved, tmp_path):
     shutil.copytree(folder, tmp_path / "run")
     for text in ("", "{", "[]", '{"2": 3}', '{"x": {"ema_top1": 1}}', '{"2": {"loss": 1}}'):
         (tmp_path / "run/checkpoints/scores.json").write_text(text)
-        assert best_step(tmp_path / "run") is None
+        assert best_of([2], scores_of(tmp_path / "run"), "top1") is None
 
 
 # In a process of its own, which has four devices.
@@ -340,3 +340,10 @@ def test_saved_and_restored_on_any_devices_whole_or_in_shards(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_best_step_is_that_of_the_lowest_error_and_the_later_one_of_equals():
+    scores = {1: {"ema_mae": 3.0}, 2: {"ema_mae": 1.0}, 4: {"ema_mae": 1.0}, 5: {"ema_mae": 2.0}, 6: {"ema_r2": 9.0}}
+    assert best_of([1, 2, 4, 5, 6, 7], scores, "mae") == 4
+    assert best_of([1, 5], scores, "mae") == 5
+    assert best_of([1, 5], scores, "r2") is None

@@ -17,7 +17,7 @@ from small_runs import config_file, metrics_of, parameters, tiny_run
 
 import tnt_jax
 from tnt_jax.chips import CHIPS, GIB, Chip
-from tnt_jax.evaluation import scores as scoring
+from tnt_jax.evaluation import answers as scoring
 from tnt_jax.evaluation.evaluate import evaluate_model
 from tnt_jax.storage.checkpoint import NonFiniteError
 from tnt_jax.training.loop import train

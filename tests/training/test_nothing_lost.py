@@ -267,7 +267,7 @@ def test_stock_orbax_reads_the_parameters_of_a_run(finished):
     text = STOCK_ORBAX.partition("<!-- stock Orbax -->\n```python\n")[2].partition("```")[0]
     assert 0 < len(text.strip().splitlines()) <= 12
     names = {}
-    exec(text.replace("runs/digits/checkpoints/2200", f"{finished.run_dir}/checkpoints/33"), names)
+    exec(text.replace("runs/digits/checkpoints/1760", f"{finished.run_dir}/checkpoints/33"), names)
     model = tnt_jax.load_model(finished.run_dir, weights="raw", step=33)
     ours = tnt_jax.storage.folder.model_parameters(model)
     assert names["parameters"].keys() == ours.keys()

@@ -17,7 +17,8 @@ from tnt_jax.config import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Prints how many of the test images models get right, each image counted once, with 95% confidence intervals."""
+    """Prints what models are worth on test images, by their task: each image counted once, with 95% confidence
+    intervals."""
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL ...")]
     """Folders of runs (averaged and raw weights are evaluated) or of models, published names, OWNER/NAME on the hub,
@@ -30,7 +31,7 @@ class Arguments:
     probe: tuple[Literal["knn", "linear"], ...] = ()
     """Instead of the model's own classes: nearest neighbours, or a linear classifier, on its frozen features."""
     per_class: Flag = False
-    """Print a table of the classes as well."""
+    """Print a table of the classes as well, or of the labels or targets."""
     out: str | None = None
     """Write the answer for each image to this file: .csv or .jsonl."""
     table: tuple[str, ...] = ()
@@ -43,8 +44,8 @@ class Arguments:
 def main() -> None:
     arguments = tyro.cli(Arguments)
     from tnt_jax.commands.tables import write_rows
+    from tnt_jax.evaluation.answers import metrics_of, per_output
     from tnt_jax.evaluation.evaluate import evaluate_model, probe_model
-    from tnt_jax.evaluation.scores import metrics_of, per_class
     from tnt_jax.storage.files import check_ending
 
     if not arguments.models:
@@ -73,7 +74,7 @@ def main() -> None:
             _tell(rows[-1])
             if arguments.per_class:
                 title = f"{done.model}, {done.weights} weights, {done.data}"
-                _print(console, [_printed(row) for row in per_class(done.answers, done.images.class_names)], title)
+                _print(console, [_printed(row) for row in per_output(done.answers, done.images.class_names)], title)
             if arguments.out:
                 answers += _answers(done)
     _print(console, [_printed(row) for row in rows], None)
@@ -85,8 +86,13 @@ def main() -> None:
 
 def _tell(row: dict) -> None:
     """Says that a row of the table is known; the next may take hours."""
+    from tnt_jax.config import TASKS
+    from tnt_jax.training.metrics import printed, title_of
+
     what = row.get("weights") or row["method"]
-    print(f"{row['model']}, {what}, {row['data']}: top-1 {row['top1']:.2%}", file=sys.stderr, flush=True)
+    name = next(metrics[0] for metrics in TASKS.values() if metrics[0] in row)
+    value = f"{title_of(name)} {printed(name, row[name])}"
+    print(f"{row['model']}, {what}, {row['data']}: {value}", file=sys.stderr, flush=True)
 
 
 def _refuse(arguments: Arguments, options: tuple[str, ...]) -> None:
@@ -95,40 +101,51 @@ def _refuse(arguments: Arguments, options: tuple[str, ...]) -> None:
             raise InputError(f"--{option.replace('_', '-')} is about the model's own classes, and --probe is not")
 
 
+NOT_PRINTED = ("macro_precision", "macro_recall")
+"""Columns of the .csv table alone: a line for people has no room for them."""
+
+
 def _printed(row: dict) -> dict[str, str]:
-    """A row as people read it: a share in percent with its interval behind it."""
-    printed = {}
+    """A row as people read it: a share in percent, and its interval behind it."""
+    from tnt_jax.training.metrics import SHARES, title_of
+
+    def text_of(name: str, value: float) -> str:
+        if name in ("images", "training_images", "images_per_second"):
+            return f"{value:,.0f}"
+        is_share = name.removeprefix("published_").startswith(SHARES)
+        return f"{100 * value:.2f}" if is_share else f"{value:.4f}"
+
+    shown = {}
     for name, value in row.items():
-        if name.endswith(("_low", "_high")):
+        if name.endswith(("_low", "_high")) or name in NOT_PRINTED:
             continue
-        title = {"top1": "top-1", "top5": "top-5", "ece": "ECE", "images_per_second": "images/s"}.get(name)
-        title = title or name.replace("_", " ").replace("top1", "top-1").replace("top5", "top-5")
         if value is None or (isinstance(value, float) and math.isnan(value)):
             text = "-"
-        elif isinstance(value, str):
-            text = value
-        elif name in ("images", "training_images", "images_per_second"):
-            text = f"{value:,.0f}"
-        elif name == "loss":
-            text = f"{value:.4f}"
         else:
-            text = f"{100 * value:.2f}"
-        if f"{name}_low" in row:
-            text += f" ({100 * row[f'{name}_low']:.2f} to {100 * row[f'{name}_high']:.2f})"
-        printed[title] = text
-    return printed
+            text = value if isinstance(value, str) else text_of(name, value)
+        if f"{name}_low" in row and text != "-":
+            text += f" ({text_of(name, row[f'{name}_low'])} to {text_of(name, row[f'{name}_high'])})"
+        is_published = name.startswith("published_")
+        title = title_of(name.removeprefix("published_"))
+        shown[f"published {title}" if is_published else title] = text
+    return shown
 
 
 def _answers(done) -> list[dict]:
+    """A row for each image: the truth and the answer, by the task."""
+    from tnt_jax.evaluation.answers import LabelAnswers, ValueAnswers
+
+    files, by_type = getattr(done.images, "files", None), {LabelAnswers: _of_labels, ValueAnswers: _of_values}
+    rows = by_type.get(type(done.answers), _of_classes)(done.answers, done.images.class_names)
+    of_run = {"model": done.model, "weights": done.weights, "data": done.data}
+    return [{**of_run, "image": files[index] if files else index, **row} for index, row in enumerate(rows)]
+
+
+def _of_classes(answers, names) -> list[dict]:
     from tnt_jax.inference import class_name
 
-    names, files = done.images.class_names, getattr(done.images, "files", None)
     return [
         {
-            "model": done.model,
-            "weights": done.weights,
-            "data": done.data,
-            "image": files[index] if files else index,
             "label": int(label),
             "class": class_name(label, names),
             "pred_label": int(top[0]),
@@ -136,20 +153,64 @@ def _answers(done) -> list[dict]:
             "pred_score": float(scores[0]),
             "top": " ".join(map(str, top)),
         }
-        for index, (label, top, scores) in enumerate(
-            zip(done.answers.labels, done.answers.top, done.answers.scores, strict=True)
-        )
+        for label, top, scores in zip(answers.labels, answers.top, answers.scores, strict=True)
+    ]
+
+
+def _of_labels(answers, names) -> list[dict]:
+    def listed(chosen) -> str:
+        return "|".join(name for name, there in zip(names, chosen, strict=True) if there)
+
+    return [
+        {"classes": listed(truth > 0.5), "pred_classes": listed(answered)}
+        | {f"score_{name}": float(score) for name, score in zip(names, scores, strict=True)}
+        for truth, answered, scores in zip(answers.labels, answers.answered, answers.scores, strict=True)
+    ]
+
+
+def _of_values(answers, names) -> list[dict]:
+    return [
+        {name: float(target) for name, target in zip(names, targets, strict=True)}
+        | {f"pred_{name}": float(value) for name, value in zip(names, values, strict=True)}
+        for targets, values in zip(answers.targets, answers.values, strict=True)
     ]
 
 
 def _print(console: Console, rows: list[dict[str, str]], title: str | None) -> None:
+    """A line for each row; where these are too wide, a column for each, of which models have their names above."""
     from tnt_jax.commands.tables import columns_of
 
-    caption = "shares in percent, below them their 95% intervals"
+    caption = "shares in percent; in brackets 95% intervals"
+    names = columns_of(rows)
+    widths = {name: max(len(line) for row in rows for line in _lines(name, row)) for name in names}
+    widths |= {name: min(widths[name], MODEL_WIDTH) for name in ("model", "data") if name in widths}
+    if sum(widths.values()) + 2 * len(names) > console.width and "model" in names and len(rows) <= MOST_COLUMNS:
+        _print_columns(console, rows, names)
+        return
     table = Table(title=title, caption=caption, box=rich.box.SIMPLE_HEAD, pad_edge=False)
-    for name in columns_of(rows):
-        words, long = name in ("model", "weights", "data", "method", "class"), name in ("model", "data")
+    for name in names:
+        words, long = name in ("model", "weights", "data", "method", "class", "target"), name in ("model", "data")
         table.add_column(name, justify="left" if words else "right", overflow="fold", no_wrap=not long)
     for row in rows:
-        table.add_row(*(row.get(name, "-").replace(" (", "\n(") for name in columns_of(rows)))
+        table.add_row(*(row.get(name, "-").replace(" (", "\n(") for name in names))
+    console.print(table, markup=False)
+
+
+MODEL_WIDTH = 16
+MOST_COLUMNS = 3
+
+
+def _lines(name: str, row: dict[str, str]) -> list[str]:
+    return [name, *row.get(name, "-").replace(" (", "\n(").splitlines()]
+
+
+def _print_columns(console: Console, rows: list[dict[str, str]], names: list[str]) -> None:
+    of_model = [name for name in ("model", "weights", "data") if name in names]
+    table = Table(caption="shares in percent; in brackets 95% intervals", box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for row in rows:
+        table.add_column("\n".join(row.get(name, "-") for name in of_model), justify="right", overflow="fold")
+    for name in names:
+        if name not in of_model:
+            table.add_row(name, *(row.get(name, "-") for row in rows))
     console.print(table, markup=False)

@@ -1,4 +1,4 @@
-"""Names what images show: `python predict.py MODEL IMAGE_OR_FOLDER ... [--format table|csv|jsonl]`."""
+"""What images show, by the model's task: `python predict.py MODEL IMAGE_OR_FOLDER ... [--format table|csv|jsonl]`."""
 
 import csv
 import dataclasses
@@ -21,7 +21,8 @@ from tnt_jax.config import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Names what images show, in their order, each as soon as it is known.
+    """Says what images show, in their order, each as soon as it is known: the likeliest classes, the probabilities of
+    labels and whether they are answered, or the values of a regression.
 
     Images that cannot be read are named on standard error, the others done, and the exit code is 2.
     """
@@ -31,7 +32,7 @@ class Arguments:
     images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE_OR_FOLDER ...")]
     """Image files, and folders that are searched for images."""
     top_k: int = 5
-    """How many of the most likely classes to print."""
+    """How many of the most likely classes or labels to print."""
     format: Literal["table", "csv", "jsonl"] = "table"
     """What is printed: tables to read, CSV, or a line of JSON for each image."""
     batch_size: int = 32
@@ -41,14 +42,15 @@ class Arguments:
 @command
 def main() -> None:
     arguments = tyro.cli(Arguments)
-    from tnt_jax.inference import most_likely, predict_images
+    from tnt_jax.inference import predict_images
     from tnt_jax.storage.description import description_of
     from tnt_jax.storage.load import load_model
 
     if arguments.top_k < 1 or not arguments.images:
         raise InputError("top_k must be at least 1" if arguments.images else "no images were given")
     model = load_model(arguments.model)
-    class_names = description_of(model).class_names
+    description = description_of(model)
+    class_names = description.class_names
     messages = Console(stderr=True)
     if class_names is None:
         note = f"note: {arguments.model} has no class names: its classes are numbers"
@@ -62,6 +64,7 @@ def main() -> None:
 
     paths, to_read = itertools.tee(_paths(arguments.images, report))
     write = {"table": _write_table, "csv": _csv_writer(), "jsonl": _write_json_line}[arguments.format]
+    said = {"multi_label": _labels, "regression": _values}.get(description.outputs.task, _classes)
     columns = (SpinnerColumn(), TextColumn("{task.completed:,.0f} images"), TimeElapsedColumn())
     with Progress(*columns, console=messages, transient=True, disable=not messages.is_terminal) as progress:
         task = progress.add_task("", total=None)
@@ -70,7 +73,7 @@ def main() -> None:
             if isinstance(result, InputError):
                 report(result)
             else:
-                write(path, result, most_likely(result, class_names, arguments.top_k))
+                write(path, *said(result, class_names, arguments.top_k))
     if failures:
         raise InputError(f"{failures:,} of what was given could not be read")
 
@@ -89,33 +92,78 @@ def _paths(given: tuple[str, ...], report) -> Iterator[str]:
             report(error)
 
 
-def _write_json_line(path: str, result: dict, top: list[dict]) -> None:
+Said = tuple[dict, list[dict]]
+"""What is said of an image: a summary, and a row for each class, label or target."""
+
+
+def _classes(result: dict, class_names, top_k: int) -> Said:
+    from tnt_jax.inference import most_likely
+
     summary = {name: result[name] for name in ("pred_label", "pred_class", "pred_score")}
-    print(json.dumps({"image": path, **summary, "top": top}, ensure_ascii=False), flush=True)
+    return summary, most_likely(result, class_names, top_k)
+
+
+def _labels(result: dict, class_names, top_k: int) -> Said:
+    from tnt_jax.inference import most_likely
+
+    rows = most_likely(result, class_names, top_k)
+    rows = [{**row, "answered": row["label"] in result["pred_labels"]} for row in rows]
+    return {name: result[name] for name in ("pred_labels", "pred_classes")}, rows
+
+
+def _values(result: dict, class_names, top_k: int) -> Said:
+    return {"pred_values": result["pred_values"]}, [
+        {"target": name, "value": value} for name, value in result["pred_values"].items()
+    ]
+
+
+def _write_json_line(path: str, summary: dict, rows: list[dict]) -> None:
+    top = {} if "pred_values" in summary else {"top": rows}
+    print(json.dumps({"image": path, **summary, **top}, ensure_ascii=False), flush=True)
 
 
 def _csv_writer():
+    """A line for an image: label, class and score of each rank, and before them the labels that are answered, joined
+    by |; or the value of each target.
+    """
     writer = None
 
-    def write(path: str, result: dict, top: list[dict]) -> None:
+    def write(path: str, summary: dict, rows: list[dict]) -> None:
         nonlocal writer
+        if "pred_values" in summary:
+            fields = summary["pred_values"]
+        else:
+            ranked = {f"{name}_{rank}": row[name] for rank, row in enumerate(rows, 1) for name in RANKED}
+            answered = {"classes": "|".join(summary["pred_classes"])} if "pred_classes" in summary else {}
+            fields = answered | ranked
         if writer is None:
-            ranks = range(1, len(top) + 1)
             writer = csv.writer(sys.stdout, lineterminator="\n")
-            writer.writerow(["image", *(f"{name}_{rank}" for rank in ranks for name in ("label", "class", "score"))])
-        writer.writerow([path, *(value for row in top for value in row.values())])
+            writer.writerow(["image", *fields])
+        writer.writerow([path, *fields.values()])
         sys.stdout.flush()
 
     return write
 
 
-def _write_table(path: str, result: dict, top: list[dict]) -> None:
+RANKED = ("label", "class", "score")
+SHOWN = {
+    "score": ("probability", "right", lambda value: f"{value:.2%}"),
+    "label": ("label", "right", str),
+    "class": ("class", "left", escape),
+    "answered": ("answer", "left", lambda value: "yes" if value else "no"),
+    "target": ("target", "left", escape),
+    "value": ("value", "right", lambda value: f"{value:.6g}"),
+}
+"""Columns of a table: title, alignment, and how a value is printed."""
+
+
+def _write_table(path: str, summary: dict, rows: list[dict]) -> None:
     console = Console()
     console.print(path, markup=False, highlight=False, soft_wrap=True)
-    table = Table()
-    table.add_column("probability", justify="right")
-    table.add_column("label", justify="right")
-    table.add_column("class")
-    for row in top:
-        table.add_row(f"{row['score']:.2%}", str(row["label"]), escape(row["class"]))
+    table, columns = Table(), [name for name in SHOWN if name in rows[0]]
+    for name in columns:
+        title, justify, _ = SHOWN[name]
+        table.add_column(title, justify=justify)
+    for row in rows:
+        table.add_row(*(SHOWN[name][2](row[name]) for name in columns))
     console.print(table)

@@ -97,12 +97,13 @@ def _refuse_what_is_not_used(arguments: Arguments) -> None:
 def _of_images(arguments: Arguments):
     from tnt_jax import visualize
     from tnt_jax.evaluation.evaluate import features_of, open_test, test_data
+    from tnt_jax.storage.description import description_of
     from tnt_jax.storage.load import load_model
 
     model = load_model(arguments.model)
-    images = list(arguments.images)
+    images, task = list(arguments.images), description_of(model).outputs.task
     if not images:
-        (data,) = test_data(arguments.model, [arguments.source] if arguments.source else [])
+        (data,) = test_data(arguments.model, [arguments.source] if arguments.source else [], task)
         source = open_test(data)
         if arguments.what == "tsne":
             features, labels = features_of(model, source, data)
@@ -137,10 +138,12 @@ def _why(arguments: Arguments, model, images: list):
 def _of_answers(arguments: Arguments):
     from tnt_jax import visualize
     from tnt_jax.evaluation.evaluate import answers_of, open_test, test_data
+    from tnt_jax.storage.description import description_of
     from tnt_jax.storage.load import load_model
 
     model = load_model(arguments.model)
-    (data,) = test_data(arguments.model, [arguments.source] if arguments.source else [])
+    task = description_of(model).outputs.task
+    (data,) = test_data(arguments.model, [arguments.source] if arguments.source else [], task)
     source = open_test(data)
     (answers,) = answers_of([model], source, data)
     if arguments.what == "confusion":

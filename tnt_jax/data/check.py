@@ -9,6 +9,7 @@ from tnt_jax.config import DataConfig, InputError
 from tnt_jax.data.pipeline import most_unreadable, sample_of
 from tnt_jax.data.samples import to_channels
 from tnt_jax.data.sources import Source
+from tnt_jax.data.targets import check_targets, check_training_targets
 
 
 def check_splits(train: Source, test: Source, data: DataConfig, channels: int) -> None:
@@ -21,12 +22,10 @@ def check_splits(train: Source, test: Source, data: DataConfig, channels: int) -
         name = f"split {split!r} of {data.source}"
         if not len(source):
             raise InputError(f"{name} has no images")
-        if data.task == "single_label" and not _is_read_for_targets(source):
-            least, most = int(np.min(source.targets)), int(np.max(source.targets))
-            if not 0 <= least <= most < len(source.class_names):
-                raise InputError(
-                    f"{name} has labels from {least} to {most}, and there are {len(source.class_names)} classes"
-                )
+        if data.task != "single_label" or not _is_read_for_targets(source):
+            check_targets(source.targets, data, source.class_names, name)
+            if source is train:
+                check_training_targets(source.targets, data, source.class_names)
         pixels = sample_of(source, most_unreadable(data, len(source)) if source is train else 0, channels)
         try:
             to_channels(pixels, channels)

@@ -14,6 +14,7 @@ from tnt_jax.data.augment import augment
 from tnt_jax.data.crop import evaluation_crop
 from tnt_jax.data.samples import Pixels, to_channels, to_depth
 from tnt_jax.data.sources import Source, Target, name_of
+from tnt_jax.data.targets import Shares, image_shares, weighted_order
 from tnt_jax.data.workers import Filled, prepare
 
 Batch = dict[str, np.ndarray]
@@ -42,9 +43,10 @@ def steps_per_epoch(count: int, data: DataConfig, batch_size: int) -> int:
 
 
 @functools.lru_cache(maxsize=2)
-def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The images of an epoch in their random order, int (count,)."""
-    return np.random.default_rng((seed, 0, epoch)).permutation(count).astype(np.int32)
+def epoch_order(count: int, seed: int, epoch: int, shares: Shares | None = None) -> np.ndarray:
+    """The images of an epoch in their random order, int (count,); each once, or as often as its share says."""
+    rng = np.random.default_rng((seed, 0, epoch))
+    return rng.permutation(count).astype(np.int32) if shares is None else weighted_order(shares, rng)
 
 
 @functools.lru_cache(maxsize=8)
@@ -72,6 +74,8 @@ class TrainRecipe:
     batch_size: int
     seed: int
     dtype: str = "uint8"
+    shares: Shares | None = None
+    """How often an epoch wants each image; None for each once."""
 
     @property
     def target_shape(self) -> tuple[int, ...]:
@@ -94,7 +98,7 @@ class TrainRecipe:
         epoch, step_of_epoch = divmod(step, steps_per_epoch(len(self.source), self.data, self.batch_size))
         first, copies = divmod(step_of_epoch * self.batch_size, self.data.repeats)
         places = places_of_batch(copies, self.batch_size, self.data.repeats)
-        return epoch_order(len(self.source), self.seed, epoch), first + places[rows.start : rows.stop]
+        return epoch_order(len(self.source), self.seed, epoch, self.shares), first + places[rows.start : rows.stop]
 
     def _image(
         self, order: np.ndarray, place: int, seed: tuple[int, ...], unreadable: list[tuple[int, str]]
@@ -214,6 +218,16 @@ class EvalRecipe:
         return evaluation_crop(pixels, self.row_shape[:2], self.data.crop, self.interpolation)
 
 
+def train_recipe(
+    source: Source, data: DataConfig, *, image_size: tuple[int, int], channels: int, batch_size: int, seed: int
+) -> TrainRecipe:
+    """The recipe behind `train_batches`."""
+    natural = data.sampling == "natural"  # then the targets of records need not be read
+    shares = None if natural else image_shares(source.targets, data.sampling, len(source.class_names))
+    dtype = dtype_of(source, data, channels)
+    return TrainRecipe(source, data, (*image_size, channels), batch_size, seed, dtype, shares)
+
+
 def train_batches(
     source: Source,
     data: DataConfig,
@@ -240,7 +254,7 @@ def train_batches(
     """
     check_data(data)
     steps_per_epoch(len(source), data, batch_size)
-    recipe = TrainRecipe(source, data, (*image_size, channels), batch_size, seed, dtype_of(source, data, channels))
+    recipe = train_recipe(source, data, image_size=image_size, channels=channels, batch_size=batch_size, seed=seed)
     filled = _prepare(recipe, range(start_step, sys.maxsize), process_index, process_count)
     return _without_unreadable(filled, recipe)
 

@@ -13,22 +13,25 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tnt_jax.config import DataConfig, InputError
+from tnt_jax.config import DataConfig, InputError, Task
 from tnt_jax.data.classes import Match, match_classes
 from tnt_jax.data.imagenet import RELATIVES, ImageNetSource, open_imagenet, real_labels
 from tnt_jax.data.mixing import normalise
 from tnt_jax.data.opening import open_split
 from tnt_jax.data.pipeline import eval_batches
 from tnt_jax.data.sources import Source
+from tnt_jax.data.targets import in_units
+from tnt_jax.evaluation.answers import AnyAnswers, LabelAnswers, ValueAnswers
 from tnt_jax.evaluation.probes import NEIGHBOURS, linear_probe, nearest_neighbours
 from tnt_jax.evaluation.published import published
 from tnt_jax.evaluation.scores import Answers, wilson
 from tnt_jax.models.variants import Model
-from tnt_jax.storage.description import description_of
+from tnt_jax.storage.description import Outputs, description_of
 from tnt_jax.storage.load import load_model
 from tnt_jax.storage.resolve import is_run
 from tnt_jax.storage.run import read_config
 from tnt_jax.training.mesh import check_batch_size, make_mesh, on_mesh, to_devices
+from tnt_jax.training.tasks import sigmoid
 
 _log = logging.getLogger(__name__)
 
@@ -86,22 +89,28 @@ def _over(
     return [[np.concatenate(part) for part in zip(*each, strict=True)] for each in zip(*parts, strict=True)], rate
 
 
-def answers_of(models: Sequence[Model], images: Source, data: DataConfig, *, batch_size: int = 64) -> list[Answers]:
+def answers_of(models: Sequence[Model], images: Source, data: DataConfig, *, batch_size: int = 64) -> list[AnyAnswers]:
     """What each of some models answers for every image of a source, in its order, in the classes of the source.
 
-    Classes are matched by name: another order is mapped, and of more classes only those of the source are looked at,
-    as of an `ImageNetSource` those that it has. Either is said.
+    Classes, labels and targets are matched by name: another order is mapped, and of more classes only those of the
+    source are looked at, as of an `ImageNetSource` those that it has. Either is said.
 
     Args:
-        models: of the same sizes and classes, such as the averaged and the raw weights of a run.
+        models: of the same sizes, classes and task, such as the averaged and the raw weights of a run.
+
+    Returns:
+        `Answers`, `LabelAnswers` or `ValueAnswers`, by the task.
 
     Raises:
-        InputError: the source has classes that the models do not have, or an image cannot be read.
+        InputError: the source has classes that the models do not have, or it is of another task, or an image cannot be
+            read.
         NonFiniteAnswersError: a model gives infinite numbers or NaN.
     """
-    match = match_of(models[0], images, data)
-    if match.note:
-        _log.warning(match.note)
+    outputs = description_of(models[0]).outputs
+    if outputs.task != "single_label":
+        labels, found, rate = outputs_of(models, images, data, batch_size=batch_size)
+        return [_answers(labels, each, match_of(models[0], images, data), outputs, rate) for each in found]
+    match = _match_told(models[0], images, data)
     asked = np.zeros(len(images.class_names), bool)
     asked[getattr(images, "classes", slice(None))] = True
 
@@ -115,9 +124,53 @@ def answers_of(models: Sequence[Model], images: Source, data: DataConfig, *, bat
     return [Answers(*arrays, rate) for arrays in found]
 
 
+def outputs_of(
+    models: Sequence[Model], images: Source, data: DataConfig, *, batch_size: int = 64
+) -> tuple[np.ndarray, list[np.ndarray], float]:
+    """Labels of all images, the outputs of each model in the order of the source's classes, and images per second.
+
+    The labels are int (images,) or float32 (images, outputs), the outputs float32 (images, outputs): logits, or the
+    standardised values of a regression.
+
+    Raises:
+        InputError, NonFiniteAnswersError: as `answers_of`.
+    """
+    match = _match_told(models[0], images, data)
+
+    def compute(model: Model, inputs: jax.Array, labels: jax.Array):
+        return labels, model(inputs).astype(jnp.float32)[:, match.of_model]
+
+    found, rate = _over(images, data, models, batch_size, compute)
+    return found[0][0], [outputs for _, outputs in found], rate
+
+
+def _answers(labels: np.ndarray, logits: np.ndarray, match: Match, outputs: Outputs, rate: float) -> AnyAnswers:
+    """The answers of a model with several outputs for an image."""
+    if outputs.task == "multi_label":
+        half = np.full(len(match.of_model), 0.5)
+        thresholds = half if outputs.thresholds is None else np.array(outputs.thresholds)[match.of_model]
+        loss = (np.logaddexp(0, logits.astype(np.float64)) - labels * logits).mean(axis=1)
+        return LabelAnswers(labels, sigmoid(logits), loss, thresholds, rate)
+    mean, std = (
+        None if each is None else np.asarray(each)[match.of_model] for each in (outputs.target_mean, outputs.target_std)
+    )
+    values = in_units(logits, mean, std)
+    errors = (values - labels) / (1.0 if std is None else std)
+    return ValueAnswers(labels.astype(np.float64), values, np.square(errors).mean(axis=1), rate)
+
+
+def _match_told(model: Model, images: Source, data: DataConfig) -> Match:
+    match = match_of(model, images, data)
+    if match.note:
+        _log.warning(match.note)
+    return match
+
+
 def match_of(model: Model, images: Source, data: DataConfig) -> Match:
     """The classes of a source among those of a model. Raises InputError if the model does not have them."""
     described = description_of(model)
+    if described.outputs.task != data.task:
+        raise InputError(f"the model's task is {described.outputs.task}, and {data.source} is read as {data.task}")
     try:
         return match_classes(described.class_names, described.config.num_classes, images.class_names, data.source)
     except InputError as error:
@@ -147,7 +200,7 @@ class Evaluation:
     weights: str
     data: str
     images: Source
-    answers: Answers
+    answers: AnyAnswers
     published: dict[str, float]
     """top1 and top5 as others published them, where they did."""
 
@@ -167,7 +220,9 @@ def evaluate_model(
     Raises:
         InputError: there is no such model, no source is known, or its classes are not those of the model.
     """
-    opened = [(data, open_test(data)) for data in test_data(path, sources)]
+    names, models = zip(*models_in(path), strict=True)
+    task = description_of(models[0]).outputs.task
+    opened = [(data, open_test(data)) for data in test_data(path, sources, task)]
     if real_labels_file and not any(data.source.startswith("imagenet:") for data, _ in opened):
         raise InputError(f"{real_labels_file} is for the source imagenet:PATH, and that was not given")
     accepted = {
@@ -175,7 +230,6 @@ def evaluate_model(
         for data, images in opened
         if real_labels_file and isinstance(images, ImageNetSource) and data.source.startswith("imagenet:")
     }
-    names, models = zip(*models_in(path), strict=True)
     for data, images in opened:
         match_of(models[0], images, data)
 
@@ -200,12 +254,12 @@ def _kind(source: str) -> str:
     return "imagenet" if is_imagenet else name
 
 
-def test_data(path: str, sources: Sequence[str]) -> list[DataConfig]:
-    """The data that a model is evaluated on: what was given, or that of the training run."""
+def test_data(path: str, sources: Sequence[str], task: Task) -> list[DataConfig]:
+    """The data that a model of a task is evaluated on: what was given, or that of the training run."""
     run = read_config(path).data if is_run(path) else None
     if run is None and not sources:
         raise InputError(f"{path} is not a training run, so --source must say what to evaluate it on")
-    return [DataConfig(source) for source in sources] or [run]
+    return [DataConfig(source, task=task) for source in sources] or [run]
 
 
 def open_test(data: DataConfig) -> Source:
@@ -238,11 +292,13 @@ def probe_model(
     Raises:
         InputError: as `evaluate_model`; or a source has no training images, or only one class.
     """
-    wanted = test_data(path, sources)
+    _, model = next(models_in(path))
+    if (task := description_of(model).outputs.task) != "single_label":
+        raise InputError(f"the task of {path} is {task}, and --probe asks for classes: it needs single_label")
+    wanted = test_data(path, sources, task)
     for data in wanted:
         if data.source.partition(":")[0] in RELATIVES:
             raise InputError(f"{data.source} has no training images, to which a probe is fitted; folder:PATH has both")
-    _, model = next(models_in(path))
     opened = []
     for data in wanted:
         train = open_split(data, data.train_split)

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
+from tnt_jax.evaluation.bootstrap import class_intervals
+from tnt_jax.training.metrics import class_metrics, confusion_counts, ranking
+
 Z95 = 1.959963984540054  # of the normal distribution: what 95% of it lie within
 
 
@@ -76,20 +79,41 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 15)
     return float(gaps.sum() / counts.sum())
 
 
-def metrics_of(answers: Answers) -> dict[str, float]:
-    """images, top1 and top5 (shares) with the ends of their 95% intervals, ece, loss (mean), images_per_second."""
+def metrics_of_classes(answers: Answers) -> dict[str, float]:
+    """images, top1 and top5 (shares), balanced_accuracy and macro_f1 with the ends of their 95% intervals, roc_auc
+    where there are two classes, ece, loss (mean), images_per_second.
+    """
     count = len(answers.labels)
     scores: dict[str, float] = {"images": count}
     for k in (1, 5):
         right = int(answers.right(k).sum())
         low, high = wilson(right, count)
         scores |= {f"top{k}": right / count, f"top{k}_low": low, f"top{k}_high": high}
+    if answers.accepted is None:
+        scores |= _of_classes(answers)
     scores["ece"] = calibration_error(answers.scores[:, 0], answers.right(1))
     return scores | {"loss": float(answers.loss.mean()), "images_per_second": answers.images_per_second}
 
 
+def _of_classes(answers: Answers) -> dict[str, float]:
+    """What a classifier of one class is worth where classes differ in how many images they have."""
+    classes = 1 + int(max(answers.labels.max(), answers.top.max()))
+    metrics = class_metrics(*confusion_counts(answers.labels, answers.top[:, 0], classes))
+    intervals = class_intervals(answers.labels, answers.top[:, 0], classes)
+    found = {}
+    for name in ("balanced_accuracy", "macro_precision", "macro_recall", "macro_f1"):
+        found[name] = float(metrics[name])
+        if name in intervals:
+            found[f"{name}_low"], found[f"{name}_high"] = intervals[name]
+    if answers.top.shape[1] == 2 and classes == 2:
+        second = np.where(answers.top[:, 0] == 1, answers.scores[:, 0], answers.scores[:, 1])
+        (area,) = ranking(answers.labels == 1, second)[1]
+        found["roc_auc"] = float(area)
+    return found
+
+
 def per_class(answers: Answers, class_names: Sequence[str]) -> list[dict]:
-    """For each class that has images: how many, how many were found (recall) with its interval, and precision.
+    """For each class that has images: how many, how many were found (recall) with its interval, precision and F1.
 
     Precision is None where the class was never the answer.
     """
@@ -106,6 +130,7 @@ def per_class(answers: Answers, class_names: Sequence[str]) -> list[dict]:
                 "recall_low": low,
                 "recall_high": high,
                 "precision": right / int(answered[label]) if answered[label] else None,
+                "f1": 2 * right / int(of_class.sum() + answered[label]),
             }
         )
     return rows

@@ -38,9 +38,12 @@ def model_card(
     title = name or config.name
     licence = licence or ("apache-2.0" if published else None)
     readers = ["timm", "transformers"] if for_timm else []
-    head = [f"library_name: {'timm' if for_timm else 'tnt_jax'}", "pipeline_tag: image-classification"]
+    kind = "image-regression" if description.outputs.task == "regression" else "image-classification"
+    # The hub has no pipeline of regressions.
+    head = [f"library_name: {'timm' if for_timm else 'tnt_jax'}"]
+    head += ["pipeline_tag: image-classification"] if kind == "image-classification" else []
     head += [f"license: {licence}"] if licence else []
-    head += ["tags:", *(f"- {tag}" for tag in ("image-classification", "tnt_jax", "jax", *readers))]
+    head += ["tags:", *(f"- {tag}" for tag in (kind, "tnt_jax", "jax", *readers))]
     parts = ["---", *head, "---", f"# {title}", "", *_what_it_is(description), "", "## Training", ""]
     parts += [*_training(description), "", "## Results", "", *_results(description, results, published), ""]
     parts += ["## Loading", "", *_loading(name or "OWNER/NAME", for_timm), "", "## Licence", ""]
@@ -61,12 +64,31 @@ def _what_it_is(description: ModelDescription) -> list[str]:
     classes = f"{config.num_classes} classes" if config.num_classes else "no head: its output is the class token"
     names = description.class_names
     listed = f", {names[0]} to {names[-1]}" if names else ""
+    task = description.outputs.task
+    if config.num_classes and task != "single_label":
+        classes = f"{config.num_classes} {'labels' if task == 'multi_label' else 'targets'}"
     return [
         f"{KINDS[config.architecture]} ({PAPERS[config.architecture == 'pyramid']}), `{config.name}`, for images of "
         f"{height}x{width}, {classes}{listed}.",
         f"Images are resized ({feeding.interpolation}) until they cover 1 / {feeding.crop:g} of that size, cut at the "
         f"centre, and normalised with mean {_numbers(feeding.mean)} and standard deviation {_numbers(feeding.std)}.",
+        *_what_outputs_mean(description),
     ]
+
+
+def _what_outputs_mean(description: ModelDescription) -> list[str]:
+    outputs = description.outputs
+    if outputs.task == "multi_label":
+        shown = ", ".join(f"{value:g}" for value in outputs.thresholds or (0.5,))
+        return [f"An image has any number of labels: each output is the logit of one, answered from {shown} on."]
+    if outputs.task == "regression":
+        given = (outputs.target_mean or (0,), outputs.target_std or (1,))
+        mean, std = (", ".join(f"{value:g}" for value in each) for each in given)
+        return [
+            f"The outputs are standardised targets: in their own units they are output * ({std}) + ({mean}), as "
+            "tnt_jax gives them."
+        ]
+    return []
 
 
 def _numbers(values: Sequence[float]) -> str:
@@ -120,7 +142,8 @@ def _results(description: ModelDescription, rows: Sequence[Mapping[str, str]], p
 
 
 def _score(name: str, value: Any) -> str:
-    return f"{100 * value:.2f}%" if name.startswith("top") else f"{value:.4f}"
+    shares = ("top", "map", "roc", "macro", "micro", "balanced", "exact")
+    return f"{100 * value:.2f}%" if name.startswith(shares) else f"{value:.4f}"
 
 
 def _cell(text: str) -> str:

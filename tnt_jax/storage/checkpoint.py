@@ -63,11 +63,20 @@ class Checkpoints:
 
     Args:
         keep: how many of the latest.
+        best_by: the metric of the averaged weights by which one of them is the best.
         warn: is told of each checkpoint that is damaged, which is then renamed to `damaged-STEP`.
     """
 
-    def __init__(self, run_dir: str | os.PathLike, *, keep: int = 1, warn: Callable[[str], None] = print):
+    def __init__(
+        self,
+        run_dir: str | os.PathLike,
+        *,
+        keep: int = 1,
+        best_by: str = "top1",
+        warn: Callable[[str], None] = print,
+    ):
         quiet_orbax()
+        self._best_by = best_by
         self._run_dir = pathlib.Path(run_dir).resolve()
         self._folder = self._run_dir / CHECKPOINTS
         self._warn, self._keep = warn, keep
@@ -90,7 +99,7 @@ class Checkpoints:
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         """Orbax asks which of these steps are kept."""
         steps = [checkpoint.step for checkpoint in checkpoints]
-        keep = {*steps[-self._keep :], best_of(steps, self._scores)}
+        keep = {*steps[-self._keep :], best_of(steps, self._scores, self._best_by)}
         return [step in keep for step in steps]
 
     @property
@@ -163,8 +172,8 @@ class Checkpoints:
 
     @property
     def best_step(self) -> int | None:
-        """The step with the highest test accuracy of the averaged weights, None where nothing was evaluated."""
-        return best_of(steps_of(self._run_dir), self._scores)
+        """The step whose averaged weights are best on the test images, None where nothing was evaluated."""
+        return best_of(steps_of(self._run_dir), self._scores, self._best_by)
 
     def check(self) -> None:
         """Raises WriteError if a checkpoint that is being written has failed."""

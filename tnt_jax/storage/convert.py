@@ -67,7 +67,10 @@ def convert(
     feeding: dict[str, Any] = {"mean": mean, "std": std, "crop": crop, "interpolation": interpolation}
     given = {name: plain(value) for name, value in feeding.items() if value is not None}
     preprocessing = dataclasses.replace(known.preprocessing.adapted(wanted), **given)
-    description = describe(wanted, class_names=class_names, source=known.source, preprocessing=preprocessing)
+    outputs = known.outputs if wanted.num_classes == known.config.num_classes else None
+    description = describe(
+        wanted, class_names=class_names, source=known.source, preprocessing=preprocessing, outputs=outputs
+    )
     save_parameters(parameters, description, destination, overwrite=overwrite)
     notes = [note for note in opened.notes if class_names is None or "--class-names" not in note]
     return Conversion(opened.layout, description, opened.tensors, (*notes, *adapted))

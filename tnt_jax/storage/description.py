@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tnt_jax.config import InputError, ModelConfig
+from tnt_jax.config import TASKS, InputError, ModelConfig, Task
 from tnt_jax.data.classes import named_classes
 from tnt_jax.fields import plain
 from tnt_jax.models.variants import check_sizes
@@ -48,12 +48,27 @@ class Preprocessing:
 
 
 @dataclasses.dataclass(frozen=True)
+class Outputs:
+    """What the outputs of a model mean."""
+
+    task: Task = "single_label"
+    """One class (softmax), a probability of each label (sigmoid), or numbers."""
+    thresholds: tuple[float, ...] | None = None
+    """multi_label: the probability from which on each label is answered; None for 0.5."""
+    target_mean: tuple[float, ...] | None = None
+    """regression: an output times `target_std`, plus this, is in the units of its target; None for 0 and 1."""
+    target_std: tuple[float, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelDescription:
     """Everything of a model but its numbers. A loaded model carries its own as `model.description`."""
 
     config: ModelConfig
     preprocessing: Preprocessing
     class_names: tuple[str, ...] | None = None
+    """Of the classes or labels; of a regression the names of its targets."""
+    outputs: Outputs = Outputs()
     source: Mapping[str, Any] | None = dataclasses.field(default=None, compare=False)
     """Where the numbers came from, for people to read: a file and its checksum, or a run."""
     checksums: Mapping[str, str] | None = dataclasses.field(default=None, compare=False)
@@ -66,6 +81,7 @@ def describe(
     class_names: Sequence[str] | Mapping[int, str] | None = None,
     source: Mapping[str, Any] | None = None,
     preprocessing: Preprocessing | None = None,
+    outputs: Outputs | None = None,
 ) -> ModelDescription:
     """The description of a model, which is fed as its published variant is unless told otherwise.
 
@@ -83,7 +99,9 @@ def describe(
         preprocessing = Preprocessing(config.image_size, PUBLISHED_CROP, half, half)
     preprocessing = _plain_fields(preprocessing)
     check_preprocessing(preprocessing, config)
-    return ModelDescription(config, preprocessing, names, source)
+    outputs = _plain_fields(outputs or Outputs())
+    check_outputs(outputs, config)
+    return ModelDescription(config, preprocessing, names, outputs, source)
 
 
 def check_preprocessing(preprocessing: Preprocessing, config: ModelConfig) -> None:
@@ -109,6 +127,27 @@ def check_preprocessing(preprocessing: Preprocessing, config: ModelConfig) -> No
         raise InputError(f"interpolation is {preprocessing.interpolation!r}; known are {', '.join(INTERPOLATIONS)}")
 
 
+def check_outputs(outputs: Outputs, config: ModelConfig) -> None:
+    """Raises InputError unless a model of this configuration can have such outputs."""
+    if outputs.task not in TASKS:
+        raise InputError(f"outputs.task is {outputs.task!r}, and should be one of {', '.join(TASKS)}")
+    owners = {"thresholds": "multi_label", "target_mean": "regression", "target_std": "regression"}
+    for name, task in owners.items():
+        values = getattr(outputs, name)
+        if values is None:
+            continue
+        sound = isinstance(values, tuple) and all(map(_is_number, values)) and len(values) == config.num_classes
+        if name == "target_std" and sound:
+            sound = min(values, default=1) > 0
+        if not sound or outputs.task != task:
+            raise InputError(
+                f"outputs.{name} is {values}, and a model with task {task} has one number for each of its "
+                f"{config.num_classes} outputs"
+            )
+    if (outputs.target_mean is None) != (outputs.target_std is None):
+        raise InputError("outputs has one of target_mean and target_std, and should have both or none")
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -129,7 +168,10 @@ def description_of(model: Any) -> ModelDescription:
     if kernel is None or kernel.shape[-1] == known.config.num_classes:
         return known
     return dataclasses.replace(
-        known, config=dataclasses.replace(known.config, num_classes=int(kernel.shape[-1])), class_names=None
+        known,
+        config=dataclasses.replace(known.config, num_classes=int(kernel.shape[-1])),
+        class_names=None,
+        outputs=Outputs(),
     )
 
 
@@ -208,5 +250,6 @@ def description_from_dict(fields: Mapping[str, Any]) -> ModelDescription:
         class_names=fields["class_names"],
         source=fields["source"],
         preprocessing=Preprocessing(**{name: plain(value) for name, value in fields["preprocessing"].items()}),
+        outputs=Outputs(**{name: plain(value) for name, value in fields.get("outputs", {}).items()}),
     )
     return dataclasses.replace(described, checksums=fields["checksums"])

@@ -114,13 +114,15 @@ def description_with(
     """
     known = description_of(model)
     config = config_of_parameters(model.config, model_parameters(model))
-    names = known.class_names if config.num_classes == known.config.num_classes else None
+    same = config.num_classes == known.config.num_classes
+    names = known.class_names if same else None
     given = {name: plain(value) for name, value in preprocessing.items() if value is not None}
     return describe(
         config,
         class_names=names if class_names is None else class_names,
         source=known.source if source is None else source,
         preprocessing=dataclasses.replace(known.preprocessing, **given),
+        outputs=known.outputs if same else None,
     )
 
 

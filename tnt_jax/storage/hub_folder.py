@@ -105,7 +105,9 @@ def _described(known: ModelDescription, fields: Mapping[str, Any], folder: Path)
     try:
         names = named_classes(fields.get("label_names") or feeding.get("label_names") or feeding.get("labels"))
         names = names if names and len(names) == known.config.num_classes else known.class_names
-        described = describe(known.config, class_names=names, source=known.source, preprocessing=preprocessing)
+        described = describe(
+            known.config, class_names=names, source=known.source, preprocessing=preprocessing, outputs=known.outputs
+        )
     except InputError as error:
         raise InputError(f"{folder / CONFIG}: {error}") from error
     return described

@@ -1,5 +1,6 @@
 """A model from wherever it lies; see `tnt_jax.storage.resolve` for what a MODEL is."""
 
+import dataclasses
 import logging
 import os
 from collections.abc import Sequence
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import filelock
+import numpy as np
 
 from tnt_jax.config import InputError, ModelConfig
 from tnt_jax.data.classes import match_classes
@@ -14,7 +16,7 @@ from tnt_jax.models import variants
 from tnt_jax.models.adapting import adapt, select_classes
 from tnt_jax.models.variants import Model, changed, get_variant
 from tnt_jax.storage import cache
-from tnt_jax.storage.description import describe, description_of, description_text, read_description
+from tnt_jax.storage.description import Outputs, describe, description_of, description_text, read_description
 from tnt_jax.storage.download import Unreachable, download
 from tnt_jax.storage.files import remove
 from tnt_jax.storage.folder import model_from_parameters, model_parameters, restore_parameters, save_parameters
@@ -78,11 +80,13 @@ def create_model(name: str, pretrained: bool | str | os.PathLike = False, *, see
     for note in notes:
         _log.warning("%s: %s", name, note)
     model = model_from_parameters(wanted, parameters)
+    same = wanted.num_classes == known.config.num_classes
     model.description = describe(
         wanted,
-        class_names=known.class_names if wanted.num_classes == known.config.num_classes else None,
+        class_names=known.class_names if same else None,
         source=known.source,
         preprocessing=known.preprocessing.adapted(wanted),
+        outputs=known.outputs if same else None,
     )
     return model
 
@@ -131,7 +135,13 @@ def open_model(
 
 
 def open_for(
-    model: str | os.PathLike, wanted: ModelConfig, class_names: Sequence[str], data: str, *, seed: int = 0
+    model: str | os.PathLike,
+    wanted: ModelConfig,
+    class_names: Sequence[str],
+    data: str,
+    *,
+    outputs: Outputs | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """The parameters of a MODEL for a model that is to learn the classes of a dataset.
 
@@ -142,6 +152,8 @@ def open_for(
         wanted: the configuration of the model that is to have them.
         class_names: of the dataset.
         data: what the dataset is called.
+        outputs: what those of the wanted model are to mean. A head of another task is left out; one of a regression
+            is brought to the mean and standard deviation of these.
         seed: of a fresh head.
 
     Raises:
@@ -150,10 +162,18 @@ def open_for(
     opened = open_model(model)
     known, parameters, notes = opened.description, dict(opened.parameters), []
     config = known.config
-    if known.class_names and config.num_classes:
+    outputs = outputs or Outputs()
+    if config.num_classes and known.outputs.task != outputs.task:
+        parameters, config = select_classes(parameters, config, None)
+        notes.append(f"its outputs are of task {known.outputs.task}, and {outputs.task} is wanted: the head is fresh")
+    elif known.class_names and config.num_classes:
         try:
             match = match_classes(known.class_names, config.num_classes, class_names, data)
-            parameters, config = select_classes(parameters, config, match.of_model)
+            if outputs.task == "regression":
+                parameters = rescale_head(parameters, known.outputs, match.of_model, outputs)
+                config = dataclasses.replace(config, num_classes=len(class_names))
+            else:
+                parameters, config = select_classes(parameters, config, match.of_model)
             notes += [match.note] if match.note else []
         except InputError as error:
             parameters, config = select_classes(parameters, config, None)
@@ -162,6 +182,19 @@ def open_for(
     for note in (*notes, *(note for note in adapted if config.num_classes or "head" not in note)):
         _log.warning("%s: %s", model, note)
     return parameters
+
+
+def rescale_head(
+    parameters: dict[str, Any], known: Outputs, chosen: np.ndarray, wanted: Outputs
+) -> dict[str, np.ndarray]:
+    """The parameters with a head of the chosen targets that says the same of them for another mean and std."""
+    before, after = (
+        (np.asarray(each.target_mean or 0.0), np.asarray(each.target_std or 1.0)) for each in (known, wanted)
+    )
+    mean, std = (np.broadcast_to(each, (parameters["head.bias"].shape[-1],))[chosen] for each in before)
+    kernel, bias = (np.asarray(parameters[f"head.{name}"], np.float64)[..., chosen] for name in ("kernel", "bias"))
+    changed = {"head.kernel": kernel * std / after[1], "head.bias": (bias * std + mean - after[0]) / after[1]}
+    return parameters | {name: value.astype(np.asarray(parameters[name]).dtype) for name, value in changed.items()}
 
 
 def check_published(config: ModelConfig, name: str, where: str) -> None:

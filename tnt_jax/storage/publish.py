@@ -39,6 +39,9 @@ TIMM_ARGUMENTS = {
     "mlp_ratio": "mlp_ratio",
 }
 
+PROBLEM_TYPES = {"multi_label": "multi_label_classification", "regression": "regression"}
+"""What transformers calls tasks other than one class, for which its pipeline takes a sigmoid, or nothing."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Published:
@@ -132,6 +135,8 @@ def hub_config(description: ModelDescription, arguments: dict[str, Any] | None) 
         "num_features": outer_dim,
         "global_pool": "avg" if pyramid else "token",
     }
+    if description.outputs.task in PROBLEM_TYPES:
+        fields["problem_type"] = PROBLEM_TYPES[description.outputs.task]
     if description.class_names:
         fields["label_names"] = list(description.class_names)
     if arguments:

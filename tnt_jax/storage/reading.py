@@ -21,11 +21,10 @@ from collections.abc import Iterator
 
 import orbax.checkpoint as ocp
 
-from tnt_jax.config import InputError
+from tnt_jax.config import LOWER_IS_BETTER, InputError
 from tnt_jax.storage.files import write_text
 from tnt_jax.storage.packing import Layout, checksums, layout, packed_shapes, unpack
 
-BEST_METRIC = "ema_top1"
 CHECKPOINTS = "checkpoints"
 SCORES_FILE = "scores.json"
 LAST_CHECKPOINT = "last_checkpoint.json"
@@ -59,20 +58,16 @@ def scores_of(run_dir: str | os.PathLike) -> dict[int, dict[str, float]]:
     """The scores of the steps that were evaluated; none where the file is missing or damaged."""
     try:
         found = json.loads((pathlib.Path(run_dir) / CHECKPOINTS / SCORES_FILE).read_text())
-        return {int(step): scores for step, scores in found.items() if BEST_METRIC in scores}
+        return {int(step): scores for step, scores in found.items() if isinstance(scores, dict)}
     except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError, TypeError):
         return {}
 
 
-def best_step(run_dir: str | os.PathLike) -> int | None:
-    """The kept step with the highest test accuracy of the averaged weights, None where none was evaluated."""
-    return best_of(steps_of(run_dir), scores_of(run_dir))
-
-
-def best_of(steps: list[int], scores: dict[int, dict[str, float]]) -> int | None:
-    return max(
-        (step for step in steps if step in scores), key=lambda step: (scores[step][BEST_METRIC], step), default=None
-    )
+def best_of(steps: list[int], scores: dict[int, dict[str, float]], metric: str) -> int | None:
+    """The step whose averaged weights are best by a metric, the later one of equals; None where none was evaluated."""
+    sign, name = -1 if metric in LOWER_IS_BETTER else 1, f"ema_{metric}"
+    scored = (step for step in steps if name in scores.get(step, ()))
+    return max(scored, key=lambda step: (sign * scores[step][name], step), default=None)
 
 
 def had_checkpoint(run_dir: str | os.PathLike) -> bool:

@@ -16,7 +16,14 @@ import numpy as np
 
 from tnt_jax.config import InputError, TrainConfig, from_json, to_json
 from tnt_jax.fields import role_of
-from tnt_jax.storage.description import DESCRIPTION, ModelDescription, Preprocessing, describe, write_description
+from tnt_jax.storage.description import (
+    DESCRIPTION,
+    ModelDescription,
+    Outputs,
+    Preprocessing,
+    describe,
+    write_description,
+)
 from tnt_jax.storage.files import write_text
 from tnt_jax.storage.reading import steps_of
 
@@ -123,11 +130,17 @@ def _content(folder: pathlib.Path) -> dict[str, str]:
 
 
 def claim(
-    config: TrainConfig, class_names: Sequence[str], content: Mapping[str, str], changed: dict | None, start: Mapping
+    config: TrainConfig,
+    class_names: Sequence[str],
+    outputs: Outputs,
+    content: Mapping[str, str],
+    changed: dict | None,
+    start: Mapping,
 ) -> None:
     """Writes into `config.run_dir` what the run is now, and that it is started; `changed` is what `compare` found.
 
     Args:
+        outputs: what those of the model mean.
         start: what else is noted of this start.
 
     Raises:
@@ -136,7 +149,7 @@ def claim(
     folder = pathlib.Path(config.run_dir)
     try:
         if changed is None:
-            write_description(folder, _description(config, class_names))
+            write_description(folder, _description(config, class_names, outputs))
         if not (folder / DATA_FILE).exists():
             write_text(folder / DATA_FILE, json.dumps(dict(content), indent=1) + "\n")
         with (folder / STARTS_FILE).open("a") as file:
@@ -148,7 +161,7 @@ def claim(
         raise InputError(f"cannot write into the run's folder {folder}: {error.strerror or error}") from error
 
 
-def _description(config: TrainConfig, class_names: Sequence[str]) -> ModelDescription:
+def _description(config: TrainConfig, class_names: Sequence[str], outputs: Outputs) -> ModelDescription:
     model, data = config.model, config.data
     mean, std = (np.broadcast_to(value, model.in_channels).tolist() for value in (data.mean, data.std))
     return describe(
@@ -156,6 +169,7 @@ def _description(config: TrainConfig, class_names: Sequence[str]) -> ModelDescri
         class_names=class_names,
         source={"run": config.run_dir, "data": data.source},
         preprocessing=Preprocessing(model.image_size, data.crop, tuple(mean), tuple(std), white=data.white),
+        outputs=outputs,
     )
 
 

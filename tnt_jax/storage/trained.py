@@ -2,14 +2,16 @@
 
 import dataclasses
 import os
+import pathlib
 
 import jax
 from flax import nnx
 
-from tnt_jax.config import InputError
+from tnt_jax.config import InputError, best_metric
 from tnt_jax.models.variants import Model, abstract_model
 from tnt_jax.storage.description import read_description
-from tnt_jax.storage.reading import DamagedError, best_step, kept, restore, scores_of, steps_of
+from tnt_jax.storage.reading import DamagedError, best_of, kept, restore, scores_of, steps_of
+from tnt_jax.storage.run import CONFIG_FILE, read_config
 
 TREES = {"ema": "ema", "raw": "params"}
 ATTEMPTS = 3
@@ -49,7 +51,7 @@ def average_like(params: dict) -> dict:
 def _restored(run_dir: str | os.PathLike, asked: int | None, like: dict) -> tuple[int, dict]:
     for attempt in range(1, ATTEMPTS + 1):
         steps = steps_of(run_dir)
-        step = asked if asked is not None else best_step(run_dir) or max(steps, default=None)
+        step = asked if asked is not None else _best(run_dir, steps) or max(steps, default=None)
         if step is None:
             raise InputError(f"the run in {run_dir} has no checkpoint yet")
         try:
@@ -64,3 +66,9 @@ def _restored(run_dir: str | os.PathLike, asked: int | None, like: dict) -> tupl
             others = [each for each in steps if each != step]
             raise DamagedError(f"{error}; of the run, {kept(run_dir)}" if others else str(error)) from error
     raise AssertionError
+
+
+def _best(run_dir: str | os.PathLike, steps: list[int]) -> int | None:
+    """The best of some steps by the metric that the run's configuration says."""
+    known = (pathlib.Path(run_dir) / CONFIG_FILE).is_file()
+    return best_of(steps, scores_of(run_dir), best_metric(read_config(run_dir)) if known else "top1")

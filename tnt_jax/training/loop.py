@@ -10,13 +10,14 @@ import numpy as np
 import rich.console
 from jax.experimental import multihost_utils
 
-from tnt_jax.config import InputError, ModelChanges, TrainConfig
+from tnt_jax.config import InputError, ModelChanges, TrainConfig, best_metric
 from tnt_jax.data.pipeline import Batch
 from tnt_jax.storage.checkpoint import Checkpoints, NonFiniteError, WriteError
 from tnt_jax.storage.lock import RunLock
 from tnt_jax.storage.reading import had_checkpoint, steps_of
 from tnt_jax.storage.run import check_space, claim, compare, is_run
 from tnt_jax.training.agreement import agree_on_content, facts
+from tnt_jax.training.metrics import printed, spoken
 from tnt_jax.training.processes import process_group
 from tnt_jax.training.report import Report, check_finite
 from tnt_jax.training.run import Run, saved_trees
@@ -29,8 +30,8 @@ def train(config: TrainConfig[ModelChanges]) -> dict[str, float]:
     """Trains from where the run's folder stands to the last step.
 
     Returns:
-        The scores of the last step: count, and top1, top5 (shares of 1) and loss for the averaged weights (`ema_`) and
-        for the raw ones (`raw_`).
+        The scores of the last step: count, and the metrics of the task (`tnt_jax.config.TASKS`) for the averaged
+        weights (`ema_`) and for the raw ones (`raw_`).
 
     Raises:
         InputError: something in the configuration or in the data is wrong. Raised before anything is written.
@@ -49,7 +50,9 @@ def train(config: TrainConfig[ModelChanges]) -> dict[str, float]:
         with _claimed(run, console) as fresh_state:
             listening.kept = lambda: _kept(config.run_dir)
             with contextlib.closing(
-                Checkpoints(config.run_dir, keep=config.keep_checkpoints, warn=console.print)
+                Checkpoints(
+                    config.run_dir, keep=config.keep_checkpoints, best_by=best_metric(config), warn=console.print
+                )
             ) as checkpoints:
                 state = run.saved_state(checkpoints) or fresh_state
                 return _from(state, run, checkpoints, console, listening, began)
@@ -73,7 +76,7 @@ def _claimed(run: Run, console: rich.console.Console) -> Iterator[TrainState | N
             check_space(config, run.state_bytes())
             held.enter_context(RunLock(config.run_dir, console.print, _end_now))
             start = {"processes": jax.process_count(), "devices": jax.device_count()}
-            claim(config, run.train_source.class_names, content, changed, start)
+            claim(config, run.train_source.class_names, run.program.objective.outputs, content, changed, start)
             for name, (before, now) in (changed or {}).items():
                 console.print(f"{name} was {before!r} and is now {now!r}")
         _meet_in(config.run_dir)
@@ -223,9 +226,14 @@ def _stopped(step: int, run: Run, number: int) -> StoppedError:
 
 def _conclude(checkpoints: Checkpoints, run: Run, console: rich.console.Console) -> dict[str, float]:
     scores, best = checkpoints.scores(run.total_steps), checkpoints.best_step
+    metric = best_metric(run.config)
+    ema, raw, best_of_all = (
+        printed(metric, value)
+        for value in (scores[f"ema_{metric}"], scores[f"raw_{metric}"], checkpoints.scores(best)[f"ema_{metric}"])
+    )
     console.print(
-        f"test accuracy {scores['ema_top1']:.2%} with averaged weights, {scores['raw_top1']:.2%} with raw ones, over "
-        f"{scores['count']:,} images (best: {checkpoints.scores(best)['ema_top1']:.2%} after epoch "
-        f"{best / run.steps_per_epoch:.4g})\nThe run lies in {run.config.run_dir}."
+        f"test {spoken(metric)} {ema} with averaged weights, {raw} with raw ones, over "
+        f"{scores['count']:,} images (best: {best_of_all} after epoch {best / run.steps_per_epoch:.4g})\n"
+        f"The run lies in {run.config.run_dir}."
     )
     return scores

@@ -12,6 +12,7 @@ from tnt_jax.models.variants import abstract_model
 from tnt_jax.training.mesh import on_mesh, over_batch, replicated, shardings_of
 from tnt_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from tnt_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
+from tnt_jax.training.tasks import Objective, objective_of
 
 
 class Program:
@@ -22,6 +23,7 @@ class Program:
 
     Args:
         config: its model is resolved, and its batch can be divided among the devices.
+        objective: by default that of the configuration, without what the training targets say.
     """
 
     abstract_state: TrainState
@@ -32,10 +34,13 @@ class Program:
     """Parameters to the state before the first step, on all devices."""
     train_step: Callable[[TrainState, dict], tuple[TrainState, dict]]
     """As `make_train_step` has it. The memory of the state that is given is used again."""
+    objective: Objective
+    """What the steps minimise, and how they are scored."""
     eval_step: Callable[[dict[str, dict], dict], dict]
     """As `make_eval_step` has it."""
 
-    def __init__(self, config: TrainConfig, mesh: Mesh, steps_per_epoch: int):
+    def __init__(self, config: TrainConfig, mesh: Mesh, steps_per_epoch: int, objective: Objective | None = None):
+        objective = self.objective = objective or objective_of(config)
         schedule = learning_rate_schedule(config.optimizer, steps_per_epoch=steps_per_epoch, epochs=config.epochs)
         optimizer = make_optimizer(config.optimizer, schedule)
         graphdef, params = nnx.split(abstract_model(config.model))
@@ -45,18 +50,23 @@ class Program:
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
         )
         images = (config.batch_size, *config.model.image_size, config.model.in_channels)
+        single = config.data.task == "single_label"
+        labels = (images[:1], np.int32) if single else ((images[0], config.model.num_classes), np.float32)
         self.abstract_batch = {
             "image": jax.ShapeDtypeStruct(images, np.uint8, sharding=over_batch(mesh)),
-            "label": jax.ShapeDtypeStruct(images[:1], np.int32, sharding=over_batch(mesh)),
+            "label": jax.ShapeDtypeStruct(*labels, sharding=over_batch(mesh)),
         }
         self.init = jax.jit(lambda params: init_state(params, optimizer), out_shardings=shardings)
         self.train_step = jax.jit(
-            on_mesh(mesh, make_train_step(graphdef, optimizer, schedule, config), config.precision),
+            on_mesh(mesh, make_train_step(graphdef, optimizer, schedule, config, objective), config.precision),
             donate_argnums=0,
             out_shardings=(shardings, replicated(mesh)),
         )
         own = nnx.to_pure_dict(params)
-        self.eval_step = jax.jit(on_mesh(mesh, make_eval_step(graphdef, own, config.data)))
+        # To every device, so that each process has the rows of all.
+        self.eval_step = jax.jit(
+            on_mesh(mesh, make_eval_step(graphdef, own, config.data, objective)), out_shardings=replicated(mesh)
+        )
 
     def check(self) -> None:
         """Makes sure that a step maps its state to itself: what is saved is then what is restored.

@@ -17,10 +17,11 @@ import rich.console
 import rich.progress
 
 from tnt_jax.chips import chip_of, training_flops
-from tnt_jax.config import InputError, TrainConfig, to_json
+from tnt_jax.config import InputError, TrainConfig, best_metric, to_json
 from tnt_jax.models.summary import count_macs
 from tnt_jax.storage.checkpoint import NonFiniteError, WriteError
 from tnt_jax.storage.files import write_text
+from tnt_jax.training.metrics import printed, spoken
 
 METRICS_FILE = "metrics.jsonl"
 DROPPED_FILE = "metrics_dropped.jsonl"
@@ -53,7 +54,7 @@ class Report:
     ):
         self.start_step, self.total_steps, self.steps_per_epoch = start_step, total_steps, steps_per_epoch
         self.batch_size, self.log_every = config.batch_size, config.log_every_steps
-        self.console = console
+        self.console, self.judged_by = console, best_metric(config)
         self._pending: tuple[int, dict] | None = None
         self._began, self._compiling = began, _compile_seconds()
         self._clock, self._clock_step = time.perf_counter(), start_step
@@ -109,7 +110,9 @@ class Report:
             rate = {} if math.isnan(self._rate) else {"images_per_second": self._rate}
             self._write("train", step, metrics | rate)
         epoch = f"{math.ceil(step / self.steps_per_epoch)}/{math.ceil(self.total_steps / self.steps_per_epoch)}"
-        text = f"loss {metrics['loss']:.3f}  accuracy {metrics['accuracy']:.1%}"
+        text = f"loss {metrics['loss']:.3f}  " + (
+            f"accuracy {metrics['accuracy']:.1%}" if "accuracy" in metrics else f"R2 {metrics['r2']:.3f}"
+        )
         if not math.isnan(self._rate):
             text += f"  {self._rate:.0f} images/s"
         if self._peak_rate and not math.isnan(self._rate):
@@ -123,8 +126,9 @@ class Report:
         """Logs an evaluation after step `step`."""
         self._write("test", step, scores)
         self.console.print(
-            f"epoch {step / self.steps_per_epoch:.4g}  test accuracy {scores['ema_top1']:.2%} averaged weights, "
-            f"{scores['raw_top1']:.2%} raw"
+            f"epoch {step / self.steps_per_epoch:.4g}  test {spoken(self.judged_by)} "
+            f"{printed(self.judged_by, scores[f'ema_{self.judged_by}'])} averaged weights, "
+            f"{printed(self.judged_by, scores[f'raw_{self.judged_by}'])} raw"
         )
         # What passed since the last step was not training.
         self._clock, self._clock_step = time.perf_counter(), step

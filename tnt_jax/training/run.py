@@ -20,6 +20,7 @@ from tnt_jax.training.optimizer import learning_rate_schedule
 from tnt_jax.training.program import Program
 from tnt_jax.training.report import check_wandb
 from tnt_jax.training.step import TrainState, evaluate
+from tnt_jax.training.tasks import Objective, objective_of
 
 
 def saved_trees(state: TrainState) -> dict[str, dict]:
@@ -47,7 +48,7 @@ class Run:
         self.steps_per_epoch = steps_per_epoch(len(self.train_source), data, config.batch_size)
         self.total_steps = (config.epochs + config.optimizer.cooldown_epochs) * self.steps_per_epoch
         self.steps_between_evaluations = config.eval_every_epochs * self.steps_per_epoch
-        self.program = Program(self.config, self.mesh, self.steps_per_epoch)
+        self.program = Program(self.config, self.mesh, self.steps_per_epoch, self._objective())
         self.epochs_before: int | None = None
         """What `epochs` was, where it was raised since the last start."""
         self._feed = {
@@ -57,6 +58,12 @@ class Run:
             "process_index": jax.process_index(),
             "process_count": jax.process_count(),
         }
+
+    def _objective(self) -> Objective:
+        """What is learned, with what the training targets say. They are only looked at where that is needed."""
+        config, source, loss = self.config, self.train_source, self.config.loss
+        needed = config.data.task != "single_label" or "balanced" in (loss.class_weights, loss.positive_weights)
+        return objective_of(config, source.targets if needed else None)
 
     def evaluates_after(self, step: int) -> bool:
         """Whether the test images are looked at after so many steps."""
@@ -76,7 +83,8 @@ class Run:
         if self.config.init_from:
             wanted, data = self.config.model, self.config.data.source
             names = self.train_source.class_names
-            parameters = open_for(self.config.init_from, wanted, names, data, seed=self.config.seed)
+            outputs = self.program.objective.outputs
+            parameters = open_for(self.config.init_from, wanted, names, data, outputs=outputs, seed=self.config.seed)
             model = model_from_parameters(wanted, parameters)
         else:
             model = build_model(self.config.model, self.config.seed)
@@ -96,7 +104,8 @@ class Run:
         batches = eval_batches(self.test_source, self.config.data, **self._feed)
         weights = {"ema": state.ema, "raw": state.params}
         with contextlib.closing(batches):
-            return evaluate(self.program.eval_step, weights, batches, self.mesh, stop)
+            program = self.program
+            return evaluate(program.eval_step, program.objective, weights, batches, self.mesh, stop)
 
     def content(self) -> dict[str, str]:
         """Digests of what the data of both splits holds, by what they are of."""

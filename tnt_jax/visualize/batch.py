@@ -8,10 +8,10 @@ import math
 import jax
 import numpy as np
 
-from tnt_jax.config import TrainConfig
+from tnt_jax.config import Task, TrainConfig
 from tnt_jax.data.mixing import prepare_training
 from tnt_jax.data.opening import open_split
-from tnt_jax.data.pipeline import TrainRecipe, read, train_batches
+from tnt_jax.data.pipeline import read, train_batches, train_recipe
 from tnt_jax.models.variants import complete
 from tnt_jax.visualize.canvas import new_figure, panels
 
@@ -41,20 +41,29 @@ def batch(config: TrainConfig, *, step: int = 0, count: int = 16):
     )
     inputs, targets = map(np.asarray, prepared(fed_batch["image"], fed_batch["label"]))
     fed = np.clip((inputs * config.data.std + config.data.mean) * 255, 0, 255).round().astype(np.uint8)
-    recipe = TrainRecipe(source, config.data, (*model.image_size, model.in_channels), **feed)
+    recipe = train_recipe(source, config.data, image_size=model.image_size, channels=model.in_channels, **feed)
     rows = range(min(count, config.batch_size))
     order, places = recipe.places(step, rows)
     originals = [read(recipe, int(order[place]))[0] for place in places]
-    captions = [_caption(fed_batch["label"], targets, row, source.class_names) for row in rows]
+    captions = [_caption(fed_batch["label"][row], targets[row], source.class_names, config.data.task) for row in rows]
     return _grid(list(zip(originals, fed, captions, strict=False)))
 
 
-def _caption(labels: np.ndarray, targets: np.ndarray, row: int, class_names: tuple[str, ...]) -> str:
-    """The class of the image, and below it what the network should answer."""
-    likely = [label for label in np.argsort(-targets[row])[:2] if targets[row, label] > 0.05]
-    return f"{class_names[labels[row]]}\n" + ", ".join(
-        f"{targets[row, label]:.2f} {class_names[label]}" for label in likely
-    )
+def _caption(label: np.ndarray, target: np.ndarray, class_names: tuple[str, ...], task: Task) -> str:
+    """What is told of the image, and below it what the network should answer."""
+    if task == "regression":
+        told, asked = (
+            ", ".join(f"{name} {value:.4g}" for name, value in zip(class_names, values, strict=True))
+            for values in (label, target)
+        )
+        return f"{told}\n{asked}"
+    if task == "multi_label":
+        told = ", ".join(class_names[index] for index in np.flatnonzero(label > 0.5)) or "none"
+    else:
+        told = class_names[label]
+    shown = 2 if task == "single_label" else 4
+    likely = [index for index in np.argsort(-target, kind="stable")[:shown] if target[index] > 0.05]
+    return f"{told}\n" + (", ".join(f"{target[index]:.2f} {class_names[index]}" for index in likely) or "none")
 
 
 def _grid(examples: list[tuple[np.ndarray, np.ndarray, str]]):

@@ -125,7 +125,11 @@ def map_tsne(model: Model, image: ImageSource):
 def image_tsne(features: Float[np.ndarray, "images dim"], labels: np.ndarray, class_names: Sequence[str]):
     """How images lie to each other in what the model's head sees: a point for each, its class as colour and marker.
 
-    Of more than 2,000 images 2,000 are drawn, evenly spread.
+    Images with any number of labels are coloured by their label, if they have one alone; those of a regression by their
+    first target. Of more than 2,000 images 2,000 are drawn, evenly spread.
+
+    Args:
+        labels: int (images,), or float32 (images, outputs): of 0 and 1, or of the targets of a regression.
 
     Raises:
         InputError: there are fewer than two images.
@@ -134,6 +138,16 @@ def image_tsne(features: Float[np.ndarray, "images dim"], labels: np.ndarray, cl
     points, labels = embed(features[drawn]), labels[drawn]
     figure = new_figure(8, 5.5)
     axes = figure.subplots()
+    _bare(axes, f"t-SNE of {len(points):,} images, from what the head sees")
+    if labels.ndim == 2 and not np.isin(labels, (0, 1)).all():
+        shown = axes.scatter(*points.T, s=12, c=labels[:, 0], cmap=MAP)
+        figure.colorbar(shown, label=class_names[0])
+        return figure
+    if labels.ndim == 2:
+        there = (labels > 0.5).sum(axis=1)
+        several = len(class_names)
+        labels = np.where(there == 1, labels.argmax(axis=1), np.where(there, several, several + 1))
+        class_names = (*class_names, "several labels", "no label")
     for place, label in enumerate(np.unique(labels)):
         colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place // len(COLOURS) % len(MARKERS)]
         of_class = points[labels == label]
@@ -144,7 +158,6 @@ def image_tsne(features: Float[np.ndarray, "images dim"], labels: np.ndarray, cl
             axes.annotate(class_names[label], middle, fontsize=9, ha="center", va="center", bbox=LABEL_BOX)
     if len(class_names) <= 2 * len(COLOURS):
         figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-    _bare(axes, f"t-SNE of {len(points):,} images, from what the head sees")
     return figure
 
 

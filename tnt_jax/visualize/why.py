@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from tnt_jax.config import InputError
-from tnt_jax.data.images import ImageSource
+from tnt_jax.data.decode import ImageSource
 from tnt_jax.evaluation.attribution import METHODS, Size, attribute
 from tnt_jax.inference import class_name
 from tnt_jax.models.variants import Model

@@ -1,0 +1,152 @@
+"""Probabilities that are right as often as they say, and thresholds of labels, from images that were not trained on."""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Bool, Float, Num
+
+from tnt_jax.config import DataConfig, InputError, Task
+from tnt_jax.data.opening import open_split
+from tnt_jax.data.sources import NoSplitError, Source
+from tnt_jax.evaluation.evaluate import outputs_of
+from tnt_jax.evaluation.scores import calibration_error
+from tnt_jax.models.variants import Model
+from tnt_jax.storage.description import description_of
+from tnt_jax.training.metrics import multi_label_metrics
+from tnt_jax.training.tasks import sigmoid
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What was found, before and after it."""
+
+    temperature: float
+    """What logits are divided by."""
+    thresholds: Float[np.ndarray, " labels"] | None
+    """multi_label: the probability from which on each label is answered."""
+    images: int
+    before: dict[str, float]
+    """ece and loss, and of labels macro_f1, on the images that it was fitted to."""
+    after: dict[str, float]
+
+
+def calibrate(model: Model, images: Source, data: DataConfig, *, batch_size: int = 64) -> Calibration:
+    """The temperature of a model, and its thresholds, for the images of a split that it was not trained on.
+
+    The temperature is the one number that makes the cross-entropy of softmax(logits / temperature) least, or of the
+    sigmoids: Guo et al., arXiv 1706.04599. It changes no order of answers. The threshold of a label is that of its
+    highest F1.
+
+    Raises:
+        InputError: the model is a regression, or the images are of another task or classes.
+    """
+    task = description_of(model).outputs.task
+    if task == "regression":
+        raise InputError("the model is a regression: it has no probabilities to calibrate")
+    labels, (logits,), _ = outputs_of([model], images, data, batch_size=batch_size)
+    logits = logits.astype(np.float64)
+    temperature = fit_temperature(logits, labels, task)
+    if task == "single_label":
+        before, after = (_of_classes(each, labels) for each in (logits, logits / temperature))
+        return Calibration(temperature, None, len(labels), before, after)
+    probabilities, truth = sigmoid(logits / temperature), labels > 0.5
+    thresholds = np.array([best_threshold(*each) for each in zip(truth.T, probabilities.T, strict=True)])
+    return Calibration(
+        temperature,
+        thresholds,
+        len(labels),
+        _of_labels(logits, labels, 0.5),
+        _of_labels(logits / temperature, labels, thresholds),
+    )
+
+
+def fit_temperature(
+    logits: Float[np.ndarray, "images outputs"], labels: Num[np.ndarray, "images ..."], task: Task
+) -> float:
+    """The temperature of the least cross-entropy, between 1/20 and 20."""
+    from scipy.optimize import minimize_scalar
+
+    loss = _cross_entropy if task == "single_label" else _binary_cross_entropy
+    found = minimize_scalar(
+        lambda log: loss(logits / np.exp(log), labels).mean(),
+        bounds=(-np.log(20), np.log(20)),
+        method="bounded",
+        options={"xatol": 1e-6},
+    )
+    return float(np.exp(found.x))
+
+
+def _cross_entropy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    return np.logaddexp.reduce(logits, axis=1) - logits[np.arange(len(labels)), labels]
+
+
+def _binary_cross_entropy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    return np.logaddexp(0, logits) - labels * logits
+
+
+def best_threshold(truth: Bool[np.ndarray, " images"], probabilities: Float[np.ndarray, " images"]) -> float:
+    """The probability from which on a label is answered so that its F1 is highest; 0.5 where no image has the label.
+
+    It lies in the middle between the last probability that is answered and the next.
+    """
+    if not truth.any():
+        return 0.5
+    order = np.argsort(-probabilities, kind="stable")
+    scores = probabilities[order]
+    ends = np.append(np.flatnonzero(np.diff(scores)), len(scores) - 1)
+    right = np.cumsum(truth[order])[ends]
+    best = ends[np.argmax(2 * right / (ends + 1 + truth.sum()))]
+    following = scores[best + 1] if best + 1 < len(scores) else 0.0
+    return float((scores[best] + following) / 2)
+
+
+def _of_classes(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    probabilities = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
+    right = probabilities.argmax(axis=1) == labels
+    return {
+        "ece": calibration_error(probabilities.max(axis=1), right),
+        "loss": float(_cross_entropy(logits, labels).mean()),
+    }
+
+
+def _of_labels(logits: np.ndarray, labels: np.ndarray, thresholds: float | np.ndarray) -> dict[str, float]:
+    probabilities = sigmoid(logits)
+    return {
+        "ece": calibration_error(probabilities.ravel(), labels.ravel() > 0.5),
+        "loss": float(_binary_cross_entropy(logits, labels).mean()),
+        "macro_f1": multi_label_metrics(labels, probabilities, thresholds)["macro_f1"],
+    }
+
+
+def calibrated(model: Model, found: Calibration, source: dict) -> Model:
+    """The same model with its head divided by the temperature, and with the thresholds.
+
+    Whatever reads the model then has calibrated logits: predictions, exports, timm.
+
+    Args:
+        source: what is noted of where the numbers come from.
+    """
+    from flax import nnx
+
+    changed = nnx.clone(model)
+    for parameter in (changed.head.kernel, changed.head.bias):
+        parameter[...] = (parameter[...] / found.temperature).astype(parameter[...].dtype)
+    described = description_of(model)
+    thresholds = None if found.thresholds is None else tuple(found.thresholds.tolist())
+    changed.description = dataclasses.replace(
+        described,
+        outputs=dataclasses.replace(described.outputs, thresholds=thresholds),
+        source={**(described.source or {}), "temperature": found.temperature, **source},
+        checksums=None,
+    )
+    return changed
+
+
+def validation_split(data: DataConfig, split: str) -> Source:
+    """The images to calibrate on. Raises InputError if the split is not there, or is the one that is trained on."""
+    if split == data.train_split:
+        raise InputError(f"--split is {split!r}, which the model was trained on: its probabilities are too sure there")
+    try:
+        return open_split(data, split)
+    except NoSplitError as error:
+        raise InputError(f"{error}; name another with --split, one that was not trained on") from error
