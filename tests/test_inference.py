@@ -16,7 +16,7 @@ import tnt_jax
 from tnt_jax.config import InputError
 from tnt_jax.data.crop import evaluation_crop
 from tnt_jax.inference import predict_images, probabilities
-from tnt_jax.storage.description import description_of
+from tnt_jax.storage.description import Outputs, describe, description_of
 
 NAMES = ("ant", "bee", "cat [spotted]")
 
@@ -234,3 +234,63 @@ def test_products_of_a_prediction_are_those_of_a_cpu_on_every_platform():
     products = program.count("dot_general[")
     assert products
     assert program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == products
+
+
+def test_labels_are_answered_from_their_thresholds_on_and_numbers_are_in_units(photos, tmp_path):
+    model = small_model()
+    logits = np.array([0.4, -0.1, 2.0], np.float32)
+    for name in ("kernel", "bias"):  # one answer for every image
+        parameter = getattr(model.head, name)
+        parameter[...] = np.zeros(parameter.shape) if name == "kernel" else logits
+    model.description = describe(model.config, class_names=NAMES, outputs=Outputs("multi_label"))
+    result = tnt_jax.inference_model(model, photos / "0.png")
+    np.testing.assert_allclose(result["pred_scores"], 1 / (1 + np.exp(-logits)), rtol=1e-6)
+    assert (result["pred_labels"], result["pred_classes"]) == ([0, 2], ["ant", "cat [spotted]"])
+    outputs = Outputs("multi_label", thresholds=(0.7, 0.4, 0.9))
+    model.description = describe(model.config, class_names=NAMES, outputs=outputs)
+    tnt_jax.save_model(model, tmp_path / "saved")
+    assert tnt_jax.inference_model(tmp_path / "saved", photos / "0.png")["pred_classes"] == ["bee"]
+    outputs = Outputs("regression", target_mean=(2000.0, 0.0, 5.0), target_std=(10.0, 1e-3, 1.0))
+    model.description = describe(model.config, class_names=("year", "share", "x"), outputs=outputs)
+    values = tnt_jax.inference_model(model, photos / "0.png")["pred_values"]
+    assert values == pytest.approx({"year": 2004, "share": -1e-4, "x": 7}, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        (Outputs("labels"), "outputs.task is 'labels', and should be one of single_label, multi_label, regression"),
+        (Outputs("multi_label", thresholds=(0.5,)), "has one number for each of its 3 outputs"),
+        (Outputs("single_label", thresholds=(0.5,) * 3), "outputs.thresholds is .*, and a model with task multi_label"),
+        (Outputs("regression", target_mean=(0.0,) * 3), "has one of target_mean and target_std"),
+        (Outputs("regression", target_mean=(0.0,) * 3, target_std=(1.0, 0.0, 1.0)), "outputs.target_std is"),
+    ],
+)
+def test_outputs_that_no_model_has_are_refused(outputs, message):
+    with pytest.raises(InputError, match=message):
+        describe(small_model().config, outputs=outputs)
+
+
+def test_the_page_shows_labels_with_a_tick_and_numbers_as_lines():
+    from tnt_jax.demo import label_of
+
+    config = small_model().config
+    labels = describe(config, class_names=NAMES, outputs=Outputs("multi_label"))
+    result = {"pred_labels": [2], "pred_classes": [NAMES[2]], "pred_scores": np.array([0.1, 0.2, 0.9])}
+    assert label_of(result, labels) == {"✓ cat [spotted]": 0.9, "bee": 0.2, "ant": 0.1}
+    assert label_of({"pred_values": {"year": 2004.0, "share": 0.1}}, labels) == "year: 2004\nshare: 0.1"
+
+
+def test_a_card_says_what_outputs_mean():
+    from tnt_jax.storage.card import model_card
+    from tnt_jax.storage.publish import hub_config
+
+    config, given = small_model().config, {"for_timm": True, "name": None, "results": (), "licence": None}
+    described = describe(config, class_names=NAMES, outputs=Outputs("multi_label"))
+    assert "each output is the logit of one, answered from 0.5 on" in model_card(described, **given)
+    assert hub_config(described, {})["problem_type"] == "multi_label_classification"
+    outputs = Outputs("regression", target_mean=(2000.0, 0, 5), target_std=(10.0, 1, 1))
+    card = model_card(describe(config, class_names=NAMES, outputs=outputs), **given)
+    assert "3 targets, ant to cat [spotted]" in card
+    assert "output * (10, 1, 1) + (2000, 0, 5)" in card
+    assert "pipeline_tag" not in card

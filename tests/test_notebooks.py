@@ -28,10 +28,10 @@ def clothes(tmp_path_factory):
     return str(folder)
 
 
-def test_there_are_the_four_notebooks_with_their_outputs():
+def test_there_are_the_five_notebooks_with_their_outputs():
     import nbformat
 
-    assert [path.stem for path in NOTEBOOKS] == ["convert", "finetune", "inside_tnt", "quickstart"]
+    assert [path.stem for path in NOTEBOOKS] == ["convert", "finetune", "inside_tnt", "own_images", "quickstart"]
     for path in NOTEBOOKS:
         code = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
         assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))

@@ -177,3 +177,40 @@ def test_up_to_eight_devices_exchange_no_pixel_and_mix_alike():
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+MANY = jnp.asarray(np.random.default_rng(1).integers(0, 2, (8, 5)).astype(np.float32))
+NUMBERS = jnp.asarray(np.random.default_rng(2).normal(size=(8, 2)).astype(np.float32) * 100)
+TASKS = [("multi_label", MANY), ("regression", NUMBERS)]
+
+
+def prepare_task(task, labels, seed=0, **changes):
+    data = dataclasses.replace(PLAIN, task=task, **changes)
+    return mixing.prepare_training(IMAGES, labels, data=data, num_classes=labels.shape[1], key=jax.random.key(seed))
+
+
+@pytest.mark.parametrize(("task", "labels"), TASKS)
+def test_labels_and_numbers_are_targets_as_they_are(task, labels):
+    np.testing.assert_array_equal(prepare_task(task, labels)[1], labels)
+
+
+def test_smoothing_of_labels_spreads_over_there_and_not_there_and_numbers_have_none():
+    smoothed = prepare_task("multi_label", MANY, label_smoothing=0.2)[1]
+    np.testing.assert_allclose(smoothed, np.where(MANY, 0.9, 0.1), atol=1e-7)
+    np.testing.assert_array_equal(prepare_task("regression", NUMBERS, label_smoothing=0.2)[1], NUMBERS)
+
+
+@pytest.mark.parametrize("mix", ["mixup", "cutmix"])
+@pytest.mark.parametrize(("task", "labels"), TASKS)
+def test_labels_and_numbers_are_mixed_in_the_shares_of_the_images(task, labels, mix):
+    inputs, targets = prepare_task(task, labels, seed=3, **{mix: 1.0})
+    # The shares of the same draw, from what it makes of one class an image
+    _, shares = mixing.prepare_training(
+        IMAGES, LABELS, data=dataclasses.replace(PLAIN, **{mix: 1.0}), num_classes=8, key=jax.random.key(3)
+    )
+    share = float(shares[0, 0])
+    assert 0.02 < share < 0.98
+    np.testing.assert_allclose(targets, share * labels + (1 - share) * labels[::-1], rtol=1e-4, atol=1e-4)
+    if mix == "mixup":
+        plain, _ = prepare_task(task, labels)
+        np.testing.assert_allclose(inputs, share * plain + (1 - share) * plain[::-1], atol=1e-5)

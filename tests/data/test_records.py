@@ -12,6 +12,7 @@ from tnt_jax.config import DataConfig, InputError
 from tnt_jax.data import prepare
 from tnt_jax.data.check import check_splits
 from tnt_jax.data.opening import open_split
+from tnt_jax.data.pipeline import train_batches
 from tnt_jax.data.records import RecordSource
 
 CLASSES = ("n01", "n02", "n03")
@@ -165,3 +166,26 @@ def test_a_full_disk_is_not_the_archives_fault(tars, monkeypatch):
     monkeypatch.setattr(prepare, "_write", full)
     with pytest.raises(InputError, match=r"train images cannot be written into .*5.1.0: .*No space left on device"):
         prepare.prepare_imagenet(*tars, ARCHIVES)
+
+
+def test_damaged_records_are_named_by_shard_and_place_and_may_be_skipped(tars, caplog):
+    folder = prepare.prepare_imagenet(*tars, ARCHIVES, name="small_imagenet")
+    shards = sorted(folder.glob("*train*"))
+    whole = shards[2].read_bytes()
+    data = DataConfig.plain(f"array_record:{folder}", skip_unreadable=0.5)
+    feed = {"image_size": (8, 8), "channels": 3, "batch_size": 7, "seed": 0}
+    for content in (whole[: len(whole) // 2], whole[:200] + bytes(400) + whole[600:]):
+        shards[2].write_bytes(content)
+        train = open_split(data, "train")
+        with pytest.raises(InputError, match=rf"record [456] of .*, record [012] of {shards[2].name}, cannot"):
+            [train[index] for index in range(7)]
+        batch = next(train_batches(train, data, **feed))
+        assert set(batch["label"]) <= {0, 1, 2}
+        assert "skipped unreadable image" in caplog.text
+    for name in ("dataset_info.json", "features.json"):
+        path = folder / name
+        before = path.read_text()
+        path.write_text(before[: len(before) // 2])
+        with pytest.raises(InputError, match=str(folder)):
+            open_split(data, "train")
+        path.write_text(before)

@@ -22,16 +22,17 @@ def _sources(monkeypatch):
 
 
 @pytest.mark.slow
-def test_labels_of_shapes_are_found(tmp_path):
+def test_labels_of_shapes_are_found(tmp_path, monkeypatch):
     """mAP of at least 0.95."""
-    scores = train(generated.run_of(tmp_path / "run", "shapes", "multi_label", epochs=20))
+    generated.install(monkeypatch, generated.COUNTS | {"train": 4096})
+    scores = train(generated.run_of(tmp_path / "run", "shapes", "multi_label", epochs=14))
     assert scores["ema_map"] >= 0.95
 
 
 @pytest.mark.slow
 def test_a_position_is_found(tmp_path):
     """R2 of at least 0.95, of two targets in units of their own."""
-    scores = train(generated.run_of(tmp_path / "run", "position", "regression", epochs=8))
+    scores = train(generated.run_of(tmp_path / "run", "position", "regression", epochs=12))
     assert scores["ema_r2"] >= 0.95
     outputs = read_description(tmp_path / "run").outputs
     targets = generated.position(generated.COUNTS["train"], 0).targets

@@ -26,6 +26,8 @@ class Arguments:
     """The layout to write."""
     image_size: str | None = None
     """Resize the sentence positions for images of this size: 384, or height and width as 256x320."""
+    in_channels: int | None = None
+    """Adapt the first filters to images of so many channels."""
     num_classes: int | None = None
     """Classes of the head: a fresh one where the model's has another number, none for 0."""
     class_names: str | None = None
@@ -61,6 +63,7 @@ def _to_folder(arguments: Arguments) -> None:
         arguments.source,
         arguments.destination,
         image_size=None if arguments.image_size is None else parse_image_size(arguments.image_size),
+        in_channels=arguments.in_channels,
         num_classes=arguments.num_classes,
         weights=arguments.weights,
         class_names=None if arguments.class_names is None else read_class_names(arguments.class_names),
@@ -72,6 +75,7 @@ def _to_folder(arguments: Arguments) -> None:
     print(f"architecture  {config.architecture}")
     print(f"variant       {config.name}")
     print("image size    {}x{}".format(*config.image_size))
+    print(f"channels      {config.in_channels}")
     print(f"classes       {config.num_classes}" + (f", {names[0]} to {names[-1]}" if names else ""))
     if done.tensors:
         print(f"tensors read  {done.tensors}, every one accounted for")
@@ -84,7 +88,7 @@ def _to_checkpoint(arguments: Arguments) -> None:
     from tnt_jax.storage.load import load_model
     from tnt_jax.storage.torch.write import export
 
-    for option in ("image_size", "num_classes", "class_names", "mean", "std", "crop", "interpolation"):
+    for option in ("image_size", "in_channels", "num_classes", "class_names", "mean", "std", "crop", "interpolation"):
         if getattr(arguments, option) is not None:
             raise InputError(
                 f"--{option.replace('_', '-')} is for writing a model folder, and --to writes a checkpoint"

@@ -26,6 +26,8 @@ class Arguments:
     source: tuple[str, ...] = ()
     """Where images come from, such as `digits`, `idx:FOLDER`, `imagenet:FOLDER`, `imagenet-a:FOLDER`, one or several;
     a training run knows its own."""
+    split: str | None = None
+    """What is evaluated instead of the test images, such as train or validation."""
     real_labels: str | None = None
     """ReaL's labels (real.json): `imagenet:FOLDER` is scored with them too."""
     probe: tuple[Literal["knn", "linear"], ...] = ()
@@ -74,12 +76,16 @@ def main() -> None:
     if len(chosen) > 1:
         raise InputError(f"--{chosen[0]} and --{chosen[1]} are two tables; ask for one at a time")
     if chosen:
-        _refuse(arguments, chosen[0], ("real_labels", "per_class", "out"))
+        _refuse(arguments, chosen[0], ("split", "real_labels", "per_class", "out"))
         for row in itertools.chain.from_iterable(_tables(arguments, chosen[0])):
             rows.append(row)
             _tell(row)
     else:
-        options = {"real_labels_file": arguments.real_labels, "batch_size": arguments.batch_size}
+        options = {
+            "split": arguments.split,
+            "real_labels_file": arguments.real_labels,
+            "batch_size": arguments.batch_size,
+        }
         # All are opened before anything is computed.
         evaluations = [evaluate_model(model, arguments.source, **options) for model in arguments.models]
         for done in itertools.chain.from_iterable(evaluations):

@@ -13,7 +13,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from tnt_jax.config import DataConfig
 from tnt_jax.data.resample import affine, from_pillow, mirror, resize, to_pillow
-from tnt_jax.data.samples import Pixels
+from tnt_jax.data.samples import Pixels, full_scale_of
 
 
 def augment(image: Pixels, data: DataConfig, size: tuple[int, int], rng: np.random.Generator) -> Pixels:
@@ -198,8 +198,8 @@ def fill_of(image: Pixels, data: DataConfig) -> tuple[float, ...]:
     mean = np.broadcast_to(data.mean, image.shape[2])
     if image.dtype.kind == "f":
         return tuple(map(float, mean))
-    white = np.iinfo(image.dtype).max
-    return tuple(max(0, min(int(white), round(float(white * each)))) for each in mean)
+    white = full_scale_of(image.dtype)
+    return tuple(max(0, min(white, round(white * float(each)))) for each in mean)
 
 
 def color_jitter(image: Pixels, strength: float, rng: np.random.Generator) -> Pixels:

@@ -56,6 +56,15 @@ def evaluation_crop(
     return resize(pixels, (height, width), Image.Resampling[interpolation.upper()], (top, left, *size))
 
 
+def resized_to_fit(pixels: Pixels, side: int) -> Pixels:
+    """The whole picture, its longer side reduced to `side` if it is longer."""
+    scale = side / max(pixels.shape[:2])
+    if scale >= 1:
+        return pixels
+    height, width = (max(1, round(length * scale)) for length in pixels.shape[:2])
+    return resize(pixels, (height, width), Image.Resampling.BILINEAR)
+
+
 def _resized_size(image_size: tuple[int, int], size: tuple[int, int], crop: float) -> tuple[int, int]:
     """Width and height, as PIL orders them."""
     width, height = image_size

@@ -5,7 +5,9 @@ import os
 import numpy as np
 
 from tnt_jax.config import DataConfig, InputError
+from tnt_jax.data.arrays import open_numpy
 from tnt_jax.data.folders import open_folder
+from tnt_jax.data.hub_dataset import open_hub_dataset
 from tnt_jax.data.idx import open_idx
 from tnt_jax.data.records import open_array_record, open_tfds
 from tnt_jax.data.sources import ArraySource, NoSplitError, Source, SyntheticSource
@@ -43,8 +45,8 @@ def _open(data: DataConfig, split: str) -> Source:
     """A split as the source has it."""
     name, _, argument = data.source.partition(":")
     if name not in SOURCES or (name != "synthetic" and bool(argument) != (name != "digits")):
-        known = "digits, idx:FOLDER, folder:PATH, csv:FILE, tfds:NAME, array_record:PATH, synthetic, synthetic:COUNT"
-        raise InputError(f"data source {data.source!r} is none of {known}")
+        known = "digits, idx:FOLDER, folder:PATH, csv:FILE, npy:PATH, hf:NAME, tfds:NAME, array_record:PATH, synthetic"
+        raise InputError(f"data source {data.source!r} is none of {known}, synthetic:COUNT")
     try:
         return SOURCES[name](os.path.expanduser(argument), data, split)
     except NoSplitError as error:
@@ -88,6 +90,8 @@ SOURCES = {
     "idx": open_idx,
     "folder": open_folder,
     "csv": open_table,
+    "npy": open_numpy,
+    "hf": open_hub_dataset,
     "tfds": open_tfds,
     "array_record": open_array_record,
     "synthetic": _synthetic,

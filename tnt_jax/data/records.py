@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,27 @@ class RecordSource:
     @functools.cached_property
     def targets(self) -> np.ndarray:
         """The classes of all records, which are all read for them once."""
-        return np.array([int(self.records[index]["label"]) for index in range(len(self))], np.int32)
+        return np.array([int(self._record(index)["label"]) for index in range(len(self))], np.int32)
+
+    def _record(self, index: int) -> dict[str, Any]:
+        """Raises InputError, with the shard and the place in it, where a record is damaged."""
+        try:
+            record = self.records[index]
+            if record.get("label") is None or record.get("image") is None:
+                raise ValueError("it has no image, or no label")
+            return record
+        except Exception as error:  # a cut shard, a flipped bit, other features: nearly everything is raised
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise InputError(f"record {index} of {self.name}{self._shard(index)} cannot be read: {reason}") from error
+
+    def _shard(self, index: int) -> str:
+        """Where a record lies, in words; nothing where that is not known."""
+        try:
+            source = self.records.data_source
+            reader, place = source._reader_idx_and_position(index)
+            return f", record {place} of {os.path.basename(source._read_instructions[reader].filename)},"
+        except Exception:  # what TFDS and array_record do not promise
+            return ""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -37,8 +58,8 @@ class RecordSource:
         self, index: int, channels: int | None = None, at_least: tuple[int, int] | None = None
     ) -> tuple[Pixels, int]:
         """For a model of so many channels, and at a fraction of its size; see `read_image`."""
-        record = self.records[index]
-        file_name = record.get("file_name", b"").decode()
+        record = self._record(index)
+        file_name = os.fsdecode(record.get("file_name") or b"")
         name = f"record {index} of {self.name}" + (f" ({file_name})" if file_name else "")
         label = int(record["label"])
         if label < 0:

@@ -63,12 +63,16 @@ def _floats(samples: np.ndarray, white: float | None) -> np.ndarray:
     return scaled.astype(np.float32, copy=False)
 
 
+def full_scale_of(dtype: np.dtype) -> int:
+    """The sample that is white in pixels of this type."""
+    return int(np.iinfo(dtype).max) if np.dtype(dtype).kind == "u" else 1
+
+
 def to_depth(pixels: Pixels, dtype: str) -> Pixels:
     """The same picture in another type, rounded; white stays white."""
     if pixels.dtype == dtype:
         return pixels
-    before = np.iinfo(pixels.dtype).max if pixels.dtype.kind == "u" else 1
-    after = 1 if dtype == "float32" else np.iinfo(dtype).max
+    before, after = full_scale_of(pixels.dtype), full_scale_of(np.dtype(dtype))
     scaled = pixels.astype(np.float32) * np.float32(after / before)
     return scaled if dtype == "float32" else np.clip(np.round(scaled), 0, after).astype(dtype)
 

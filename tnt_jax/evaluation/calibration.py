@@ -128,8 +128,7 @@ def calibrated(model: Model, found: Calibration, source: dict) -> Model:
     """
     from flax import nnx
 
-    graphdef, state = nnx.split(model)
-    changed = nnx.merge(graphdef, state)
+    changed = nnx.clone(model)
     for parameter in (changed.head.kernel, changed.head.bias):
         parameter[...] = (parameter[...] / found.temperature).astype(parameter[...].dtype)
     described = description_of(model)

@@ -1,4 +1,4 @@
-"""Parameters of one model for another that takes images of another size, or has other classes."""
+"""Parameters of one model for another: other channels or size of the images, or other classes."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,14 +13,15 @@ from tnt_jax.models.pyramid_tnt import SPATIAL_REDUCTION, key_grid, stage_grids
 from tnt_jax.models.tnt import grid_size
 
 # What of a configuration says nothing of the parameters, or what `adapt` knows how to change.
-_FREE = {"name", "image_size", "num_classes", "drop_rate", "attn_drop_rate", "drop_path_rate"}
+_FREE = {"name", "image_size", "in_channels", "num_classes", "drop_rate", "attn_drop_rate", "drop_path_rate"}
 _FREE |= {"dtype", "param_dtype", "remat", "inner"}
 
 
 def adapt(
     parameters: Mapping[str, np.ndarray], config: ModelConfig, wanted: ModelConfig, *, seed: int = 0
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """What belongs to a place is resized to another image size, another number of classes gets a fresh head.
+    """What belongs to a place is resized to another image size, another number of classes gets a fresh head, and the
+    first filters are adapted to other channels.
 
     Places have the positions of sentences, and in a PyramidTNT the bias of every pair of them in each stage.
 
@@ -40,6 +41,10 @@ def adapt(
         pairs = (f"{name} {getattr(config, name)} (wanted: {getattr(wanted, name)})" for name in differ)
         raise InputError(f"the parameters are those of another model: they have {', '.join(pairs)}")
     adapted, notes = dict(parameters), []
+    if wanted.in_channels != config.in_channels:
+        path = FIRST_FILTERS[config.architecture == "pyramid"]
+        adapted[path] = adapt_channels(np.asarray(parameters[path]), wanted.in_channels)
+        notes.append(f"the first filters were adapted from {config.in_channels} to {wanted.in_channels} channels")
     if wanted.image_size != config.image_size:
         adapted |= _resized(parameters, config, wanted)
         sizes = [f"{height}x{width}" for height, width in (config.image_size, wanted.image_size)]
@@ -57,6 +62,26 @@ def adapt(
         else:
             notes.append(f"the head of {config.num_classes} classes was left out")
     return adapted, notes
+
+
+FIRST_FILTERS = ("word_embedding.conv.kernel", "stem.common.conv.kernel")
+"""Of a TNT, and of a PyramidTNT."""
+
+
+def adapt_channels(
+    kernel: Float[np.ndarray, "height width channels filters"], channels: int
+) -> Float[np.ndarray, "height width new_channels filters"]:
+    """First filters for images of other channels, as timm adapts them.
+
+    For one channel they are summed over the colours, for more they are repeated in their order and scaled: one channel,
+    and multiples of three, that show the same grey give what the colours gave.
+
+    Source: timm/models/_manipulate.py, adapt_input_conv.
+    """
+    there = kernel.shape[2]
+    if channels == 1:
+        return kernel.sum(axis=2, keepdims=True)
+    return kernel[:, :, np.arange(channels) % there] * np.asarray(there / channels, kernel.dtype)
 
 
 def select_classes(

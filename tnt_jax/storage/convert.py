@@ -31,6 +31,7 @@ def convert(
     destination: str | os.PathLike,
     *,
     image_size: tuple[int, int] | None = None,
+    in_channels: int | None = None,
     num_classes: int | None = None,
     weights: Literal["raw", "ema"] | None = None,
     class_names: Sequence[str] | Mapping[int, str] | None = None,
@@ -45,6 +46,7 @@ def convert(
     Args:
         source: anything that `load_model` takes.
         image_size: height and width; sentence positions are resized to it.
+        in_channels: of the images; the first filters are adapted to it.
         num_classes: of a fresh head, unless the model's has as many; 0 for none.
         weights: the raw or the averaged ones of what has both; by default averaged, as timm does.
         class_names: one for each class, or a dictionary from the number to the name.
@@ -57,14 +59,14 @@ def convert(
     check_destination(destination, overwrite=overwrite)
     opened = open_model(source, weights=weights, image_size=image_size)
     known = opened.description
-    changes = {"num_classes": num_classes, "image_size": image_size}
+    changes = {"num_classes": num_classes, "image_size": image_size, "in_channels": in_channels}
     wanted = changed(known.config, {name: value for name, value in changes.items() if value is not None})
     parameters, adapted = adapt(opened.parameters, known.config, wanted)
     if class_names is None and wanted.num_classes == known.config.num_classes:
         class_names = known.class_names
     feeding: dict[str, Any] = {"mean": mean, "std": std, "crop": crop, "interpolation": interpolation}
     given = {name: plain(value) for name, value in feeding.items() if value is not None}
-    preprocessing = dataclasses.replace(known.preprocessing, image_size=wanted.image_size, **given)
+    preprocessing = dataclasses.replace(known.preprocessing.adapted(wanted), **given)
     outputs = known.outputs if wanted.num_classes == known.config.num_classes else None
     description = describe(
         wanted, class_names=class_names, source=known.source, preprocessing=preprocessing, outputs=outputs

@@ -32,6 +32,20 @@ class Preprocessing:
     white: float | None = None
     """As `DataConfig.white`."""
 
+    def adapted(self, config: ModelConfig) -> "Preprocessing":
+        """For the image size and the channels of a model that was adapted.
+
+        Means and standard deviations are averaged for one channel, and for more repeated in their order.
+        """
+        changes = {"image_size": config.image_size}
+        for name in ("mean", "std"):
+            values, channels = getattr(self, name), config.in_channels
+            if channels == 1 != len(values):
+                changes[name] = (sum(values) / len(values),)
+            elif channels != len(values):
+                changes[name] = tuple(values[channel % len(values)] for channel in range(channels))
+        return dataclasses.replace(self, **changes)
+
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:

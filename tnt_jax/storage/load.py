@@ -59,7 +59,7 @@ def create_model(name: str, pretrained: bool | str | os.PathLike = False, *, see
     """A model by its name, freshly initialised or with its published weights.
 
     For example `create_model("tnt_s_patch16_224", pretrained=True, num_classes=10, image_size=384)`, whose head is
-    fresh and whose positions are resized, which is said.
+    fresh and whose positions are resized, which is said. `in_channels` adapts the first filters as timm does.
 
     Args:
         name: one of `list_models()`; with `pretrained=True` anything that `load_model` takes.
@@ -85,7 +85,7 @@ def create_model(name: str, pretrained: bool | str | os.PathLike = False, *, see
         wanted,
         class_names=known.class_names if same else None,
         source=known.source,
-        preprocessing=dataclasses.replace(known.preprocessing, image_size=wanted.image_size),
+        preprocessing=known.preprocessing.adapted(wanted),
         outputs=known.outputs if same else None,
     )
     return model

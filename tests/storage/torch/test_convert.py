@@ -130,6 +130,7 @@ def test_the_folder_says_where_it_came_from_and_how_to_feed_it(tensors, tmp_path
         "mean": [0.5] * 3,
         "std": [0.5] * 3,
         "interpolation": "bicubic",
+        "white": None,
     }
     names = description["class_names"]
     # The names that mmpretrain and timm print; 0, 388 and 999 are known to everybody.

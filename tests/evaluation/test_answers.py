@@ -1,0 +1,134 @@
+"""Answers of labels and numbers, how sure their metrics are, and what calibration makes of them."""
+
+import numpy as np
+import pytest
+from sklearn import metrics as theirs
+from small_models import small_model
+
+from tnt_jax.config import DataConfig, InputError
+from tnt_jax.data.sources import ArraySource
+from tnt_jax.evaluation.answers import LabelAnswers, ValueAnswers, metrics_of, per_output
+from tnt_jax.evaluation.bootstrap import class_intervals, label_intervals, value_intervals
+from tnt_jax.evaluation.calibration import best_threshold, calibrate, calibrated, fit_temperature
+from tnt_jax.evaluation.evaluate import answers_of
+from tnt_jax.evaluation.scores import Answers
+from tnt_jax.storage.description import Outputs, describe
+
+RNG = np.random.default_rng(0)
+TRUTH = (RNG.random((200, 3)) < [0.5, 0.2, 0.05]).astype(np.float32)
+SCORES = np.clip(0.5 * TRUTH + 0.6 * RNG.random((200, 3)), 0, 1)
+LABELS = LabelAnswers(TRUTH, SCORES, np.zeros(200), np.array([0.5, 0.6, 0.5]), 10.0)
+
+
+def test_labels_have_a_row_each_as_scikit_learn_has_it():
+    rows = per_output(LABELS, ("ant", "bee", "cat"))
+    precision, recall, f1, count = theirs.precision_recall_fscore_support(TRUTH, LABELS.answered)
+    for label, row in enumerate(rows):
+        assert (row["images"], row["threshold"]) == (count[label], LABELS.thresholds[label])
+        assert row["precision"] == pytest.approx(precision[label], abs=1e-9)
+        assert row["recall"] == pytest.approx(recall[label], abs=1e-9)
+        assert row["f1"] == pytest.approx(f1[label], abs=1e-9)
+        assert row["ap"] == pytest.approx(theirs.average_precision_score(TRUTH[:, label], SCORES[:, label]), abs=1e-9)
+        assert row["recall_low"] < row["recall"] <= row["recall_high"]
+
+
+def test_a_label_that_no_image_has_has_no_recall():
+    row = per_output(LabelAnswers(TRUTH * [1, 1, 0], SCORES, np.zeros(200), np.full(3, 2.0), 1.0), "abc")[2]
+    assert (row["images"], row["ap"], row["roc_auc"], row["recall"], row["precision"]) == (0, None, None, None, None)
+
+
+def resampled(compute, count, seed):
+    rng = np.random.default_rng(seed)
+    return np.percentile([compute(rng.integers(0, count, count)) for _ in range(200)], (2.5, 97.5))
+
+
+def test_intervals_are_those_of_resampled_images_and_the_same_every_time():
+    found = label_intervals(TRUTH, SCORES, LABELS.thresholds)
+    plain = resampled(lambda rows: theirs.average_precision_score(TRUTH[rows], SCORES[rows], average="macro"), 200, 5)
+    np.testing.assert_allclose(found["map"], plain, atol=0.03)
+    f1 = resampled(lambda rows: theirs.f1_score(TRUTH[rows], LABELS.answered[rows], average="macro"), 200, 6)
+    np.testing.assert_allclose(found["macro_f1"], f1, atol=0.03)
+    assert found == label_intervals(TRUTH, SCORES, LABELS.thresholds)
+    labels, answers = RNG.integers(0, 4, 300), RNG.integers(0, 4, 300)
+    answers = np.where(RNG.random(300) < 0.5, labels, answers)
+    found = class_intervals(labels, answers, 4)
+    plain = resampled(lambda rows: theirs.balanced_accuracy_score(labels[rows], answers[rows]), 300, 7)
+    np.testing.assert_allclose(found["balanced_accuracy"], plain, atol=0.03)
+    targets = RNG.normal(size=(200, 2))
+    values = targets + RNG.normal(size=(200, 2))
+    found = value_intervals(targets, values, mean=True)
+    plain = resampled(lambda rows: theirs.r2_score(targets[rows], values[rows]), 200, 8)
+    np.testing.assert_allclose(found["r2"], plain, atol=0.12)
+
+
+def test_numbers_are_scored_in_their_units():
+    targets = np.array([[1.0, 100], [2, 300], [3, 200]])
+    answers = ValueAnswers(targets, targets + np.array([[0.5, 0], [0, 30], [-0.5, 0]]), np.array([0.1, 0.2, 0.3]), 1.0)
+    metrics = metrics_of(answers)
+    assert metrics["mae"] == pytest.approx((1 / 3 + 10) / 2)
+    assert metrics["r2"] == pytest.approx(theirs.r2_score(targets, answers.values))
+    assert (metrics["images"], metrics["loss"]) == (3, pytest.approx(0.2))
+    rows = per_output(answers, ("width", "weight"))
+    assert [row["target"] for row in rows] == ["width", "weight"]
+    assert rows[1]["rmse"] == pytest.approx(np.sqrt(300))
+
+
+def test_two_classes_have_an_area_under_the_roc_curve():
+    labels, second = RNG.integers(0, 2, 100), RNG.random(100)
+    top = np.stack([second > 0.5, second <= 0.5], axis=1).astype(int)
+    scores = np.stack([np.maximum(second, 1 - second), np.minimum(second, 1 - second)], axis=1)
+    answers = Answers(labels, top, scores, np.zeros(100), 1.0)
+    assert metrics_of(answers)["roc_auc"] == pytest.approx(theirs.roc_auc_score(labels, second))
+
+
+def model_of(task, names=("a", "b", "c"), **outputs):
+    model = small_model(num_classes=len(names), in_channels=1)
+    model.description = describe(model.config, class_names=names, outputs=Outputs(task, **outputs))
+    return model
+
+
+def source_of(targets, names=("a", "b", "c"), count=12):
+    images = np.random.default_rng(3).integers(0, 256, (count, 32, 32, 1), np.uint8)
+    return ArraySource(images, targets, names)
+
+
+def test_labels_and_thresholds_are_matched_by_name():
+    model = model_of("multi_label", thresholds=(0.1, 0.2, 0.3))
+    names, truth = ("c", "a"), np.zeros((12, 2), np.float32)
+    data = DataConfig("any", task="multi_label")
+    (answers,) = answers_of([model], source_of(truth, names), data)
+    (whole,) = answers_of([model], source_of(np.zeros((12, 3), np.float32)), data)
+    np.testing.assert_allclose(answers.scores, whole.scores[:, [2, 0]])
+    np.testing.assert_allclose(answers.thresholds, (0.3, 0.1))
+    with pytest.raises(InputError, match="the model's task is multi_label, and any is read as single_label"):
+        answers_of([model], source_of(np.zeros(12, int)), DataConfig("any"))
+
+
+def test_a_temperature_undoes_what_logits_were_multiplied_by():
+    rng = np.random.default_rng(4)
+    logits = rng.normal(size=(4000, 3)) * 2
+    odds = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
+    labels = np.array([rng.choice(3, p=row) for row in odds])
+    assert fit_temperature(3 * logits, labels, "single_label") == pytest.approx(3, rel=0.1)
+    many = (rng.random((4000, 3)) < 1 / (1 + np.exp(-logits))).astype(float)
+    assert fit_temperature(logits / 2, many, "multi_label") == pytest.approx(0.5, rel=0.1)
+
+
+def test_a_threshold_is_that_of_the_highest_f1():
+    truth, scores = TRUTH[:, 1] > 0.5, SCORES[:, 1]
+    ours = theirs.f1_score(truth, scores >= best_threshold(truth, scores))
+    assert ours == pytest.approx(max(theirs.f1_score(truth, scores >= cut) for cut in scores))
+    assert best_threshold(np.zeros(5, bool), np.arange(5.0)) == 0.5
+    assert best_threshold(np.ones(3, bool), np.full(3, 0.4)) < 0.4
+
+
+def test_a_calibrated_model_gives_logits_divided_by_the_temperature():
+    model, labels = model_of("single_label"), np.arange(12) % 3
+    found = calibrate(model, source_of(labels), DataConfig("any"))
+    assert found.after["loss"] <= found.before["loss"]
+    again = calibrated(model, found, {"split": "val"})
+    images = np.random.default_rng(0).normal(size=(2, 32, 32, 1)).astype(np.float32)
+    np.testing.assert_allclose(np.asarray(again(images)) * found.temperature, model(images), rtol=1e-4)
+    assert again.description.source == {"temperature": found.temperature, "split": "val"}
+    with pytest.raises(InputError, match="the model is a regression: it has no probabilities"):
+        calibrate(model_of("regression"), source_of(labels), DataConfig("any"))

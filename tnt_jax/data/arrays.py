@@ -1,0 +1,172 @@
+"""Images in files of NumPy: a folder of `.npy`, or an `.npz`."""
+
+import dataclasses
+import pathlib
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from tnt_jax.config import DataConfig, InputError
+from tnt_jax.data.classes import read_class_names
+from tnt_jax.data.decode import Reading, read_image
+from tnt_jax.data.samples import Pixels
+from tnt_jax.data.sources import NoSplitError, Target, names_of_split, target_of
+
+IMAGES = ("{}_images", "images_{}", "x_{}", "X_{}", "{}_x", "{}/images")
+LABELS = ("{}_labels", "labels_{}", "y_{}", "Y_{}", "{}_y", "{}/labels")
+
+
+class MappedArray:
+    """An array in a file, of which only what is asked for is read. Another process opens the file for itself."""
+
+    def __init__(self, path: str):
+        self._path = path
+        self._array = np.load(path, mmap_mode="r", allow_pickle=False)
+        self.shape, self.dtype = self._array.shape, self._array.dtype
+
+    def __reduce__(self):
+        return MappedArray, (self._path,)
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return np.asarray(self._array[index])
+
+
+@dataclasses.dataclass(frozen=True)
+class NumpySource:
+    """Images (images, height, width[, channels]) of any type, and their targets."""
+
+    name: str
+    images: np.ndarray | MappedArray
+    targets: np.ndarray
+    class_names: tuple[str, ...]
+    reading: Reading
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Pixels, Target]:
+        return self.read(index)
+
+    def read(
+        self, index: int, channels: int | None = None, at_least: tuple[int, int] | None = None
+    ) -> tuple[Pixels, Target]:
+        """For a model of so many channels; see `read_image`."""
+        name = f"image {index} of {self.name}"
+        return read_image(self.images[index], channels, reading=self.reading, name=name), target_of(self.targets, index)
+
+
+def open_numpy(argument: str, data: DataConfig, split: str) -> NumpySource:
+    """`train_images` and `train_labels` (or `x_train`, `y_train`) as arrays of an `.npz`, or as `.npy` in a folder.
+
+    Arrays of a folder are not read into memory. Labels are whole numbers (images,); with multi_label 0 or 1, and with
+    regression numbers, (images, outputs). Classes are called by their numbers, or as `data.class_names` says.
+
+    Raises:
+        InputError: there is no such file, split or array, or the arrays do not belong together.
+    """
+    arrays = _arrays(pathlib.Path(argument))
+    for name in names_of_split(split):
+        images, labels = (_find(arrays, forms, name) for forms in (IMAGES, LABELS))
+        if images and labels:
+            break
+        if images or labels:
+            there, other = (images, LABELS) if images else (labels, IMAGES)
+            raise InputError(f"{argument} has {there}, and no {other[0].format(name)} or {other[2].format(name)}")
+    else:
+        raise NoSplitError(split, _splits(arrays))
+    pixels, targets = arrays[images], _targets(arrays, labels, data, argument)
+    if len(pixels.shape) not in (3, 4) or len(pixels) != len(targets) or not len(targets):
+        raise InputError(
+            f"{argument} ({split}): {images} {pixels.shape} and {labels} {targets.shape} do not belong together; "
+            "images are (images, height, width[, channels])"
+        )
+    class_names = _class_names(arrays, targets, data, argument)
+    return NumpySource(f"{argument} ({images})", pixels, targets, class_names, Reading.of(data))
+
+
+class _Folder(Mapping):
+    """The arrays below a folder by their paths, opened when they are asked for."""
+
+    def __init__(self, folder: pathlib.Path):
+        self._paths = {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.glob("**/*.npy"))}
+
+    def __getitem__(self, name: str) -> MappedArray:
+        try:
+            return MappedArray(str(self._paths[name]))
+        except (OSError, ValueError, EOFError) as error:
+            raise InputError(f"{self._paths[name]} cannot be read as an array: {error}") from error
+
+    def __iter__(self):
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+
+def _arrays(path: pathlib.Path) -> Mapping[str, Any]:
+    if path.is_dir():
+        return _Folder(path)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise InputError(f"there is no folder and no file {path}") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        raise InputError(f"{path} cannot be read as an .npz: {error}") from error
+
+
+def _find(arrays: Mapping[str, Any], forms: tuple[str, ...], split: str) -> str | None:
+    return next((form.format(split) for form in forms if form.format(split) in arrays), None)
+
+
+def _splits(arrays: Mapping[str, Any]) -> list[str]:
+    return [name for name in ("train", "val", "valid", "validation", "test") if _find(arrays, IMAGES, name)]
+
+
+def _targets(arrays: Mapping[str, Any], name: str, data: DataConfig, argument: str) -> np.ndarray:
+    targets = np.asarray(arrays[name][...])
+    if data.task == "single_label":
+        if targets.ndim == 2 and targets.shape[1] == 1:
+            targets = targets[:, 0]
+        if targets.ndim != 1 or targets.dtype.kind not in "ui":
+            raise InputError(
+                f"{argument}: {name} is {targets.dtype} {targets.shape}, and should be whole numbers (images,); "
+                "--data.task multi_label or regression takes others"
+            )
+        if targets.size and targets.min() < 0:
+            raise InputError(f"{argument}: {name} has {targets.min()} in place {int(targets.argmin())}")
+        return targets.astype(np.int32)
+    targets = targets[:, None] if targets.ndim == 1 else targets
+    if targets.ndim != 2 or targets.dtype.kind not in "buif":
+        raise InputError(f"{argument}: {name} is {targets.dtype} {targets.shape}; should be numbers (images, outputs)")
+    targets = targets.astype(np.float32)
+    wrong = ~np.isfinite(targets) if data.task == "regression" else ~np.isin(targets, (0, 1))
+    if wrong.any():
+        place = tuple(map(int, np.argwhere(wrong)[0]))
+        wanted = "a finite number" if data.task == "regression" else "0 or 1"
+        raise InputError(f"{argument}: {name} has {targets[place]} in place {place}, and should have {wanted}")
+    return targets
+
+
+def _class_names(arrays: Mapping[str, Any], targets: np.ndarray, data: DataConfig, argument: str) -> tuple[str, ...]:
+    if targets.ndim == 2:
+        count = targets.shape[1]
+    else:
+        training = next(
+            (_find(arrays, LABELS, name) for name in names_of_split(data.train_split) if _find(arrays, LABELS, name)),
+            None,
+        )
+        count = int(np.max(arrays[training][...] if training else targets)) + 1
+    names = read_class_names(data.class_names) if data.class_names else tuple(map(str, range(count)))
+    if len(names) < count or (targets.ndim == 2 and len(names) != count):
+        raise InputError(f"{argument} has {count} classes, and {data.class_names} names {len(names)}")
+    if targets.ndim == 1 and targets.max() >= len(names):
+        raise InputError(
+            f"{argument}: label {targets.max()} is out of range, the training images have {len(names)} classes"
+        )
+    return names

@@ -1,0 +1,147 @@
+"""Mean and standard deviation of each channel over the training images.
+
+python -m tnt_jax.data.statistics csv:mine.csv
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from tnt_jax.config import DataConfig, InputError, check_data
+from tnt_jax.data.crop import resized_to_fit
+from tnt_jax.data.opening import open_split
+from tnt_jax.data.samples import full_scale_of
+from tnt_jax.data.sources import Source
+
+SIDE = 256
+"""Pixels: larger images are reduced to it first, which changes a deviation by what is finer than that."""
+KEPT_IN = Path("~/.cache/tnt_jax/statistics")
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """Of pixels between 0 (black) and 1 (white), for each channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    images: int
+    """How many were measured."""
+    fingerprint: str
+    """Of what was measured: file names, targets and how images are read."""
+
+    @property
+    def flags(self) -> str:
+        """As train.py takes them."""
+        values = [" ".join(f"{value:.6g}" for value in each) for each in (self.mean, self.std)]
+        return f"--data.mean {values[0]} --data.std {values[1]}"
+
+
+def measure(data: DataConfig, progress=lambda done, count: None) -> Statistics:
+    """Mean and standard deviation of all training images of a source, or those that were measured before.
+
+    They are kept in `~/.cache/tnt_jax/statistics` (or below `$XDG_CACHE_HOME`) by the fingerprint of the data.
+
+    Args:
+        progress: called with the number of images that are done, and that there are.
+
+    Raises:
+        InputError: an image cannot be read, or has other channels than the first.
+    """
+    check_data(data)
+    source = open_split(data, data.train_split)
+    key = fingerprint(source, data)
+    path = _folder() / f"{key}.json"
+    try:
+        kept = json.loads(path.read_text())
+        return Statistics(tuple(kept["mean"]), tuple(kept["std"]), int(kept["images"]), key)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    made = _measured(source, key, progress)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.{os.getpid()}")
+        part.write_text(json.dumps(dataclasses.asdict(made), indent=1) + "\n")
+        part.replace(path)
+    except OSError:
+        pass  # they can be measured again
+    return made
+
+
+def fingerprint(source: Source, data: DataConfig) -> str:
+    """A checksum of which images a source has and how they are read."""
+    from tnt_jax.data.check import content_of
+
+    known = [data.source, data.train_split, data.white, data.depth, sorted(content_of(source).items())]
+    return hashlib.sha256(repr(known).encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def _measured(source: Source, key: str, progress) -> Statistics:
+    def sums(index: int) -> np.ndarray:
+        pixels = source.read(index, None, (SIDE, SIDE))[0] if hasattr(source, "read") else source[index][0]
+        values = resized_to_fit(pixels, SIDE).astype(np.float64) / full_scale_of(pixels.dtype)
+        return np.stack([values.mean(axis=(0, 1)), (values**2).mean(axis=(0, 1))])
+
+    total, count = None, len(source)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for at in range(0, count, 256):
+            for index, each in enumerate(pool.map(sums, range(at, min(at + 256, count))), at):
+                if total is not None and each.shape != total.shape:
+                    from tnt_jax.data.sources import name_of
+
+                    raise InputError(
+                        f"{name_of(source, index)} has {each.shape[1]} channels, and the images before it "
+                        f"{total.shape[1]}"
+                    )
+                total = each if total is None else total + each
+                progress(index + 1, count)
+    if total is None:
+        raise InputError("there are no training images to measure")
+    mean, square = total / count
+    std = np.sqrt(np.maximum(square - mean**2, 1e-12))
+    return Statistics(tuple(mean.tolist()), tuple(std.tolist()), count, key)
+
+
+def _folder() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return Path(cache) / "tnt_jax" / "statistics" if cache else KEPT_IN.expanduser()
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Measures mean and standard deviation of each channel over the training images, and prints them as flags."""
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """As in --data.source of train.py."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    """How it is read, as in train.py."""
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments, prog="python -m tnt_jax.data.statistics")
+    import rich.progress
+    from rich.console import Console
+
+    try:
+        with rich.progress.Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("images", total=None)
+            made = measure(
+                dataclasses.replace(arguments.data, source=arguments.source),
+                lambda done, count: bar.update(task, completed=done, total=count),
+            )
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    print(f"{made.images:,} images, {len(made.mean)} channels, fingerprint {made.fingerprint}")
+    print(made.flags)
+
+
+if __name__ == "__main__":
+    main()
