@@ -26,6 +26,8 @@ class Arguments:
     source: tuple[str, ...] = ()
     """Where images come from, such as `digits`, `idx:FOLDER`, `imagenet:FOLDER`, `imagenet-a:FOLDER`, one or several;
     a training run knows its own."""
+    split: str | None = None
+    """What is evaluated instead of the test images, such as train or validation."""
     real_labels: str | None = None
     """ReaL's labels (real.json): `imagenet:FOLDER` is scored with them too."""
     probe: tuple[Literal["knn", "linear"], ...] = ()
@@ -56,7 +58,7 @@ def main() -> None:
         check_ending(arguments.out, (".csv", ".jsonl"), "a file of answers")
     rows, answers, console = [], [], Console(width=None if sys.stdout.isatty() else 120)
     if arguments.probe:
-        _refuse(arguments, ("real_labels", "per_class", "out"))
+        _refuse(arguments, ("split", "real_labels", "per_class", "out"))
         probes = [
             probe_model(model, arguments.source, arguments.probe, batch_size=arguments.batch_size)
             for model in arguments.models
@@ -65,7 +67,11 @@ def main() -> None:
             rows.append(row)
             _tell(row)
     else:
-        options = {"real_labels_file": arguments.real_labels, "batch_size": arguments.batch_size}
+        options = {
+            "split": arguments.split,
+            "real_labels_file": arguments.real_labels,
+            "batch_size": arguments.batch_size,
+        }
         # All are opened before anything is computed.
         evaluations = [evaluate_model(model, arguments.source, **options) for model in arguments.models]
         for done in itertools.chain.from_iterable(evaluations):

@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import itertools
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from tnt_jax.commands.cli import command
-from tnt_jax.config import InputError
+from tnt_jax.config import DataConfig, InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +36,8 @@ class Arguments:
     """What is printed: tables to read, CSV, or a line of JSON for each image."""
     batch_size: int = 32
     """Images that are computed together."""
+    max_pixels: int = DataConfig.max_pixels
+    """Images of more pixels are taken for decompression bombs, and are refused before they are decoded."""
 
 
 @command
@@ -52,23 +53,28 @@ def main() -> None:
     description = description_of(model)
     class_names = description.class_names
     messages = Console(stderr=True)
+    sys.stdout.reconfigure(errors="surrogateescape")  # file names need not be UTF-8
+
+    def note(text: str) -> None:
+        messages.print(text, markup=False, highlight=False, soft_wrap=True)
+
     if class_names is None:
-        note = f"note: {arguments.model} has no class names: its classes are numbers"
-        messages.print(note, markup=False, highlight=False, soft_wrap=True)
+        note(f"note: {arguments.model} has no class names: its classes are numbers")
     failures = 0
 
     def report(error: InputError) -> None:
         nonlocal failures
         failures += 1
-        messages.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        note(f"error: {error}")
 
-    paths, to_read = itertools.tee(_paths(arguments.images, report))
+    paths, to_read = itertools.tee(_paths(arguments.images, report, note))
     write = {"table": _write_table, "csv": _csv_writer(), "jsonl": _write_json_line}[arguments.format]
     said = {"multi_label": _labels, "regression": _values}.get(description.outputs.task, _classes)
     columns = (SpinnerColumn(), TextColumn("{task.completed:,.0f} images"), TimeElapsedColumn())
     with Progress(*columns, console=messages, transient=True, disable=not messages.is_terminal) as progress:
         task = progress.add_task("", total=None)
-        for path, result in zip(paths, predict_images(model, to_read, batch_size=arguments.batch_size), strict=False):
+        options = {"batch_size": arguments.batch_size, "max_pixels": arguments.max_pixels}
+        for path, result in zip(paths, predict_images(model, to_read, **options), strict=False):
             progress.advance(task)
             if isinstance(result, InputError):
                 report(result)
@@ -78,16 +84,19 @@ def main() -> None:
         raise InputError(f"{failures:,} of what was given could not be read")
 
 
-def _paths(given: tuple[str, ...], report) -> Iterator[str]:
+def _paths(given: tuple[str, ...], report, note) -> Iterator[str]:
     """The images that were given and those in the folders, as they are asked for."""
-    from tnt_jax.data.listing import images_below
+    from tnt_jax.data.listing import Walk, images_below
 
-    for path in given:
+    for path in map(os.path.expanduser, given):
         if not os.path.isdir(path):
             yield path
             continue
+        walk = Walk()
         try:
-            yield from images_below(path)
+            yield from images_below(path, walk)
+            if others := walk.what_was_left_out():
+                note(f"note: {path} holds what is no image, left out: {others}")
         except InputError as error:
             report(error)
 
@@ -118,8 +127,10 @@ def _values(result: dict, class_names, top_k: int) -> Said:
 
 
 def _write_json_line(path: str, summary: dict, rows: list[dict]) -> None:
+    from tnt_jax.commands.tables import json_line
+
     top = {} if "pred_values" in summary else {"top": rows}
-    print(json.dumps({"image": path, **summary, **top}, ensure_ascii=False), flush=True)
+    print(json_line({"image": path, **summary, **top}), flush=True)
 
 
 def _csv_writer():

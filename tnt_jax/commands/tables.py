@@ -20,7 +20,7 @@ def write_rows(path: str | os.PathLike, rows: Sequence[Row]) -> None:
         InputError: it cannot be written.
     """
     text = {".csv": as_csv, ".jsonl": as_json_lines, ".md": as_markdown}[Path(path).suffix](rows)
-    write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+    write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8", errors="surrogateescape"))
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:
@@ -39,7 +39,21 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 def as_json_lines(rows: Sequence[Row]) -> str:
     """A JSON object on a line for each row."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return "".join(json_line(row) + "\n" for row in rows)
+
+
+def json_line(row: Row) -> str:
+    """A row as a JSON object. File names that are not UTF-8 are escaped, as `os.fsdecode` gives them."""
+    line = json.dumps(row, ensure_ascii=False)
+    return line if _is_utf8(line) else json.dumps(row)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def as_markdown(rows: Sequence[Row]) -> str:

@@ -2,14 +2,18 @@
 
 import hashlib
 import itertools
+import logging
 
 import numpy as np
 
 from tnt_jax.config import DataConfig, InputError
+from tnt_jax.data.augment import has_colours
 from tnt_jax.data.pipeline import most_unreadable, sample_of
 from tnt_jax.data.samples import to_channels
 from tnt_jax.data.sources import Source
 from tnt_jax.data.targets import check_targets, check_training_targets
+
+logger = logging.getLogger(__name__)
 
 
 def check_splits(train: Source, test: Source, data: DataConfig, channels: int) -> None:
@@ -27,6 +31,8 @@ def check_splits(train: Source, test: Source, data: DataConfig, channels: int) -
             if source is train:
                 check_training_targets(source.targets, data, source.class_names)
         pixels = sample_of(source, most_unreadable(data, len(source)) if source is train else 0, channels)
+        if source is train:
+            _say_what_is_special(pixels, data)
         try:
             to_channels(pixels, channels)
         except InputError as error:
@@ -38,6 +44,22 @@ def check_splits(train: Source, test: Source, data: DataConfig, channels: int) -
             f"{data.source} has {len(train.class_names)} classes in {data.train_split!r} and {len(test.class_names)} "
             f"in {data.eval_split!r}, which differ first in {first[0]!r} and {first[1]!r}; both must have the same"
         )
+
+
+def _say_what_is_special(pixels: np.ndarray, data: DataConfig) -> None:
+    """What the first image shows of all, and what augmentation leaves out because of it."""
+    if pixels.dtype == np.uint16 and data.white is None and pixels.max() < 1 << 14:
+        bits = max(1, int(pixels.max()).bit_length())
+        logger.warning(
+            "the first image has 16 bits and no sample above %d: if white is less than 65535, say it, such as "
+            "--data.white %d; or measure mean and deviation with python -m tnt_jax.data.statistics",
+            pixels.max(), 2**bits - 1,
+        )  # fmt: skip
+    if not has_colours(pixels) and (data.randaugment_ops or data.color_jitter):
+        logger.warning(
+            "the images have %d channels of %s: what augmentation does to colours is left out, which is for 1 and 3 "
+            "channels of 8 bits", pixels.shape[2], pixels.dtype,
+        )  # fmt: skip
 
 
 def content_of(source: Source) -> dict[str, str]:

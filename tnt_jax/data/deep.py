@@ -137,7 +137,7 @@ def tiff(content: bytes, channels: int | None, white: float | None, most: int) -
             pages = [page for page in file.pages if not page.is_reduced and (page.shape, page.dtype) == same]
         bands = first.samplesperpixel
         as_pillow = len(pages) == 1 and (
-            (first.bitspersample <= 8 and (bands in (1, 3) or (bands in (2, 4) and alpha)))
+            (first.bitspersample <= 8 and (bands == 1 or (colour and bands == 3) or (bands in (2, 4) and alpha)))
             or (first.bitspersample == 16 and bands == 1 and first.dtype is not None and first.dtype.kind == "u")
         )
         if as_pillow or not plain:

@@ -15,6 +15,7 @@ from flax import nnx
 
 from tnt_jax.config import DataConfig, InputError, Task
 from tnt_jax.data.classes import Match, match_classes
+from tnt_jax.data.decode import Reading
 from tnt_jax.data.imagenet import RELATIVES, ImageNetSource, open_imagenet, real_labels
 from tnt_jax.data.mixing import normalise
 from tnt_jax.data.opening import open_split
@@ -206,7 +207,12 @@ class Evaluation:
 
 
 def evaluate_model(
-    path: str, sources: Sequence[str] = (), *, real_labels_file: str | None = None, batch_size: int = 64
+    path: str,
+    sources: Sequence[str] = (),
+    *,
+    split: str | None = None,
+    real_labels_file: str | None = None,
+    batch_size: int = 64,
 ) -> Iterator[Evaluation]:
     """Evaluates what lies in a folder: the averaged and the raw weights of a training run, or the one set of a model.
 
@@ -215,6 +221,7 @@ def evaluate_model(
     Args:
         sources: as in `DataConfig.source`, or a relative of ImageNet as `open_imagenet` takes it; none takes the test
             images of the training run.
+        split: what is evaluated instead of the test images, such as "train" or "validation".
         real_labels_file: ReaL's labels; each `imagenet:` source is then scored with them too.
 
     Raises:
@@ -222,7 +229,9 @@ def evaluate_model(
     """
     names, models = zip(*models_in(path), strict=True)
     task = description_of(models[0]).outputs.task
-    opened = [(data, open_test(data)) for data in test_data(path, sources, task)]
+    white = description_of(models[0]).preprocessing.white
+    wanted = [dataclasses.replace(data, white=data.white or white) for data in test_data(path, sources, task)]
+    opened = [(data, open_test(data, split)) for data in wanted]
     if real_labels_file and not any(data.source.startswith("imagenet:") for data, _ in opened):
         raise InputError(f"{real_labels_file} is for the source imagenet:PATH, and that was not given")
     accepted = {
@@ -254,18 +263,25 @@ def _kind(source: str) -> str:
     return "imagenet" if is_imagenet else name
 
 
+HOW_TO_READ = ("image_column", "label_columns", "label_separator", "encoding", "depth", "white", "max_pixels")
+
+
 def test_data(path: str, sources: Sequence[str], task: Task) -> list[DataConfig]:
-    """The data that a model of a task is evaluated on: what was given, or that of the training run."""
+    """The data that a model of a task is evaluated on: what was given, or that of the training run.
+
+    What was given is read as the training run read its own.
+    """
     run = read_config(path).data if is_run(path) else None
     if run is None and not sources:
         raise InputError(f"{path} is not a training run, so --source must say what to evaluate it on")
-    return [DataConfig(source, task=task) for source in sources] or [run]
+    reading = {name: getattr(run, name) for name in HOW_TO_READ} if run else {}
+    return [DataConfig(source, task=task, **reading) for source in sources] or [run]
 
 
-def open_test(data: DataConfig) -> Source:
-    """The test images; those of ImageNet's relatives have no other split."""
+def open_test(data: DataConfig, split: str | None = None) -> Source:
+    """The test images, or another split; those of ImageNet's relatives have no other split."""
     relative = data.source.partition(":")[0] in RELATIVES
-    return open_imagenet(data.source) if relative else open_split(data, data.eval_split)
+    return open_imagenet(data.source, Reading.of(data)) if relative else open_split(data, split or data.eval_split)
 
 
 def models_in(path: str) -> Iterator[tuple[str, Model]]:
