@@ -1,6 +1,9 @@
 """Generated data sets, each with a task of its own, as sources `generated:NAME`."""
 
+import csv
+
 import numpy as np
+from PIL import Image
 
 from tnt_jax.config import DataConfig, ModelChanges, OptimizerConfig, TrainConfig
 from tnt_jax.data import opening
@@ -104,3 +107,27 @@ def run_of(run_dir, name, task, *, epochs=12, sampling="natural", model=MODEL, *
         eval_every_epochs=epochs,
         **changes,
     )
+
+
+FEW = {"train": 256, "validation": 60, "test": 60}
+
+
+def write_table(folder, name):
+    """A CSV of PNG files with the images and targets of a generated source."""
+    rows = []
+    (folder / "images").mkdir(parents=True)
+    for split, count in FEW.items():
+        source = MAKERS[name](count, SEEDS[split])
+        for index in range(count):
+            path, target = f"images/{split}{index}.png", source.targets[index]
+            Image.fromarray(source.images[index, ..., 0]).save(folder / path)
+            if name == "shapes":
+                told = {"labels": "|".join(np.array(source.class_names)[target > 0])}
+            else:
+                told = dict(zip(source.class_names, map(float, target), strict=True))
+            rows.append({"image": path, "split": split, **told})
+    with (folder / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return f"csv:{folder / 'table.csv'}"

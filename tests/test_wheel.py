@@ -25,9 +25,11 @@ def test_every_package_is_listed():
 
 def test_every_script_has_a_command_in_the_wheel():
     scripts = {path.stem for path in ROOT.glob("*.py")}
-    assert {f"tnt-{script.removesuffix('_torch_weights')}" for script in scripts} | {"tnt-prepare", "tnt-cache"} == set(
-        PROJECT["project"]["scripts"]
-    )
+    assert {f"tnt-{script.removesuffix('_torch_weights')}" for script in scripts} | {
+        "tnt-prepare",
+        "tnt-cache",
+        "tnt-calibrate",
+    } == set(PROJECT["project"]["scripts"])
 
 
 @pytest.mark.slow

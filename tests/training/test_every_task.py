@@ -58,30 +58,6 @@ def test_what_is_rare_is_found_where_it_is_sampled_or_weighed(tmp_path):
     assert recall["weighed"] >= recall["neither"] + 0.1
 
 
-COUNTS = {"train": 256, "validation": 60, "test": 60}
-
-
-def table_of(folder, name):
-    """A CSV of PNG files with the images and targets of a generated source."""
-    rows = []
-    (folder / "images").mkdir(parents=True)
-    for split, count in COUNTS.items():
-        source = generated.MAKERS[name](count, generated.SEEDS[split])
-        for index in range(count):
-            path, target = f"images/{split}{index}.png", source.targets[index]
-            Image.fromarray(source.images[index, ..., 0]).save(folder / path)
-            if name == "shapes":
-                told = {"labels": "|".join(np.array(source.class_names)[target > 0])}
-            else:
-                told = dict(zip(source.class_names, map(float, target), strict=True))
-            rows.append({"image": path, "split": split, **told})
-    with (folder / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    return f"csv:{folder / 'table.csv'}"
-
-
 SMALL = dataclasses.replace(generated.MODEL, depth=1, outer_dim=24)
 
 
@@ -92,7 +68,7 @@ def runs(tmp_path_factory):
     for name, task in (("shapes", "multi_label"), ("position", "regression")):
         folder = tmp_path_factory.mktemp(name)
         config = generated.run_of(folder / "run", name, task, epochs=2, model=SMALL)
-        data = dataclasses.replace(config.data, source=table_of(folder, name))
+        data = dataclasses.replace(config.data, source=generated.write_table(folder, name))
         train(dataclasses.replace(config, data=data))
         made[name] = folder
     return made
@@ -120,7 +96,7 @@ def test_labels_in_every_command(runs, tmp_path):
     assert float(raw["macro_f1"]) == pytest.approx(scores["raw_macro_f1"], abs=1e-6)
     assert float(averaged["map_low"]) < float(averaged["map"]) < float(averaged["map_high"])
     answers = rows_of(tmp_path / "a.jsonl")
-    assert len(answers) == 2 * COUNTS["test"]
+    assert len(answers) == 2 * generated.FEW["test"]
     image = folder / "images/test3.png"
     (line,) = run("predict.py", folder / "run", image, "--format", "jsonl").splitlines()
     answer = answers[3]

@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 from commands import ROOT, run
+from generated import write_table
 from PIL import Image
 from small_runs import config_file, metrics_of, parameters, tiny_run
 
@@ -311,3 +312,21 @@ runpy.run_path("train.py", run_name="__main__")
     assert time.monotonic() - began < 30
     assert {code for code, _, _ in results} == {75 if number == signal.SIGTERM else 130}, results
     assert "process 1 on" in results[0][2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "task"), [("shapes", "multi_label"), ("position", "regression")])
+def test_every_row_of_all_processes_is_scored(name, task, tmp_path):
+    """What has no sums that could be added: average precision, R2."""
+    source = write_table(tmp_path / "data", name)
+    flags = ["--data.source", source, "--data.task", task, "--batch-size", "32", "--epochs", "1"]
+    for count in (1, 2):
+        (tmp_path / str(count)).mkdir()
+        for code, _, err in end(start(tmp_path / str(count), *flags, count=count)):
+            assert code == 0, err
+    one, two = (
+        next(line for line in metrics_of(tmp_path / str(count) / "run") if line.pop("kind") == "test")
+        for count in (1, 2)
+    )
+    assert one["count"] == two["count"] == 60
+    assert one == pytest.approx(two, rel=1e-3, abs=1e-4)
