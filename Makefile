@@ -30,8 +30,9 @@ shapes: .venv/.installed-dev
 docs: .venv/.installed-dev
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet --strict --site-dir build/site
 
-# Needs chromium and chromedriver (Debian: chromium-driver). Gradio asks for an older Pillow and works with ours, which comes after it.
-test-demo: .venv-demo/.installed
+# Needs chromium, chromedriver (Debian: chromium-driver) and npm. Gradio asks for an older Pillow and works with ours, which comes after it.
+test-demo: .venv-demo/.installed .venv/.installed-dev
+	.venv/bin/python -m pytest -m demo tests/test_web_page.py
 	.venv-demo/bin/python -m pytest -m demo tests/test_demo.py
 
 lint: .venv/.installed-dev

@@ -17,15 +17,12 @@ import urllib.request
 import commands
 import numpy as np
 import pytest
+from browsers import FLAGS, wait_for
 from PIL import Image
 from small_models import small_model
 
 import tnt_jax
 
-FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-component-update",
-    "--disable-background-networking", "--disable-sync", "--window-size=1400,1500",
-)  # fmt: skip
 NAMES = tuple(f"class {letter}" for letter in "abcdefg")
 
 
@@ -96,14 +93,6 @@ def browser(tmp_path):
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
     yield driver
     driver.quit()
-
-
-def wait_for(condition, seconds=120):
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end, "the page did not get there"
-        time.sleep(0.3)
-    return value
 
 
 @pytest.mark.demo

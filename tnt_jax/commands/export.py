@@ -18,10 +18,11 @@ class Arguments:
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A folder of a run or a model, a published name, OWNER/NAME on the hub, an address, or a checkpoint file."""
-    format: Literal["stablehlo", "onnx", "hub"]
-    """StableHLO, which JAX loads without this code; ONNX; or a folder that timm and transformers load."""
+    format: Literal["stablehlo", "onnx", "hub", "web"]
+    """StableHLO, which JAX loads without this code; ONNX; a folder that timm and transformers load; or a folder with a
+    page that runs the model in a browser, on any static server."""
     out: str | None = None
-    """What to write; by default the name of the model with .stablehlo or .onnx, or -hub for a folder."""
+    """What to write; by default the name of the model with .stablehlo or .onnx, or -hub or -web for a folder."""
     push: str | None = None
     """For hub: also upload it as OWNER/NAME."""
     results: str | None = None
@@ -48,15 +49,19 @@ def main() -> None:
     for option in ("push", "results", "license"):
         if getattr(arguments, option) is not None:
             raise InputError(f"--{option} is for --format hub, and --format is {arguments.format}")
-    from tnt_jax.export import SUFFIXES, export_model
+    from tnt_jax.export import SUFFIXES, export_model, export_web
     from tnt_jax.storage.load import load_model
 
-    out, model = arguments.out or name + SUFFIXES[arguments.format], load_model(arguments.model)
+    out, model = arguments.out or name + SUFFIXES.get(arguments.format, "-web"), load_model(arguments.model)
     if arguments.quantize and arguments.format != "onnx":
         raise InputError(f"--quantize is for --format onnx, and --format is {arguments.format}")
     if not 0 <= arguments.tolerance <= 100:
         raise InputError(f"--tolerance is {arguments.tolerance}, and must lie between 0 and 100 points")
     images, int8 = _images(arguments, model)
+    if arguments.format == "web":
+        done = export_web(model, out, images=images, overwrite=arguments.overwrite)
+        print(f"{done.path}: {done.size:,} bytes; python -m http.server -d {done.path} serves it")
+        return
     done = export_model(model, out, arguments.format, images=images, int8=int8, overwrite=arguments.overwrite)
     print(f"{done.path}: {done.size:,} bytes; its logits and the model's differ by {done.difference:.1e} at most")
     if done.quantization:

@@ -86,12 +86,8 @@ def export_model(
         raise InputError(f"{path}: there is no folder {path.parent}")
     compute = logits_of(of_equations(model))
     content, run = {"stablehlo": to_stablehlo, "onnx": to_onnx}[format](model, compute)
-    difference = _difference(model, run, images)
-    if not difference <= TOLERANCE:
-        raise InputError(
-            f"the logits of the {format} file differ from the model's by {difference:.2g}: nothing is written"
-        )
-    about = _describe(model, compute, format)
+    difference = check_difference(model, run, images, format)
+    about = describe(model, compute, format)
     if int8 is not None:
         parameters = {name: np.asarray(value) for name, value in model_parameters(model).items()}
         quantized = quantize(content, int8, parameters)
@@ -124,15 +120,22 @@ def description_path(path: str | os.PathLike) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
-def _difference(model: Model, run: Callable, images: np.ndarray | None) -> float:
+def check_difference(model: Model, run: Callable, images: np.ndarray | None, format: str) -> float:
+    """How far the logits of a file are from the model's, of noise and of images. Raises InputError if it is too far."""
     shape = (3, *model.config.image_size, model.config.in_channels)
     pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     pixels = pixels if images is None else np.concatenate([pixels, images])
     expected = np.asarray(jax.jit(logits_of(model))(pixels), np.float64)
-    return float(np.max(np.abs(run(pixels) - expected)) / max(1.0, np.abs(expected).max()))
+    difference = float(np.max(np.abs(run(pixels) - expected)) / max(1.0, np.abs(expected).max()))
+    if not difference <= TOLERANCE:
+        raise InputError(
+            f"the logits of the {format} file differ from the model's by {difference:.2g}: nothing is written"
+        )
+    return difference
 
 
-def _describe(model: Model, compute: Callable, format: str) -> dict:
+def describe(model: Model, compute: Callable, format: str) -> dict[str, Any]:
+    """What `FILE.json` says."""
     known = description_of(model)
     channels, (height, width) = known.config.in_channels, known.preprocessing.image_size
     one = jax.ShapeDtypeStruct((1, height, width, channels), jnp.uint8)

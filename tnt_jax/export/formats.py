@@ -22,11 +22,14 @@ INSTALL_ONNX = (
 )
 
 
-def logits_of(model: Model) -> Callable[[Array], Array]:
+def logits_of(model: Model, change: Callable[[Model], None] | None = None) -> Callable[[Array], Array]:
     """What is exported: the function from uint8 pixels (batch, height, width, channels) to logits (batch, classes).
 
     Of a regression, to values in the units of the targets. Of a model with `num_classes=0`, to its features. Products
     of float32 matrices are exact to float32 on every platform, so that a file is compared with what a CPU computes.
+
+    Args:
+        change: replaces modules of the model that is traced.
     """
     graphdef, state = nnx.split(model)
     preprocessing, outputs = description_of(model).preprocessing, description_of(model).outputs
@@ -36,7 +39,10 @@ def logits_of(model: Model) -> Callable[[Array], Array]:
 
     def logits(pixels: UInt8[Array, "batch height width channels"]) -> Float[Array, "batch classes"]:
         with jax.default_matmul_precision("highest"):
-            found = nnx.merge(graphdef, state)(normalise(pixels, preprocessing))
+            traced = nnx.merge(graphdef, state)
+            if change is not None:
+                change(traced)
+            found = traced(normalise(pixels, preprocessing))
             return found if scale is None else found.astype(jnp.float32) * scale + offset
 
     return logits
@@ -63,8 +69,10 @@ def to_stablehlo(model: Model, compute: Callable) -> tuple[bytes, Callable[[np.n
     return bytes(content), lambda images: np.asarray(jax.export.deserialize(content).call(images))
 
 
-def to_onnx(model: Model, compute: Callable) -> tuple[bytes, Callable[[np.ndarray], np.ndarray]]:
-    """An ONNX model, self-contained, and what computes it."""
+def to_onnx(
+    model: Model, compute: Callable, outputs: tuple[str, ...] = ()
+) -> tuple[bytes, Callable[[np.ndarray], np.ndarray]]:
+    """An ONNX model, self-contained, and what computes its first output; `outputs` names what `compute` returns."""
     config = model.config
     if (config.dtype, config.param_dtype) != ("float32", "float32"):
         raise InputError(
@@ -79,9 +87,9 @@ def to_onnx(model: Model, compute: Callable) -> tuple[bytes, Callable[[np.ndarra
         import jax2onnx
         import onnxruntime
 
-        output = output_name(model)
+        outputs = outputs or (output_name(model),)
         pixels = jax.ShapeDtypeStruct(("batch", *config.image_size, config.in_channels), jnp.uint8)
-        names = {"input_names": ["pixels"], "output_names": [output], "model_name": config.name}
+        names = {"input_names": ["pixels"], "output_names": list(outputs), "model_name": config.name}
         proto = jax2onnx.to_onnx(compute, [pixels], **names)
     except ImportError as error:
         raise InputError(f"ONNX needs {error.name}, which is not installed: {INSTALL_ONNX}") from error
@@ -90,7 +98,7 @@ def to_onnx(model: Model, compute: Callable) -> tuple[bytes, Callable[[np.ndarra
     _use_matrix_products(proto)
     content = proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    return content, lambda images: session.run([output], {"pixels": images})[0]
+    return content, lambda images: session.run([outputs[0]], {"pixels": images})[0]
 
 
 def _use_matrix_products(proto) -> None:
