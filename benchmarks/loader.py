@@ -130,7 +130,7 @@ def ours(folder: str, task: str, cores: int) -> dict:
                 yield prepare(batch["image"], batch["label"], key=jax.random.fold_in(key, step))[0]
     else:
         batches = eval_batches(open_split(DataConfig(f"folder:{folder}"), "test"), data, **feed)
-        normalise = jax.jit(functools.partial(mixing.normalise, feeding=data))
+        normalise = jax.jit(functools.partial(mixing.normalise, by=data))
 
         def fed():
             for batch in batches:
