@@ -110,12 +110,12 @@ class DataConfig:
     source: str = setting("digits", role="execution")
     """`digits`, `idx:FOLDER`, `folder:PATH`, `csv:FILE`, `npy:PATH`, `hf:NAME`, `tfds:NAME`, `array_record:PATH` or
     `synthetic`; see docs/data.md. A run may go on with the same data at another place: what it holds is compared."""
-    task: Task = "single_label"
-    """What is told of an image: one class, any number of classes, or numbers."""
     train_split: str = "train"
     """What training reads. TFDS takes its slices here, `train[:90%]`."""
     eval_split: str = "test"
     """What evaluation reads. `test` is the `val`, `valid` or `validation` split where a source has no test split."""
+    task: Task = "single_label"
+    """What is told of an image: one class, any number of classes, or numbers."""
     holdout: float = setting(0.0, least=0, below=1)
     """Share of the training images that is evaluated instead of trained on where the source has no `eval_split`. It is
     drawn by `split_seed` and stratified: each class gives the same share."""

@@ -53,7 +53,7 @@ def main() -> None:
     description = description_of(model)
     class_names = description.class_names
     messages = Console(stderr=True)
-    if hasattr(sys.stdout, "reconfigure"):  # not where somebody has replaced it
+    if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="surrogateescape")  # file names need not be UTF-8
 
     def note(text: str) -> None:
