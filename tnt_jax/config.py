@@ -340,7 +340,7 @@ NOT_THE_RUN = ("wandb", "profile", "distributed")
 
 def smoke(config: TrainConfig) -> TrainConfig:
     """The same run shrunk to a minute on a laptop: two blocks (one in each stage of a PyramidTNT, as narrow as in the
-    smallest one), few patches, a few steps on noise, in a folder of its own.
+    smallest one), few patches, a few steps on noise of one class an image, in a folder of its own.
 
     What it trains is worth nothing; that it trains shows that the configuration holds together.
     """
@@ -355,8 +355,16 @@ def smoke(config: TrainConfig) -> TrainConfig:
         init_from=None,
         model=dataclasses.replace(config.model, **shrunk),
         data=dataclasses.replace(
-            config.data, source="synthetic:512", train_split="train", eval_split="test", num_workers=0
+            config.data,
+            source="synthetic:512",
+            task="single_label",
+            sampling="natural",
+            train_split="train",
+            eval_split="test",
+            num_workers=0,
         ),
+        loss=LossConfig(),
+        best_metric=None,
         optimizer=dataclasses.replace(config.optimizer, warmup_epochs=1, cooldown_epochs=0),
         batch_size=64,
         epochs=2,
