@@ -25,9 +25,10 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--rows", type=int, default=1_000_000)
     rows = arguments.parse_args().rows
-    print(
-        "| table | rows | opened in s | of a processor | MB in all | MB more | bytes a row in the index | worker gets, bytes | shared |"
+    columns = (
+        "opened in s | of a processor | MB in all | MB more | bytes a row in the index | worker gets, bytes | shared"
     )
+    print(f"| table | rows | {columns} |")
     print("|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         # By another process: what starts a process passes its own peak of memory on.
@@ -43,7 +44,8 @@ def main() -> None:
             )  # fmt: skip
             row = json.loads(done.stdout)
             print(
-                f"| {spec}, {task} | {rows:,} | {row['seconds']:.2f} | {row['processor']:.2f} | {row['memory']:.0f} | {row['more']:.0f} | "
+                f"| {spec}, {task} | {rows:,} | {row['seconds']:.2f} | {row['processor']:.2f} | "
+                f"{row['memory']:.0f} | {row['more']:.0f} | "
                 f"{row['index']:.1f} | {row['pickled']:,} | {row['shared']:,} |",
                 flush=True,
             )
