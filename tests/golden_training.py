@@ -48,8 +48,8 @@ def forty_steps(record, manifest, *, devices=None, fsdp=1, remat="none", accumul
     """The graph definition, the final state and the metrics of every step."""
     config = TrainConfig(
         model=resolve(dataclasses.replace(MODEL, remat=remat)),
-        # The record feeds its images as they are: this std undoes the division by 255.
-        data=DataConfig.plain("digits", label_smoothing=manifest["label_smoothing"], mean=0.0, std=1 / 255),
+        # The record feeds its images as they are, as floats.
+        data=DataConfig.plain("digits", label_smoothing=manifest["label_smoothing"], mean=0.0, std=1.0),
         optimizer=OptimizerConfig(weight_decay=0.05, ema_decay=manifest["ema_decay"], ema_warmup=False),
         accumulation_steps=accumulation_steps,
     )

@@ -8,7 +8,18 @@ import typing
 import numpy as np
 import pytest
 
-from tnt_jax.config import InputError, ModelChanges, ModelConfig, TrainConfig, check, from_json, to_json
+from tnt_jax.config import (
+    DataConfig,
+    InputError,
+    LossConfig,
+    ModelChanges,
+    ModelConfig,
+    TrainConfig,
+    check,
+    from_json,
+    smoke,
+    to_json,
+)
 from tnt_jax.fields import role_of
 from tnt_jax.models.variants import VARIANTS, changes_to, complete, resolve
 
@@ -126,3 +137,10 @@ def test_a_run_goes_through_json_and_back():
 def test_how_a_run_is_computed_and_watched_is_marked():
     roles = {field.name: role_of(field) for field in dataclasses.fields(TrainConfig)}
     assert (roles["seed"], roles["fsdp"], roles["wandb"]) == ("identity", "execution", "observation")
+
+
+def test_a_shrunk_run_of_any_task_is_one_of_classes():
+    data = DataConfig("csv:a.csv", task="multi_label", sampling="balanced")
+    shrunk = smoke(TrainConfig(data=data, loss=LossConfig(positive_weights="balanced"), best_metric="map"))
+    check(shrunk)
+    assert (shrunk.data.task, shrunk.data.sampling, shrunk.best_metric) == ("single_label", "natural", None)

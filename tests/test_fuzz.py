@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import pathlib
 import random
@@ -80,7 +81,11 @@ def noise(chance: random.Random) -> bytes:
     """A file of a data source: whole, cut off, with other sizes, or noise."""
     images = struct.pack(">HBB3I", 0, 8, 3, 4, 2, 2) + bytes(16)
     labels = struct.pack(">HBBI", 0, 8, 1, 4) + bytes([0, 1, chance.randrange(256), 0])
-    content = bytearray(chance.choice([images, labels, b"", b"text\n", b"a\nb\n", chance.randbytes(40)]))
+    array = io.BytesIO()
+    np.save(array, np.arange(12).reshape(3, 2, 2))
+    table = b"image,label,split\ntrain/a/1.png,a,train\ntrain/b/1.jpg,b,test\n"
+    kinds = [images, labels, b"", b"text\n", b"a\nb\n", chance.randbytes(40), table, table, array.getvalue()]
+    content = bytearray(chance.choice(kinds))
     for _ in range(chance.randrange(3)):
         if content:
             content[chance.randrange(len(content))] = chance.randrange(256)
@@ -90,9 +95,9 @@ def noise(chance: random.Random) -> bytes:
 NAMES = (
     "train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte",
     "train-images-idx3-ubyte.gz", "train/a/1.png", "train/b/1.jpg", "test/a/1.png", "test/labels.txt", "val/a/x.gif",
-    "dataset_info.json", "features.json",
+    "dataset_info.json", "features.json", "table.csv", "table.parquet", "train_images.npy", "train_labels.npy", "a.npz",
 )  # fmt: skip
-KINDS = ("idx", "folder", "array_record", "digits", "synthetic", "tfds", "nothing", "")
+KINDS = ("idx", "folder", "csv", "npy", "array_record", "digits", "synthetic", "tfds", "nothing", "")
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -105,7 +110,8 @@ def test_no_files_and_no_name_of_a_source_are_a_traceback(seed, tmp_path):
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(noise(chance))
-        spec = chance.choice((f"idx:{folder}", f"folder:{folder}", f"array_record:{folder}"))
+        kinds = (f"idx:{folder}", f"folder:{folder}", f"array_record:{folder}", f"npy:{folder}", f"npy:{folder}/a.npz")
+        spec = chance.choice((*kinds, f"csv:{folder}/table.csv", f"csv:{folder}/table.parquet"))
         if chance.random() < 0.3:
             spec = chance.choice(KINDS) + chance.choice((":", "", "::", f":{folder}", ":-1", ":1e3", ":5"))
         splits = [chance.choice(("train", "test", "validation", "", "train[:0]")) for _ in range(2)]

@@ -110,12 +110,12 @@ class DataConfig:
     source: str = setting("digits", role="execution")
     """`digits`, `idx:FOLDER`, `folder:PATH`, `csv:FILE`, `npy:PATH`, `hf:NAME`, `tfds:NAME`, `array_record:PATH` or
     `synthetic`; see docs/data.md. A run may go on with the same data at another place: what it holds is compared."""
-    task: Task = "single_label"
-    """What is told of an image: one class, any number of classes, or numbers."""
     train_split: str = "train"
     """What training reads. TFDS takes its slices here, `train[:90%]`."""
     eval_split: str = "test"
     """What evaluation reads. `test` is the `val`, `valid` or `validation` split where a source has no test split."""
+    task: Task = "single_label"
+    """What is told of an image: one class, any number of classes, or numbers."""
     holdout: float = setting(0.0, least=0, below=1)
     """Share of the training images that is evaluated instead of trained on where the source has no `eval_split`. It is
     drawn by `split_seed` and stratified: each class gives the same share."""
@@ -340,7 +340,7 @@ NOT_THE_RUN = ("wandb", "profile", "distributed")
 
 def smoke(config: TrainConfig) -> TrainConfig:
     """The same run shrunk to a minute on a laptop: two blocks (one in each stage of a PyramidTNT, as narrow as in the
-    smallest one), few patches, a few steps on noise, in a folder of its own.
+    smallest one), few patches, a few steps on noise of one class an image, in a folder of its own.
 
     What it trains is worth nothing; that it trains shows that the configuration holds together.
     """
@@ -355,8 +355,16 @@ def smoke(config: TrainConfig) -> TrainConfig:
         init_from=None,
         model=dataclasses.replace(config.model, **shrunk),
         data=dataclasses.replace(
-            config.data, source="synthetic:512", train_split="train", eval_split="test", num_workers=0
+            config.data,
+            source="synthetic:512",
+            task="single_label",
+            sampling="natural",
+            train_split="train",
+            eval_split="test",
+            num_workers=0,
         ),
+        loss=LossConfig(),
+        best_metric=None,
         optimizer=dataclasses.replace(config.optimizer, warmup_epochs=1, cooldown_epochs=0),
         batch_size=64,
         epochs=2,

@@ -68,7 +68,7 @@ LABELS = np.arange(8, dtype=np.int32) % 3
 def state_and_step(model, **changes):
     config = TrainConfig(
         model=MODEL,
-        data=DataConfig.plain("digits", label_smoothing=0.0, mean=0.0, std=1 / 255),
+        data=DataConfig.plain("digits", label_smoothing=0.0, mean=0.0, std=1.0),
         optimizer=OptimizerConfig(ema_decay=0.5, ema_warmup=False, weight_decay=0.5),
         batch_size=8,
         **changes,

@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 import tnt_jax
-from tnt_jax.config import LossConfig
 from tnt_jax.storage.description import read_description
 from tnt_jax.training.loop import train
 
@@ -25,7 +24,7 @@ def _sources(monkeypatch):
 def test_labels_of_shapes_are_found(tmp_path, monkeypatch):
     """mAP of at least 0.95."""
     generated.install(monkeypatch, generated.COUNTS | {"train": 4096})
-    scores = train(generated.run_of(tmp_path / "run", "shapes", "multi_label", epochs=14))
+    scores = train(generated.run_of(tmp_path / "run", "shapes", "multi_label", epochs=20))
     assert scores["ema_map"] >= 0.95
 
 
@@ -46,16 +45,15 @@ def test_a_position_is_found(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_rare_is_found_where_it_is_sampled_or_weighed(tmp_path):
-    """1:50: a macro recall higher by at least 10 points than with neither."""
-    runs = {"neither": {}, "sampled": {"sampling": "balanced"}}
-    runs["weighed"] = {"loss": LossConfig(class_weights="balanced"), "epochs": 16}
+def test_what_is_rare_is_found_where_it_is_sampled(tmp_path):
+    """1:50: a macro recall higher by at least 10 points than without."""
+    runs = {"natural": {}, "sampled": {"sampling": "balanced"}, "between": {"sampling": "sqrt"}}
     recall = {
         name: train(generated.run_of(tmp_path / name, "rare", "single_label", **changes))["ema_macro_recall"]
         for name, changes in runs.items()
     }
-    assert recall["sampled"] >= recall["neither"] + 0.1
-    assert recall["weighed"] >= recall["neither"] + 0.1
+    assert recall["sampled"] >= recall["natural"] + 0.1
+    assert recall["between"] >= recall["natural"] + 0.1
 
 
 SMALL = dataclasses.replace(generated.MODEL, depth=1, outer_dim=24)

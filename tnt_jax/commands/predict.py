@@ -53,7 +53,8 @@ def main() -> None:
     description = description_of(model)
     class_names = description.class_names
     messages = Console(stderr=True)
-    sys.stdout.reconfigure(errors="surrogateescape")  # file names need not be UTF-8
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="surrogateescape")  # file names need not be UTF-8
 
     def note(text: str) -> None:
         messages.print(text, markup=False, highlight=False, soft_wrap=True)

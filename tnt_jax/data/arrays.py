@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -112,11 +111,14 @@ def _arrays(path: pathlib.Path) -> Mapping[str, Any]:
     if path.is_dir():
         return _Folder(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise ValueError("it is one array; npy: reads an .npz, or the folder where images and labels lie")
+        with file:
             return {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise InputError(f"there is no folder and no file {path}") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+    except Exception as error:  # of zip files, of compressions, of headers
         raise InputError(f"{path} cannot be read as an .npz: {error}") from error
 
 

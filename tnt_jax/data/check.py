@@ -22,6 +22,12 @@ def check_splits(train: Source, test: Source, data: DataConfig, channels: int) -
     Raises:
         InputError: they do not.
     """
+    for name in ("mean", "std"):
+        count = np.size(getattr(data, name))
+        if count not in (1, channels):
+            raise InputError(
+                f"data.{name} has {count} numbers, and should have one, or one for each of {channels} channels"
+            )
     for split, source in ((data.train_split, train), (data.eval_split, test)):
         name = f"split {split!r} of {data.source}"
         if not len(source):

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from tnt_jax.config import DataConfig, InputError
-from tnt_jax.data.decode import ImageSource, Reading, read_image
+from tnt_jax.data.decode import ImageSource, Reading, name_of_image, read_image
 from tnt_jax.data.resample import resize
 from tnt_jax.data.samples import Pixels, to_channels
 
@@ -32,8 +32,10 @@ def evaluated(image: ImageSource, channels: int, by: Cropping, max_pixels: int =
     pixels = read_image(image, channels, at_least=at_least, reading=Reading(by.white, max_pixels))
     try:
         return evaluation_crop(to_channels(pixels, channels), by.image_size, by.crop, by.interpolation)
+    except InputError as error:
+        raise InputError(f"{name_of_image(image)}: {error}") from error
     except MemoryError as error:
-        raise InputError(f"there is not enough memory to resize {image!r:.80}") from error
+        raise InputError(f"{name_of_image(image)}: there is not enough memory to resize it") from error
 
 
 def evaluation_crop(

@@ -72,8 +72,7 @@ def read_image(
     Raises:
         InputError: there is no such file, or it cannot be read as an image; the message says which and why.
     """
-    name = name or (os.fspath(source) if isinstance(source, str | os.PathLike) else getattr(source, "name", None))
-    name = name or "the image"
+    name = name or name_of_image(source)
     try:
         if isinstance(source, str | os.PathLike):
             with open(os.path.expanduser(source), "rb") as file:
@@ -101,6 +100,12 @@ def read_image(
         raise InputError(f"there is no image {name}{link}") from None
     except Exception as error:  # decoders raise nearly everything for a damaged file
         raise InputError(f"{name} cannot be read as an image: {_reason(error)}") from error
+
+
+def name_of_image(source: ImageSource) -> str:
+    """What an image is called in messages."""
+    name = os.fspath(source) if isinstance(source, str | os.PathLike) else getattr(source, "name", None)
+    return str(name or "the image")
 
 
 def _reason(error: Exception) -> str:

@@ -102,6 +102,20 @@ def to_channels(pixels: Pixels, channels: int) -> Pixels:
     )
 
 
+def visible(pixels: Pixels) -> UInt8[np.ndarray, "_height _width 3"]:
+    """What people can be shown of an image: 8 bits RGB, of more channels the first three, of two their mean.
+
+    Other types are stretched between their 1st and 99th percentile.
+    """
+    if pixels.dtype != np.uint8:
+        low, high = np.percentile(pixels, (1, 99))
+        scaled = (pixels.astype(np.float32) - low) * (255 / max(high - low, 1e-12))
+        pixels = np.clip(np.round(scaled), 0, 255).astype(np.uint8)
+    if pixels.shape[2] == 2:
+        pixels = pixels.mean(axis=2, keepdims=True).astype(np.uint8)
+    return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels[..., :3]
+
+
 def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """Turned and mirrored as EXIF's orientation, 1 to 8, says."""
     if orientation in (5, 6, 7, 8):

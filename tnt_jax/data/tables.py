@@ -151,14 +151,14 @@ def _check_images(table: Table, column: Column, folder: str) -> None:
     different, first = np.unique(keys, return_index=True)
     if len(different) < len(table):
         again = np.setdiff1d(np.arange(len(table)), first)
-        name, before = _name(column, again[0]), int(np.argmax(keys == keys[again[0]]))
+        name, before = _name(column, int(again[0])), int(np.argmax(keys == keys[again[0]]))
         others = f"; so are {len(again) - 1} other rows" if len(again) > 1 else ""
         raise InputError(
             f"{table.place(int(again[0]))}: {name} is there for the second time, first in {table.place(before)}{others}"
         )
     missing = np.flatnonzero(~np.isin(keys, _keys_of_files(os.fsencode(folder), column)))
     if len(missing):
-        names = listed([_name(column, row) for row in missing[:SHOWN]], len(missing))
+        names = listed([_name(column, row) for row in missing[:SHOWN].tolist()], len(missing))
         raise InputError(
             f"{table.place(int(missing[0]))}: {len(missing):,} of {len(table):,} images are not there, looked for in "
             f"{folder}: {names}"
@@ -166,7 +166,7 @@ def _check_images(table: Table, column: Column, folder: str) -> None:
 
 
 def _name(column: Column, row: int) -> str:
-    return os.fsdecode(column.cells[int(row)].as_py())
+    return os.fsdecode(column.cells[row].as_py())
 
 
 def _keys_of_files(folder: bytes, column: Column) -> np.ndarray:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Int, Num
+from numpy.typing import ArrayLike
 
 from tnt_jax.config import DataConfig, InputError
 
@@ -133,7 +134,7 @@ def weighted_order(shares: Shares, rng: np.random.Generator) -> Int[np.ndarray, 
 
 
 def in_units(
-    outputs: Float[np.ndarray, "*images outputs"], mean: Sequence[float] | None, std: Sequence[float] | None
+    outputs: Float[np.ndarray, "*images outputs"], mean: ArrayLike | None, std: ArrayLike | None
 ) -> Float[np.ndarray, "*images outputs"]:
     """What a network of standardised targets says, in the units of the targets, in float64."""
     outputs = outputs.astype(np.float64)

@@ -6,6 +6,7 @@ host.
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num
+from numpy.typing import ArrayLike
 
 Counts = Num[np.ndarray, "*resamples classes"]
 Weights = Num[np.ndarray, "resamples images"]
@@ -29,7 +30,7 @@ def class_metrics(right: Counts, labelled: Counts, answered: Counts) -> dict[str
     return {"balanced_accuracy": balanced, **macro}
 
 
-def _over(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+def _over(numerator: ArrayLike, denominator: ArrayLike) -> np.ndarray:
     """A quotient, 0 where there is nothing to divide by."""
     numerator, denominator = np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)
     return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 0)

@@ -139,10 +139,20 @@ class Run:
         parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_model(model)))
         device = jax.devices()[0]
         verb = "Going on with" if start else "Training"
+        outputs = {"multi_label": "labels", "regression": "targets"}.get(self.config.data.task, "classes")
         return (
             f"{verb} {model.name}: {model.depth} blocks, words {model.inner_dim} and sentences {model.outer_dim} wide, "
             f"{parameters:,} parameters, on {jax.device_count()} {device.device_kind} device(s), "
             f"from step {start} to {self.total_steps}. {len(self.train_source):,} training and "
-            f"{len(self.test_source):,} test images of {len(self.train_source.class_names)} classes. "
-            f"Everything of the run lies in {self.config.run_dir}"
+            f"{len(self.test_source):,} test images of {len(self.train_source.class_names)} {outputs}. "
+            f"Everything of the run lies in {self.config.run_dir}{self._moved_targets()}"
         )
+
+    def _moved_targets(self) -> str:
+        """A note where augmentation changes what may be told of an image, and not its target."""
+        data = self.config.data
+        moving = {"random_flip": data.random_flip, "cutmix": data.cutmix, "crop_area": data.crop_area}
+        if data.task != "regression" or not any(moving.values()):
+            return ""
+        named = " and ".join(f"data.{name} {value}" for name, value in moving.items() if value)
+        return f"\nnote: {named} move what an image shows, and not its targets: switch off what does not suit them"

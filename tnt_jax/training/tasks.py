@@ -18,7 +18,7 @@ from tnt_jax.data.targets import balanced_class_weights, balanced_positive_weigh
 from tnt_jax.storage.description import Outputs
 from tnt_jax.training.metrics import class_metrics, multi_label_metrics, regression_metrics
 
-Logits = Float[Array, "batch outputs"]
+Logits = Float[Array | np.ndarray, "batch outputs"]
 PerOutput = Float[np.ndarray, " outputs"]
 
 
@@ -42,7 +42,7 @@ class Objective:
         mean, std = (None if each is None else tuple(each.tolist()) for each in (self.target_mean, self.target_std))
         return Outputs(self.task, target_mean=mean, target_std=std)
 
-    def standardised(self, labels: Num[Array, "batch ..."]) -> Num[Array, "batch ..."]:
+    def standardised(self, labels: Num[Array | np.ndarray, "batch ..."]) -> Num[Array | np.ndarray, "batch ..."]:
         """Targets of a regression as the network learns them; other labels as they are."""
         if self.task != "regression" or self.target_mean is None:
             return labels
@@ -60,7 +60,7 @@ class Objective:
             return {"accuracy": ((outputs > 0) == (targets > 0.5)).mean()}
         return {"r2": 1 - optax.squared_error(outputs.astype(jnp.float32), targets).mean()}
 
-    def evaluated(self, outputs: Logits, labels: Num[Array, "batch ..."], mask: Array) -> dict[str, Array]:
+    def evaluated(self, outputs: Logits, labels: Num[Array | np.ndarray, "batch ..."], mask: Array) -> dict[str, Array]:
         """What `scores` needs of a batch: sums for single_label, and otherwise every row of it."""
         if self.task != "single_label":
             return {"outputs": outputs, "labels": labels, "mask": mask}

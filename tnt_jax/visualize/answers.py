@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tnt_jax.config import InputError
-from tnt_jax.data.samples import to_channels
+from tnt_jax.data.samples import visible
 from tnt_jax.data.sources import Source
 from tnt_jax.evaluation.answers import AnyAnswers, LabelAnswers, ValueAnswers
 from tnt_jax.evaluation.scores import Answers, confusion_matrix
@@ -102,8 +102,7 @@ def mistakes(answers: AnyAnswers, images: Source, *, count: int = 24):
     lines = max(caption.count("\n") for caption in captions)
     figure = new_figure(1.5 * columns, (1.7 + 0.15 * lines) * rows + 0.4)
     for axes, index, caption in zip(panels(figure, len(chosen), columns), chosen, captions, strict=True):
-        pixels = np.asarray(images[int(index)][0])
-        show_image(axes, to_channels(pixels, 3) if pixels.shape[2] != 3 else pixels)
+        show_image(axes, visible(np.asarray(images[int(index)][0])))
         title_of(axes, caption)
     figure.suptitle(title, fontsize=9)
     return figure

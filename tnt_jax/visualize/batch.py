@@ -12,6 +12,7 @@ from tnt_jax.config import Task, TrainConfig
 from tnt_jax.data.mixing import prepare_training
 from tnt_jax.data.opening import open_split
 from tnt_jax.data.pipeline import read, train_batches, train_recipe
+from tnt_jax.data.samples import visible
 from tnt_jax.models.variants import complete
 from tnt_jax.visualize.canvas import new_figure, panels
 
@@ -40,7 +41,9 @@ def batch(config: TrainConfig, *, step: int = 0, count: int = 16):
         )
     )
     inputs, targets = map(np.asarray, prepared(fed_batch["image"], fed_batch["label"]))
-    fed = np.clip((inputs * config.data.std + config.data.mean) * 255, 0, 255).round().astype(np.uint8)
+    fed = inputs * np.float32(config.data.std) + np.float32(config.data.mean)
+    if fed_batch["image"].dtype == np.uint8:
+        fed = np.clip(fed * 255, 0, 255).round().astype(np.uint8)
     recipe = train_recipe(source, config.data, image_size=model.image_size, channels=model.in_channels, **feed)
     rows = range(min(count, config.batch_size))
     order, places = recipe.places(step, rows)
@@ -73,8 +76,7 @@ def _grid(examples: list[tuple[np.ndarray, np.ndarray, str]]):
     for axes, (original, fed, caption) in zip(panels(figure, len(examples), columns), examples, strict=True):
         for left, pixels in ((0, original), (1.04, fed)):
             height, width = (side / max(pixels.shape[:2]) for side in pixels.shape[:2])
-            pixels = np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
-            axes.imshow(pixels, extent=(left, left + width, height, 0))
+            axes.imshow(visible(pixels), extent=(left, left + width, height, 0))
         axes.set_xlim(0, 2.04)
         axes.set_ylim(1, 0)
         axes.set_frame_on(False)

@@ -14,6 +14,7 @@ from tnt_jax.config import InputError
 from tnt_jax.data.crop import evaluated
 from tnt_jax.data.decode import ImageSource
 from tnt_jax.data.mixing import normalise
+from tnt_jax.data.samples import visible
 from tnt_jax.models.variants import Model
 from tnt_jax.storage.description import description_of
 
@@ -82,9 +83,8 @@ def panels(part, count: int, columns: int) -> list:
 
 def show_image(axes, pixels: np.ndarray, title: str = "") -> None:
     """The image with a pixel's corner at (0, 0), so that patches lie at multiples of their size."""
-    height, width, channels = pixels.shape
-    grey = {"cmap": "gray", "vmin": 0, "vmax": 255} if channels == 1 else {}
-    axes.imshow(pixels[..., 0] if channels == 1 else pixels, extent=(0, width, height, 0), **grey)
+    height, width, _ = pixels.shape
+    axes.imshow(visible(pixels), extent=(0, width, height, 0))
     title_of(axes, title)
 
 
@@ -103,7 +103,7 @@ def show_map(
         What `colour_bar` takes.
     """
     height, width = pixels.shape[:2]
-    show_image(axes, np.repeat(pixels.mean(axis=-1, keepdims=True).astype(np.uint8), 3, axis=-1), title)
+    show_image(axes, visible(pixels).mean(axis=-1, keepdims=True).astype(np.uint8), title)
     place = {"extent": (0, width, height, 0), "interpolation": "nearest"}
     return axes.imshow(values, cmap=colours, alpha=0.75, vmin=limits[0], vmax=limits[1], **place)
 
