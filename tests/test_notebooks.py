@@ -8,7 +8,7 @@ import commands
 import numpy as np
 import pytest
 
-from tnt_jax.data.sources import IDX_FILES
+from tnt_jax.data.idx import IDX_FILES
 
 FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
 NOTEBOOKS = sorted((commands.ROOT / "notebooks").glob("*.ipynb"))
