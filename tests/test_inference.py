@@ -239,7 +239,7 @@ def test_products_of_a_prediction_are_those_of_a_cpu_on_every_platform():
 def test_labels_are_answered_from_their_thresholds_on_and_numbers_are_in_units(photos, tmp_path):
     model = small_model()
     logits = np.array([0.4, -0.1, 2.0], np.float32)
-    for name in ("kernel", "bias"):  # one answer for every image
+    for name in ("kernel", "bias"):  # one prediction for every image
         parameter = getattr(model.head, name)
         parameter[...] = np.zeros(parameter.shape) if name == "kernel" else logits
     model.description = describe(model.config, class_names=NAMES, outputs=Outputs("multi_label"))
@@ -287,7 +287,7 @@ def test_a_card_says_what_outputs_mean():
 
     config, given = small_model().config, {"for_timm": True, "name": None, "results": (), "licence": None}
     described = describe(config, class_names=NAMES, outputs=Outputs("multi_label"))
-    assert "each output is the logit of one, answered from 0.5 on" in model_card(described, **given)
+    assert "each output is the logit of one, predicted from 0.5 on" in model_card(described, **given)
     assert hub_config(described, {})["problem_type"] == "multi_label_classification"
     outputs = Outputs("regression", target_mean=(2000.0, 0, 5), target_std=(10.0, 1, 1))
     card = model_card(describe(config, class_names=NAMES, outputs=outputs), **given)

@@ -63,7 +63,7 @@ def test_the_page_answers_as_predict_does(changes, browser, serve, tmp_path):
     browser.get(serve(tmp_path / "page"))
     wait_for(lambda: browser.find_element(By.TAG_NAME, "body").get_attribute("data-ready"))
     browser.find_element(By.ID, "file").send_keys(str(photo))
-    rows = wait_for(lambda: browser.find_elements(By.CSS_SELECTOR, "#answers tr"))
+    rows = wait_for(lambda: browser.find_elements(By.CSS_SELECTOR, "#predictions tr"))
     found = {row.text.rpartition(" ")[0]: float(row.get_attribute("data-score")) for row in rows}
     scores = tnt_jax.inference_model(tmp_path / "m", photo)["pred_scores"]
     likeliest = np.argsort(-scores)[:5]

@@ -230,7 +230,7 @@ class LossConfig:
     """multi_label: weight of each label where an image has it. balanced is how many training images are without it,
     over how many have it."""
     focal_gamma: float = setting(0.0, least=0)
-    """Focal loss (arXiv 1708.02002): what is answered well already counts less, by (1 - p) to this power; 0 is
+    """Focal loss (arXiv 1708.02002): what is predicted well already counts less, by (1 - p) to this power; 0 is
     cross-entropy."""
 
 

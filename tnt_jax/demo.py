@@ -83,13 +83,13 @@ def make_page(model: Model, name: str):
 
 def label_of(result: dict[str, Any], description: ModelDescription) -> dict[str, float] | str:
     """What a `gradio.Label` shows: the five likeliest classes or labels with their probabilities, of which a tick marks
-    those that are answered; or the values of a regression, one a line.
+    those that are predicted; or the values of a regression, one a line.
     """
     if "pred_values" in result:
         return "\n".join(f"{name}: {value:.6g}" for name, value in result["pred_values"].items())
-    answered = result.get("pred_labels", ())
+    predicted = result.get("pred_labels", ())
     return {
-        f"✓ {row['class']}" if row["label"] in answered else row["class"]: row["score"]
+        f"✓ {row['class']}" if row["label"] in predicted else row["class"]: row["score"]
         for row in most_likely(result, description.class_names, 5)
     }
 

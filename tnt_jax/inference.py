@@ -138,9 +138,9 @@ def result_of(scores: np.ndarray, description: ModelDescription) -> dict[str, An
         values = in_units(scores, outputs.target_mean, outputs.target_std)
         return {"pred_values": {class_name(index, names): float(value) for index, value in enumerate(values)}}
     if outputs.task == "multi_label":
-        answered = np.flatnonzero(scores >= np.asarray(outputs.thresholds or 0.5)).tolist()
-        classes = [class_name(label, names) for label in answered]
-        return {"pred_labels": answered, "pred_classes": classes, "pred_scores": scores}
+        predicted = np.flatnonzero(scores >= np.asarray(outputs.thresholds or 0.5)).tolist()
+        classes = [class_name(label, names) for label in predicted]
+        return {"pred_labels": predicted, "pred_classes": classes, "pred_scores": scores}
     label = int(scores.argmax())
     return {
         "pred_label": label,

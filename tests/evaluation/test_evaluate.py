@@ -14,7 +14,7 @@ import tnt_jax
 from tnt_jax.config import DataConfig, InputError
 from tnt_jax.data.imagenet import open_imagenet, real_labels
 from tnt_jax.data.sources import ArraySource
-from tnt_jax.evaluation.evaluate import _kind, answers_of, evaluate_model, features_of
+from tnt_jax.evaluation.evaluate import _kind, evaluate_model, features_of, predictions_of
 from tnt_jax.evaluation.probes import linear_probe, nearest_neighbours
 from tnt_jax.evaluation.published import published
 
@@ -26,15 +26,15 @@ def images(count):
 
 def test_answers_are_those_of_single_images_in_their_order():
     model, source = small_model(), images(7)
-    (answers,) = answers_of([model], source, DataConfig("any", crop=1.0), batch_size=3)
+    (predictions,) = predictions_of([model], source, DataConfig("any", crop=1.0), batch_size=3)
     for index in range(7):
         scores = tnt_jax.inference_model(model, source.images[index])["pred_scores"]
-        np.testing.assert_array_equal(answers.top[index], np.argsort(-scores))
-        np.testing.assert_allclose(answers.scores[index], np.sort(scores)[::-1], rtol=1e-4, atol=1e-6)
-        assert answers.loss[index] == pytest.approx(-np.log(scores[source.targets[index]]), rel=1e-3, abs=1e-5)
-    np.testing.assert_array_equal(answers.labels, source.targets)
+        np.testing.assert_array_equal(predictions.top[index], np.argsort(-scores))
+        np.testing.assert_allclose(predictions.scores[index], np.sort(scores)[::-1], rtol=1e-4, atol=1e-6)
+        assert predictions.loss[index] == pytest.approx(-np.log(scores[source.targets[index]]), rel=1e-3, abs=1e-5)
+    np.testing.assert_array_equal(predictions.labels, source.targets)
     with pytest.raises(InputError, match="the model has 4 classes, and any has 3"):
-        answers_of([small_model(num_classes=4)], source, DataConfig("any"))
+        predictions_of([small_model(num_classes=4)], source, DataConfig("any"))
 
 
 def test_features_are_the_class_token_of_each_image():
@@ -42,7 +42,7 @@ def test_features_are_the_class_token_of_each_image():
     features, labels = features_of(model, source, DataConfig("any", crop=1.0), batch_size=2)
     assert features.shape == (5, 12)
     logits = features @ np.asarray(model.head.kernel) + np.asarray(model.head.bias)
-    top = answers_of([model], source, DataConfig("any", crop=1.0))[0].top
+    top = predictions_of([model], source, DataConfig("any", crop=1.0))[0].top
     np.testing.assert_array_equal(logits.argmax(axis=1), top[:, 0])
     np.testing.assert_array_equal(labels, source.targets)
 
@@ -81,12 +81,12 @@ def thousand(tmp_path_factory):
 
 def test_a_relative_of_imagenet_asks_for_its_own_classes_alone(imagenet_a, thousand):
     model = tnt_jax.load_model(thousand)
-    (answers,) = answers_of([model], open_imagenet(f"imagenet-a:{imagenet_a}"), DataConfig("imagenet-a"))
-    np.testing.assert_array_equal(answers.labels, np.arange(0, 1000, 5))
+    (predictions,) = predictions_of([model], open_imagenet(f"imagenet-a:{imagenet_a}"), DataConfig("imagenet-a"))
+    np.testing.assert_array_equal(predictions.labels, np.arange(0, 1000, 5))
     pixels = np.zeros((32, 32, 3), np.uint8)
     scores = tnt_jax.inference_model(model, pixels)["pred_scores"][::5]
-    np.testing.assert_array_equal(answers.top[0], 5 * np.argsort(-scores)[:5])
-    np.testing.assert_allclose(answers.scores[0], np.sort(scores / scores.sum())[::-1][:5], rtol=1e-3)
+    np.testing.assert_array_equal(predictions.top[0], 5 * np.argsort(-scores)[:5])
+    np.testing.assert_allclose(predictions.scores[0], np.sort(scores / scores.sum())[::-1][:5], rtol=1e-3)
 
 
 def test_v2_names_its_classes_by_number_and_validation_images_by_a_list(tmp_path):
@@ -145,13 +145,13 @@ def test_one_command_evaluates_several_and_writes_tables_and_answers(tmp_path, i
     rows = list(csv.DictReader(tables[0].open()))
     assert [row["data"] for row in rows] == [relative, f"imagenet-r:{imagenet_a}"]
     (first,) = evaluate_model(str(thousand), [relative])
-    assert float(rows[0]["top5"]) == first.answers.right(5).mean()
+    assert float(rows[0]["top5"]) == first.predictions.right(5).mean()
     assert tables[1].read_text().count("\n") == 4
-    answers = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
-    assert len(answers) == 400
-    assert [answer["label"] for answer in answers[:3]] == [0, 5, 10]
-    assert answers[1]["image"] == f"{imagenet1k_to_21k(5)}/photo.png"
-    assert answers[0]["pred_label"] == first.answers.top[0, 0]
+    predictions = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert len(predictions) == 400
+    assert [prediction["label"] for prediction in predictions[:3]] == [0, 5, 10]
+    assert predictions[1]["image"] == f"{imagenet1k_to_21k(5)}/photo.png"
+    assert predictions[0]["pred_label"] == first.predictions.top[0, 0]
     assert "goldfish" not in out  # class 1 is not in it
     assert "tench" in out
 
@@ -204,7 +204,7 @@ def test_the_command_opens_all_models_before_it_computes(tmp_path, monkeypatch):
     def compute(*arguments, **named):
         raise AssertionError("it computes")
 
-    monkeypatch.setattr("tnt_jax.evaluation.evaluate.answers_of", compute)
+    monkeypatch.setattr("tnt_jax.evaluation.evaluate.predictions_of", compute)
     tnt_jax.save_model(small_model(in_channels=1, num_classes=10), tmp_path / "good")
     code, _, err = commands.run("eval.py", tmp_path / "good", tmp_path / "missing", "--source", "digits")
     assert code == 2

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from tnt_jax.evaluation.answers import metrics_of
-from tnt_jax.evaluation.scores import Answers, calibration_error, confusion_matrix, per_class, wilson
+from tnt_jax.evaluation.predictions import metrics_of
+from tnt_jax.evaluation.scores import Predictions, calibration_error, confusion_matrix, per_class, wilson
 
-ANSWERS = Answers(
+ANSWERS = Predictions(
     labels=np.array([0, 0, 1, 1]),
     top=np.array([[0, 1], [1, 2], [1, 0], [1, 2]]),
     scores=np.array([[0.9, 0.1], [0.6, 0.4], [0.8, 0.2], [0.7, 0.3]]),
@@ -21,7 +21,7 @@ def test_the_interval_is_wilsons_as_scipy_has_it(right, count):
 
 
 def test_calibration_error_is_the_mean_gap_of_confidence_and_accuracy():
-    # Two bins: three answers at 0.95 of which two are right, one at 0.3 that is right.
+    # Two bins: three predictions at 0.95 of which two are right, one at 0.3 that is right.
     confidence, right = np.array([0.95, 0.95, 0.95, 0.3]), np.array([True, True, False, True])
     assert calibration_error(confidence, right) == pytest.approx((3 * abs(2 / 3 - 0.95) + 0.7) / 4)
     # The ends of the bins: 0 and 1 belong to the first and the last.

@@ -93,17 +93,17 @@ def test_labels_in_every_command(runs, tmp_path):
     assert float(averaged["map"]) == pytest.approx(scores["ema_map"], abs=1e-6)
     assert float(raw["macro_f1"]) == pytest.approx(scores["raw_macro_f1"], abs=1e-6)
     assert float(averaged["map_low"]) < float(averaged["map"]) < float(averaged["map_high"])
-    answers = rows_of(tmp_path / "a.jsonl")
-    assert len(answers) == 2 * generated.FEW["test"]
+    predictions = rows_of(tmp_path / "a.jsonl")
+    assert len(predictions) == 2 * generated.FEW["test"]
     image = folder / "images/test3.png"
     (line,) = run("predict.py", folder / "run", image, "--format", "jsonl").splitlines()
-    answer = answers[3]
-    assert answer["image"] == "images/test3.png"
-    assert "|".join(json.loads(line)["pred_classes"]) == answer["pred_classes"]
+    prediction = predictions[3]
+    assert prediction["image"] == "images/test3.png"
+    assert "|".join(json.loads(line)["pred_classes"]) == prediction["pred_classes"]
     header, values = run("predict.py", folder / "run", image, "--format", "csv").splitlines()
     assert header.startswith("image,classes,label_1,class_1,score_1,")
-    assert values.split(",")[1] == answer["pred_classes"]
-    assert "yes" in run("predict.py", folder / "run", image) or answer["pred_classes"] == ""
+    assert values.split(",")[1] == prediction["pred_classes"]
+    assert "yes" in run("predict.py", folder / "run", image) or prediction["pred_classes"] == ""
 
 
 def test_numbers_in_every_command(runs, tmp_path):

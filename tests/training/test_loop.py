@@ -17,7 +17,7 @@ from small_runs import config_file, metrics_of, parameters, tiny_run
 
 import tnt_jax
 from tnt_jax.chips import CHIPS, GIB, Chip
-from tnt_jax.evaluation import answers as scoring
+from tnt_jax.evaluation import predictions as scoring
 from tnt_jax.evaluation.evaluate import evaluate_model
 from tnt_jax.storage.checkpoint import NonFiniteError
 from tnt_jax.training.loop import train
@@ -34,7 +34,7 @@ def test_scores_are_those_of_the_weights_that_are_kept(finished):
     assert scores["count"] == 360
     assert scores["ema_top1"] > 0.15  # chance is 0.1
     evaluated = {
-        each.weights: scoring.metrics_of(each.answers) for each in evaluate_model(config.run_dir, batch_size=7)
+        each.weights: scoring.metrics_of(each.predictions) for each in evaluate_model(config.run_dir, batch_size=7)
     }
     best = max(
         (line for line in metrics_of(config.run_dir) if line["kind"] == "test"),

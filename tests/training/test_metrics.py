@@ -21,13 +21,13 @@ CLOSE = {"rel": 1e-9, "abs": 1e-12}
 def test_class_metrics_are_scikit_learns(classes):
     rng = np.random.default_rng(classes)
     labels = rng.choice(classes, 300, p=rng.dirichlet(np.ones(classes)))
-    answers = np.where(rng.random(300) < 0.6, labels, rng.integers(0, classes, 300))
-    labels[labels == classes - 1] = 0  # one that is answered and that no image has
-    ours = class_metrics(*confusion_counts(labels, answers, classes + 2))  # and two that nobody has heard of
+    predictions = np.where(rng.random(300) < 0.6, labels, rng.integers(0, classes, 300))
+    labels[labels == classes - 1] = 0  # one that is predicted and that no image has
+    ours = class_metrics(*confusion_counts(labels, predictions, classes + 2))  # and two that nobody has heard of
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        expected = theirs.precision_recall_fscore_support(labels, answers, average="macro", zero_division=0)
-        assert ours["balanced_accuracy"] == pytest.approx(theirs.balanced_accuracy_score(labels, answers), **CLOSE)
+        expected = theirs.precision_recall_fscore_support(labels, predictions, average="macro", zero_division=0)
+        assert ours["balanced_accuracy"] == pytest.approx(theirs.balanced_accuracy_score(labels, predictions), **CLOSE)
     for name, value in zip(("precision", "recall", "f1"), expected[:3], strict=True):
         assert ours[f"macro_{name}"] == pytest.approx(value, **CLOSE)
 
@@ -57,16 +57,16 @@ def test_multi_label_metrics_are_scikit_learns():
     labels = (rng.random((150, 5)) < [0.5, 0.1, 0.3, 0.7, 0.02]).astype(np.float32)
     scores = 0.7 * rng.random((150, 5)) + 0.3 * labels
     thresholds = np.array([0.5, 0.3, 0.6, 0.5, 0.99])
-    ours, answered = multi_label_metrics(labels, scores, thresholds), scores >= thresholds
+    ours, predicted = multi_label_metrics(labels, scores, thresholds), scores >= thresholds
     assert ours["map"] == pytest.approx(theirs.average_precision_score(labels, scores, average="macro"), **CLOSE)
     assert ours["roc_auc"] == pytest.approx(theirs.roc_auc_score(labels, scores, average="macro"), **CLOSE)
     for average in ("macro", "micro"):
-        f1 = theirs.f1_score(labels, answered, average=average, zero_division=0)
+        f1 = theirs.f1_score(labels, predicted, average=average, zero_division=0)
         assert ours[f"{average}_f1"] == pytest.approx(f1, **CLOSE)
-    recall = theirs.recall_score(labels, answered, average="macro", zero_division=0)
-    precision = theirs.precision_score(labels, answered, average="macro", zero_division=0)
+    recall = theirs.recall_score(labels, predicted, average="macro", zero_division=0)
+    precision = theirs.precision_score(labels, predicted, average="macro", zero_division=0)
     assert (ours["macro_recall"], ours["macro_precision"]) == pytest.approx((recall, precision), **CLOSE)
-    assert ours["exact_match"] == pytest.approx(theirs.accuracy_score(labels, answered), **CLOSE)
+    assert ours["exact_match"] == pytest.approx(theirs.accuracy_score(labels, predicted), **CLOSE)
 
 
 def test_regression_metrics_are_scikit_learns_with_and_without_weights():

@@ -11,7 +11,7 @@ import tnt_jax
 from tnt_jax import visualize
 from tnt_jax.config import InputError, OptimizerConfig, TrainConfig
 from tnt_jax.data.sources import ArraySource
-from tnt_jax.evaluation.scores import Answers
+from tnt_jax.evaluation.scores import Predictions
 from tnt_jax.models.variants import abstract_model, model_config
 from tnt_jax.storage.run import CONFIG_FILE
 from tnt_jax.visualize.attention import attention_of, outer_map, rollout
@@ -124,7 +124,7 @@ def test_what_a_picture_cannot_show_is_refused(draw, message, tnt, pyramid):
         draw(tnt, pyramid)
 
 
-ANSWERS = Answers(
+ANSWERS = Predictions(
     labels=np.array([0, 0, 1, 1, 2]),
     top=np.array([[0, 1], [1, 0], [1, 0], [2, 1], [2, 0]]),
     scores=np.array([[0.9, 0.1], [0.6, 0.4], [0.8, 0.2], [0.7, 0.3], [0.9, 0.05]]),

@@ -50,7 +50,7 @@ class Arguments:
     per_class: Flag = False
     """Print a table of the classes as well, or of the labels or targets."""
     out: str | None = None
-    """Write the answer for each image to this file: .csv or .jsonl."""
+    """Write the prediction for each image to this file: .csv or .jsonl."""
     table: tuple[str, ...] = ()
     """Write the table to these files: .csv (every digit) or .md (as printed)."""
     batch_size: int = 64
@@ -61,8 +61,8 @@ class Arguments:
 def main() -> None:
     arguments = tyro.cli(Arguments)
     from tnt_jax.commands.tables import write_rows
-    from tnt_jax.evaluation.answers import metrics_of, per_output
     from tnt_jax.evaluation.evaluate import evaluate_model
+    from tnt_jax.evaluation.predictions import metrics_of, per_output
     from tnt_jax.storage.files import check_ending
 
     if not arguments.models:
@@ -70,8 +70,8 @@ def main() -> None:
     for path in arguments.table:
         check_ending(path, (".csv", ".md"), "a table")
     if arguments.out:
-        check_ending(arguments.out, (".csv", ".jsonl"), "a file of answers")
-    rows, answers, console = [], [], Console(width=None if sys.stdout.isatty() else 120)
+        check_ending(arguments.out, (".csv", ".jsonl"), "a file of predictions")
+    rows, predictions, console = [], [], Console(width=None if sys.stdout.isatty() else 120)
     chosen = [name for name in ("probe", "attack", "explain") if getattr(arguments, name)]
     if len(chosen) > 1:
         raise InputError(f"--{chosen[0]} and --{chosen[1]} are two tables; ask for one at a time")
@@ -89,19 +89,21 @@ def main() -> None:
         # All are opened before anything is computed.
         evaluations = [evaluate_model(model, arguments.source, **options) for model in arguments.models]
         for done in itertools.chain.from_iterable(evaluations):
-            rows.append({"model": done.model, "weights": done.weights, "data": done.data, **metrics_of(done.answers)})
+            rows.append(
+                {"model": done.model, "weights": done.weights, "data": done.data, **metrics_of(done.predictions)}
+            )
             rows[-1] |= {f"published_{name}": value for name, value in done.published.items()}
             _tell(rows[-1])
             if arguments.per_class:
                 title = f"{done.model}, {done.weights} weights, {done.data}"
-                _print(console, [_printed(row) for row in per_output(done.answers, done.images.class_names)], title)
+                _print(console, [_printed(row) for row in per_output(done.predictions, done.images.class_names)], title)
             if arguments.out:
-                answers += _answers(done)
+                predictions += _predictions(done)
     _print(console, [_printed(row) for row in rows], None)
     for path in arguments.table:
         write_rows(path, rows if path.endswith(".csv") else [_printed(row) for row in rows])
     if arguments.out:
-        write_rows(arguments.out, answers)
+        write_rows(arguments.out, predictions)
 
 
 def _tell(row: dict) -> None:
@@ -175,17 +177,17 @@ def _printed(row: dict) -> dict[str, str]:
     return shown
 
 
-def _answers(done) -> list[dict]:
-    """A row for each image: the truth and the answer, by the task."""
-    from tnt_jax.evaluation.answers import LabelAnswers, ValueAnswers
+def _predictions(done) -> list[dict]:
+    """A row for each image: the truth and the prediction, by the task."""
+    from tnt_jax.evaluation.predictions import LabelPredictions, ValuePredictions
 
-    files, by_type = getattr(done.images, "files", None), {LabelAnswers: _of_labels, ValueAnswers: _of_values}
-    rows = by_type.get(type(done.answers), _of_classes)(done.answers, done.images.class_names)
+    files, by_type = getattr(done.images, "files", None), {LabelPredictions: _of_labels, ValuePredictions: _of_values}
+    rows = by_type.get(type(done.predictions), _of_classes)(done.predictions, done.images.class_names)
     of_run = {"model": done.model, "weights": done.weights, "data": done.data}
     return [{**of_run, "image": files[index] if files else index, **row} for index, row in enumerate(rows)]
 
 
-def _of_classes(answers, names) -> list[dict]:
+def _of_classes(predictions, names) -> list[dict]:
     from tnt_jax.inference import class_name
 
     return [
@@ -197,26 +199,26 @@ def _of_classes(answers, names) -> list[dict]:
             "pred_score": float(scores[0]),
             "top": " ".join(map(str, top)),
         }
-        for label, top, scores in zip(answers.labels, answers.top, answers.scores, strict=True)
+        for label, top, scores in zip(predictions.labels, predictions.top, predictions.scores, strict=True)
     ]
 
 
-def _of_labels(answers, names) -> list[dict]:
+def _of_labels(predictions, names) -> list[dict]:
     def listed(chosen) -> str:
         return "|".join(name for name, there in zip(names, chosen, strict=True) if there)
 
     return [
-        {"classes": listed(truth > 0.5), "pred_classes": listed(answered)}
+        {"classes": listed(truth > 0.5), "pred_classes": listed(predicted)}
         | {f"score_{name}": float(score) for name, score in zip(names, scores, strict=True)}
-        for truth, answered, scores in zip(answers.labels, answers.answered, answers.scores, strict=True)
+        for truth, predicted, scores in zip(predictions.labels, predictions.predicted, predictions.scores, strict=True)
     ]
 
 
-def _of_values(answers, names) -> list[dict]:
+def _of_values(predictions, names) -> list[dict]:
     return [
         {name: float(target) for name, target in zip(names, targets, strict=True)}
         | {f"pred_{name}": float(value) for name, value in zip(names, values, strict=True)}
-        for targets, values in zip(answers.targets, answers.values, strict=True)
+        for targets, values in zip(predictions.targets, predictions.values, strict=True)
     ]
 
 

@@ -21,7 +21,7 @@ from tnt_jax.config import DataConfig, InputError
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     """Says what images show, in their order, each as soon as it is known: the likeliest classes, the probabilities of
-    labels and whether they are answered, or the values of a regression.
+    labels and whether they are predicted, or the values of a regression.
 
     Images that cannot be read are named on standard error, the others done, and the exit code is 2.
     """
@@ -117,7 +117,7 @@ def _labels(result: dict, class_names, top_k: int) -> Said:
     from tnt_jax.inference import most_likely
 
     rows = most_likely(result, class_names, top_k)
-    rows = [{**row, "answered": row["label"] in result["pred_labels"]} for row in rows]
+    rows = [{**row, "predicted": row["label"] in result["pred_labels"]} for row in rows]
     return {name: result[name] for name in ("pred_labels", "pred_classes")}, rows
 
 
@@ -135,7 +135,7 @@ def _write_json_line(path: str, summary: dict, rows: list[dict]) -> None:
 
 
 def _csv_writer():
-    """A line for an image: label, class and score of each rank, and before them the labels that are answered, joined
+    """A line for an image: label, class and score of each rank, and before them the labels that are predicted, joined
     by |; or the value of each target.
     """
     writer = None
@@ -146,8 +146,8 @@ def _csv_writer():
             fields = summary["pred_values"]
         else:
             ranked = {f"{name}_{rank}": row[name] for rank, row in enumerate(rows, 1) for name in RANKED}
-            answered = {"classes": "|".join(summary["pred_classes"])} if "pred_classes" in summary else {}
-            fields = answered | ranked
+            predicted = {"classes": "|".join(summary["pred_classes"])} if "pred_classes" in summary else {}
+            fields = predicted | ranked
         if writer is None:
             writer = csv.writer(sys.stdout, lineterminator="\n")
             writer.writerow(["image", *fields])
@@ -162,7 +162,7 @@ SHOWN = {
     "score": ("probability", "right", lambda value: f"{value:.2%}"),
     "label": ("label", "right", str),
     "class": ("class", "left", escape),
-    "answered": ("answer", "left", lambda value: "yes" if value else "no"),
+    "predicted": ("prediction", "left", lambda value: "yes" if value else "no"),
     "target": ("target", "left", escape),
     "value": ("value", "right", lambda value: f"{value:.6g}"),
 }

@@ -10,7 +10,7 @@ from tnt_jax.commands.cli import command, parse_with_config
 from tnt_jax.config import InputError
 
 OF_IMAGES = ("why", "inner-attention", "outer-attention", "class-attention", "words", "features", "tsne")
-OF_ANSWERS = ("confusion", "mistakes")
+OF_PREDICTIONS = ("confusion", "mistakes")
 OF_CONFIGURATIONS = ("schedule", "batch")
 
 
@@ -28,7 +28,7 @@ class Arguments:
     """
 
     what: Annotated[
-        Literal[(*OF_IMAGES, "curves", *OF_ANSWERS, *OF_CONFIGURATIONS)],
+        Literal[(*OF_IMAGES, "curves", *OF_PREDICTIONS, *OF_CONFIGURATIONS)],
         tyro.conf.Positional,
         tyro.conf.arg(metavar="WHAT"),
     ]
@@ -75,14 +75,14 @@ def main() -> None:
     elif arguments.what in OF_IMAGES:
         figure = _of_images(arguments)
     else:
-        figure = _of_answers(arguments)
+        figure = _of_predictions(arguments)
     figure.savefig(out)
     print(f"{out} shows {arguments.what} of {arguments.model}")
 
 
 USED = {"patch": ("inner-attention", "outer-attention"), "block": ("why", "inner-attention", "class-attention")}
 USED |= dict.fromkeys(("class_", "method", "size", "maps"), ("why",))
-USED |= {"images": OF_IMAGES, "source": (*OF_IMAGES, *OF_ANSWERS)}
+USED |= {"images": OF_IMAGES, "source": (*OF_IMAGES, *OF_PREDICTIONS)}
 
 
 def _refuse_what_is_not_used(arguments: Arguments) -> None:
@@ -135,9 +135,9 @@ def _why(arguments: Arguments, model, images: list):
     return draw_explanations(explanations, chosen["methods"])
 
 
-def _of_answers(arguments: Arguments):
+def _of_predictions(arguments: Arguments):
     from tnt_jax import visualize
-    from tnt_jax.evaluation.evaluate import answers_of, open_test, test_data
+    from tnt_jax.evaluation.evaluate import open_test, predictions_of, test_data
     from tnt_jax.storage.description import description_of
     from tnt_jax.storage.load import load_model
 
@@ -145,10 +145,10 @@ def _of_answers(arguments: Arguments):
     task = description_of(model).outputs.task
     (data,) = test_data(arguments.model, [arguments.source] if arguments.source else [], task)
     source = open_test(data)
-    (answers,) = answers_of([model], source, data)
+    (predictions,) = predictions_of([model], source, data)
     if arguments.what == "confusion":
-        return visualize.confusion(answers, source.class_names)
-    return visualize.mistakes(answers, source, count=arguments.count)
+        return visualize.confusion(predictions, source.class_names)
+    return visualize.mistakes(predictions, source, count=arguments.count)
 
 
 @dataclasses.dataclass(frozen=True)

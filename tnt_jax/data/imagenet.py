@@ -77,23 +77,23 @@ def _number(name: str, folder: pathlib.Path, by_wordnet_id) -> int:
 
 
 def real_labels(path: str | os.PathLike, names: list[str]) -> list[frozenset[int]]:
-    """The right answers for each image by its file name, from ReaL's `real.json`; none where ReaL has none.
+    """The right predictions for each image by its file name, from ReaL's `real.json`; none where ReaL has none.
 
     Raises:
         InputError: the file is not ReaL's, or an image is none of ImageNet's validation images.
     """
     try:
-        answers = json.loads(pathlib.Path(path).read_text())
-        if not isinstance(answers, list) or not all(isinstance(each, list) for each in answers):
+        predictions = json.loads(pathlib.Path(path).read_text())
+        if not isinstance(predictions, list) or not all(isinstance(each, list) for each in predictions):
             raise ValueError("it is not a list with a list of classes for each image")
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as ReaL's labels: {error}") from error
     found = []
     for name in names:
         number = re.search(r"val_(\d{8})\.", name)
-        if number is None or not 1 <= int(number[1]) <= len(answers):
+        if number is None or not 1 <= int(number[1]) <= len(predictions):
             raise InputError(
-                f"{name} is not called ILSVRC2012_val_00000001.JPEG to {len(answers):08d}: ReaL has no label of it"
+                f"{name} is not called ILSVRC2012_val_00000001.JPEG to {len(predictions):08d}: ReaL has no label of it"
             )
-        found.append(frozenset(answers[int(number[1]) - 1]))
+        found.append(frozenset(predictions[int(number[1]) - 1]))
     return found

@@ -1,6 +1,6 @@
 """95% intervals of metrics that are no shares: percentiles over bootstrap resamples of the images (Efron 1979).
 
-The resamples are drawn with a fixed seed: the same answers have the same interval.
+The resamples are drawn with a fixed seed: the same predictions have the same interval.
 """
 
 from collections.abc import Callable, Iterator
@@ -45,17 +45,17 @@ def _intervals(
 
 
 def class_intervals(
-    labels: Int[np.ndarray, " images"], answers: Int[np.ndarray, " images"], classes: int
+    labels: Int[np.ndarray, " images"], predictions: Int[np.ndarray, " images"], classes: int
 ) -> dict[str, Interval]:
     """Of balanced_accuracy and macro_f1."""
-    cells, counts = np.unique(labels.astype(np.int64) * classes + answers, return_counts=True)
-    label, answer = np.divmod(cells, classes)
+    cells, counts = np.unique(labels.astype(np.int64) * classes + predictions, return_counts=True)
+    label, prediction = np.divmod(cells, classes)
     rng = np.random.default_rng(0)
 
     def compute(drawn: np.ndarray) -> dict[str, np.ndarray]:
         """From how often each cell of the confusion matrix was drawn, (cells,)."""
-        right = np.bincount(label, drawn * (label == answer), classes)
-        return class_metrics(right, *(np.bincount(each, drawn, classes) for each in (label, answer)))
+        right = np.bincount(label, drawn * (label == prediction), classes)
+        return class_metrics(right, *(np.bincount(each, drawn, classes) for each in (label, prediction)))
 
     resamples = int(np.clip(MOST_WORK // max(len(cells) + classes, 1) // 10, FEWEST, RESAMPLES))
     share = counts / counts.sum()
@@ -71,13 +71,13 @@ def label_intervals(
     thresholds: Float[np.ndarray, " labels"],
 ) -> dict[str, Interval]:
     """Of map, roc_auc, macro_f1 and exact_match."""
-    truth, answered = labels > 0.5, scores >= thresholds
-    right = (truth & answered).astype(np.float64)
-    exact = (truth == answered).all(axis=1).astype(np.float64)
+    truth, predicted = labels > 0.5, scores >= thresholds
+    right = (truth & predicted).astype(np.float64)
+    exact = (truth == predicted).all(axis=1).astype(np.float64)
 
     def compute(weights: np.ndarray) -> dict[str, np.ndarray]:
         ranked = np.array([ranking(truth[:, label], scores[:, label], weights) for label in range(truth.shape[1])])
-        both = weights @ truth.astype(np.float64) + weights @ answered.astype(np.float64)
+        both = weights @ truth.astype(np.float64) + weights @ predicted.astype(np.float64)
         f1 = np.divide(2 * (weights @ right), both, out=np.zeros_like(both), where=both > 0)
         total = weights.sum(axis=1)
         means = _mean_of_known(ranked)

@@ -23,7 +23,7 @@ class Calibration:
     temperature: float
     """What logits are divided by."""
     thresholds: Float[np.ndarray, " labels"] | None
-    """multi_label: the probability from which on each label is answered."""
+    """multi_label: the probability from which on each label is predicted."""
     images: int
     before: dict[str, float]
     """ece and loss, and of labels macro_f1, on the images that it was fitted to."""
@@ -34,7 +34,7 @@ def calibrate(model: Model, images: Source, data: DataConfig, *, batch_size: int
     """The temperature of a model, and its thresholds, for the images of a split that it was not trained on.
 
     The temperature is the one number that makes the cross-entropy of softmax(logits / temperature) least, or of the
-    sigmoids: Guo et al., arXiv 1706.04599. It changes no order of answers. The threshold of a label is that of its
+    sigmoids: Guo et al., arXiv 1706.04599. It changes no order of predictions. The threshold of a label is that of its
     highest F1.
 
     Raises:
@@ -85,9 +85,9 @@ def _binary_cross_entropy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def best_threshold(truth: Bool[np.ndarray, " images"], probabilities: Float[np.ndarray, " images"]) -> float:
-    """The probability from which on a label is answered so that its F1 is highest; 0.5 where no image has the label.
+    """The probability from which on a label is predicted so that its F1 is highest; 0.5 where no image has the label.
 
-    It lies in the middle between the last probability that is answered and the next.
+    It lies in the middle between the last probability that is predicted and the next.
     """
     if not truth.any():
         return 0.5

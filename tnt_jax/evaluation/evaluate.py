@@ -1,4 +1,4 @@
-"""Every image of a source exactly once: what a finished model answers, and its features."""
+"""Every image of a source exactly once: what a finished model predictions, and its features."""
 
 import dataclasses
 import logging
@@ -22,10 +22,10 @@ from tnt_jax.data.opening import open_split
 from tnt_jax.data.pipeline import eval_batches
 from tnt_jax.data.sources import Source
 from tnt_jax.data.targets import in_units
-from tnt_jax.evaluation.answers import AnyAnswers, LabelAnswers, ValueAnswers
+from tnt_jax.evaluation.predictions import AnyPredictions, LabelPredictions, ValuePredictions
 from tnt_jax.evaluation.probes import NEIGHBOURS, linear_probe, nearest_neighbours
 from tnt_jax.evaluation.published import published
-from tnt_jax.evaluation.scores import Answers, wilson
+from tnt_jax.evaluation.scores import Predictions, wilson
 from tnt_jax.models.variants import Model
 from tnt_jax.storage.description import Outputs, description_of
 from tnt_jax.storage.load import load_model
@@ -37,7 +37,7 @@ from tnt_jax.training.tasks import sigmoid
 _log = logging.getLogger(__name__)
 
 
-class NonFiniteAnswersError(RuntimeError):
+class NonFinitePredictionsError(RuntimeError):
     """A model gives infinite numbers or NaN."""
 
     exit_code = 1
@@ -55,7 +55,7 @@ def over_images(
         For each model its arrays, joined over all images.
 
     Raises:
-        NonFiniteAnswersError: a model gives infinite numbers or NaN.
+        NonFinitePredictionsError: a model gives infinite numbers or NaN.
     """
     config, preprocessing = models[0].config, description_of(models[0]).preprocessing
     mesh = make_mesh()
@@ -81,7 +81,7 @@ def over_images(
         computed = step(params, to_devices(batch, mesh))
         parts.append([[np.asarray(part)[batch["mask"]] for part in each] for each in computed])
         if not all(np.isfinite(part).all() for each in parts[-1] for part in each):
-            raise NonFiniteAnswersError(
+            raise NonFinitePredictionsError(
                 f"the model gives numbers that are not finite for images of {data.source}: it has no accuracy"
             )
         started = started or time.perf_counter()  # after the first batch, which was compiled
@@ -90,8 +90,10 @@ def over_images(
     return [[np.concatenate(part) for part in zip(*each, strict=True)] for each in zip(*parts, strict=True)], rate
 
 
-def answers_of(models: Sequence[Model], images: Source, data: DataConfig, *, batch_size: int = 64) -> list[AnyAnswers]:
-    """What each of some models answers for every image of a source, in its order, in the classes of the source.
+def predictions_of(
+    models: Sequence[Model], images: Source, data: DataConfig, *, batch_size: int = 64
+) -> list[AnyPredictions]:
+    """What each of some models predictions for every image of a source, in its order, in the classes of the source.
 
     Classes, labels and targets are matched by name: another order is mapped, and of more classes only those of the
     source are looked at, as of an `ImageNetSource` those that it has. Either is said.
@@ -100,17 +102,17 @@ def answers_of(models: Sequence[Model], images: Source, data: DataConfig, *, bat
         models: of the same sizes, classes and task, such as the averaged and the raw weights of a run.
 
     Returns:
-        `Answers`, `LabelAnswers` or `ValueAnswers`, by the task.
+        `Predictions`, `LabelPredictions` or `ValuePredictions`, by the task.
 
     Raises:
         InputError: the source has classes that the models do not have, or it is of another task, or an image cannot be
             read.
-        NonFiniteAnswersError: a model gives infinite numbers or NaN.
+        NonFinitePredictionsError: a model gives infinite numbers or NaN.
     """
     outputs = description_of(models[0]).outputs
     if outputs.task != "single_label":
         labels, found, rate = outputs_of(models, images, data, batch_size=batch_size)
-        return [_answers(labels, each, match_of(models[0], images, data), outputs, rate) for each in found]
+        return [_predictions(labels, each, match_of(models[0], images, data), outputs, rate) for each in found]
     match = _match_told(models[0], images, data)
     asked = np.zeros(len(images.class_names), bool)
     asked[getattr(images, "classes", slice(None))] = True
@@ -122,7 +124,7 @@ def answers_of(models: Sequence[Model], images: Source, data: DataConfig, *, bat
         return labels, top, jnp.exp(likeliest), -jnp.take_along_axis(log, labels[:, None], axis=1)[:, 0]
 
     found, rate = over_images(images, data, models, batch_size, compute)
-    return [Answers(*arrays, rate) for arrays in found]
+    return [Predictions(*arrays, rate) for arrays in found]
 
 
 def outputs_of(
@@ -134,7 +136,7 @@ def outputs_of(
     standardised values of a regression.
 
     Raises:
-        InputError, NonFiniteAnswersError: as `answers_of`.
+        InputError, NonFinitePredictionsError: as `predictions_of`.
     """
     match = _match_told(models[0], images, data)
 
@@ -145,19 +147,19 @@ def outputs_of(
     return found[0][0], [outputs for _, outputs in found], rate
 
 
-def _answers(labels: np.ndarray, logits: np.ndarray, match: Match, outputs: Outputs, rate: float) -> AnyAnswers:
-    """The answers of a model with several outputs for an image."""
+def _predictions(labels: np.ndarray, logits: np.ndarray, match: Match, outputs: Outputs, rate: float) -> AnyPredictions:
+    """The predictions of a model with several outputs for an image."""
     if outputs.task == "multi_label":
         half = np.full(len(match.of_model), 0.5)
         thresholds = half if outputs.thresholds is None else np.array(outputs.thresholds)[match.of_model]
         loss = (np.logaddexp(0, logits.astype(np.float64)) - labels * logits).mean(axis=1)
-        return LabelAnswers(labels, sigmoid(logits), loss, thresholds, rate)
+        return LabelPredictions(labels, sigmoid(logits), loss, thresholds, rate)
     mean, std = (
         None if each is None else np.asarray(each)[match.of_model] for each in (outputs.target_mean, outputs.target_std)
     )
     values = in_units(logits, mean, std)
     errors = (values - labels) / (1.0 if std is None else std)
-    return ValueAnswers(labels.astype(np.float64), values, np.square(errors).mean(axis=1), rate)
+    return ValuePredictions(labels.astype(np.float64), values, np.square(errors).mean(axis=1), rate)
 
 
 def _match_told(model: Model, images: Source, data: DataConfig) -> Match:
@@ -201,7 +203,7 @@ class Evaluation:
     weights: str
     data: str
     images: Source
-    answers: AnyAnswers
+    predictions: AnyPredictions
     published: dict[str, float]
     """top1 and top5 as others published them, where they did."""
 
@@ -245,10 +247,12 @@ def evaluate_model(
     def evaluations() -> Iterator[Evaluation]:
         for data, images in opened:
             known = published(models[0].config, _kind(data.source))
-            for weights, answers in zip(names, answers_of(models, images, data, batch_size=batch_size), strict=True):
-                yield Evaluation(path, weights, data.source, images, answers, known)
+            for weights, predictions in zip(
+                names, predictions_of(models, images, data, batch_size=batch_size), strict=True
+            ):
+                yield Evaluation(path, weights, data.source, images, predictions, known)
                 if data.source in accepted:
-                    judged = answers.rescored(accepted[data.source])
+                    judged = predictions.rescored(accepted[data.source])
                     known_real = published(models[0].config, "imagenet-real")
                     yield Evaluation(path, weights, f"{data.source} (ReaL)", images, judged, known_real)
 

@@ -95,16 +95,16 @@ def _attacked(
             options = {"attack": attack, "epsilon": epsilon, "steps": steps, "key": jax.random.key(0)}
             changed = adversarial(of_source, pixels, labels, preprocessing, **options)
             normalised = (changed / 255 - mean) / std
-            answers = [of_source(each).argmax(axis=-1) for each in (inputs, normalised)]
-            return labels, *answers, changed.astype(jnp.uint8)
+            predictions = [of_source(each).argmax(axis=-1) for each in (inputs, normalised)]
+            return labels, *predictions, changed.astype(jnp.uint8)
 
         ((labels, clean, attacked, changed),), _ = over_images(images, data, [model], batch_size, compute)
         if out is not None:
             _write_images(out, changed, labels, images.class_names)
         row = {"model": path, "data": data.source, "method": attack, "epsilon": f"{255 * epsilon:g}/255"}
         row |= {"steps": str(steps if attack == "pgd" else 1), "images": len(labels)}
-        for name, answers in (("top1", clean), ("attacked_top1", attacked)):
-            right = int((answers == labels).sum())
+        for name, predictions in (("top1", clean), ("attacked_top1", attacked)):
+            right = int((predictions == labels).sum())
             low, high = wilson(right, len(labels))
             row |= {name: right / len(labels), f"{name}_low": low, f"{name}_high": high}
         yield row

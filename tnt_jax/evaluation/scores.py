@@ -1,4 +1,4 @@
-"""What answers are worth: shares with their uncertainty, calibration, classes. Plain NumPy, after the model has run."""
+"""Metrics of predicted classes: shares with their uncertainty, calibration, classes. Plain NumPy, after the model ran."""
 
 import dataclasses
 import math
@@ -14,8 +14,8 @@ Z95 = 1.959963984540054  # of the normal distribution: what 95% of it lie within
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
-    """A model's answers for a number of images. Classes are those of the model."""
+class Predictions:
+    """A model's predictions for a number of images. Classes are those of the model."""
 
     labels: Int[np.ndarray, " images"]
     """The right classes."""
@@ -29,7 +29,7 @@ class Answers:
     """NaN where one batch was all there was: the first is compiled, and says nothing of the rate."""
 
     accepted: Sequence[frozenset[int]] | None = None
-    """Where an image has several right answers: all of them. The others stand in `labels`."""
+    """Where an image has several right predictions: all of them. The others stand in `labels`."""
 
     def right(self, k: int) -> np.ndarray:
         """Whether a right class is among the k likeliest, bool (images,)."""
@@ -42,10 +42,10 @@ class Answers:
             ]
         )
 
-    def rescored(self, accepted: Sequence[frozenset[int]]) -> "Answers":
-        """The same answers with other right ones. Images that have none are left out, and there is no loss."""
+    def rescored(self, accepted: Sequence[frozenset[int]]) -> "Predictions":
+        """The same predictions with other right ones. Images that have none are left out, and there is no loss."""
         kept = [index for index, classes in enumerate(accepted) if classes]
-        return Answers(
+        return Predictions(
             self.labels[kept],
             self.top[kept],
             self.scores[kept],
@@ -56,7 +56,7 @@ class Answers:
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:
-    """The 95% confidence interval of a share of right answers, `right` of `count` (Wilson 1927).
+    """The 95% confidence interval of a share of right predictions, `right` of `count` (Wilson 1927).
 
     Unlike the interval of the normal approximation it holds for few images and for shares near 0 and 1.
     """
@@ -79,48 +79,48 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 15)
     return float(gaps.sum() / counts.sum())
 
 
-def metrics_of_classes(answers: Answers) -> dict[str, float]:
+def metrics_of_classes(predictions: Predictions) -> dict[str, float]:
     """images, top1 and top5 (shares), balanced_accuracy and macro_f1 with the ends of their 95% intervals, roc_auc
     where there are two classes, ece, loss (mean), images_per_second.
     """
-    count = len(answers.labels)
+    count = len(predictions.labels)
     scores: dict[str, float] = {"images": count}
     for k in (1, 5):
-        right = int(answers.right(k).sum())
+        right = int(predictions.right(k).sum())
         low, high = wilson(right, count)
         scores |= {f"top{k}": right / count, f"top{k}_low": low, f"top{k}_high": high}
-    if answers.accepted is None:
-        scores |= _of_classes(answers)
-    scores["ece"] = calibration_error(answers.scores[:, 0], answers.right(1))
-    return scores | {"loss": float(answers.loss.mean()), "images_per_second": answers.images_per_second}
+    if predictions.accepted is None:
+        scores |= _of_classes(predictions)
+    scores["ece"] = calibration_error(predictions.scores[:, 0], predictions.right(1))
+    return scores | {"loss": float(predictions.loss.mean()), "images_per_second": predictions.images_per_second}
 
 
-def _of_classes(answers: Answers) -> dict[str, float]:
+def _of_classes(predictions: Predictions) -> dict[str, float]:
     """What a classifier of one class is worth where classes differ in how many images they have."""
-    classes = 1 + int(max(answers.labels.max(), answers.top.max()))
-    metrics = class_metrics(*confusion_counts(answers.labels, answers.top[:, 0], classes))
-    intervals = class_intervals(answers.labels, answers.top[:, 0], classes)
+    classes = 1 + int(max(predictions.labels.max(), predictions.top.max()))
+    metrics = class_metrics(*confusion_counts(predictions.labels, predictions.top[:, 0], classes))
+    intervals = class_intervals(predictions.labels, predictions.top[:, 0], classes)
     found = {}
     for name in ("balanced_accuracy", "macro_precision", "macro_recall", "macro_f1"):
         found[name] = float(metrics[name])
         if name in intervals:
             found[f"{name}_low"], found[f"{name}_high"] = intervals[name]
-    if answers.top.shape[1] == 2 and classes == 2:
-        second = np.where(answers.top[:, 0] == 1, answers.scores[:, 0], answers.scores[:, 1])
-        (area,) = ranking(answers.labels == 1, second)[1]
+    if predictions.top.shape[1] == 2 and classes == 2:
+        second = np.where(predictions.top[:, 0] == 1, predictions.scores[:, 0], predictions.scores[:, 1])
+        (area,) = ranking(predictions.labels == 1, second)[1]
         found["roc_auc"] = float(area)
     return found
 
 
-def per_class(answers: Answers, class_names: Sequence[str]) -> list[dict]:
+def per_class(predictions: Predictions, class_names: Sequence[str]) -> list[dict]:
     """For each class that has images: how many, how many were found (recall) with its interval, precision and F1.
 
-    Precision is None where the class was never the answer.
+    Precision is None where the class was never the prediction.
     """
-    rows, answered = [], np.bincount(answers.top[:, 0], minlength=len(class_names))
-    for label in np.unique(answers.labels):
-        of_class = answers.labels == label
-        right = int(answers.right(1)[of_class].sum())
+    rows, predicted = [], np.bincount(predictions.top[:, 0], minlength=len(class_names))
+    for label in np.unique(predictions.labels):
+        of_class = predictions.labels == label
+        right = int(predictions.right(1)[of_class].sum())
         low, high = wilson(right, int(of_class.sum()))
         rows.append(
             {
@@ -129,15 +129,15 @@ def per_class(answers: Answers, class_names: Sequence[str]) -> list[dict]:
                 "recall": right / int(of_class.sum()),
                 "recall_low": low,
                 "recall_high": high,
-                "precision": right / int(answered[label]) if answered[label] else None,
-                "f1": 2 * right / int(of_class.sum() + answered[label]),
+                "precision": right / int(predicted[label]) if predicted[label] else None,
+                "f1": 2 * right / int(of_class.sum() + predicted[label]),
             }
         )
     return rows
 
 
-def confusion_matrix(answers: Answers, classes: int) -> Int[np.ndarray, "classes classes"]:
+def confusion_matrix(predictions: Predictions, classes: int) -> Int[np.ndarray, "classes classes"]:
     """How often an image of a class (row) was given a class (column)."""
     matrix = np.zeros((classes, classes), np.int64)
-    np.add.at(matrix, (answers.labels, answers.top[:, 0]), 1)
+    np.add.at(matrix, (predictions.labels, predictions.top[:, 0]), 1)
     return matrix

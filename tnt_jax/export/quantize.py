@@ -31,11 +31,11 @@ class Judged:
     images: Pixels
     """Test images."""
     labels: Int[np.ndarray, " images"] | None
-    """Their classes; without them, the answers of the float32 model count as right."""
+    """Their classes; without them, the predictions of the float32 model count as right."""
     data: str
     """Where the images are from."""
     tolerance: float = 0.01
-    """Share of right answers that may be lost."""
+    """Share of right predictions that may be lost."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,13 +66,13 @@ def quantize(content: bytes, judged: Judged, parameters: Mapping[str, np.ndarray
     with tempfile.TemporaryDirectory() as folder:
         simplified = _simplified(content, Path(folder) / "simplified.onnx")
         layers = _layers(simplified, parameters)
-        before = _answers(simplified.read_bytes(), judged.images)
+        before = _predictions(simplified.read_bytes(), judged.images)
         truth = before if judged.labels is None else judged.labels
         kept: list[str] = []
         ranked: list[str] | None = None
         while True:
             file = _static(simplified, Path(folder) / "int8.onnx", judged.calibration, kept)
-            after = _answers(file.read_bytes(), judged.images)
+            after = _predictions(file.read_bytes(), judged.images)
             right = [float((each == truth).mean()) for each in (before, after)]
             if right[0] - right[1] <= judged.tolerance:
                 break
@@ -145,7 +145,7 @@ def _session(content: bytes):
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
-def _answers(content: bytes, images: Pixels) -> Int[np.ndarray, " images"]:
+def _predictions(content: bytes, images: Pixels) -> Int[np.ndarray, " images"]:
     session = _session(content)
     parts = (images[first : first + BATCH] for first in range(0, len(images), BATCH))
     return np.concatenate([session.run(None, {"pixels": part})[0].argmax(axis=-1) for part in parts])

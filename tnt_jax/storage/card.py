@@ -80,7 +80,7 @@ def _what_outputs_mean(description: ModelDescription) -> list[str]:
     outputs = description.outputs
     if outputs.task == "multi_label":
         shown = ", ".join(f"{value:g}" for value in outputs.thresholds or (0.5,))
-        return [f"An image has any number of labels: each output is the logit of one, answered from {shown} on."]
+        return [f"An image has any number of labels: each output is the logit of one, predicted from {shown} on."]
     if outputs.task == "regression":
         given = (outputs.target_mean or (0,), outputs.target_std or (1,))
         mean, std = (", ".join(f"{value:g}" for value in each) for each in given)

@@ -54,7 +54,7 @@ class Outputs:
     task: Task = "single_label"
     """One class (softmax), a probability of each label (sigmoid), or numbers."""
     thresholds: tuple[float, ...] | None = None
-    """multi_label: the probability from which on each label is answered; None for 0.5."""
+    """multi_label: the probability from which on each label is predicted; None for 0.5."""
     target_mean: tuple[float, ...] | None = None
     """regression: an output times `target_std`, plus this, is in the units of its target; None for 0 and 1."""
     target_std: tuple[float, ...] | None = None

@@ -12,18 +12,18 @@ Counts = Num[np.ndarray, "*resamples classes"]
 Weights = Num[np.ndarray, "resamples images"]
 
 
-def class_metrics(right: Counts, labelled: Counts, answered: Counts) -> dict[str, np.ndarray]:
+def class_metrics(right: Counts, labelled: Counts, predicted: Counts) -> dict[str, np.ndarray]:
     """balanced_accuracy, macro_precision, macro_recall and macro_f1, each of shape (*resamples,).
 
     Balanced accuracy is the mean recall of the classes that images have; the macro means are over these and the classes
-    that were answered, as scikit-learn has them. A precision of nothing is 0.
+    that were predicted, as scikit-learn has them. A precision of nothing is 0.
 
     Args:
-        right, labelled, answered: for each class how many images were rightly given it, have it, and were given it.
+        right, labelled, predicted: for each class how many images were rightly given it, have it, and were given it.
     """
-    recall, precision = _over(right, labelled), _over(right, answered)
-    f1 = _over(2 * right, labelled + answered)
-    known = labelled + answered > 0
+    recall, precision = _over(right, labelled), _over(right, predicted)
+    f1 = _over(2 * right, labelled + predicted)
+    known = labelled + predicted > 0
     means = {"precision": precision, "recall": recall, "f1": f1}
     balanced = _over(recall.sum(axis=-1), (labelled > 0).sum(axis=-1))
     macro = {f"macro_{name}": _over(each.sum(axis=-1), known.sum(axis=-1)) for name, each in means.items()}
@@ -70,18 +70,18 @@ def multi_label_metrics(
 
     map and roc_auc are 0 where no label is of that kind.
     """
-    truth, answered = labels > 0.5, probabilities >= thresholds
+    truth, predicted = labels > 0.5, probabilities >= thresholds
     found = [ranking(truth[:, label], probabilities[:, label]) for label in range(truth.shape[1])]
     ranked = np.array([[float(each[0]) for each in pair] for pair in found])
     ranked = ranked[np.isfinite(ranked).all(axis=1)]
     precision, area = ranked.mean(axis=0) if len(ranked) else (0.0, 0.0)
-    right, labelled, positive = (truth & answered).sum(0), truth.sum(0), answered.sum(0)
+    right, labelled, positive = (truth & predicted).sum(0), truth.sum(0), predicted.sum(0)
     means = {
         "macro_precision": _over(right, positive).mean(),
         "macro_recall": _over(right, labelled).mean(),
         "macro_f1": _over(2 * right, labelled + positive).mean(),
         "micro_f1": _over(2 * right.sum(), labelled.sum() + positive.sum()),
-        "exact_match": (truth == answered).all(axis=1).mean(),
+        "exact_match": (truth == predicted).all(axis=1).mean(),
     }
     return {"map": float(precision), "roc_auc": float(area)} | {name: float(value) for name, value in means.items()}
 
@@ -108,11 +108,11 @@ def regression_metrics(
 
 
 def confusion_counts(
-    labels: Int[np.ndarray, " images"], answers: Int[np.ndarray, " images"], classes: int
+    labels: Int[np.ndarray, " images"], predictions: Int[np.ndarray, " images"], classes: int
 ) -> tuple[Int[np.ndarray, " classes"], Int[np.ndarray, " classes"], Int[np.ndarray, " classes"]]:
     """For each class how many images were rightly given it, have it, and were given it."""
-    right = labels[labels == answers]
-    return tuple(np.bincount(each, minlength=classes) for each in (right, labels, answers))
+    right = labels[labels == predictions]
+    return tuple(np.bincount(each, minlength=classes) for each in (right, labels, predictions))
 
 
 TITLES = {

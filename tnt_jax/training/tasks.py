@@ -70,8 +70,8 @@ class Objective:
         loss = optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
         values = {"count": jnp.ones_like(loss), "top1": hit[:, 0], "top5": hit.any(-1), "loss": loss}
         sums = {name: jnp.where(mask, value, 0).sum() for name, value in values.items()}
-        answers = likeliest[:, 0]
-        chosen = {"right": (labels, mask & hit[:, 0]), "labelled": (labels, mask), "answered": (answers, mask)}
+        predictions = likeliest[:, 0]
+        chosen = {"right": (labels, mask & hit[:, 0]), "labelled": (labels, mask), "predicted": (predictions, mask)}
         return sums | {
             name: jnp.zeros(classes, jnp.int32).at[at].add(counts.astype(jnp.int32))
             for name, (at, counts) in chosen.items()
@@ -82,7 +82,7 @@ class Objective:
         batches = list(batches)
         if self.task == "single_label":
             sums = {name: sum(np.asarray(batch[name], np.float64) for batch in batches) for name in batches[0]}
-            of_classes = class_metrics(*(sums.pop(name) for name in ("right", "labelled", "answered")))
+            of_classes = class_metrics(*(sums.pop(name) for name in ("right", "labelled", "predicted")))
             count = int(sums.pop("count"))
             found = {name: float(total) / count for name, total in sums.items()} | of_classes
         else:

@@ -1,4 +1,4 @@
-"""A model's answers for a number of images, by task, and what they are worth: metrics, their uncertainty, classes."""
+"""A model's predictions for a number of images, by task, and their metrics: with uncertainty, and by class."""
 
 import dataclasses
 import functools
@@ -8,13 +8,13 @@ import numpy as np
 from jaxtyping import Float
 
 from tnt_jax.evaluation.bootstrap import label_intervals, value_intervals
-from tnt_jax.evaluation.scores import Answers, calibration_error, metrics_of_classes, per_class, wilson
+from tnt_jax.evaluation.scores import Predictions, calibration_error, metrics_of_classes, per_class, wilson
 from tnt_jax.training.metrics import multi_label_metrics, ranking, regression_metrics
 
 
 @dataclasses.dataclass(frozen=True)
-class LabelAnswers:
-    """A model's answers for images with any number of labels. Labels are those of the data."""
+class LabelPredictions:
+    """A model's predictions for images with any number of labels. Labels are those of the data."""
 
     labels: Float[np.ndarray, "images labels"]
     """0 or 1."""
@@ -23,18 +23,18 @@ class LabelAnswers:
     loss: Float[np.ndarray, " images"]
     """Binary cross-entropy in nats, the mean over the labels."""
     thresholds: Float[np.ndarray, " labels"]
-    """The probability from which on a label is answered."""
+    """The probability from which on a label is predicted."""
     images_per_second: float
 
     @property
-    def answered(self) -> np.ndarray:
-        """Whether each label was answered, bool (images, labels)."""
+    def predicted(self) -> np.ndarray:
+        """Whether each label was predicted, bool (images, labels)."""
         return self.scores >= self.thresholds
 
 
 @dataclasses.dataclass(frozen=True)
-class ValueAnswers:
-    """A model's answers for images with numbers, in the units of the targets."""
+class ValuePredictions:
+    """A model's predictions for images with numbers, in the units of the targets."""
 
     targets: Float[np.ndarray, "images outputs"]
     values: Float[np.ndarray, "images outputs"]
@@ -43,29 +43,31 @@ class ValueAnswers:
     images_per_second: float
 
 
-AnyAnswers = Answers | LabelAnswers | ValueAnswers
+AnyPredictions = Predictions | LabelPredictions | ValuePredictions
 
 
 @functools.singledispatch
-def metrics_of(answers: AnyAnswers) -> dict[str, float]:
+def metrics_of(predictions: AnyPredictions) -> dict[str, float]:
     """images, the metrics of the task, of some the ends of their 95% intervals, loss (mean), images_per_second."""
-    return metrics_of_classes(answers)
+    return metrics_of_classes(predictions)
 
 
 @metrics_of.register
-def _(answers: LabelAnswers) -> dict[str, float]:
-    metrics = multi_label_metrics(answers.labels, answers.scores, answers.thresholds)
-    intervals = label_intervals(answers.labels, answers.scores, answers.thresholds)
-    decisions = answers.scores.ravel(), answers.labels.ravel() > 0.5
+def _(predictions: LabelPredictions) -> dict[str, float]:
+    metrics = multi_label_metrics(predictions.labels, predictions.scores, predictions.thresholds)
+    intervals = label_intervals(predictions.labels, predictions.scores, predictions.thresholds)
+    decisions = predictions.scores.ravel(), predictions.labels.ravel() > 0.5
     found = _with_intervals(metrics, intervals) | {"ece": calibration_error(*decisions)}
-    return {"images": len(answers.labels)} | found | _loss_and_rate(answers)
+    return {"images": len(predictions.labels)} | found | _loss_and_rate(predictions)
 
 
 @metrics_of.register
-def _(answers: ValueAnswers) -> dict[str, float]:
-    metrics = {name: float(each.mean()) for name, each in regression_metrics(answers.targets, answers.values).items()}
-    found = _with_intervals(metrics, value_intervals(answers.targets, answers.values, mean=True))
-    return {"images": len(answers.targets)} | found | _loss_and_rate(answers)
+def _(predictions: ValuePredictions) -> dict[str, float]:
+    metrics = {
+        name: float(each.mean()) for name, each in regression_metrics(predictions.targets, predictions.values).items()
+    }
+    found = _with_intervals(metrics, value_intervals(predictions.targets, predictions.values, mean=True))
+    return {"images": len(predictions.targets)} | found | _loss_and_rate(predictions)
 
 
 def _with_intervals(metrics: dict, intervals: dict[str, tuple[float, float]]) -> dict[str, float]:
@@ -78,23 +80,23 @@ def _with_intervals(metrics: dict, intervals: dict[str, tuple[float, float]]) ->
     return found
 
 
-def _loss_and_rate(answers: AnyAnswers) -> dict[str, float]:
-    return {"loss": float(answers.loss.mean()), "images_per_second": answers.images_per_second}
+def _loss_and_rate(predictions: AnyPredictions) -> dict[str, float]:
+    return {"loss": float(predictions.loss.mean()), "images_per_second": predictions.images_per_second}
 
 
 @functools.singledispatch
-def per_output(answers: AnyAnswers, names: Sequence[str]) -> list[dict]:
+def per_output(predictions: AnyPredictions, names: Sequence[str]) -> list[dict]:
     """A row for each class that has images, for each label, or for each target of a regression."""
-    return per_class(answers, names)
+    return per_class(predictions, names)
 
 
 @per_output.register
-def _(answers: LabelAnswers, names: Sequence[str]) -> list[dict]:
+def _(predictions: LabelPredictions, names: Sequence[str]) -> list[dict]:
     rows = []
     for label, name in enumerate(names):
-        truth, answered = answers.labels[:, label] > 0.5, answers.answered[:, label]
-        (precision,), (area,) = ranking(truth, answers.scores[:, label])
-        right, images, positive = int((truth & answered).sum()), int(truth.sum()), int(answered.sum())
+        truth, predicted = predictions.labels[:, label] > 0.5, predictions.predicted[:, label]
+        (precision,), (area,) = ranking(truth, predictions.scores[:, label])
+        right, images, positive = int((truth & predicted).sum()), int(truth.sum()), int(predicted.sum())
         low, high = wilson(right, images)
         rows.append(
             {
@@ -107,19 +109,19 @@ def _(answers: LabelAnswers, names: Sequence[str]) -> list[dict]:
                 "recall_high": high,
                 "precision": right / positive if positive else None,
                 "f1": 2 * right / (images + positive) if images + positive else None,
-                "threshold": float(answers.thresholds[label]),
+                "threshold": float(predictions.thresholds[label]),
             }
         )
     return rows
 
 
 @per_output.register
-def _(answers: ValueAnswers, names: Sequence[str]) -> list[dict]:
-    metrics = {name: each[0] for name, each in regression_metrics(answers.targets, answers.values).items()}
-    intervals = value_intervals(answers.targets, answers.values, mean=False)
+def _(predictions: ValuePredictions, names: Sequence[str]) -> list[dict]:
+    metrics = {name: each[0] for name, each in regression_metrics(predictions.targets, predictions.values).items()}
+    intervals = value_intervals(predictions.targets, predictions.values, mean=False)
     rows = []
     for output, name in enumerate(names):
         own = {metric: float(each[output]) for metric, each in metrics.items()}
         ends = {metric: (low[output], high[output]) for metric, (low, high) in intervals.items()}
-        rows.append({"target": name, "images": len(answers.targets)} | _with_intervals(own, ends))
+        rows.append({"target": name, "images": len(predictions.targets)} | _with_intervals(own, ends))
     return rows

@@ -1,4 +1,4 @@
-"""Answers of labels and numbers, how sure their metrics are, and what calibration makes of them."""
+"""Predictions of labels and numbers, how sure their metrics are, and what calibration makes of them."""
 
 import numpy as np
 import pytest
@@ -7,22 +7,22 @@ from small_models import small_model
 
 from tnt_jax.config import DataConfig, InputError
 from tnt_jax.data.sources import ArraySource
-from tnt_jax.evaluation.answers import LabelAnswers, ValueAnswers, metrics_of, per_output
 from tnt_jax.evaluation.bootstrap import class_intervals, label_intervals, value_intervals
 from tnt_jax.evaluation.calibration import best_threshold, calibrate, calibrated, fit_temperature
-from tnt_jax.evaluation.evaluate import answers_of
-from tnt_jax.evaluation.scores import Answers
+from tnt_jax.evaluation.evaluate import predictions_of
+from tnt_jax.evaluation.predictions import LabelPredictions, ValuePredictions, metrics_of, per_output
+from tnt_jax.evaluation.scores import Predictions
 from tnt_jax.storage.description import Outputs, describe
 
 RNG = np.random.default_rng(0)
 TRUTH = (RNG.random((200, 3)) < [0.5, 0.2, 0.05]).astype(np.float32)
 SCORES = np.clip(0.5 * TRUTH + 0.6 * RNG.random((200, 3)), 0, 1)
-LABELS = LabelAnswers(TRUTH, SCORES, np.zeros(200), np.array([0.5, 0.6, 0.5]), 10.0)
+LABELS = LabelPredictions(TRUTH, SCORES, np.zeros(200), np.array([0.5, 0.6, 0.5]), 10.0)
 
 
 def test_labels_have_a_row_each_as_scikit_learn_has_it():
     rows = per_output(LABELS, ("ant", "bee", "cat"))
-    precision, recall, f1, count = theirs.precision_recall_fscore_support(TRUTH, LABELS.answered)
+    precision, recall, f1, count = theirs.precision_recall_fscore_support(TRUTH, LABELS.predicted)
     for label, row in enumerate(rows):
         assert (row["images"], row["threshold"]) == (count[label], LABELS.thresholds[label])
         assert row["precision"] == pytest.approx(precision[label], abs=1e-9)
@@ -33,7 +33,7 @@ def test_labels_have_a_row_each_as_scikit_learn_has_it():
 
 
 def test_a_label_that_no_image_has_has_no_recall():
-    row = per_output(LabelAnswers(TRUTH * [1, 1, 0], SCORES, np.zeros(200), np.full(3, 2.0), 1.0), "abc")[2]
+    row = per_output(LabelPredictions(TRUTH * [1, 1, 0], SCORES, np.zeros(200), np.full(3, 2.0), 1.0), "abc")[2]
     assert (row["images"], row["ap"], row["roc_auc"], row["recall"], row["precision"]) == (0, None, None, None, None)
 
 
@@ -46,13 +46,13 @@ def test_intervals_are_those_of_resampled_images_and_the_same_every_time():
     found = label_intervals(TRUTH, SCORES, LABELS.thresholds)
     plain = resampled(lambda rows: theirs.average_precision_score(TRUTH[rows], SCORES[rows], average="macro"), 200, 5)
     np.testing.assert_allclose(found["map"], plain, atol=0.03)
-    f1 = resampled(lambda rows: theirs.f1_score(TRUTH[rows], LABELS.answered[rows], average="macro"), 200, 6)
+    f1 = resampled(lambda rows: theirs.f1_score(TRUTH[rows], LABELS.predicted[rows], average="macro"), 200, 6)
     np.testing.assert_allclose(found["macro_f1"], f1, atol=0.03)
     assert found == label_intervals(TRUTH, SCORES, LABELS.thresholds)
-    labels, answers = RNG.integers(0, 4, 300), RNG.integers(0, 4, 300)
-    answers = np.where(RNG.random(300) < 0.5, labels, answers)
-    found = class_intervals(labels, answers, 4)
-    plain = resampled(lambda rows: theirs.balanced_accuracy_score(labels[rows], answers[rows]), 300, 7)
+    labels, predictions = RNG.integers(0, 4, 300), RNG.integers(0, 4, 300)
+    predictions = np.where(RNG.random(300) < 0.5, labels, predictions)
+    found = class_intervals(labels, predictions, 4)
+    plain = resampled(lambda rows: theirs.balanced_accuracy_score(labels[rows], predictions[rows]), 300, 7)
     np.testing.assert_allclose(found["balanced_accuracy"], plain, atol=0.03)
     targets = RNG.normal(size=(200, 2))
     values = targets + RNG.normal(size=(200, 2))
@@ -63,12 +63,14 @@ def test_intervals_are_those_of_resampled_images_and_the_same_every_time():
 
 def test_numbers_are_scored_in_their_units():
     targets = np.array([[1.0, 100], [2, 300], [3, 200]])
-    answers = ValueAnswers(targets, targets + np.array([[0.5, 0], [0, 30], [-0.5, 0]]), np.array([0.1, 0.2, 0.3]), 1.0)
-    metrics = metrics_of(answers)
+    predictions = ValuePredictions(
+        targets, targets + np.array([[0.5, 0], [0, 30], [-0.5, 0]]), np.array([0.1, 0.2, 0.3]), 1.0
+    )
+    metrics = metrics_of(predictions)
     assert metrics["mae"] == pytest.approx((1 / 3 + 10) / 2)
-    assert metrics["r2"] == pytest.approx(theirs.r2_score(targets, answers.values))
+    assert metrics["r2"] == pytest.approx(theirs.r2_score(targets, predictions.values))
     assert (metrics["images"], metrics["loss"]) == (3, pytest.approx(0.2))
-    rows = per_output(answers, ("width", "weight"))
+    rows = per_output(predictions, ("width", "weight"))
     assert [row["target"] for row in rows] == ["width", "weight"]
     assert rows[1]["rmse"] == pytest.approx(np.sqrt(300))
 
@@ -77,8 +79,8 @@ def test_two_classes_have_an_area_under_the_roc_curve():
     labels, second = RNG.integers(0, 2, 100), RNG.random(100)
     top = np.stack([second > 0.5, second <= 0.5], axis=1).astype(int)
     scores = np.stack([np.maximum(second, 1 - second), np.minimum(second, 1 - second)], axis=1)
-    answers = Answers(labels, top, scores, np.zeros(100), 1.0)
-    assert metrics_of(answers)["roc_auc"] == pytest.approx(theirs.roc_auc_score(labels, second))
+    predictions = Predictions(labels, top, scores, np.zeros(100), 1.0)
+    assert metrics_of(predictions)["roc_auc"] == pytest.approx(theirs.roc_auc_score(labels, second))
 
 
 def model_of(task, names=("a", "b", "c"), **outputs):
@@ -96,12 +98,12 @@ def test_labels_and_thresholds_are_matched_by_name():
     model = model_of("multi_label", thresholds=(0.1, 0.2, 0.3))
     names, truth = ("c", "a"), np.zeros((12, 2), np.float32)
     data = DataConfig("any", task="multi_label")
-    (answers,) = answers_of([model], source_of(truth, names), data)
-    (whole,) = answers_of([model], source_of(np.zeros((12, 3), np.float32)), data)
-    np.testing.assert_allclose(answers.scores, whole.scores[:, [2, 0]])
-    np.testing.assert_allclose(answers.thresholds, (0.3, 0.1))
+    (predictions,) = predictions_of([model], source_of(truth, names), data)
+    (whole,) = predictions_of([model], source_of(np.zeros((12, 3), np.float32)), data)
+    np.testing.assert_allclose(predictions.scores, whole.scores[:, [2, 0]])
+    np.testing.assert_allclose(predictions.thresholds, (0.3, 0.1))
     with pytest.raises(InputError, match="the model's task is multi_label, and any is read as single_label"):
-        answers_of([model], source_of(np.zeros(12, int)), DataConfig("any"))
+        predictions_of([model], source_of(np.zeros(12, int)), DataConfig("any"))
 
 
 def test_a_temperature_undoes_what_logits_were_multiplied_by():
