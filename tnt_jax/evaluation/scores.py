@@ -1,4 +1,4 @@
-"""Metrics of predicted classes: shares with their uncertainty, calibration, classes. Plain NumPy, after the model ran."""
+"""Metrics of predicted classes: shares with their uncertainty, calibration, classes. Plain NumPy, on the host."""
 
 import dataclasses
 import math

@@ -20,8 +20,9 @@ def confusion(predictions: AnyPredictions, class_names: Sequence[str]):
     """What images were taken for.
 
     single_label: rows are the true classes, columns the predicted ones, in percent of a row; classes without images
-    have an empty row. multi_label: of the images with a label (row), the percentage that was given each label (column); the
-    diagonal is recall, and the last row has the images without any label. regression: each prediction over its target.
+    have an empty row. multi_label: of the images with a label (row), the percentage that was given each label (column);
+    the diagonal is recall, and the last row has the images without any label. regression: each prediction over its
+    target.
     """
     if isinstance(predictions, ValuePredictions):
         return _scatter(predictions, class_names)
@@ -88,8 +89,8 @@ def mistakes(predictions: AnyPredictions, images: Source, *, count: int = 24):
     """The worst predictions, as images, with the prediction and the truth.
 
     single_label: the wrong predictions of the highest probability. multi_label: the images with a wrong label whose
-    loss is greatest; + is a label that should not be predicted, - one that is missing. regression: the greatest errors, each
-    in standard deviations of its target.
+    loss is greatest; + is a label that should not be predicted, - one that is missing. regression: the greatest errors,
+    each in standard deviations of its target.
 
     Raises:
         InputError: there is no wrong prediction.
