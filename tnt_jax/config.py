@@ -141,6 +141,8 @@ class DataConfig:
     """Column with the fold of each row, for `fold`; by default `fold`, where there is one."""
     group_column: str | None = None
     """Column with what must not be divided by `holdout` and `fold`, such as the patient; by default `group`."""
+    weight_column: str | None = None
+    """Column with how often each training image is drawn, relative to the others; by default `weight`."""
     encoding: str | None = None
     """Encoding of a table of text; by default UTF-8, or UTF-16 where its first bytes say so."""
     depth: Literal["uint8", "uint16", "float32"] | None = None

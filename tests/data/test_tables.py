@@ -12,6 +12,7 @@ from pyarrow import parquet
 from tnt_jax.config import DataConfig, InputError
 from tnt_jax.data.check import content_of
 from tnt_jax.data.opening import open_split
+from tnt_jax.data.pipeline import epoch_order, train_recipe
 
 NAMES = [f"photos/{number}.png" for number in range(12)]
 PLAIN = "image,label\n" + "".join(f"{name},{'ab'[place % 2]}\n" for place, name in enumerate(NAMES))
@@ -164,3 +165,33 @@ def test_the_index_of_a_table_is_shared_and_small(tmp_path):
     copied = pickle.dumps(source, protocol=5, buffer_callback=shared.append)
     assert len(copied) < 2000
     assert sum(part.raw().nbytes for part in shared) < 40 * len(names)
+
+
+def test_an_image_is_drawn_as_often_as_its_weight_says(table):
+    weights = [0, 1, 2, 3] * 3
+    rows = "".join(f"{name},{'ab'[place % 2]},{weights[place]}\n" for place, name in enumerate(NAMES))
+    data = table("image,label,weight\n" + rows)
+    source = open_split(data, "train")
+    assert source.targets.shape == (12,)
+    recipe = train_recipe(source, data, image_size=(4, 4), channels=3, batch_size=4, seed=0)
+    drawn = np.mean(
+        [np.bincount(epoch_order(12, 0, epoch, recipe.shares), minlength=12) for epoch in range(400)], axis=0
+    )
+    np.testing.assert_allclose(drawn, np.array(weights) / np.mean(weights), atol=0.1)
+    assert not drawn[::4].any()
+    parts = open_split(dataclasses.replace(data, holdout=0.5), "train")
+    assert parts.weights.tolist() == [weights[index] for index in parts.indices]
+    assert content_of(source) != content_of(dataclasses.replace(source, weights=source.weights + 1))
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"), [("-1", "line 2: the weight is -1"), ("x", "line 2: the cell of 'weight'")]
+)
+def test_a_weight_that_means_nothing_is_named(weight, message, table):
+    with pytest.raises(InputError, match=message):
+        open_split(table(f"image,label,weight\nphotos/0.png,a,{weight}\nphotos/1.png,b,1\n"), "train")
+
+
+def test_weights_that_are_all_0_leave_nothing_to_train_on(table):
+    with pytest.raises(InputError, match="every weight in column 'weight' is 0, so no image is ever drawn"):
+        open_split(table("image,label,weight\nphotos/0.png,a,0\nphotos/1.png,b,0\n"), "train")

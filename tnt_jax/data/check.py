@@ -69,13 +69,15 @@ def _say_what_is_special(pixels: np.ndarray, data: DataConfig) -> None:
 
 
 def content_of(source: Source) -> dict[str, str]:
-    """What a split holds: the number of its images, and digests of class names, file names and labels."""
+    """What a split holds: the number of its images, and digests of class names, file names, labels and weights."""
     found = {"number of images": str(len(source)), "class names": _digest("\0".join(source.class_names).encode())}
     if (files := getattr(source, "files", None)) is not None:
         found["file names"] = files.digest()
     if not _is_read_for_targets(source):
         kind = "<i4" if source.targets.ndim == 1 else "<f4"
         found["labels"] = _digest(np.asarray(source.targets).astype(kind).tobytes())
+    if (weights := getattr(source, "weights", None)) is not None:
+        found["weights"] = _digest(weights.astype("<f4").tobytes())
     return found
 
 

@@ -127,13 +127,7 @@ def _label_columns(table: "Table", data: DataConfig, others: set[str]) -> list[s
         found = table.chosen(None, ("target", "targets", "value", "label"), "")
         columns = [found] if found else [name for name in table.columns if name not in others]
     elif found is None and data.task == "multi_label":
-        columns = [
-            name
-            for name, column in table.columns.items()
-            if name not in others
-            and len(column.values) <= 4
-            and {value.strip() for value in parts(column.values)} <= {b"0", b"1", b"0.0", b"1.0"}
-        ]
+        columns = [name for name, column in table.columns.items() if name not in others and _has_marks(column)]
     else:
         columns = [found] if found else []
     if not columns:
@@ -180,6 +174,17 @@ def _numbers(table: "Table", column: Column) -> np.ndarray:
             raise InputError(f"{_place(table, column, code)}: the cell of {column.name!r} {what}")
         values[code] = number
     return values[column.codes]
+
+
+def weights_of(table: "Table", column: Column) -> np.ndarray:
+    """How often each row is drawn, float32 (rows,). Raises InputError for what is no number of at least 0."""
+    weights = _numbers(table, column)
+    if (wrong := weights < 0).any():
+        row = int(np.argmax(wrong))
+        raise InputError(f"{table.place(row)}: the weight is {weights[row]:g}, and should be at least 0")
+    if not weights.any():
+        raise InputError(f"{table.path}: every weight in column {column.name!r} is 0, so no image is ever drawn")
+    return weights
 
 
 def _marks(table: "Table", column: Column) -> np.ndarray:

@@ -222,8 +222,9 @@ def train_recipe(
     source: Source, data: DataConfig, *, image_size: tuple[int, int], channels: int, batch_size: int, seed: int
 ) -> TrainRecipe:
     """The recipe behind `train_batches`."""
-    natural = data.sampling == "natural"  # then the targets of records need not be read
-    shares = None if natural else image_shares(source.targets, data.sampling, len(source.class_names))
+    weights, shares = getattr(source, "weights", None), None
+    if data.sampling != "natural" or weights is not None:  # else the targets of records need not be read
+        shares = image_shares(source.targets, data.sampling, len(source.class_names), weights)
     dtype = dtype_of(source, data, channels)
     return TrainRecipe(source, data, (*image_size, channels), batch_size, seed, dtype, shares)
 

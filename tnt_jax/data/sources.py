@@ -89,6 +89,8 @@ class FileSource:
     """int (images,): what must not be divided between training and evaluation."""
     folds: np.ndarray | None = None
     """int (images,): the fold of each image, from 0 on."""
+    weights: np.ndarray | None = None
+    """float32 (images,): how often each is drawn in training, relative to the others."""
 
     def __len__(self) -> int:
         return len(self.files)
@@ -146,7 +148,7 @@ class Subset:
             return lambda index, *arguments, **options: value(int(self.indices[index]), *arguments, **options)
         if isinstance(value, FileNames):
             return value.take(self.indices)
-        return value[self.indices] if name in ("groups", "folds") and value is not None else value
+        return value[self.indices] if name in ("groups", "folds", "weights") and value is not None else value
 
 
 @dataclasses.dataclass(frozen=True)

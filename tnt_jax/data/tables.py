@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tnt_jax.config import DataConfig, InputError
-from tnt_jax.data.columns import Column, parts, targets_of
+from tnt_jax.data.columns import Column, parts, targets_of, weights_of
 from tnt_jax.data.decode import Reading
 from tnt_jax.data.sources import FileSource, NoSplitError, names_of_split
 
@@ -72,7 +72,8 @@ def open_table(argument: str, data: DataConfig, split: str) -> FileSource:
     split_column = table.chosen(data.split_column, ("split",), "--data.split-column")
     fold = table.chosen(data.fold_column, ("fold",), "--data.fold-column")
     group = table.chosen(data.group_column, ("group",), "--data.group-column")
-    others = {name for name in (image, split_column, fold, group, "weight") if name}
+    weight = table.chosen(data.weight_column, ("weight",), "--data.weight-column")
+    others = {name for name in (image, split_column, fold, group, weight) if name}
     targets, class_names, in_training = targets_of(table, data, others, _rows_of(table, split_column, data.train_split))
     names = table.columns[image]
     _check_images(table, names, os.path.dirname(os.path.abspath(path)))
@@ -90,6 +91,7 @@ def open_table(argument: str, data: DataConfig, split: str) -> FileSource:
         Reading.of(data),
         groups=None if group is None else table.columns[group].codes[rows],
         folds=None if fold is None else table.columns[fold].natural_codes()[rows],
+        weights=None if weight is None else weights_of(table, table.columns[weight])[rows],
     )
 
 

@@ -97,14 +97,16 @@ class Shares:
     """The class; of several labels the one that decides."""
 
 
-def image_shares(targets: Targets, sampling: str, classes: int) -> Shares | None:
-    """The shares of balanced or sqrt sampling; None for natural.
+def image_shares(
+    targets: Targets, sampling: str, classes: int, weights: Float[np.ndarray, " images"] | None = None
+) -> Shares | None:
+    """The shares of balanced or sqrt sampling, times the weights of the images; None for natural without weights.
 
     A class of n images has n ** 0 or n ** 0.5 of the places of an epoch, which its images share. An image of several
     labels has the share that its rarest one gives it; images of none are a class of their own.
     """
     if sampling == "natural":
-        return None
+        return None if weights is None else _shares(weights, np.zeros(len(targets), np.int32))
     counts = class_counts(targets, classes)
     if targets.ndim == 1:
         group = targets.astype(np.int32)
@@ -114,8 +116,13 @@ def image_shares(targets: Targets, sampling: str, classes: int) -> Shares | None
         group = np.where(np.isfinite(rarity).any(axis=1), rarity.argmin(axis=1), classes).astype(np.int32)
         counts = np.append(counts, none)
     power = {"balanced": -1.0, "sqrt": -0.5}[sampling]
-    of_image = counts[group] ** power
-    return Shares(of_image / of_image.mean(), group)
+    return _shares(counts[group] ** power * (1.0 if weights is None else weights), group)
+
+
+def _shares(of_image: Float[np.ndarray, " images"], group: Int[np.ndarray, " images"]) -> Shares:
+    if not of_image.any():
+        raise InputError(f"all {len(of_image)} training images have weight 0; there is none to train on")
+    return Shares(of_image / of_image.mean(dtype=np.float64), group)
 
 
 def weighted_order(shares: Shares, rng: np.random.Generator) -> Int[np.ndarray, " images"]:
