@@ -191,3 +191,41 @@ class Hub(Server):
             )
         else:
             request.reply_json({"error": f"no such thing: {path}"}, 404)
+
+
+class Datasets(Server):
+    """Repositories of datasets, {OWNER/NAME: {path: bytes}}, as far as the library `datasets` asks for them."""
+
+    COMMIT = "c" * 40
+
+    def __init__(self, repositories):
+        super().__init__()
+        self.repositories = repositories
+
+    def serve(self, request):
+        path, _, _ = request.path.partition("?")
+        if found := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
+            content = self.repositories.get(found[1], {}).get(found[2])
+            if content is None:
+                request.reply(404, X_Error_Code="EntryNotFound", X_Repo_Commit=self.COMMIT)
+            else:
+                tag = f'"{hashlib.sha256(content).hexdigest()}"'
+                request.reply(200, content, X_Repo_Commit=self.COMMIT, ETag=tag)
+        elif not (found := re.match(r"/api/datasets/([^/]+/[^/]+)(.*)", path)) or found[1] not in self.repositories:
+            request.reply_json({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
+        elif tree := re.fullmatch(r"/tree/[^/]+/?(.*)", found[2]):
+            request.reply_json(self.entries(found[1], f"{tree[1]}/" if tree[1] else ""))
+        else:
+            siblings = [{"rfilename": name} for name in self.repositories[found[1]]]
+            request.reply_json({"id": found[1], "sha": self.COMMIT, "private": False, "tags": [], "siblings": siblings})
+
+    def entries(self, name, folder):
+        """What lies in a folder: files, and folders."""
+        inside = {path: len(content) for path, content in self.repositories[name].items() if path.startswith(folder)}
+        folders = {folder + path.removeprefix(folder).split("/")[0] for path in inside if "/" in path[len(folder) :]}
+        found = [{"type": "directory", "path": path, "size": 0, "oid": "d" * 40} for path in sorted(folders)]
+        return found + [
+            {"type": "file", "path": path, "size": size, "oid": hashlib.sha1(path.encode()).hexdigest()}
+            for path, size in inside.items()
+            if "/" not in path[len(folder) :]
+        ]
