@@ -162,7 +162,7 @@ def test_a_calibrated_model_has_thresholds_and_is_no_less_probable(runs, tmp_pat
 def test_an_exported_file_says_what_the_model_says(name, runs, tmp_path):
     folder = runs[name]
     run("export.py", folder / "run", "--format", "stablehlo", "--out", tmp_path / "a.stablehlo")
-    described = json.loads((tmp_path / "a.json").read_text())
+    described = json.loads((tmp_path / "a.stablehlo.json").read_text())
     import jax
 
     call = jax.export.deserialize(bytearray((tmp_path / "a.stablehlo").read_bytes())).call
