@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Iterable
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -26,8 +26,9 @@ class Source(Protocol):
 
     class_names: tuple[str, ...]
     """Of the classes; for regression of the numbers."""
-    targets: np.ndarray
-    """Of all images, without reading them: int (images,) or float32 (images, outputs)."""
+    if TYPE_CHECKING:  # asked for at run time, records would be read to know whether they are there
+        targets: np.ndarray
+        """Of all images, without reading them: int (images,) or float32 (images, outputs)."""
 
     def __len__(self) -> int: ...
 
