@@ -125,7 +125,7 @@ def test_an_evaluation_reads_every_image_once_for_both_weights(finished, copy, m
 
     monkeypatch.setattr(run_module, "open_split", counted)
     train(copy)
-    assert Counted.reads == 360 + 2  # one is looked at before the run begins, and one for the type of its pixels
+    assert Counted.reads == 360 + 1  # one is looked at before the run begins
 
 
 # train.py, to which something happens when it calls something.

@@ -16,8 +16,11 @@ from tnt_jax.data.targets import check_targets, check_training_targets
 logger = logging.getLogger(__name__)
 
 
-def check_splits(train: Source, test: Source, data: DataConfig, channels: int) -> None:
+def check_splits(train: Source, test: Source, data: DataConfig, channels: int) -> tuple[str, str]:
     """Makes sure that both splits have images that can be decoded, labels, and the same classes.
+
+    Returns:
+        The type of the images of each split in a batch: that of its first, or `data.depth`.
 
     Raises:
         InputError: they do not.
@@ -28,6 +31,7 @@ def check_splits(train: Source, test: Source, data: DataConfig, channels: int) -
             raise InputError(
                 f"data.{name} has {count} numbers, and should have one, or one for each of {channels} channels"
             )
+    dtypes = []
     for split, source in ((data.train_split, train), (data.eval_split, test)):
         name = f"split {split!r} of {data.source}"
         if not len(source):
@@ -37,6 +41,7 @@ def check_splits(train: Source, test: Source, data: DataConfig, channels: int) -
             if source is train:
                 check_training_targets(source.targets, data, source.class_names)
         pixels = sample_of(source, most_unreadable(data, len(source)) if source is train else 0, channels)
+        dtypes.append(data.depth or str(pixels.dtype))
         if source is train:
             _say_what_is_special(pixels, data)
         try:
@@ -50,6 +55,7 @@ def check_splits(train: Source, test: Source, data: DataConfig, channels: int) -
             f"{data.source} has {len(train.class_names)} classes in {data.train_split!r} and {len(test.class_names)} "
             f"in {data.eval_split!r}, which differ first in {first[0]!r} and {first[1]!r}; both must have the same"
         )
+    return dtypes[0], dtypes[1]
 
 
 def _say_what_is_special(pixels: np.ndarray, data: DataConfig) -> None:

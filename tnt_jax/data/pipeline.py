@@ -219,13 +219,20 @@ class EvalRecipe:
 
 
 def train_recipe(
-    source: Source, data: DataConfig, *, image_size: tuple[int, int], channels: int, batch_size: int, seed: int
+    source: Source,
+    data: DataConfig,
+    *,
+    image_size: tuple[int, int],
+    channels: int,
+    batch_size: int,
+    seed: int,
+    dtype: str | None = None,
 ) -> TrainRecipe:
     """The recipe behind `train_batches`."""
     weights, shares = getattr(source, "weights", None), None
     if data.sampling != "natural" or weights is not None:  # else the targets of records need not be read
         shares = image_shares(source.targets, data.sampling, len(source.class_names), weights)
-    dtype = dtype_of(source, data, channels)
+    dtype = dtype or dtype_of(source, data, channels)
     return TrainRecipe(source, data, (*image_size, channels), batch_size, seed, dtype, shares)
 
 
@@ -240,13 +247,14 @@ def train_batches(
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    dtype: str | None = None,
 ) -> Iterator[Batch]:
     """Batches without end, beginning with that of `start_step`.
 
     Each is {"image": (rows, height, width, channels), "label": int32 (rows,) or float32 (rows, outputs)}.
-    Images have the type of the first, or `data.depth`. `batch_size` counts the images of
-    a step over all processes; process p gets the p-th of `process_count` equal stretches of its rows. The workers end
-    when the iterator is closed or the process ends.
+    Images are of `dtype`; by default of `data.depth`, or of the type of the first, which is read for it. `batch_size`
+    counts the images of a step over all processes; process p gets the p-th of `process_count` equal stretches of its
+    rows. The workers end when the iterator is closed or the process ends.
 
     Raises:
         InputError: an image is unreadable, and more than `data.skip_unreadable` of them are. At once, when the sizes
@@ -255,7 +263,8 @@ def train_batches(
     """
     check_data(data)
     steps_per_epoch(len(source), data, batch_size)
-    recipe = train_recipe(source, data, image_size=image_size, channels=channels, batch_size=batch_size, seed=seed)
+    sizes = {"image_size": image_size, "channels": channels, "batch_size": batch_size}
+    recipe = train_recipe(source, data, **sizes, seed=seed, dtype=dtype)
     filled = _prepare(recipe, range(start_step, sys.maxsize), process_index, process_count)
     return _without_unreadable(filled, recipe)
 
@@ -293,13 +302,14 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
     interpolation: str = "bicubic",
+    dtype: str | None = None,
 ) -> Iterator[Batch]:
     """Every image exactly once over all processes.
 
     As in `train_batches`, with "mask" bool (rows,), False in the rows that fill up the last batch. Every process gets
     the same number of batches.
     """
-    dtype = dtype_of(source, dataclasses.replace(data, skip_unreadable=0.0), channels)
+    dtype = dtype or dtype_of(source, dataclasses.replace(data, skip_unreadable=0.0), channels)
     recipe = EvalRecipe(source, data, (*image_size, channels), batch_size, interpolation, dtype)
     steps = range(-(-len(source) // batch_size))
     filled = _prepare(recipe, steps, process_index, process_count)

@@ -42,7 +42,7 @@ class Run:
         check_wandb(config)
         self.train_source, self.test_source = (open_split(data, split) for split in (data.train_split, data.eval_split))
         self.config = complete(config, len(self.train_source.class_names))
-        check_splits(self.train_source, self.test_source, data, self.config.model.in_channels)
+        self._dtypes = check_splits(self.train_source, self.test_source, data, self.config.model.in_channels)
         self.mesh = make_mesh(config.fsdp)
         check_batch_size(config.batch_size, self.mesh, config.accumulation_steps)
         self.steps_per_epoch = steps_per_epoch(len(self.train_source), data, config.batch_size)
@@ -97,11 +97,12 @@ class Run:
 
     def batches(self, start: int) -> Iterator[Batch]:
         """Training batches after `start` steps."""
-        return train_batches(self.train_source, self.config.data, **self._feed, seed=self.config.seed, start_step=start)
+        drawn = {"seed": self.config.seed, "start_step": start, "dtype": self._dtypes[0]}
+        return train_batches(self.train_source, self.config.data, **self._feed, **drawn)
 
     def evaluate(self, state: TrainState, stop: Callable[[], int | None]) -> dict[str, float] | None:
         """Scores on every test image, of the averaged and of the raw weights; None if it was stopped in between."""
-        batches = eval_batches(self.test_source, self.config.data, **self._feed)
+        batches = eval_batches(self.test_source, self.config.data, **self._feed, dtype=self._dtypes[1])
         weights = {"ema": state.ema, "raw": state.params}
         with contextlib.closing(batches):
             program = self.program
