@@ -1,11 +1,6 @@
-"""Chromium without a screen, and without what it asks the network for by itself."""
+"""A browser without a screen: what its tests wait for."""
 
 import time
-
-FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-component-update",
-    "--disable-background-networking", "--disable-sync", "--window-size=1400,1500",
-)  # fmt: skip
 
 
 def wait_for(condition, seconds=120):

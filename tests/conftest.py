@@ -1,6 +1,9 @@
 """For all tests: what is compiled here runs for a moment, so it is compiled quickly, and not kept."""
 
 import os
+import shutil
+
+import pytest
 
 flags = os.environ.get("XLA_FLAGS", "")
 if "xla_backend_optimization_level" not in flags:
@@ -16,3 +19,24 @@ if os.environ.get("CHECK_SHAPES"):  # `make shapes`: every annotated shape is ch
 def pytest_collection_modifyitems(items):
     """The longest first: of two workers, none is left with a test of a minute at the end."""
     items.sort(key=lambda item: "tests/training" not in item.nodeid)
+
+
+CHROMIUM = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-component-update",
+    "--disable-background-networking", "--disable-sync", "--window-size=1400,1500",
+)  # fmt: skip
+
+
+@pytest.fixture
+def browser(tmp_path):
+    """Chromium without a screen, and without what it asks the network for by itself."""
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for flag in (*CHROMIUM, f"--user-data-dir={tmp_path / 'profile'}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()

@@ -8,6 +8,7 @@ import typing
 import numpy as np
 import pytest
 
+from tnt_jax.commands.cli import smoke
 from tnt_jax.config import (
     DataConfig,
     InputError,
@@ -16,12 +17,10 @@ from tnt_jax.config import (
     ModelConfig,
     TrainConfig,
     check,
-    from_json,
-    smoke,
-    to_json,
 )
 from tnt_jax.fields import role_of
 from tnt_jax.models.variants import VARIANTS, changes_to, complete, resolve
+from tnt_jax.storage.config_json import from_json, to_json
 
 CONFIG = complete(TrainConfig(), num_classes=10)
 

@@ -11,10 +11,11 @@ import struct
 import numpy as np
 import pytest
 
-from tnt_jax.config import DataConfig, InputError, ModelChanges, TrainConfig, check, from_json, to_json
+from tnt_jax.config import DataConfig, InputError, ModelChanges, TrainConfig, check
 from tnt_jax.data.check import check_splits, content_of
 from tnt_jax.data.opening import open_split
 from tnt_jax.models.variants import complete
+from tnt_jax.storage.config_json import from_json, to_json
 from tnt_jax.storage.run import by_role, read_config
 
 ODD = (

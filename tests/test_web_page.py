@@ -4,31 +4,17 @@ import functools
 import http.server
 import os
 import pathlib
-import shutil
 import threading
 
 import commands
 import numpy as np
 import pytest
-from browsers import FLAGS, wait_for
+from browsers import wait_for
 from PIL import Image
 from small_models import small_model
 
 import tnt_jax
 from tnt_jax.export import web
-
-
-@pytest.fixture
-def browser(tmp_path):
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path / 'profile'}"):
-        options.add_argument(flag)
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
 
 
 @pytest.fixture

@@ -4,8 +4,6 @@ A config file returns one `TrainConfig`, the command line changes its fields.
 """
 
 import dataclasses
-import json
-import typing
 from typing import Generic, Literal, TypeVar
 
 from tnt_jax.fields import changes_of, faults, setting
@@ -336,45 +334,6 @@ class TrainConfig(Generic[Model]):
     distributed: DistributedConfig = DistributedConfig()
 
 
-NOT_THE_RUN = ("wandb", "profile", "distributed")
-"""Fields of how a run is started and watched, which are no part of what it computes."""
-
-
-def smoke(config: TrainConfig) -> TrainConfig:
-    """The same run shrunk to a minute on a laptop: two blocks (one in each stage of a PyramidTNT, as narrow as in the
-    smallest one), few patches, a few steps on noise of one class an image, in a folder of its own.
-
-    What it trains is worth nothing; that it trains shows that the configuration holds together.
-    """
-    patch = config.model.patch_size or 16
-    shrunk = {"image_size": 2 * patch, "depth": 2, "inner_blocks": None, "num_classes": None}
-    if config.model.name.startswith("ptnt_"):
-        shrunk |= {"depth": (1, 1, 1, 1), "inner_dim": (5, 10, 20, 20), "inner_heads": (1, 2, 4, 4)}
-        shrunk |= {"outer_dim": (80, 160, 320, 320), "outer_heads": (2, 4, 8, 8)}
-    return dataclasses.replace(
-        config,
-        run_dir=f"{config.run_dir}_smoke",
-        init_from=None,
-        model=dataclasses.replace(config.model, **shrunk),
-        data=dataclasses.replace(
-            config.data,
-            source="synthetic:512",
-            task="single_label",
-            sampling="natural",
-            train_split="train",
-            eval_split="test",
-            num_workers=0,
-        ),
-        loss=LossConfig(),
-        best_metric=None,
-        optimizer=dataclasses.replace(config.optimizer, warmup_epochs=1, cooldown_epochs=0),
-        batch_size=64,
-        epochs=2,
-        eval_every_epochs=1,
-        log_every_steps=1,
-    )
-
-
 def check(config: TrainConfig) -> None:
     """Raises InputError for the first field of any part whose value means nothing.
 
@@ -425,36 +384,3 @@ def check_task(config: TrainConfig) -> None:
 def best_metric(config: TrainConfig) -> str:
     """The metric by which the best checkpoint of a run is chosen."""
     return config.best_metric or TASKS[config.data.task][0]
-
-
-def to_json(config: TrainConfig) -> dict:
-    """What a run is, as JSON holds it: nested dictionaries, tuples as lists, without how it is started and watched."""
-    fields = json.loads(json.dumps(dataclasses.asdict(config)))
-    return {name: value for name, value in fields.items() if name not in NOT_THE_RUN}
-
-
-def from_json(values: dict, kind: type = TrainConfig[ModelConfig]):
-    """The configuration that `to_json` gave, of a complete run or with `TrainConfig[ModelChanges]` of a config file.
-
-    Raises:
-        InputError: a field that this version does not have, or one that it misses.
-    """
-    plain_kind = typing.get_origin(kind) or kind
-    if not isinstance(values, dict):
-        raise InputError(f"{values!r} was found where the fields of a {plain_kind.__name__} should be")
-    hints = typing.get_type_hints(plain_kind)
-    if kind is not plain_kind:
-        (hints["model"],) = typing.get_args(kind)
-    fields = dataclasses.fields(plain_kind)
-    required = {field.name for field in fields if field.default is field.default_factory is dataclasses.MISSING}
-    for names, fault in ((values.keys() - hints.keys(), "has no field"), (required - values.keys(), "needs the field")):
-        if names:
-            listed = ", ".join(sorted(names))
-            raise InputError(f"{plain_kind.__name__} {fault} {listed}; this was written by another version")
-
-    def read(value, field_type):
-        if dataclasses.is_dataclass(field_type):
-            return from_json(value, field_type)
-        return tuple(value) if isinstance(value, list) else value
-
-    return plain_kind(**{name: read(value, hints[name]) for name, value in values.items()})

@@ -12,7 +12,7 @@ import tyro
 
 import tnt_jax
 from tnt_jax.commands.process import notes_on_stderr, use_cpu_where_there_is_nothing_else
-from tnt_jax.config import InputError, ModelChanges, TrainConfig, smoke
+from tnt_jax.config import InputError, LossConfig, ModelChanges, TrainConfig
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 """A flag without its contrary, --no-FLAG."""
@@ -53,6 +53,44 @@ def parse_with_config(kind: type, arguments: Sequence[str] | None = None) -> tup
         description=kind.__doc__,
     )
     return given, given.changed
+
+
+def smoke(config: TrainConfig) -> TrainConfig:
+    """The same run shrunk to a minute on a laptop: two blocks (one in each stage of a PyramidTNT, as narrow as in the
+    smallest one), few patches, a few steps on noise of one class an image, in a folder of its own.
+
+    What it trains is worth nothing; that it trains shows that the configuration holds together.
+    """
+    patch = config.model.patch_size or 16
+    shrunk = {"image_size": 2 * patch, "depth": 2, "inner_blocks": None, "num_classes": None}
+    if config.model.name.startswith("ptnt_"):
+        shrunk |= {"depth": (1, 1, 1, 1), "inner_dim": (5, 10, 20, 20), "inner_heads": (1, 2, 4, 4)}
+        shrunk |= {"outer_dim": (80, 160, 320, 320), "outer_heads": (2, 4, 8, 8)}
+    return dataclasses.replace(
+        config,
+        run_dir=f"{config.run_dir}_smoke",
+        init_from=None,
+        model=dataclasses.replace(config.model, **shrunk),
+        data=dataclasses.replace(
+            config.data,
+            source="synthetic:512",
+            task="single_label",
+            sampling="natural",
+            fold=None,
+            holdout=0.0,
+            class_names=None,
+            train_split="train",
+            eval_split="test",
+            num_workers=0,
+        ),
+        loss=LossConfig(),
+        best_metric=None,
+        optimizer=dataclasses.replace(config.optimizer, warmup_epochs=1, cooldown_epochs=0),
+        batch_size=64,
+        epochs=2,
+        eval_every_epochs=1,
+        log_every_steps=1,
+    )
 
 
 def training_config(arguments: Sequence[str]) -> TrainConfig[ModelChanges]:

@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tnt_jax.config import InputError, TrainConfig, from_json, to_json
+from tnt_jax.config import InputError, TrainConfig
 from tnt_jax.fields import role_of
+from tnt_jax.storage.config_json import from_json, to_json
 from tnt_jax.storage.description import (
     DESCRIPTION,
     ModelDescription,

@@ -17,9 +17,10 @@ import rich.console
 import rich.progress
 
 from tnt_jax.chips import chip_of, training_flops
-from tnt_jax.config import InputError, TrainConfig, best_metric, to_json
+from tnt_jax.config import InputError, TrainConfig, best_metric
 from tnt_jax.models.summary import count_macs
 from tnt_jax.storage.checkpoint import NonFiniteError, WriteError
+from tnt_jax.storage.config_json import to_json
 from tnt_jax.storage.files import write_text
 from tnt_jax.training.metrics import printed, spoken
 
