@@ -42,8 +42,9 @@ runpy.run_path("train.py", run_name="__main__")
 """
 
 
-# With Adam's own, the order of additions grows to 2e-5 of the loss in 33 steps: it divides by squares near 0.
-EPSILON = 1e-3
+# Adam divides by squares near 0, and so makes the order of additions grow in 33 steps: with its own epsilon to 2e-5 of
+# the loss, with 1e-3 to 1.03e-5 of a gradient norm.
+EPSILON = 1e-2
 
 
 @pytest.fixture(scope="module")
