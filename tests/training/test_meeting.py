@@ -162,7 +162,6 @@ def test_a_process_that_died_while_others_were_awaited_may_come_again():
 
 def test_a_process_whose_host_has_vanished_may_come_again(monkeypatch):
     monkeypatch.setattr(meeting, "WAITING_SECONDS", 0.5)
-    monkeypatch.setattr(meeting, "SILENT_SECONDS", 1.0)
     place = Place(3)
     vanished = place.hello(1, token="first")  # never answers, never closes
     place.go(place.process(1), place.process(2))
