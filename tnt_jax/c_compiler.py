@@ -56,7 +56,7 @@ def library(
     key = hashlib.sha256(b"".join(texts) + repr((flags, _machine(), _compiler())).encode()).hexdigest()[:16]
     try:
         try:
-            folder = _cache()
+            folder = cache_folder()
         except (UnsafeCacheError, OSError) as error:
             log.warning("%s is compiled for this process alone: %s", source.name, error)
             with tempfile.TemporaryDirectory() as folder:
@@ -72,20 +72,20 @@ def library(
 def _from_cache(source: pathlib.Path, flags: Sequence[str], folder: pathlib.Path, name: str) -> ctypes.CDLL:
     for path in sorted(folder.glob(f"{name}-*.so")):
         # Loading a file that was cut short is a bus error, which nobody can catch.
-        if _ours_alone(path) and path.stem == f"{name}-{_checksum(path)}":
+        if ours_alone(path) and path.stem == f"{name}-{checksum(path)}":
             with contextlib.suppress(OSError):  # such as another libc's
                 return ctypes.CDLL(str(path))
         path.unlink(missing_ok=True)
     return ctypes.CDLL(str(_compiled(source, flags, folder, name)))
 
 
-def _cache() -> pathlib.Path:
+def cache_folder() -> pathlib.Path:
     """The folder of the cache, made if need be, which only this user can write."""
     folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tnt_jax"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not _is_ours(folder):
         raise UnsafeCacheError(f"{folder} belongs to user {folder.stat().st_uid}, not to user {os.getuid()}")
-    if not _ours_alone(folder):
+    if not ours_alone(folder):
         folder.chmod(stat.S_IMODE(folder.stat().st_mode) & ~OTHERS_WRITE)
     return folder
 
@@ -94,12 +94,12 @@ def _is_ours(path: pathlib.Path) -> bool:
     return not hasattr(os, "getuid") or path.stat().st_uid == os.getuid()
 
 
-def _ours_alone(path: pathlib.Path) -> bool:
+def ours_alone(path: pathlib.Path) -> bool:
     """Whether no other user but root can have written a file or folder."""
     return _is_ours(path) and not path.stat().st_mode & OTHERS_WRITE
 
 
-def _checksum(path: pathlib.Path) -> str:
+def checksum(path: pathlib.Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
@@ -109,7 +109,7 @@ def _compiled(source: pathlib.Path, flags: Sequence[str], into: pathlib.Path, na
         command = [*_command(), *flags, str(source), "-o", str(made), "-lm"]
         subprocess.run(command, check=True, capture_output=True, timeout=120)
         made.chmod(0o700)
-        return made.replace(into / f"{name}-{_checksum(made)}.so")
+        return made.replace(into / f"{name}-{checksum(made)}.so")
 
 
 def _command() -> list[str]:

@@ -81,7 +81,7 @@ class ModelConfig:
     remat: Literal["none", "linear", "all"] = setting(role="execution")
     """What the backward pass computes again instead of keeping it, for less memory and more time: nothing; all of a
     block but what its linear maps return; or all of it."""
-    inner: Literal["auto", "reference", "native", "feature_major", "pallas"] = setting(role="execution")
+    inner: Literal["auto", "reference", "native", "feature_major", "pallas", "cuda"] = setting(role="execution")
     """How the inner transformers are computed; auto is what is fastest on the platform. The results are the same. With
     auto or native, attention of the others on CPUs is a function in C too."""
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
+from tnt_jax.chips import GPUS
+
 log = logging.getLogger(__name__)
 AUTO_MESH = "jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names))"
 
@@ -15,6 +17,22 @@ def platform() -> str:
     """What is being traced for: cpu, gpu or tpu."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+
+
+def gpu() -> tuple[float, int] | str:
+    """Compute capability and multiprocessors of the GPUs that are being traced for, or why they are not known."""
+    mesh = jax.sharding.get_abstract_mesh()
+    here = [device for device in jax.devices() if device.platform == "gpu"]
+    kinds = sorted({device.device_kind for device in here})
+    if len(kinds) > 1:
+        return f"the processes have different cards: {', '.join(kinds)}"
+    kind = jax.devices()[0].device_kind if mesh.empty else mesh.abstract_device.device_kind
+    if kind in kinds:
+        return float(here[0].compute_capability), here[0].core_count
+    for each in GPUS.values():  # of a program that is compiled for a card that is not here
+        if each.device_kind == kind:
+            return each.capability, each.multiprocessors
+    return f"{kind} is no GPU that is known"
 
 
 def mesh_obstacle(count: int) -> str | None:

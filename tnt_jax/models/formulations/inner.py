@@ -3,11 +3,13 @@
 - `reference`: the equations as the paper has them, (sentences, words, channels).
 - `native`: the whole layer as one function in C for CPUs, kernels/cpu/inner_layer.c.
 - `feature_major`: sentences on the last axis, which fills the registers of TPUs; attention is elementwise. On GPUs XLA
-  estimates it at 1.4 times the cost of the equations, which `auto` therefore takes there.
+  estimates it at 1.4 times the cost of the equations.
 - `pallas`: the whole layer in one TPU kernel, kernels/tpu/inner_block.py.
+- `cuda`: the whole layer in one kernel for NVIDIA GPUs, kernels/gpu/inner_layer.h. It has not run on a GPU yet, so
+  `auto` takes the equations there, and `cuda` is asked for by name.
 
 Where a platform or a size does not allow one, `pallas` falls back to `feature_major` and the others to `reference`.
-docs/performance.md says what each costs.
+docs/performance.md and docs/gpus.md say what each costs.
 """
 
 import functools
@@ -17,22 +19,27 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from tnt_jax.models.formulations.devices import mesh_obstacle, on_each_device, platform, say_once
+from tnt_jax.models.formulations.devices import gpu, mesh_obstacle, on_each_device, platform, say_once
 from tnt_jax.models.functions import NORM_EPSILON, gelu
+from tnt_jax.models.kernels.gpu.sizes import Sizes
+from tnt_jax.models.kernels.gpu.sizes import obstacle as sizes_obstacle
 from tnt_jax.models.kernels.parameters import LayerParameters
+
+LEAST_CAPABILITY = 8.0
+"""Of a card for the CUDA kernels: tensor cores that multiply bfloat16, the A100's and later."""
 
 
 def transform_words(
     layer: nnx.Module, words: Float[Array, "sentences words inner"], key: PRNGKeyArray | None
 ) -> Float[Array, "sentences words inner"]:
     """What an `InnerTransformer` makes of words."""
-    formulation = choose(layer, words.shape[0], training=key is not None)
+    formulation = choose(layer, *words.shape[:2], training=key is not None)
     if formulation == "reference":
         return layer.reference(words, key)
     count, num_words, channels = words.shape
     survival = layer.branch_survival(count, key)
-    if formulation == "native":
-        return native(layer, words, survival)
+    if formulation in ("native", "cuda"):
+        return {"native": native, "cuda": cuda}[formulation](layer, words, survival)
     run = {"feature_major": feature_major, "pallas": pallas}[formulation]
     # Transposing moves nothing: XLA gives the words the layout that the formulation wants.
     return run(layer, words.reshape(count, -1).T, survival).T.reshape(count, num_words, channels)
@@ -45,7 +52,7 @@ def preferred(asked: str) -> str:
     return {"tpu": "pallas", "cpu": "native"}.get(platform(), "reference")
 
 
-def choose(layer: nnx.Module, sentences: int, *, training: bool) -> str:
+def choose(layer: nnx.Module, sentences: int, num_words: int = 16, *, training: bool) -> str:
     """The formulation that a layer runs: the one that was asked for, if platform and sizes allow it."""
     asked = preferred(layer.formulation)
     if asked == "pallas" and (obstacle := pallas_obstacle(sentences) or _size_obstacle(layer)):
@@ -56,6 +63,8 @@ def choose(layer: nnx.Module, sentences: int, *, training: bool) -> str:
         from tnt_jax.models.kernels.cpu import library
 
         obstacle = library.obstacle("inner_layer", layer.dtype, sentences)
+    if asked == "cuda":
+        obstacle = cuda_obstacle(layer, sentences, num_words)
     if asked != "reference" and training and layer.has_dropout:
         obstacle = obstacle or f"{asked} has no dropout"
     if obstacle:
@@ -81,6 +90,25 @@ def _size_obstacle(layer: nnx.Module) -> str | None:
     return None
 
 
+def cuda_obstacle(layer: nnx.Module, sentences: int, num_words: int) -> str | None:
+    """Why the CUDA kernels cannot run this layer on so many sentences here, or None."""
+    if platform() != "gpu":
+        return f"the CUDA kernel runs on NVIDIA GPUs, and this is a {platform()}"
+    card = gpu()
+    if isinstance(card, str):
+        return card
+    if card[0] < LEAST_CAPABILITY:
+        return f"the CUDA kernel needs compute capability {LEAST_CAPABILITY}, and this card has {card[0]}"
+    if layer.dtype != "bfloat16":
+        return f"the CUDA kernel computes in bfloat16, and this is {layer.dtype}"
+    if not layer.norms_each_word:
+        return "the CUDA kernel normalises each word by itself"
+    from tnt_jax.models.kernels.gpu import call
+
+    sizes = cuda_sizes(layer, num_words)
+    return sizes_obstacle(sizes) or mesh_obstacle(sentences) or call.obstacle(sizes)
+
+
 def columns(layer: nnx.Module) -> LayerParameters:
     """The parameters of a layer as columns, and matrices that multiply from the left."""
     norm1, attn, norm2, mlp = layer.norm1, layer.attn, layer.norm2, layer.mlp
@@ -98,20 +126,47 @@ def columns(layer: nnx.Module) -> LayerParameters:
     )  # fmt: skip
 
 
+def as_held(layer: nnx.Module) -> LayerParameters:
+    """The parameters of a layer as its modules hold them."""
+    norm1, attn, norm2, mlp = layer.norm1, layer.attn, layer.norm2, layer.mlp
+    parameters = LayerParameters(
+        norm1.scale, norm1.bias, attn.qkv.kernel, attn.proj.kernel, attn.proj.bias,
+        norm2.scale, norm2.bias, mlp.fc1.kernel, mlp.fc1.bias, mlp.fc2.kernel, mlp.fc2.bias,
+    )  # fmt: skip
+    return LayerParameters(*(each[...].astype(jnp.float32) for each in parameters))
+
+
 def native(
     layer: nnx.Module, words: Float[Array, "sentences words channels"], survival: Float[Array, "2 sentences"]
 ) -> Float[Array, "sentences words channels"]:
     """The layer as one function in C; on a mesh, each device runs it on its own sentences."""
     from tnt_jax.models.kernels.cpu.inner_layer import inner_layer
 
-    norm1, attn, norm2, mlp = layer.norm1, layer.attn, layer.norm2, layer.mlp
-    parameters = LayerParameters(
-        norm1.scale, norm1.bias, attn.qkv.kernel, attn.proj.kernel, attn.proj.bias,
-        norm2.scale, norm2.bias, mlp.fc1.kernel, mlp.fc1.bias, mlp.fc2.kernel, mlp.fc2.bias,
-    )  # fmt: skip
-    parameters = LayerParameters(*(each[...].astype(jnp.float32) for each in parameters))
-    kernel = functools.partial(inner_layer, attn.num_heads, NORM_EPSILON)
-    return on_each_device(kernel, (0, 1, None), 0)(words, survival, parameters)
+    kernel = functools.partial(inner_layer, layer.attn.num_heads, NORM_EPSILON)
+    return on_each_device(kernel, (0, 1, None), 0)(words, survival, as_held(layer))
+
+
+def cuda_sizes(layer: nnx.Module, num_words: int) -> Sizes:
+    """What the CUDA kernels are compiled for."""
+    channels, hidden = layer.attn.qkv.in_features, layer.mlp.fc1.out_features
+    return Sizes(num_words, channels, layer.attn.num_heads, hidden, NORM_EPSILON)
+
+
+def cuda(
+    layer: nnx.Module,
+    words: Float[Array, "sentences words channels"],
+    survival: Float[Array, "2 sentences"],
+    multiprocessors: int | None = None,
+) -> Float[Array, "sentences words channels"]:
+    """The layer in one kernel on NVIDIA GPUs; on a mesh, each device runs it on its own sentences.
+
+    Args:
+        multiprocessors: of a card; by default of the one that is traced for.
+    """
+    from tnt_jax.models.kernels.gpu.inner_layer import inner_layer
+
+    kernel = functools.partial(inner_layer, cuda_sizes(layer, words.shape[1]), multiprocessors or gpu()[1])
+    return on_each_device(kernel, (0, 1, None), 0)(words, survival, as_held(layer))
 
 
 def pallas(

@@ -1,0 +1,53 @@
+"""The sizes that the CUDA kernels are compiled for, and those that they cover."""
+
+from typing import NamedTuple
+
+MOST_WORDS, MOST_CHANNELS, MOST_DIM = 16, 40, 15
+
+
+class Sizes(NamedTuple):
+    """Of an inner layer."""
+
+    words: int
+    channels: int
+    heads: int
+    hidden: int
+    epsilon: float
+
+    @property
+    def dim(self) -> int:
+        """Channels of a head."""
+        return self.channels // self.heads
+
+    @property
+    def padded_dim(self) -> int:
+        """Channels of a head in the kernels, at least one more."""
+        return 8 if self.dim < 8 else 16
+
+    @property
+    def merged(self) -> int:
+        """Channels of all heads in the kernels."""
+        return self.heads * self.padded_dim
+
+    @property
+    def padded(self) -> int:
+        """Channels of a word in the kernels, in eights."""
+        return -(-self.channels // 8) * 8
+
+    @property
+    def normed(self) -> int:
+        """Rows of the matrices that multiply normalised words: the channels, a one, padding to sixteens."""
+        return (self.channels + 16) // 16 * 16
+
+
+def obstacle(sizes: Sizes) -> str | None:
+    """Why the kernels cannot run a layer of these sizes, or None."""
+    if sizes.words > MOST_WORDS:
+        return f"the CUDA kernel takes at most {MOST_WORDS} words a patch, and these are {sizes.words}"
+    if sizes.channels % 2 or sizes.channels > MOST_CHANNELS:
+        return f"the CUDA kernel takes an even number of channels up to {MOST_CHANNELS}, and these are {sizes.channels}"
+    if sizes.dim > MOST_DIM:
+        return f"the CUDA kernel takes heads of at most {MOST_DIM} channels, and these have {sizes.dim}"
+    if sizes.hidden % 16:
+        return f"the CUDA kernel takes hidden channels in multiples of 16, and these are {sizes.hidden}"
+    return None
