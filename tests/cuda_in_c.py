@@ -17,7 +17,7 @@ from tnt_jax.models.kernels.gpu import call
 def library(kernel, sizes, exact) -> ctypes.CDLL:
     path, _ = call.source(kernel)
     macros = [option.replace("--define-macro=", "-D") for option in call.options(kernel, sizes)]
-    flags = ["-x", "c", "-std=gnu11", "-O2", "-Wno-psabi", "-fPIC", "-shared", *macros, *["-DEXACT"] * exact]
+    flags = ["-x", "c", "-std=gnu11", "-O1", "-Wno-psabi", "-fPIC", "-shared", *macros, *["-DEXACT"] * exact]
     with tempfile.TemporaryDirectory() as folder:
         command = [*shlex.split(os.environ.get("CC", "cc")), *flags, str(path), "-o", f"{folder}/made.so", "-lm"]
         subprocess.run(command, check=True)

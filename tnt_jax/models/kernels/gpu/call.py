@@ -29,10 +29,8 @@ def warps_and_blocks(kernel: str, sizes: Sizes) -> tuple[int, int]:
 def options(kernel: str, sizes: Sizes) -> tuple[str, ...]:
     """The macros of a kernel."""
     warps, blocks = warps_and_blocks(kernel, sizes)
-    macros = dict(
-        WORDS=sizes.words, CHANNELS=sizes.channels, HEADS=sizes.heads, HIDDEN=sizes.hidden, EPSILON=f"{sizes.epsilon}f",
-        WARPS=warps, BLOCKS=blocks,
-    )  # fmt: skip
+    macros = {"WARPS": warps, "BLOCKS": blocks, "WORDS": sizes.words, "CHANNELS": sizes.channels}
+    macros |= {"HEADS": sizes.heads, "HIDDEN": sizes.hidden, "EPSILON": f"{sizes.epsilon}f"}
     return tuple(f"--define-macro={name}={value}" for name, value in macros.items())
 
 
@@ -76,9 +74,8 @@ def launch(
         shared: bytes of shared memory that a block takes.
     """
     warps, _ = warps_and_blocks(kernel, sizes)
-    numbers = dict(
-        grid_x=grid, grid_y=1, grid_z=1, block_x=32 * warps, block_y=1, block_z=1, shared_mem_bytes=shared
-    )  # fmt: skip
+    numbers = {"grid_x": grid, "grid_y": 1, "grid_z": 1, "block_x": 32 * warps, "block_y": 1, "block_z": 1}
+    numbers["shared_mem_bytes"] = shared
     fields = ", ".join(f"{name} = {value} : i32" for name, value in numbers.items())
     text = ptx(kernel, sizes).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\0A").replace("\t", "\\09")
     call = jax.ffi.ffi_call(

@@ -66,9 +66,7 @@ def _backward(sizes: Sizes, multiprocessors: int, saved: tuple, cotangent: Array
         )
         return cotangent, sums.sum(0)
 
-    cotangent, sums = run(
-        "inner_mlp_gradient", cotangent, folding.mlp_tiles(sizes, m), folding.mlp_sums(sizes)
-    )  # fmt: skip
+    cotangent, sums = run("inner_mlp_gradient", cotangent, folding.mlp_tiles(sizes, m), folding.mlp_sums(sizes))
     fc1, fc2, bias = folding.mlp_gradients(sizes, sums)
     cotangent, sums = run(
         "inner_attention_gradient", cotangent, folding.attention_tiles(sizes, m), folding.attention_sums(sizes)

@@ -1,0 +1,89 @@
+"""What NVIDIA's compiler makes of the CUDA kernels: registers, spilled bytes, and instructions for a sentence.
+
+    pip install nvidia-cuda-nvrtc nvidia-cuda-nvdisasm
+    python benchmarks/gpu_kernels.py [--architectures sm_80 sm_90a sm_100]
+
+No GPU is needed. Instructions are those of the loop over sentences in the machine code, of a warp, each counted once:
+nothing else in the kernels repeats. `issue limit` is what they take where each of an H100's 528 schedulers issues one a
+cycle and nothing waits, for the 25,088 sentences of 128 images: no kernel can be faster, and a real one is slower.
+"""
+
+import argparse
+import collections
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+
+from tnt_jax.models.functions import NORM_EPSILON
+from tnt_jax.models.kernels.gpu import call, nvrtc
+from tnt_jax.models.kernels.gpu.sizes import Sizes
+
+SIZES = {
+    "TNT-Ti": Sizes(16, 12, 2, 48, NORM_EPSILON),
+    "TNT-S": Sizes(16, 24, 4, 96, NORM_EPSILON),
+    "TNT-B": Sizes(16, 40, 4, 160, NORM_EPSILON),
+}
+SENTENCES, SCHEDULERS, CLOCK = 128 * 196, 528, 1.755e9
+COUNTED = ("HMMA", "MUFU", "MOVM", "SHFL", "LDS", "LDL", "STL")
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--architectures", nargs="+", default=("sm_80", "sm_90a", "sm_100"))
+    arguments.add_argument("--models", nargs="+", choices=SIZES, default=tuple(SIZES))
+    given = arguments.parse_args()
+    print("| | kernel | | registers | spilled bytes | instructions | of them | issue limit µs a layer |")
+    print("|---|---|---|---|---|---|---|---|")
+    for model in given.models:
+        for kernel in call.KERNELS:
+            for architecture in given.architectures:
+                print(_row(model, kernel, architecture), flush=True)
+
+
+def _row(model: str, kernel: str, architecture: str) -> str:
+    registers, spilled, code = account(kernel, SIZES[model], architecture)
+    cells, loop = [model, kernel, architecture, str(registers), str(spilled)], instructions(code)
+    if loop:
+        kinds = collections.Counter(loop)
+        parts = ", ".join(f"{kinds[kind]} {kind}" for kind in COUNTED if kinds[kind])
+        cells += [f"{len(loop):,}", parts, f"{len(loop) * SENTENCES / SCHEDULERS / CLOCK * 1e6:.0f}"]
+    else:
+        cells += ["no nvdisasm", "", ""]
+    return f"| {' | '.join(cells)} |"
+
+
+def account(kernel: str, sizes: Sizes, architecture: str) -> tuple[int, int, bytes]:
+    """Registers of a thread, bytes that it spills (stores), and the machine code."""
+    options = (*call.options(kernel, sizes), "--ptxas-options=-v")
+    code, log = nvrtc.compiled(*call.source(kernel), architecture, options)
+    registers = int(re.search(r"Used (\d+) registers", log)[1])
+    return registers, int(re.search(r"(\d+) bytes spill stores", log)[1]), code
+
+
+def instructions(code: bytes) -> list[str]:
+    """The opcodes of the loop over sentences, the shortest one with all products; empty without nvdisasm."""
+    tool = shutil.which("nvdisasm")
+    found = [path for folder in sys.path for path in pathlib.Path(folder).glob("nvidia/*/bin/nvdisasm")]
+    if not tool and not found:
+        return []
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code)
+        file.flush()
+        text = subprocess.run([tool or found[0], "-c", file.name], check=True, capture_output=True, text=True).stdout
+    labels, opcodes, loops = {}, [], []
+    for line in text.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(opcodes)
+        if found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9]*)", line):
+            opcodes.append(found[1])
+            target = re.search(r"BRA.*(\.L_x_\d+)", line)
+            if target and target[1] in labels:
+                loops.append(opcodes[labels[target[1]] :])
+    return min(loops, key=lambda loop: (-loop.count("HMMA"), len(loop)), default=[])
+
+
+if __name__ == "__main__":
+    main()
