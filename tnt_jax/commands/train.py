@@ -12,8 +12,8 @@ class Arguments(Chosen):
     """Trains what --config describes; every other flag changes one of its fields."""
 
     plan: str | None = None
-    """Train nothing, but say whether the run fits on a TPU that is not here, as v5e:16x16, or on processors, as
-    cpu:8."""
+    """Train nothing, but say whether the run fits on chips that are not here: TPUs as v5e:16x16, GPUs as h100:8 or
+    h100:4x8 (hosts x GPUs), or processors as cpu:8."""
 
 
 @command

@@ -1,6 +1,7 @@
 """What the devices of a compiled program send to each other, read from its text."""
 
 import dataclasses
+import math
 import re
 
 SIZES = {
@@ -13,6 +14,7 @@ OPERATION = re.compile(rf"^\s*(?:ROOT )?%?\S+ = (?P<result>.*?) (?P<kind>{KINDS}
 SHAPE = re.compile(rf"\b({'|'.join(SIZES)})\[([\d,]*)\]")
 LISTED_GROUPS = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 COUNTED_GROUPS = re.compile(r"replica_groups=\[\d+,(\d+)\]")
+NAMED_GROUPS = re.compile(r"replica_groups=mesh\[(.*?)\][^{]*\{(.*?)\}")  # mesh['data'=8,'fsdp'=1] {'data'}
 LOOP = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -58,5 +60,8 @@ def _bytes(kind: str, sides: str) -> int:
 def _group(line: str) -> int | None:
     if listed := LISTED_GROUPS.search(line):
         return len(listed[1].split(","))
+    if named := NAMED_GROUPS.search(line):
+        sizes = dict(axis.split("=") for axis in named[1].split(","))
+        return math.prod(int(sizes[axis]) for axis in named[2].split(","))
     counted = COUNTED_GROUPS.search(line)
     return int(counted[1]) if counted else None

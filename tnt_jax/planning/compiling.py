@@ -35,10 +35,13 @@ class Compiled:
     loops: tuple[int, ...] = ()
 
 
-def compile_step(config: TrainConfig, devices: Sequence, steps_per_epoch: int = 1000) -> Compiled:
+def compile_step(
+    config: TrainConfig, devices: Sequence, steps_per_epoch: int = 1000, *, limit: float | None = None
+) -> Compiled:
     """The train step of a run, compiled for these devices.
 
     Args:
+        limit: bytes that fit. Without one the compiler says that a program does not fit, as TPUs' does.
         steps_per_epoch: a number in the schedule; it changes nothing of what is reported.
 
     Raises:
@@ -61,22 +64,39 @@ def compile_step(config: TrainConfig, devices: Sequence, steps_per_epoch: int = 
             batch, memory_wanted(str(error), bytes_of(arguments)), fits=False, seconds=time.perf_counter() - start
         )
     seconds = time.perf_counter() - start
-    memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
+    memory, cost, text = compiled.memory_analysis(), costs_of(compiled), compiled.as_text()
+    # What is given away is used again for what comes out.
+    used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    used += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     return Compiled(
         batch,
-        # What is given away is used again for what comes out.
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes,
-        True,
+        used,
+        limit is None or used <= limit,
         seconds,
         cost.get("flops", 0.0),
         cost.get("bytes accessed", 0.0),
         tuple(collectives(text)),
         tuple(loops(text)),
     )
+
+
+def costs_of(compiled: Any) -> dict[str, float]:
+    """The compiler's account of a program: `flops` and `bytes accessed`; empty where there is none.
+
+    A program for a GPU that is not there has none of its own, and XLA's count of any program's operations is had from
+    the client of the CPU. That function is private to JAX.
+    """
+    if cost := compiled.cost_analysis():
+        return cost
+    import jax
+
+    try:
+        from jax._src.lib import xla_client
+
+        count = xla_client._xla.hlo_module_cost_analysis
+        return count(jax.devices("cpu")[0].client, compiled.runtime_executable().hlo_modules()[0])
+    except (ImportError, AttributeError):
+        return {}
 
 
 def bytes_of(shapes: Any) -> int:
@@ -130,3 +150,25 @@ def largest_batch(
         if last.fits and too_large:
             return fits, too_large, search + 1
     return fits, too_large, SEARCHES
+
+
+def largest_batch_by_memory(
+    first: Compiled, capacity: float, fixed: int, unit: int, compile_at: Callable[[int], Compiled]
+) -> tuple[int, int | None, int]:
+    """As `largest_batch`, for a compiler that compiles every batch, and makes those that do not fit smaller in its way.
+
+    So only what fits lies on a line: each guess is where that one reaches `capacity`, and the last one lies above it.
+    """
+    fits, too_large = (first, None) if first.fits else (None, first.batch)
+    for search in range(SEARCHES):
+        if fits is None:
+            guess = too_large // 2 // unit * unit
+        else:
+            reaches = (capacity - fixed) * fits.batch / (fits.memory - fixed)
+            guess = max(int(min(reaches, STEEPEST * fits.batch)) // unit * unit, fits.batch + unit)
+            guess = min(guess, too_large - unit) if too_large else guess
+        if guess < 1 or (fits and guess <= fits.batch):
+            return fits.batch if fits else 0, too_large, search
+        last = compile_at(guess)
+        fits, too_large = (last, too_large) if last.fits else (fits, guess)
+    return fits.batch if fits else 0, too_large, SEARCHES

@@ -1,6 +1,7 @@
-"""Whether a run fits on chips that are not here: its real train step, compiled for them by libtpu on any machine.
+"""Whether a run fits on chips that are not here: its real train step, compiled for them on any machine.
 
     python train.py --plan v5e:16x16 --config configs/imagenet_tnt_s.py
+    python train.py --plan h100:8 --config configs/imagenet_tnt_s.py
 
 Everything that is said is what the compiler says. Nothing runs, no parameters are made and no images are read.
 """
@@ -17,25 +18,36 @@ import rich.table
 
 from tnt_jax.chips import GIB, Chip, chip_of, training_flops
 from tnt_jax.config import InputError, ModelChanges, ModelConfig, TrainConfig
+from tnt_jax.planning import gpus
 from tnt_jax.planning.collectives import Collective
-from tnt_jax.planning.compiling import Compiled, bytes_of, compile_step, largest_batch
+from tnt_jax.planning.compiling import Compiled, bytes_of, compile_step, largest_batch, largest_batch_by_memory
 
-KNOWN = "v5e:2x4, v5e:16x16, v6e:4x4, v5p:2x2x1, v4:2x2x2, v3:2x2, tpu7x:2x2x1, ... or cpu:8"
+KNOWN_TPUS = "v5e:2x4, v5e:16x16, v6e:4x4, v5p:2x2x1, v4:2x2x2, v3:2x2, tpu7x:2x2x1, ..."
+KNOWN = f"{KNOWN_TPUS}, cpu:8, {gpus.KNOWN}; another card by its numbers is {gpus.BY_NUMBERS}"
 
 
 def environment_for(topology: str) -> dict[str, str]:
     """What has to stand in the environment of the process that compiles for a topology.
 
     Raises:
-        InputError: it is no topology, or libtpu is not installed.
+        InputError: it is no topology, or the compiler for it is not installed.
     """
-    if not re.fullmatch(r"cpu:[1-9]\d{0,3}|\w+:\d+(x\d+){1,2}", topology):
+    on_gpus = gpus.is_gpu(topology)
+    if not on_gpus and not re.fullmatch(r"cpu:[1-9]\d{0,3}|(v\d|tpu)\w*:\d+(x\d+){1,2}", topology):
         raise InputError(f"{topology!r} is no topology; there are {KNOWN}")
     kind, _, size = topology.partition(":")
     environment = {"JAX_PLATFORMS": "cpu"}
     if kind == "cpu":
         flags = os.environ.get("XLA_FLAGS", "")
         environment["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={size}"
+    elif on_gpus:
+        gpus.card_of(topology)
+        if not importlib.util.find_spec("jax_cuda13_plugin") or not importlib.util.find_spec("nvidia"):
+            raise InputError(
+                f"to compile for {topology} takes XLA's compiler for GPUs, which is not installed: "
+                "pip install -e '.[plan-gpu]'"
+            )
+        environment["TF_CPP_MIN_LOG_LEVEL"] = "3"  # what a program takes that does not fit is said by the plan
     else:
         if not importlib.util.find_spec("libtpu"):
             raise InputError(
@@ -54,10 +66,11 @@ def environment_for(topology: str) -> dict[str, str]:
 
 
 def print_plan(config: TrainConfig[ModelChanges], topology: str) -> None:
-    """Prints the plan of a run on `topology`, such as v5e:16x16 or cpu:8, in a process with its `environment_for`.
+    """Prints the plan of a run on `topology`, such as v5e:16x16, h100:8 or cpu:8, in a process with its
+    `environment_for`.
 
     Raises:
-        InputError: libtpu does not know the topology, or the batch cannot be divided among its devices.
+        InputError: the compiler does not know the topology, or the batch cannot be divided among its devices.
     """
     console = rich.console.Console(highlight=False, soft_wrap=True)
     config, note = _resolved(config)
@@ -65,13 +78,15 @@ def print_plan(config: TrainConfig[ModelChanges], topology: str) -> None:
     chip = _chip(topology, devices)
     if note:
         console.print(note)
-    step = _timed(console, config, devices, config.batch_size // len(devices))
+    # Nothing fails on a GPU for lack of memory: what JAX takes of it is compared with what the program takes.
+    limit = gpus.DEFAULT_SHARE * chip.memory if gpus.is_gpu(topology) else None
+    step = _timed(console, config, devices, config.batch_size // len(devices), limit)
     console.print(_heading(config, topology, devices, chip))
-    console.print(_table(config, step, chip), end="")
+    console.print(_table(config, step, chip, limit), end="")
     if step.fits:
         console.print(_collectives_table(step.collectives), end="")
     if chip:
-        console.print(_largest(console, config, devices, chip, step))
+        console.print(_largest(console, config, devices, chip, step, limit))
 
 
 def _resolved(config: TrainConfig[ModelChanges]) -> tuple[TrainConfig[ModelConfig], str | None]:
@@ -95,16 +110,20 @@ def _devices(topology: str) -> list:
 
     if topology.startswith("cpu:"):
         return jax.devices()
+    if gpus.is_gpu(topology):
+        return gpus.gpu_devices(topology)
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except Exception as error:  # libtpu's own, of several types
         raise InputError(
-            f"libtpu knows no topology {topology!r}; there are {KNOWN}. It said: {str(error).splitlines()[0]}"
+            f"libtpu knows no topology {topology!r}; there are {KNOWN_TPUS}. It said: {str(error).splitlines()[0]}"
         ) from error
 
 
 def _chip(topology: str, devices: list) -> Chip | None:
     """What one device of a topology is; libtpu describes the v4 as two devices a chip, which a real one joins."""
+    if gpus.is_gpu(topology):
+        return gpus.card_of(topology)[1]
     chip = chip_of(devices[0].device_kind)
     chips = math.prod(map(int, topology.partition(":")[2].split("x")))
     if chip is None or len(devices) != 2 * chips or chip.name.startswith("half"):
@@ -112,9 +131,11 @@ def _chip(topology: str, devices: list) -> Chip | None:
     return Chip(f"half a {chip.name}", chip.memory / 2, chip.flops / 2, chip.bandwidth / 2)
 
 
-def _timed(console: rich.console.Console, config: TrainConfig, devices: list, batch: int) -> Compiled:
+def _timed(
+    console: rich.console.Console, config: TrainConfig, devices: list, batch: int, limit: float | None
+) -> Compiled:
     console.print(f"compiling for {batch} images a device ...", end=" ")
-    step = compile_step(config, devices)
+    step = compile_step(config, devices, limit=limit)
     used = _bytes(step.memory) if step.memory else "memory unknown"
     console.print(f"{used}, {'fits' if step.fits else 'does not fit'} ({step.seconds:.0f} s)")
     return step
@@ -129,17 +150,19 @@ def _heading(config: TrainConfig, topology: str, devices: list, chip: Chip | Non
     )
 
 
-def _table(config: TrainConfig, step: Compiled, chip: Chip | None) -> rich.table.Table:
+def _table(config: TrainConfig, step: Compiled, chip: Chip | None, limit: float | None) -> rich.table.Table:
     from tnt_jax.models.summary import count_macs
 
     table = _new_table("of each device", "")
     memory = _bytes(step.memory) if step.memory else "more than there is"
     of = f" of {chip.memory / GIB:.0f} GiB: {'fits' if step.fits else 'does not fit'}" if chip else ""
+    if limit:
+        of += f" into the {limit / GIB:.1f} GiB that JAX takes by default"
     table.add_row("memory at its peak", memory + of)
     table.add_row("images of a step", str(step.batch))
     model_flops = training_flops(sum(count_macs(config.model).values()))
     table.add_row("FLOPs of an image, by the model", _count(model_flops))
-    if step.fits:
+    if step.flops:
         once = "at least " if step.loops else ""
         table.add_row("FLOPs of an image, as compiled", once + _count(step.flops / step.batch))
         table.add_row("memory traffic of an image", f"{once}{_count(step.traffic / step.batch)}B")
@@ -184,12 +207,20 @@ def _new_table(*columns: str) -> rich.table.Table:
     return table
 
 
-def _largest(console: rich.console.Console, config: TrainConfig, devices: list, chip: Chip, first: Compiled) -> str:
+def _largest(
+    console: rich.console.Console,
+    config: TrainConfig,
+    devices: list,
+    chip: Chip,
+    first: Compiled,
+    limit: float | None,
+) -> str:
     def compile_at(batch: int) -> Compiled:
-        return _timed(console, dataclasses.replace(config, batch_size=batch * len(devices)), devices, batch)
+        return _timed(console, dataclasses.replace(config, batch_size=batch * len(devices)), devices, batch, limit)
 
     unit = config.accumulation_steps * (8 if first.batch >= 8 * config.accumulation_steps else 1)
-    fits, too_large, _ = largest_batch(first, 0.98 * chip.memory, _state_bytes(config, devices), unit, compile_at)
+    search, capacity = (largest_batch_by_memory, limit) if limit else (largest_batch, 0.98 * chip.memory)
+    fits, too_large, _ = search(first, capacity, _state_bytes(config, devices), unit, compile_at)
     if not fits:
         smaller = "" if config.model.remat == "all" else "--model.remat all, "
         return (
