@@ -30,13 +30,13 @@ from tnt_jax.models.variants import model_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CLASSES = {"marks": 4, "fashion_mnist": 10}
-EPOCHS = {"marks": 20, "fashion_mnist": 5}
+EPOCHS = {"marks": 15, "fashion_mnist": 3}
 SIZES = {
     "image_size": 32,
     "in_channels": 1,
     "patch_size": 8,
     "word_stride": 2,
-    "depth": 4,
+    "depth": 3,
     "inner_dim": 12,
     "inner_heads": 2,
     "outer_dim": 64,
