@@ -1,6 +1,8 @@
 """Attention as a function in C: the equations, and when it is run."""
 
 import dataclasses
+import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tnt_jax.models.formulations import attention
 from tnt_jax.models.kernels.cpu import library
 from tnt_jax.models.layers import Attention
 from tnt_jax.models.variants import model_config
@@ -79,3 +82,36 @@ def test_a_bias_of_the_logits_and_a_machine_without_a_compiler_take_the_equation
     np.testing.assert_array_equal(layer(x, bias=bias), reference(x, bias=bias))
     monkeypatch.setattr(library, "compiled", lambda name: False)
     np.testing.assert_array_equal(layer(x), reference(x))
+
+
+@pytest.mark.parametrize("tokens", [197, 16])
+def test_padding_for_cudnn_changes_nothing(tokens):
+    """As far as it can be proven without a GPU: XLA in the place of cuDNN, with the same lengths."""
+    layer, x = make_attention(64, 2, inner="reference"), random_tokens(2, tokens, 64)
+
+    def padded(layer, x):
+        return layer.proj(attention.cudnn(2, layer.qkv(x), "xla"))
+
+    (out, backward), (expected, of_layer) = (jax.vjp(run, x) for run in (functools.partial(padded, layer), layer))
+    for one, other in ((out, expected), (backward(x)[0], of_layer(x)[0])):
+        np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
+
+
+@pytest.mark.parametrize(
+    ("asked", "dtype", "dim", "card", "has_bias", "chosen"),
+    [
+        ("cuda", "bfloat16", 384, (9.0, 132), False, "cudnn"),
+        ("auto", "bfloat16", 384, (9.0, 132), False, "reference"),
+        ("cuda", "float32", 384, (9.0, 132), False, "reference"),
+        ("cuda", "bfloat16", 24, (9.0, 132), False, "reference"),  # heads of 4 channels
+        ("cuda", "bfloat16", 384, (7.5, 40), False, "reference"),
+        ("cuda", "bfloat16", 384, "another card", False, "reference"),
+        ("cuda", "bfloat16", 384, (9.0, 132), True, "reference"),
+    ],
+)
+def test_where_cudnn_runs(monkeypatch, asked, dtype, dim, card, has_bias, chosen):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(attention, "gpu", lambda: card)
+    layer = make_attention(dim, 6, inner=asked, dtype=dtype)
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(platform="gpu")])
+    assert attention.choose(layer, 8, has_bias=has_bias, training=True) == chosen

@@ -3,7 +3,7 @@
 import math
 import re
 
-from tnt_jax.chips import CHIPS, GIB, GPUS, Chip, Gpu
+from tnt_jax.chips import CHIPS, GPUS, Chip, Gpu
 from tnt_jax.config import InputError
 
 KNOWN = ", ".join(f"{name}:8" for name in GPUS) + ", or h100:4x8 for 4 hosts of 8"
@@ -97,7 +97,7 @@ platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 patch: 0 }} device_
 
 
 def _rates(clock: float, of: dict[int, tuple[int, int]]) -> str:
-    return " ".join(
-        f"rate_infos {{ key: {kind} value {{ clock_rate_ghz: {clock} units_per_core: {units} ops_per_clock: {rate} }} }}"
-        for kind, (units, rate) in of.items()
-    )
+    def rate(units: int, per_clock: int) -> str:
+        return f"clock_rate_ghz: {clock} units_per_core: {units} ops_per_clock: {per_clock}"
+
+    return " ".join(f"rate_infos {{ key: {kind} value {{ {rate(*numbers)} }} }}" for kind, numbers in of.items())

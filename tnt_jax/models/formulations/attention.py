@@ -2,16 +2,19 @@
 
 - `reference`: the equations, softmax(q k^T / sqrt(head_dim)) v.
 - `native`: one function in C for CPUs (kernels/cpu/attention.c), where XLA copies and transposes q, k and v.
+- `cudnn`: one function of cuDNN's on NVIDIA GPUs in bfloat16, for whoever asks for the formulation `cuda`.
 - `heads_first`: the equations on TPUs, with products that put every head where attention reads it.
 """
 
 import functools
+import importlib.util
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from tnt_jax.models.formulations.devices import on_each_device, platform
+from tnt_jax.models.formulations.devices import gpu, on_each_device, platform
 from tnt_jax.models.formulations.gradients import parameter_add, parameter_einsum, product, softmax
 from tnt_jax.models.functions import dropout
 
@@ -28,6 +31,8 @@ def attend(
         from tnt_jax.models.kernels.cpu.attention import attention
 
         return layer.proj(on_each_device(functools.partial(attention, layer.num_heads), (0,), 0)(layer.qkv(x)))
+    if formulation == "cudnn":
+        return layer.proj(cudnn(layer.num_heads, layer.qkv(x)))
     heads_first = formulation == "heads_first"
     query, keys, value = _heads_first(layer, x) if heads_first and layer.one_input else layer.query_key_value(x)
     plain = layer.formulation == "reference"
@@ -42,13 +47,46 @@ def choose(layer: nnx.Module, batch: int, *, has_bias: bool, training: bool) -> 
         return "reference"
     if platform() == "tpu":
         return "heads_first"
-    if platform() == "cpu" and layer.formulation in ("auto", "native"):
+    dropped = training and layer.attn_drop_rate
+    if platform() == "gpu" and layer.formulation == "cuda":
+        if layer.one_input and not has_bias and not dropped and not cudnn_obstacle(layer):
+            return "cudnn"
+    elif platform() == "cpu" and layer.formulation in ("auto", "native"):
         from tnt_jax.models.kernels.cpu.library import obstacle
 
-        dropped = training and layer.attn_drop_rate
         if layer.one_input and not has_bias and not dropped and not obstacle("attention", layer.qkv.dtype, batch):
             return "native"
     return "reference"
+
+
+def cudnn_obstacle(layer: nnx.Module) -> str | None:
+    """Why cuDNN cannot run this attention here, or None."""
+    head_dim = layer.qkv.in_features // layer.num_heads
+    if layer.qkv.dtype != "bfloat16" or head_dim % 8 or head_dim > 128:
+        return f"cuDNN takes bfloat16 and heads of 8 to 128 channels in eights, and these are {head_dim}"
+    card = gpu()
+    if isinstance(card, str) or card[0] < 8.0:
+        return f"cuDNN's attention needs compute capability 8.0, and this is {card}"
+    is_here = any(device.platform == "gpu" for device in jax.devices())
+    # JAX has no GPU without cuDNN. For one that is not here JAX 0.10's check of its version fails.
+    if not is_here and (jax.__version_info__ < (0, 12) or not importlib.util.find_spec("nvidia.cudnn")):
+        return "to compile cuDNN's attention without a GPU takes JAX 0.12 and nvidia-cudnn-cu13"
+    return None
+
+
+def cudnn(num_heads: int, qkv: Float[Array, "batch tokens qkv"], implementation: str = "cudnn") -> Array:
+    """softmax(q k^T / sqrt(head_dim)) v of q, k and v that lie side by side: (batch, tokens, dim).
+
+    The gradient is refused for an odd number of tokens, so they are padded to a multiple of 8.
+    """
+    batch, tokens, _ = qkv.shape
+    padded = jnp.pad(qkv, ((0, 0), (0, -tokens % 8), (0, 0)))
+    heads = (each.reshape(batch, padded.shape[1], num_heads, -1) for each in jnp.split(padded, 3, axis=-1))
+    lengths = jnp.full(batch, tokens, jnp.int32) if tokens % 8 else None
+    attended = jax.nn.dot_product_attention(
+        *heads, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation=implementation
+    )
+    return attended[:, :tokens].reshape(batch, tokens, -1)
 
 
 def attention_weights(
