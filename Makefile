@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: digits test test-slow smoke shapes test-demo notebooks docs lint clean
+.PHONY: digits test test-slow test-gpu smoke shapes test-demo notebooks docs lint clean
 
 digits: .venv/.installed
 	.venv/bin/python train.py
@@ -14,6 +14,11 @@ test: .venv/.installed-dev lint
 # against 256, every configuration shrunk, the notebooks, the wheel.
 test-slow: .venv/.installed-dev
 	.venv/bin/python -m pytest -n 2 -m slow --durations=15 --ignore tests/test_notebooks.py
+
+# Programs for NVIDIA GPUs that are not there. Their compiler is 257 MB, and its plugin for JAX complains in every process
+# that may look for GPUs, so it has an environment of its own, which borrows the rest.
+test-gpu: .venv-gpu/.installed
+	JAX_PLATFORMS=cpu .venv-gpu/bin/python -m pytest -m gpu --durations=0 tests/planning/test_gpus.py
 
 smoke: .venv/.installed-dev
 	.venv/bin/python -m pytest -n 2 -m slow --durations=0 tests/test_configs.py
@@ -50,6 +55,13 @@ lint: .venv/.installed-dev
 	$(PIP) --no-deps jax2onnx==0.17.1
 	@touch $@
 
+.venv-gpu/.installed: .venv/.installed-dev
+	$(PYTHON) -m venv .venv-gpu
+	.venv/bin/python -c 'import site; print(site.getsitepackages()[0])' > \
+		$$(.venv-gpu/bin/python -c 'import site; print(site.getsitepackages()[0])')/lent.pth
+	.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check -e '.[plan-gpu]'
+	@touch $@
+
 .venv-demo/.installed: pyproject.toml requirements.txt
 	$(PYTHON) -m venv .venv-demo
 	.venv-demo/bin/python -m pip install --quiet --disable-pip-version-check gradio==6.31.0 'pytest>=9.2,<10' 'selenium>=4.30,<4.52'
@@ -57,4 +69,4 @@ lint: .venv/.installed-dev
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-demo build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-gpu .venv-demo build *.egg-info .pytest_cache .ruff_cache

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -11,8 +12,9 @@ from commands import ROOT, run
 from small_runs import config_file
 
 from tnt_jax.chips import GIB, chip_of
+from tnt_jax.planning import gpus
 from tnt_jax.planning.collectives import Collective, collectives, loops
-from tnt_jax.planning.compiling import Compiled, largest_batch, memory_wanted
+from tnt_jax.planning.compiling import Compiled, largest_batch, largest_batch_by_memory, memory_wanted
 from tnt_jax.planning.plan import _chip, environment_for
 
 # Prints what a train step of the tiny run sends between devices, the bytes of its parameters, and how many more the
@@ -87,7 +89,16 @@ def test_plan_of_eight_processors_is_a_table(tmp_path):
 
 @pytest.mark.parametrize(
     ("topology", "message"),
-    [("v5e", "'v5e' is no topology; there are v5e:2x4"), ("cpu:0", "'cpu:0' is no topology"), ("8", "'8' is no top")],
+    [
+        ("v5e", "'v5e' is no topology; there are v5e:2x4"),
+        ("cpu:0", "'cpu:0' is no topology"),
+        ("8", "'8' is no top"),
+        ("h300:8", "'h300:8' is no topology; there are v5e:2x4"),
+        ("h300:8", "a100:8, a100-40gb:8, h100:8, h200:8, b200:8, l4:8, rtx4090:8, or h100:4x8 for 4 hosts of 8"),
+        ("h300:8", "another card by its numbers is gpu,capability=8.6,"),
+        ("h100:0", "'h100:0' is no topology"),
+        ("gpu,capability=8.6:8", "does not say capability, multiprocessors, memory, bandwidth, flops of a card"),
+    ],
 )
 def test_what_is_no_topology(topology, message):
     code, _, err = run("train.py", "--plan", topology)
@@ -100,6 +111,28 @@ def test_libtpu_that_is_not_installed(monkeypatch):
     code, _, err = run("train.py", "--plan", "v5e:2x4")
     assert code == 2
     assert "pip install -e '.[plan]'" in err
+
+
+def test_the_compiler_for_gpus_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, _, err = run("train.py", "--plan", "h100:4x8")
+    assert code == 2
+    assert "pip install -e '.[plan-gpu]'" in err
+
+
+@pytest.mark.parametrize("topology", ["h100:8", "a100-40gb:4x8", gpus.BY_NUMBERS])
+def test_a_card_is_described_to_the_compiler(topology):
+    card, chip = gpus.card_of(topology)
+    text = gpus.target_config(card, chip)
+    assert f"core_count: {card.multiprocessors} " in text
+    assert f"major: {int(card.capability)} " in text
+    assert f"device_memory_size: {int(chip.memory)} " in text
+    # What XLA multiplies to the speed of products of bfloat16.
+    clock, units, per_cycle = re.search(
+        r"matrix_unit_description.*key: 16 value \{ clock_rate_ghz: (\S+) units_per_core: (\d+) ops_per_clock: (\d+)",
+        text,
+    ).groups()
+    assert 2 * card.multiprocessors * float(clock) * 1e9 * int(units) * int(per_cycle) == pytest.approx(chip.flops)
 
 
 @pytest.mark.slow
@@ -138,6 +171,21 @@ def test_search_for_the_largest_batch_that_fits(first, then):
     assert tried == [first, *then]
 
 
+@pytest.mark.parametrize(("first", "then"), [(40, [592, 600]), (1024, [512, 592, 600]), (8, [512, 592, 600])])
+def test_search_where_every_batch_compiles(first, then):
+    """A compiler with which each image takes 0.1 GiB, and that makes what takes more than 67 GiB take just that."""
+    tried = []
+
+    def compile_at(batch):
+        tried.append(batch)
+        memory = min(1 + 0.0984 * batch, 67)
+        return Compiled(batch, int(memory * GIB), memory <= 60, 0.0)
+
+    found = largest_batch_by_memory(compile_at(first), 60 * GIB, GIB, 8, compile_at)
+    assert found == (592, 600, len(then))
+    assert tried == [first, *then]
+
+
 def test_search_where_not_one_image_fits():
     found = largest_batch(Compiled(1, None, fits=False, seconds=0.0), 16 * GIB, GIB, 1, pytest.fail)
     assert found == (0, 1, 0)
@@ -162,6 +210,9 @@ HLO = """
   %agd = bf16[8,4]{1,0} all-gather-done(%ag)
   ROOT %rs = f32[2,3]{1,0} reduce-scatter(%d), replica_groups=[2,4]<=[8], dimensions={0}
   %cp = (u8[5]{0}, u8[5]{0}, u32[], u32[]) collective-permute-start(%e), source_target_pairs={{0,1},{1,0}}
+  %ars = ((f32[6]{0}, f32[2]{0}), (f32[6]{0}, f32[2]{0})) all-reduce-start(%g), replica_groups=mesh['a'=4,'b'=2] {'a','b'}
+  %ard = (f32[6]{0}, f32[2]{0}) all-reduce-done(%ars)
+  %one = f32[6]{0} all-reduce-start(%h), replica_groups=mesh['data'=4,'fsdp'=2] {'data'}, use_global_device_ids=true
   %w = (s32[]) while(%t), condition=%c1, body=%b1, backend_config={"known_trip_count":{"n":"12"}}
   %f = f32[2] fusion(%all-reduce.1), kind=kLoop
 """
@@ -173,6 +224,8 @@ def test_collectives_are_read_from_the_text_of_a_program():
         Collective("all-gather", 8 * 4 * 2, 4),
         Collective("reduce-scatter", 2 * 3 * 4 * 4, 4),
         Collective("collective-permute", 5, None),
+        Collective("all-reduce", 8 * 4, 8),
+        Collective("all-reduce", 6 * 4, 4),
     ]
     assert loops(HLO) == [12]
 

@@ -36,7 +36,8 @@ def collectives(hlo: str) -> list[Collective]:
         line = hlo[match.start() : hlo.find("\n", match.end())]
         shapes = [_bytes(*shape) for shape in SHAPE.findall(match["result"])]
         kind, group = match["kind"], _group(line)
-        if match["start"] and kind == "all-gather":  # what goes in stands before what comes out
+        # What goes in stands before what comes out.
+        if match["start"] and (kind == "all-gather" or match["result"].startswith("((")):
             shapes = shapes[len(shapes) // 2 :]
         if match["start"] and kind == "collective-permute":
             shapes = shapes[:1]

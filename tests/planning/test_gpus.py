@@ -1,0 +1,94 @@
+"""Programs for NVIDIA GPUs that are not there, made by XLA's compiler for them. Nothing runs on a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from commands import ROOT
+
+from tnt_jax.planning.collectives import Collective
+from tnt_jax.planning.plan import environment_for
+
+pytestmark = pytest.mark.gpu
+
+# A block of TNT-S and its gradient for a mesh of so many cards, in the formulation `cuda`.
+BLOCK = """
+import json, sys
+import jax, jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from tnt_jax.models.layers import ABSTRACT
+from tnt_jax.models.tnt import Block
+from tnt_jax.models.variants import model_config
+from tnt_jax.planning.collectives import collectives
+from tnt_jax.planning.gpus import gpu_devices
+from tnt_jax.training.mesh import make_mesh
+mesh = make_mesh(1, gpu_devices(sys.argv[1]))
+config = model_config("tnt_s_patch16_224", dtype="bfloat16", inner="cuda")
+graphdef, params = nnx.split(Block(0.1, has_inner=True, config=config, rngs=ABSTRACT))
+batch = 8 * mesh.size
+def gradient(params, words, sentences, seed):
+    def loss(params):
+        outs = nnx.merge(graphdef, params)(words, sentences, jax.random.wrap_key_data(seed))
+        return sum(out.astype(jnp.float32).sum() for out in outs)
+    return jax.grad(loss)(params)
+def place(leaf, *axes):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
+words = jax.ShapeDtypeStruct((196 * batch, 16, 24), jnp.bfloat16)
+sentences, seed = jax.ShapeDtypeStruct((batch, 197, 384), jnp.bfloat16), jax.ShapeDtypeStruct((2,), jnp.uint32)
+arguments = (place(words, mesh.axis_names), place(sentences, mesh.axis_names), place(seed))
+with jax.set_mesh(mesh):
+    text = jax.jit(gradient).lower(jax.tree.map(place, params), *arguments).compile().as_text()
+print(json.dumps({
+    "calls": text.count('custom_call_target="__gpu$xla.gpu.ptx"'),
+    "words": text.count(f"bf16[{196 * batch // mesh.size},16,24]"),
+    "sent": sum(each.bytes for each in collectives(text)),
+    "parameters": sum(4 * leaf.size for leaf in jax.tree.leaves(params)),
+}))
+"""
+
+# The whole train step of the published run, with the kernels.
+STEP = """
+import dataclasses, json, sys
+from tnt_jax.config import TrainConfig, ModelChanges
+from configs.imagenet_tnt_s import get_config
+from tnt_jax.planning import gpus, plan
+from tnt_jax.planning.compiling import compile_step
+devices = gpus.gpu_devices(sys.argv[1])
+config = get_config()
+model = dataclasses.replace(config.model, inner="cuda")
+config, _ = plan._resolved(dataclasses.replace(config, model=model, batch_size=16 * len(devices)))
+step = compile_step(config, devices, limit=gpus.DEFAULT_SHARE * 80e9)
+print(json.dumps(dataclasses.asdict(step)))
+"""
+
+
+def compiled(program, topology) -> dict:
+    settings = environment_for(topology) | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program, topology]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("topology", ["h100:1", "h100:8", "a100:1"])
+def test_a_block_has_the_kernels_for_its_own_sentences(topology):
+    found = compiled(BLOCK, topology)
+    assert found["calls"] == 3, "forward, and its gradient in two"
+    assert found["words"], "the words of its own images"
+    gradient = found["parameters"] if topology == "h100:8" else 0
+    assert gradient <= found["sent"] <= 1.02 * gradient
+
+
+@pytest.mark.parametrize(("topology", "cards"), [("h100:8", 8), ("h100:2x8", 16)])
+def test_the_train_step_fits_and_sends_the_gradient_once(topology, cards):
+    step = compiled(STEP, topology)
+    assert step["fits"]
+    assert 1 * 2**30 < step["memory"] < 4 * 2**30
+    assert step["flops"] > 16 * 25e9
+    sent = [Collective(**each) for each in step["collectives"] if each["kind"] == "all-reduce"]
+    assert {each.group for each in sent} == {cards}
+    # 23.8 M parameters in float32, and the stem's kernel as the matrix that it is multiplied as, 1.2% more.
+    assert 0.99 * 4 * 23.8e6 < sum(each.bytes for each in sent) < 1.03 * 4 * 23.8e6
