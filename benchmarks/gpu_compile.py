@@ -41,12 +41,17 @@ def main() -> None:
     arguments.add_argument("--depth", type=int, default=12, help="blocks")
     arguments.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     arguments.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
+    arguments.add_argument(
+        "--json", action="store_true", help="a line for each program, as benchmarks/gpu.py reads them"
+    )
     given = arguments.parse_args()
     for card in given.cards:
-        print(f"\n{card}, {given.batch} images, bfloat16, {given.depth} blocks; milliseconds are estimates")
+        head = f"\n{card}, {given.batch} images, bfloat16, {given.depth} blocks; milliseconds are estimates"
         columns = ["ms", "over stock", "over DeiT-S with the same attention", "MB an image", "kernels"]
         columns += ["temporary MiB an image", "compiled in s"]
-        print("| | | " + " | ".join(columns) + " |" + "\n|" + "---|" * (2 + len(columns)))
+        head += "\n| | | " + " | ".join(columns) + " |" + "\n|" + "---|" * (2 + len(columns))
+        if not given.json:
+            print(head)
         for which in given.passes:
             seen = {}
             for model in given.models:
@@ -55,7 +60,8 @@ def main() -> None:
                 seen[model] = programs.child(
                     __file__, topology, model, which, given.batch, given.depth, environment=flags
                 )
-                print(_row(which, model, seen), flush=True)
+                line = {"estimate": card, "model": model, "which": which} | seen[model]
+                print(json.dumps(line) if given.json else _row(which, model, seen), flush=True)
 
 
 def has_estimates(card: str) -> bool:

@@ -210,7 +210,7 @@ HLO = """
   %agd = bf16[8,4]{1,0} all-gather-done(%ag)
   ROOT %rs = f32[2,3]{1,0} reduce-scatter(%d), replica_groups=[2,4]<=[8], dimensions={0}
   %cp = (u8[5]{0}, u8[5]{0}, u32[], u32[]) collective-permute-start(%e), source_target_pairs={{0,1},{1,0}}
-  %ars = ((f32[6]{0}, f32[2]{0}), (f32[6]{0}, f32[2]{0})) all-reduce-start(%g), replica_groups=mesh['a'=4,'b'=2] {'a','b'}
+  %ars = ((f32[6]{0}, f32[2]{0}), (f32[6]{0}, f32[2]{0})) all-reduce-start(%g), replica_groups=mesh['a'=8] {'a'}
   %ard = (f32[6]{0}, f32[2]{0}) all-reduce-done(%ars)
   %one = f32[6]{0} all-reduce-start(%h), replica_groups=mesh['data'=4,'fsdp'=2] {'data'}, use_global_device_ids=true
   %w = (s32[]) while(%t), condition=%c1, body=%b1, backend_config={"known_trip_count":{"n":"12"}}

@@ -1,0 +1,351 @@
+"""Ten minutes with an NVIDIA GPU: is the CUDA kernel right, how fast is it, and what do whole models take?
+
+    python benchmarks/gpu.py --out gpu.jsonl             on the machine with the card, with `jax[cuda13]`
+    python benchmarks/gpu_compile.py --json >> gpu.jsonl   the estimates for it, anywhere
+    python benchmarks/gpu.py --tables gpu.jsonl          both as tables, anywhere
+
+The first command writes a JSON line for each thing that it finds, at once, the most telling first: a run that is cut
+off has said what it knew. Each part is a process with a time limit of its own, so what hangs or fails costs that part
+alone and is a line too. PyTorch's timm is measured beside ours where both are installed and see the card.
+
+Without a GPU it says so and ends; with --smoke it does everything that a CPU can do, in the least sizes, to show that
+the command itself is sound: those numbers mean nothing.
+"""
+
+import argparse
+import functools
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+MODELS = ("deit+cudnn", "cuda+cudnn", "reference", "stock", "cuda", "deit", "feature_major")
+# Name, seconds at most: the most telling first.
+PARTS = [("kernel", 90), ("inner", 90), ("attention", 60)]
+PARTS += [(f"model {model} {which}", 90) for which in ("forward", "train") for model in MODELS]
+PARTS += [("timm", 120), ("knobs", 120)]
+ROUNDS = 5
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--out", type=pathlib.Path, help="a file to which the lines are added, beside the screen")
+    arguments.add_argument("--parts", nargs="+", help="those whose names begin so; by default all")
+    arguments.add_argument("--batch", type=int, default=128, help="images")
+    arguments.add_argument("--smoke", action="store_true", help="in the least sizes, on whatever JAX finds")
+    arguments.add_argument("--tables", type=pathlib.Path, help="renders the lines of this file, and measures nothing")
+    given = arguments.parse_args()
+    if given.tables:
+        import gpu_tables
+
+        return print(gpu_tables.render(given.tables.read_text()))
+    say = functools.partial(_say, given.out)
+    found = _child("card", 120, given, say)
+    if not found or (found[0]["platform"] != "gpu" and not given.smoke):
+        there = found[0]["platform"] if found else "nothing"
+        sys.exit(
+            f"no NVIDIA GPU: JAX finds {there}; expected a card and jax[cuda13]. --smoke shows that all parts start"
+        )
+    for name, limit in PARTS:
+        if not given.parts or name.startswith(tuple(given.parts)):
+            _child(name, limit, given, say)
+    return None
+
+
+def _say(out: pathlib.Path | None, line: dict) -> None:
+    text = json.dumps(line)
+    print(text, flush=True)
+    if out:
+        with out.open("a") as file:
+            file.write(text + "\n")
+
+
+def _child(name: str, limit: float, given: argparse.Namespace, say) -> list[dict]:
+    """The lines of a part, said as they come; what goes wrong is one too."""
+    command = [sys.executable, __file__, "--child", name, str(given.batch), str(int(given.smoke))]
+    settings = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "benchmarks"))), "PYTHONUNBUFFERED": "1"}
+    start, found, late = time.monotonic(), [], threading.Event()
+    with tempfile.TemporaryFile("w+") as errors:
+        child = subprocess.Popen(
+            command, env=os.environ | settings, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+        )
+
+        def end() -> None:
+            late.set()
+            os.killpg(child.pid, signal.SIGKILL)
+
+        timer = threading.Timer(limit, end)
+        timer.start()
+        for line in child.stdout:
+            if line.startswith("{"):
+                found.append({"part": name} | json.loads(line))
+                say(found[-1])
+        code = child.wait()
+        timer.cancel()
+        errors.seek(0)
+        last = (errors.read().strip().splitlines() or ["no message"])[-1][:300]
+    if code:
+        failed = f"took more than {limit} s" if late.is_set() else f"exit code {code}: {last}"
+        say({"part": name, "failed": failed, "seconds": round(time.monotonic() - start, 1)})
+    return found
+
+
+# What the children do
+
+
+def say(**what) -> None:
+    print(json.dumps(what), flush=True)
+
+
+def seconds(function, *arguments) -> float:
+    """Of one call: the shortest of a few rounds, the calls of a round queued one behind the other."""
+    import jax
+
+    jax.block_until_ready(function(*arguments))
+    start = time.perf_counter()
+    jax.block_until_ready(function(*arguments))
+    calls = max(1, min(100, int(0.3 / (time.perf_counter() - start))))
+    rounds = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        for _ in range(calls):
+            out = function(*arguments)
+        jax.block_until_ready(out)
+        rounds.append((time.perf_counter() - start) / calls)
+    return min(rounds)
+
+
+def card(batch: int, smoke: bool) -> None:
+    import flax
+    import jax
+
+    device = jax.devices()[0]
+    say(
+        platform=device.platform, device=device.device_kind, jax=jax.__version__, flax=flax.__version__,
+        capability=getattr(device, "compute_capability", None), multiprocessors=getattr(device, "core_count", None),
+        python=sys.version.split()[0], images=batch,
+    )  # fmt: skip
+
+
+def layer_of(formulation: str, model: str, dtype: str, smoke: bool = False):
+    """An inner layer with random parameters, split; and what it makes of words and of a key."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from flax import nnx
+
+    from tnt_jax.models.inner import InnerTransformer
+    from tnt_jax.models.variants import model_config
+
+    config = model_config(model, inner=formulation, dtype=dtype)
+    layer = InnerTransformer(config.inner_dim, config.inner_heads, 0.1, config=config, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(1)
+    layer = jax.tree.map(lambda leaf: leaf + jnp.asarray(0.2 * rng.standard_normal(leaf.shape), leaf.dtype), layer)
+    graphdef, params = nnx.split(layer)
+    return params, lambda params, words: nnx.merge(graphdef, params)(words, jax.random.key(7)), config.inner_dim
+
+
+def gradient_of(run):
+    import jax
+
+    def gradient(params, words, cotangent):
+        out, backward = jax.vjp(run, params, words)
+        return out, backward(cotangent)
+
+    return jax.jit(gradient)
+
+
+def draw(shape: tuple[int, ...], seed: int):
+    import jax.numpy as jnp
+    import numpy as np
+
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def obstacle_of(model: str) -> str | None:
+    """Why the CUDA kernel does not run here, or None."""
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from tnt_jax.models.formulations.inner import cuda_obstacle
+    from tnt_jax.models.inner import InnerTransformer
+    from tnt_jax.models.variants import model_config
+
+    config = model_config(model, inner="cuda", dtype="bfloat16")
+    layer = InnerTransformer(config.inner_dim, config.inner_heads, 0.1, config=config, rngs=nnx.Rngs(0))
+    assert layer.dtype == jnp.bfloat16
+    return cuda_obstacle(layer, 196, 16)
+
+
+def kernel(batch: int, smoke: bool) -> None:
+    """The kernel and the equations in bfloat16 beside the equations in float32, and twice for equal bits."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    for model in ("tnt_s_patch16_224", "tnt_ti_patch16_224", "tnt_b_patch16_224"):
+        sentences = 37 if smoke else 3001  # no multiple of anything
+        with jax.default_matmul_precision("highest"):
+            params, run, channels = layer_of("reference", model, "float32")
+            words, cotangent = (draw((sentences, 16, channels), seed) for seed in (3, 4))
+            rounded = words.astype(jnp.bfloat16), cotangent.astype(jnp.bfloat16)
+            exact = gradient_of(run)(params, *(each.astype(jnp.float32) for each in rounded))
+        for formulation in ("reference", "cuda"):
+            if formulation == "cuda" and (reason := obstacle_of(model)):
+                say(model=model, formulation=formulation, not_run=reason)
+                continue
+            params, run, _ = layer_of(formulation, model, "bfloat16")
+            compute = gradient_of(run)
+            found, again = (jax.tree.leaves(compute(params, *rounded)) for _ in range(2))
+            errors = []
+            for one, other in zip(found, jax.tree.leaves(exact), strict=True):
+                one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+                errors.append(float(np.sqrt(np.mean((one - other) ** 2) / np.mean(other**2))))
+            same = all(np.array_equal(one, other) for one, other in zip(found, again, strict=True))
+            say(model=model, formulation=formulation, forward=errors[0], gradients=max(errors[1:]), same_bits=same)
+
+
+def inner(batch: int, smoke: bool) -> None:
+    """The layer alone, forward and gradient, beside the time of its bytes and of its FLOPs."""
+    import jax
+    import jax.numpy as jnp
+
+    from tnt_jax.chips import chip_of
+
+    model, sentences = "tnt_s_patch16_224", 196 * (1 if smoke else batch)
+    chip = chip_of(jax.devices()[0].device_kind)
+    for formulation in ("cuda", "reference", "feature_major"):
+        if formulation == "cuda" and (reason := obstacle_of(model)):
+            say(formulation=formulation, not_run=reason)
+            continue
+        params, run, channels = layer_of(formulation, model, "bfloat16")
+        words, cotangent = (draw((sentences, 16, channels), seed).astype(jnp.bfloat16) for seed in (3, 4))
+        forward = seconds(jax.jit(run), params, words)
+        both = seconds(gradient_of(run), params, words, cotangent)
+        floor = words.size * 2 * 2 / chip.bandwidth * 1e6 if chip else None
+        say(formulation=formulation, forward_us=forward * 1e6, gradient_us=(both - forward) * 1e6, floor_us=floor)
+
+
+def attention(batch: int, smoke: bool) -> None:
+    """Attention between the sentences of a TNT-S, by cuDNN and by XLA."""
+    import jax
+    import jax.numpy as jnp
+
+    from tnt_jax.models.formulations.attention import cudnn
+
+    qkv = draw((1 if smoke else batch, 197, 3 * 384), 1).astype(jnp.bfloat16)
+    for implementation in ("xla", *["cudnn"] * (jax.default_backend() == "gpu")):
+        run = functools.partial(cudnn, 6, implementation=implementation)
+        gradient = jax.jit(lambda qkv, run=run: jax.vjp(run, qkv)[1](qkv[..., :384]))
+        say(implementation=implementation, forward_us=seconds(jax.jit(run), qkv) * 1e6,
+            forward_and_gradient_us=seconds(gradient, qkv) * 1e6)  # fmt: skip
+
+
+def model(name: str, which: str, batch: int, smoke: bool) -> None:
+    """A whole model, forward or with the gradient of all parameters."""
+    import jax
+    import jax.numpy as jnp
+    from gpu_compile import program_of
+
+    if name.startswith("cuda") and (reason := obstacle_of("tnt_s_patch16_224")):
+        return say(model=name, which=which, not_run=reason)
+    if name.endswith("cudnn") and jax.default_backend() != "gpu":
+        return say(model=name, which=which, not_run="cuDNN runs on GPUs")
+    batch, depth = (1, 1) if smoke else (batch, 12)
+    function, shapes, _ = program_of(name, which, batch, depth)
+    leaves, treedef = jax.tree.flatten(shapes)
+    arrays = [
+        jnp.zeros(leaf.shape, leaf.dtype)
+        if leaf.dtype == jnp.uint32
+        else 0.02 * draw(leaf.shape, at).astype(leaf.dtype)
+        for at, leaf in enumerate(leaves)
+    ]
+    start = time.perf_counter()
+    compiled = jax.jit(function).lower(*shapes).compile()
+    compiling = time.perf_counter() - start
+    spent = seconds(compiled, *jax.tree.unflatten(treedef, arrays))
+    say(
+        model=name, which=which, images=batch, ms=spent * 1e3, images_per_second=batch / spent, compile_s=compiling,
+        temporary_mib_an_image=compiled.memory_analysis().temp_size_in_bytes / batch / 2**20,
+    )  # fmt: skip
+    return None
+
+
+def timm(batch: int, smoke: bool) -> None:
+    """timm's TNT-S and DeiT-S under PyTorch, eager and compiled, forward and gradient, bfloat16 by autocast."""
+    try:
+        import timm as peer
+        import torch
+    except ImportError as error:
+        return say(not_run=f"{error.name} is not installed")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not smoke:
+        return say(not_run="PyTorch does not see the card")
+    batch = 1 if smoke else batch
+    images = torch.randn(batch, 3, 224, 224, device=device)
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    for name in ("tnt_s_patch16_224", "deit_small_patch16_224"):
+        network = peer.create_model(name).to(device).train()
+        for how in ("eager", *["compiled"] * (not smoke)):
+            run = torch.compile(network) if how == "compiled" else network
+            for which in ("forward", "train"):
+
+                def step(run=run, which=which):
+                    with torch.autocast(device, torch.bfloat16), torch.set_grad_enabled(which == "train"):
+                        loss = run(images).float().logsumexp(-1).sum()
+                    if which == "train":
+                        loss.backward()
+
+                for _ in range(1 if smoke else 3):
+                    step()
+                wait()
+                calls, start = (1 if smoke else 10), time.perf_counter()
+                for _ in range(calls):
+                    step()
+                wait()
+                spent = (time.perf_counter() - start) / calls
+                say(model=f"timm {name} {how}", which=which, images=batch, ms=spent * 1e3)
+    return None
+
+
+def knobs(batch: int, smoke: bool) -> None:
+    """The kernels with other warps of a block and blocks of a multiprocessor, on twice the images."""
+    import jax
+    import jax.numpy as jnp
+
+    from tnt_jax.models.kernels.gpu import call
+
+    name = "tnt_s_patch16_224"
+    if reason := obstacle_of(name):
+        return say(not_run=reason)
+    usual = call.warps_and_blocks
+    for warps, blocks in ((8, 2), (4, 4), (4, 3), (16, 1), (12, 1), (8, 1), (4, 2)):
+        call.warps_and_blocks = lambda kernel, sizes, both=(warps, blocks): both
+        call.ptx.cache_clear()
+        params, run, channels = layer_of("cuda", name, "bfloat16")
+        words, cotangent = (draw((392 * batch, 16, channels), seed).astype(jnp.bfloat16) for seed in (3, 4))
+        line = {"warps": warps, "blocks": blocks, "forward_us": seconds(jax.jit(run), params, words) * 1e6}
+        if warps * blocks <= 8:  # more leave a thread too few registers for the sums
+            line["forward_and_gradient_us"] = seconds(gradient_of(run), params, words, cotangent) * 1e6
+        say(**line)
+    call.warps_and_blocks = usual
+    return None
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        part, given_batch, given_smoke = sys.argv[2], int(sys.argv[3]), sys.argv[4] == "1"
+        if part.startswith("model "):
+            model(*part.split()[1:], given_batch, given_smoke)
+        else:
+            {"card": card, "kernel": kernel, "inner": inner, "attention": attention, "timm": timm, "knobs": knobs}[
+                part
+            ](given_batch, given_smoke)
+    else:
+        main()
