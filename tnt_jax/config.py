@@ -83,7 +83,8 @@ class ModelConfig:
     block but what its linear maps return; or all of it."""
     inner: Literal["auto", "reference", "native", "feature_major", "pallas", "cuda"] = setting(role="execution")
     """How the inner transformers are computed; auto is what is fastest on the platform. The results are the same. With
-    auto or native, attention of the others on CPUs is a function in C too."""
+    auto or native, attention of the others on CPUs is a function in C too; with cuda, on GPUs, it is cuDNN's. cuda has
+    not run on a GPU yet, and auto does not choose it: docs/gpus.md."""
 
 
 ModelChanges = changes_of(

@@ -242,6 +242,6 @@ def test_without_a_gpu_or_nvrtc_the_reference_is_run(monkeypatch, caplog, platfo
     call.obstacle.cache_clear()
     say_once.cache_clear()
     layer = make_layer("cuda", 24, 4, dtype="bfloat16")
-    assert inner.choose(layer, 196, training=False) == "reference"
+    assert inner.choose(layer, 196, 16, training=False) == "reference"
     assert message in caplog.text
     call.obstacle.cache_clear()

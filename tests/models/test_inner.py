@@ -252,11 +252,11 @@ def compare_native_on_a_mesh():
     x, run = random_words(36, 4, 8, "float32"), functools.partial(call, key=jax.random.key(7))
     expected = results(reference, x, run)
     assert jax.device_count() == 4
-    assert inner.choose(layer, 36, training=True) == "reference"
+    assert inner.choose(layer, 36, 16, training=True) == "reference"
     mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     with jax.set_mesh(mesh):
-        assert inner.choose(layer, 36, training=True) == "native"
-        assert inner.choose(layer, 37, training=True) == "reference"
+        assert inner.choose(layer, 36, 16, training=True) == "native"
+        assert inner.choose(layer, 37, 16, training=True) == "reference"
         assert_equal(results(layer, x, run), expected, 1e-5)
 
 
@@ -296,7 +296,7 @@ def test_what_is_run_where(monkeypatch, caplog, asked, platform, channels, field
     say_once.cache_clear()
     layer = make_layer(asked, channels, 4, **fields)
     with caplog.at_level(logging.WARNING):
-        assert [inner.choose(layer, 196, training=training) for _ in range(2)] == [chosen] * 2
+        assert [inner.choose(layer, 196, 16, training=training) for _ in range(2)] == [chosen] * 2
     usual = {"cpu": "native", "gpu": "reference", "tpu": "pallas"}[platform]
     fell_back = chosen != (usual if asked == "auto" else asked)
     assert len(caplog.records) == fell_back, "a fallback is logged once, a plain choice never"

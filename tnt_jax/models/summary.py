@@ -134,7 +134,8 @@ def _formulation(config: ModelConfig) -> str:
     rows, columns = grid_size(config)
     # A multiple of any number of devices, as the patches of a batch that can be divided among them are.
     sentences = rows * columns * jax.device_count()
-    chosen = {choose(block.inner, sentences, training=True) for block in blocks if block.inner is not None}
+    words = words_per_side(config) ** 2
+    chosen = {choose(block.inner, sentences, words, training=True) for block in blocks if block.inner is not None}
     return " and ".join(sorted(chosen)) or "none"
 
 

@@ -52,7 +52,7 @@ def preferred(asked: str) -> str:
     return {"tpu": "pallas", "cpu": "native"}.get(platform(), "reference")
 
 
-def choose(layer: nnx.Module, sentences: int, num_words: int = 16, *, training: bool) -> str:
+def choose(layer: nnx.Module, sentences: int, num_words: int, *, training: bool) -> str:
     """The formulation that a layer runs: the one that was asked for, if platform and sizes allow it."""
     asked = preferred(layer.formulation)
     if asked == "pallas" and (obstacle := pallas_obstacle(sentences) or _size_obstacle(layer)):
