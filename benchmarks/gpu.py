@@ -25,7 +25,7 @@ import threading
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-MODELS = ("deit+cudnn", "cuda+cudnn", "reference", "stock", "cuda", "deit", "feature_major")
+MODELS = ("deit+cudnn", "cuda+cudnn", "auto", "stock", "cuda", "deit", "reference", "feature_major")
 # Name, seconds at most: the most telling first.
 PARTS = [("kernel", 90), ("inner", 90), ("attention", 60)]
 PARTS += [(f"model {model} {which}", 90) for which in ("forward", "train") for model in MODELS]

@@ -25,7 +25,7 @@ import time
 
 import programs
 
-MODELS = ("stock", "deit", "deit+cudnn", "reference", "feature_major", "cuda", "cuda+cudnn")
+MODELS = ("stock", "deit", "deit+cudnn", "auto", "reference", "feature_major", "cuda", "cuda+cudnn")
 PASSES = ("forward", "train")
 ESTIMATES = "--xla_gpu_collect_cost_model_stats=true --xla_gpu_experimental_cost_model_gemm_tiling_default=true"
 NO_WORK = ("parameter", "bitcast", "constant", "get-tuple-element", "tuple")
@@ -162,7 +162,7 @@ def program_of(model: str, which: str, batch: int, depth: int) -> tuple:
     name, _, with_cudnn = model.partition("+")
     if not with_cudnn:
         attention.cudnn_obstacle = lambda layer: "not asked for"
-    inner = name if name in ("reference", "feature_major", "cuda") else "cuda" if with_cudnn else "auto"
+    inner = "cuda" if with_cudnn else "auto" if name in ("stock", "deit") else name
     config = model_config("tnt_s_patch16_224", dtype="bfloat16", inner=inner, depth=depth)
     if name == "stock":
         network = nnx.eval_shape(lambda: StockViT(config, rngs=nnx.Rngs(0)))
