@@ -255,3 +255,18 @@ def test_the_command_quantises_a_run_with_its_own_images(tmp_path):
     report = json.loads((tmp_path / "a.onnx.json").read_text())["quantization"]
     assert report["measured_on"] == "digits, 360 images"
     assert report["top1_int8"] >= report["top1_float32"] - 0.01
+
+
+@pytest.mark.slow
+def test_the_tolerance_holds_for_photographs_as_well(tmp_path):
+    model = small_model()
+    model.norm.scale[...] = model.norm.scale[...].at[0].set(1e5)  # int8 ruins the head, as above
+    model.head.kernel[...] = model.head.kernel[...].at[0].set(0)
+    tnt_jax.save_model(model, tmp_path / "model")
+    flags = ("--format", "onnx", "--quantize", "int8", "--tolerance", "100", "--out", tmp_path / "a.onnx")
+    code, _, err = commands.run("export.py", tmp_path / "model", *flags)
+    assert code == 0, err
+    report = json.loads((tmp_path / "a.onnx.json").read_text())["quantization"]
+    assert report["measured_on"].startswith("parts of two photographs")
+    assert report["top1_int8"] < 0.99
+    assert report["kept_in_float32"] == []
