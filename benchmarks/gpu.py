@@ -70,6 +70,7 @@ def _child(name: str, limit: float, given: argparse.Namespace, say) -> list[dict
     """The lines of a part, said as they come; what goes wrong is one too."""
     command = [sys.executable, __file__, "--child", name, str(given.batch), str(int(given.smoke))]
     settings = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "benchmarks"))), "PYTHONUNBUFFERED": "1"}
+    settings["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]  # one card
     start, found, late = time.monotonic(), [], threading.Event()
     with tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen(

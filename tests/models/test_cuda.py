@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from test_inner import call as call_layer
 from test_inner import make_layer, random_words, results
 
 from tnt_jax.models.formulations import inner
-from tnt_jax.models.formulations.devices import say_once
+from tnt_jax.models.formulations.devices import gpu, say_once
 from tnt_jax.models.kernels.gpu import call, nvrtc
 from tnt_jax.models.kernels.gpu.sizes import Sizes
 from tnt_jax.models.layers import LayerNorm
@@ -195,6 +196,25 @@ def test_the_call_has_the_kernel_in_it(monkeypatch):
     assert "block_x = 256 : i32" in program
     assert f"shared_mem_bytes = {36 * 512 + 24 * 4} : i32" in program
     assert ".entry inner_forward(" in program
+
+
+@pytest.mark.parametrize(
+    ("kinds", "known"),
+    [
+        (["A"], (9.0, 99)),
+        (["A", "A"], (9.0, 99)),
+        (["B", "A"], "the processes have different cards: A, B"),
+        ([], "cpu is no GPU that is known"),
+    ],
+)
+def test_what_is_known_of_the_card(monkeypatch, kinds, known):
+    """`jax.devices()` are those of all processes, so all of them choose alike."""
+    cards = [
+        types.SimpleNamespace(platform="gpu", device_kind=kind, compute_capability="9.0", core_count=99)
+        for kind in kinds
+    ]
+    monkeypatch.setattr(jax, "devices", lambda: cards or [types.SimpleNamespace(platform="cpu", device_kind="cpu")])
+    assert gpu() == known
 
 
 H100 = (9.0, 132)

@@ -66,7 +66,7 @@ print(json.dumps(dataclasses.asdict(step)))
 
 
 def compiled(program, topology) -> dict:
-    settings = environment_for(topology) | {"PYTHONPATH": str(ROOT)}
+    settings = environment_for(topology) | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     command = [sys.executable, "-c", program, topology]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
