@@ -19,22 +19,6 @@ def platform() -> str:
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
-def gpu() -> tuple[float, int] | str:
-    """Compute capability and multiprocessors of the GPUs that are being traced for, or why they are not known."""
-    mesh = jax.sharding.get_abstract_mesh()
-    here = [device for device in jax.devices() if device.platform == "gpu"]
-    kinds = sorted({device.device_kind for device in here})
-    if len(kinds) > 1:
-        return f"the processes have different cards: {', '.join(kinds)}"
-    kind = jax.devices()[0].device_kind if mesh.empty else mesh.abstract_device.device_kind
-    if kind in kinds:
-        return float(here[0].compute_capability), here[0].core_count
-    for each in GPUS.values():  # of a program that is compiled for a card that is not here
-        if each.device_kind == kind:
-            return each.capability, each.multiprocessors
-    return f"{kind} is no GPU that is known"
-
-
 def mesh_obstacle(count: int) -> str | None:
     """Why the devices cannot each compute their own part of `count` rows, or None."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -73,6 +57,22 @@ def _is_manual(mesh: jax.sharding.AbstractMesh) -> bool:
 def has_explicit_axes() -> bool:
     """Whether the mesh has axes of JAX's default type, under which a reshape asks for a sharding."""
     return AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+
+
+def gpu() -> tuple[float, int] | str:
+    """Compute capability and multiprocessors of the GPUs that are being traced for, or why they are not known."""
+    mesh = jax.sharding.get_abstract_mesh()
+    here = [device for device in jax.devices() if device.platform == "gpu"]
+    kinds = sorted({device.device_kind for device in here})
+    if len(kinds) > 1:
+        return f"the processes have different cards: {', '.join(kinds)}"
+    kind = jax.devices()[0].device_kind if mesh.empty else mesh.abstract_device.device_kind
+    if kind in kinds:
+        return float(here[0].compute_capability), here[0].core_count
+    for each in GPUS.values():  # of a program that is compiled for a card that is not here
+        if each.device_kind == kind:
+            return each.capability, each.multiprocessors
+    return f"{kind} is no GPU that is known"
 
 
 @functools.cache

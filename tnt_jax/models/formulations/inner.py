@@ -21,12 +21,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from tnt_jax.models.formulations.devices import gpu, mesh_obstacle, on_each_device, platform, say_once
 from tnt_jax.models.functions import NORM_EPSILON, gelu
-from tnt_jax.models.kernels.gpu.sizes import Sizes
+from tnt_jax.models.kernels.gpu.sizes import LEAST_CAPABILITY, Sizes
 from tnt_jax.models.kernels.gpu.sizes import obstacle as sizes_obstacle
 from tnt_jax.models.kernels.parameters import LayerParameters
-
-LEAST_CAPABILITY = 8.0
-"""Of a card for the CUDA kernels: tensor cores that multiply bfloat16, the A100's and later."""
 
 
 def transform_words(

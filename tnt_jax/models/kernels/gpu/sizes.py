@@ -1,7 +1,9 @@
-"""The sizes that the CUDA kernels are compiled for, and those that they cover."""
+"""The sizes that the CUDA kernels are compiled for, and the cards and sizes that they cover."""
 
 from typing import NamedTuple
 
+LEAST_CAPABILITY = 8.0
+"""Of a card: tensor cores that multiply bfloat16, the A100's and later."""
 MOST_WORDS, MOST_CHANNELS, MOST_DIM = 16, 40, 15
 
 
