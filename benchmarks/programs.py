@@ -16,8 +16,9 @@ from tnt_jax.planning.compiling import memory_wanted
 from tnt_jax.planning.plan import environment_for
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-KERNELS = r"(inner_block|words_to_sentence)_(forward|backward)"
-TILE, WORDS = 1024, 16  # sentences that a kernel takes at a time, and how often the loops within it run
+KERNELS = r"(inner_block|words_to_sentence|outer_layer)_(forward|backward)"
+TILE, WORDS = 1024, 16  # sentences that a kernel of words takes at a time, and how often the loops within it run
+ONE_BLOCK = "block"  # to tpu_compile.py, a TNT-S of one block, from which the schedules are read
 ROUNDS = 5
 
 
@@ -102,23 +103,23 @@ def wall_time(compiled: Callable, shapes: tuple) -> float:
     return statistics.median(rounds)
 
 
-def cycles(found: dict, sentences: int, topology: str) -> float:
-    """XLA's estimate, and for each call of a kernel its schedule, once for each tile."""
-    tiles = -(-sentences // TILE)
-    which = "gradient" if any("backward" in name for name in found["calls"]) else "forward"
+def cycles(found: dict, images: int, topology: str) -> float:
+    """XLA's estimate, and for each call of a kernel its schedule, once for each tile of sentences or for each image."""
+    which = "train" if any("backward" in name for name in found["calls"]) else "forward"
     scheduled = schedules(topology, which) if found["calls"] else {}
-    return found["cycles"] + sum(calls * tiles * scheduled[name] for name, calls in found["calls"].items())
+    steps = {name: images if name.startswith("outer") else -(-196 * images // TILE) for name in scheduled}
+    return found["cycles"] + sum(calls * steps[name] * scheduled[name] for name, calls in found["calls"].items())
 
 
 @functools.cache
 def schedules(topology: str, which: str) -> dict[str, int]:
-    """Instruction bundles of each kernel for one tile: those of the loops within it run once for every word.
+    """Instruction bundles of each kernel for one step: those of the loops within it run once for every word.
 
-    They are read from libtpu's final program of a small forward pass or gradient, as if memory never made it wait.
+    They are read from libtpu's final program of a network of one block, as if memory never made it wait.
     """
     with tempfile.TemporaryDirectory() as dump:
         flags = {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"}
-        child(str(ROOT / "benchmarks/inner.py"), topology, "pallas", which, 6, environment=flags)
+        child(str(ROOT / "benchmarks/tpu_compile.py"), topology, ONE_BLOCK, which, 6, "none", environment=flags)
         found = {}
         for path in pathlib.Path(dump).glob("*-final_bundles.txt"):
             name = re.search(KERNELS, path.name)

@@ -76,7 +76,7 @@ def _size_obstacle(layer: nnx.Module) -> str | None:
 
     if not covers_layer(layer.attn.qkv.in_features, layer.attn.num_heads):
         return f"the Pallas kernel takes channels in multiples of {SUBLANES}"
-    if not layer.norms_each_word:
+    if not layer.norms_each_token:
         return "the Pallas kernel normalises each word by itself"
     return None
 
@@ -137,7 +137,7 @@ def feature_major(
     """The layer with sentences on the last axis: no axis of 24 channels or 16 words is left to be padded."""
     p, dtype, heads = columns(layer), layer.dtype, layer.attn.num_heads
     channels = layer.attn.qkv.in_features
-    axes = (1,) if layer.norms_each_word else (0, 1)
+    axes = (1,) if layer.norms_each_token else (0, 1)
     x = words.reshape(-1, channels, words.shape[-1]).astype(jnp.float32)
 
     def norm(x: Array, scale: Array, bias: Array) -> Float[Array, "words channels sentences"]:
