@@ -18,6 +18,7 @@ from tnt_jax.planning.plan import environment_for
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 KERNELS = r"(inner_block|words_to_sentence|outer_layer)_(forward|backward)"
 TILE, WORDS = 1024, 16  # sentences that a kernel of words takes at a time, and how often the loops within it run
+IMAGES = 4  # that a kernel of tokens takes at a time, and how often the loop within it runs
 ONE_BLOCK = "block"  # to tpu_compile.py, a TNT-S of one block, from which the schedules are read
 ROUNDS = 5
 
@@ -107,13 +108,13 @@ def cycles(found: dict, images: int, topology: str) -> float:
     """XLA's estimate, and for each call of a kernel its schedule, once for each tile of sentences or for each image."""
     which = "train" if any("backward" in name for name in found["calls"]) else "forward"
     scheduled = schedules(topology, which) if found["calls"] else {}
-    steps = {name: images if name.startswith("outer") else -(-196 * images // TILE) for name in scheduled}
+    steps = {name: -(-images // IMAGES) if name.startswith("outer") else -(-196 * images // TILE) for name in scheduled}
     return found["cycles"] + sum(calls * steps[name] * scheduled[name] for name, calls in found["calls"].items())
 
 
 @functools.cache
 def schedules(topology: str, which: str) -> dict[str, int]:
-    """Instruction bundles of each kernel for one step: those of the loops within it run once for every word.
+    """Instruction bundles of each kernel for one step: those of the loops within it run once for every word, or image.
 
     They are read from libtpu's final program of a network of one block, as if memory never made it wait.
     """
@@ -124,13 +125,13 @@ def schedules(topology: str, which: str) -> dict[str, int]:
         for path in pathlib.Path(dump).glob("*-final_bundles.txt"):
             name = re.search(KERNELS, path.name)
             if name and "schedule-analysis" not in path.name:
-                found[name[0]] = _bundles(path)
+                found[name[0]] = _bundles(path, IMAGES if name[1] == "outer_layer" else WORDS)
     return found
 
 
-def _bundles(path: pathlib.Path) -> int:
+def _bundles(path: pathlib.Path, turns: int) -> int:
     count = 0
     for line in path.read_text().splitlines():
         if bundle := re.match(r"\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z]{2}:)?\s*:?\s*([>\s]*)\{", line):
-            count += WORDS if bundle[1].count(">") >= 2 else 1
+            count += turns if bundle[1].count(">") >= 2 else 1
     return count

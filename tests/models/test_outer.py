@@ -1,6 +1,7 @@
 """The outer transformer layer as one TPU kernel computes what the equations do, with the same gradients."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,6 @@ import pytest
 from flax import nnx
 
 from tnt_jax.models.formulations import outer
-from tnt_jax.models.kernels.tpu.outer_layer import covers
 from tnt_jax.models.layers import TransformerLayer
 from tnt_jax.models.variants import model_config
 
@@ -27,7 +27,8 @@ def make_layer(dim, heads, **fields):
 def results(layer, x, run):
     """What a layer returns, and the gradients of its tokens and parameters, for a fixed cotangent."""
     graphdef, params = nnx.split(layer)
-    cotangent = np.random.default_rng(2).standard_normal(x.shape)
+    shape = jax.eval_shape(lambda x: run(layer, x), x).shape
+    cotangent = np.random.default_rng(2).standard_normal(shape)
 
     @jax.jit
     def value_and_gradients(params, x):
@@ -47,15 +48,28 @@ def random_tokens(batch, tokens, dim, dtype):
 
 @pytest.mark.parametrize("key", [None, 7], ids=["evaluation", "stochastic depth"])
 @pytest.mark.parametrize(
-    ("batch", "tokens", "heads", "dtype"), [(3, 10, 2, "float32"), (2, 197, 4, "float32"), (3, 37, 2, "bfloat16")]
+    ("batch", "tokens", "heads", "dtype", "with_added"),
+    [
+        (3, 10, 2, "float32", False),
+        (5, 17, 2, "float32", True),
+        (1, 16, 2, "float32", True),  # 15 patches: XLA adds
+        (2, 197, 4, "float32", True),
+        (6, 37, 2, "bfloat16", True),
+    ],
 )
-def test_pallas_is_the_reference(batch, tokens, heads, dtype, key):
-    x = random_tokens(batch, tokens, 64 * heads, dtype)
+def test_pallas_is_the_reference(batch, tokens, heads, dtype, with_added, key):
+    dim = 64 * heads
+    x = random_tokens(batch, 2 * tokens - 1 if with_added else tokens, dim, dtype)
     key = None if key is None else jax.random.key(key)
-    exact = make_layer(64 * heads, heads)
-    expected = results(exact, x.astype(jnp.float32), lambda layer, x: layer.reference(x, key))
-    layer = make_layer(64 * heads, heads, dtype=dtype)
-    actual = results(layer, x, lambda layer, x: outer.pallas(layer, x, key, interpret=True))
+
+    def run(layer, x, *, kernel):
+        x, added = (x[:, :tokens], x[:, tokens:]) if with_added else (x, None)
+        if kernel:
+            return outer.pallas(layer, x, key, added, interpret=True)
+        return layer.reference(x if added is None else outer.add_to_patches(x, added), key)
+
+    expected = results(make_layer(dim, heads), x.astype(jnp.float32), functools.partial(run, kernel=False))
+    actual = results(make_layer(dim, heads, dtype=dtype), x, functools.partial(run, kernel=True))
     for one, other in zip(actual, expected, strict=True):
         one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
         np.testing.assert_allclose(one, other, atol=TOLERANCE[dtype] * np.abs(other).max(), rtol=0)

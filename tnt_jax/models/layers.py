@@ -281,8 +281,10 @@ class TransformerLayer(nnx.Module):
         x: Float[Array, "batch tokens dim"],
         key: PRNGKeyArray | None = None,
         bias: Float[Array, "1 heads queries keys"] | None = None,
+        added: Float[Array, "batch patches dim"] | None = None,
     ) -> Float[Array, "batch tokens dim"]:
-        return transform_tokens(self, x, key, bias)
+        """`bias` is added to the logits of the softmax; `added` first of all to every token but the first."""
+        return transform_tokens(self, x, key, bias, added)
 
     def reference(
         self,

@@ -21,11 +21,22 @@ def transform_tokens(
     x: Float[Array, "batch tokens dim"],
     key: PRNGKeyArray | None,
     bias: Float[Array, "1 heads queries keys"] | None,
+    added: Float[Array, "batch patches dim"] | None,
 ) -> Float[Array, "batch tokens dim"]:
-    """What a `TransformerLayer` makes of tokens; `bias` is added to the logits of the softmax."""
-    if not runs_kernel(layer, x.shape, has_bias=bias is not None, training=key is not None):
-        return layer.reference(x, key, bias)
-    return pallas(layer, x.astype(layer.attn.qkv.dtype), key)
+    """What a `TransformerLayer` makes of tokens.
+
+    `bias` is added to the logits of the softmax, `added` to all tokens but the first.
+    """
+    if runs_kernel(layer, x.shape, has_bias=bias is not None, training=key is not None):
+        return pallas(layer, x.astype(layer.attn.qkv.dtype), key, added)
+    return layer.reference(x if added is None else add_to_patches(x, added), key, bias)
+
+
+def add_to_patches(
+    tokens: Float[Array, "batch tokens dim"], added: Float[Array, "batch patches dim"]
+) -> Float[Array, "batch tokens dim"]:
+    """Patches with something added; the class token, which is the first token, stays what it is."""
+    return tokens + jnp.pad(added, ((0, 0), (1, 0), (0, 0)))
 
 
 def runs_kernel(layer: nnx.Module, shape: tuple[int, int, int], *, has_bias: bool, training: bool) -> bool:
@@ -50,11 +61,12 @@ def pallas(
     layer: nnx.Module,
     x: Float[Array, "batch tokens dim"],
     key: PRNGKeyArray | None,
+    added: Float[Array, "batch patches dim"] | None = None,
     *,
     interpret: bool = False,
 ) -> Float[Array, "batch tokens dim"]:
     """The layer in one kernel; on a mesh, each device runs it on its own images. `interpret` runs it anywhere."""
-    from tnt_jax.models.kernels.tpu.outer_layer import outer_layer
+    from tnt_jax.models.kernels.tpu.outer_layer import covers_added, outer_layer
 
     def row(vector: nnx.Param) -> Array:
         return vector[...].astype(jnp.float32)[None]
@@ -69,5 +81,8 @@ def pallas(
     )  # fmt: skip
     _, attn_key, _, mlp_key = split_key(key, 4)
     survival = jnp.stack([survivors(x.shape[0], layer.drop_path_rate, each) for each in (attn_key, mlp_key)])
+    if added is not None and not covers_added(x.shape[1]):
+        x, added = add_to_patches(x, added), None
+    rows = None if added is None else added.reshape(-1, added.shape[-1])
     kernel = functools.partial(outer_layer, NORM_EPSILON, interpret)
-    return on_each_device(kernel, (0, 1, None), 0)(x, survival, parameters)
+    return on_each_device(kernel, (0, 0, 1, None), 0)(x, rows, survival, parameters)
