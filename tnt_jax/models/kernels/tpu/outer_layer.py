@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from tnt_jax.models.kernels.parameters import LayerParameters
-from tnt_jax.models.kernels.tpu.tile import LANES, VMEM_LIMIT, dot, gelu_and_derivative
+from tnt_jax.models.kernels.tpu.tile import LANES, VMEM_LIMIT, dot, gelu_and_derivative, in_hbm, result_in_hbm
 
 HEAD_DIM = LANES // 2
 IMAGES = 4  # of a step: what is added to their 196 patches then fills whole registers, as 4 * 196 rows side by side
@@ -277,6 +277,7 @@ def _over_images(name: str, kernel, epsilon: float, interpret: bool, tokens, add
     parameters = [value if value.shape[0] == 1 else value.astype(tokens.dtype) for value in layer]
     arrays = [array for array in (tokens, added, gradient) if array is not None]
     results = [tokens] if gradient is None or added is None else [tokens, added]
+    results = [jax.ShapeDtypeStruct(result.shape, result.dtype) for result in results]
     sums = [] if gradient is None else [jax.ShapeDtypeStruct(value.shape, jnp.float32) for value in layer]
 
     def of_step(array) -> pl.BlockSpec:
@@ -294,7 +295,7 @@ def _over_images(name: str, kernel, epsilon: float, interpret: bool, tokens, add
         grid=(pl.cdiv(batch, IMAGES),),
         in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), *map(of_step, arrays), *map(whole, parameters)],
         out_specs=[*map(of_step, results), *map(whole, sums)],
-        out_shape=[*(jax.ShapeDtypeStruct(result.shape, result.dtype) for result in results), *sums],
+        out_shape=[result_in_hbm(each, interpret) for each in (*results, *sums)],
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in sizes.scratch],
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT),
         cost_estimate=pl.CostEstimate(
@@ -305,7 +306,7 @@ def _over_images(name: str, kernel, epsilon: float, interpret: bool, tokens, add
         interpret=interpret,
         name=name,
     )
-    return call(keep, *arrays, *parameters)
+    return call(keep, *(in_hbm(array, interpret) for array in (*arrays, *parameters)))
 
 
 outer_layer.defvjp(_forward_saving, _backward)
