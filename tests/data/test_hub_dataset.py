@@ -6,10 +6,14 @@ import subprocess
 import sys
 
 import datasets
+import numpy as np
 import pytest
 from commands import ROOT
 from loopback import Datasets
 from PIL import Image
+
+from tnt_jax.config import DataConfig, InputError
+from tnt_jax.data.opening import open_split
 
 OPEN = """
 import sys
@@ -56,3 +60,64 @@ def test_a_dataset_of_the_hub_is_read_and_kept(tmp_path):
     assert found[:2] == expected
     assert "hf:me/nothing cannot be opened" in found[2]
     assert opened("me/birds", HF_ENDPOINT=hub.address, HF_HUB_OFFLINE="1") == expected
+
+
+SEVERAL = datasets.Sequence(datasets.ClassLabel(names=["coot", "heron", "ibis"]))
+
+
+def saved(folder, feature, train, test, column="label"):
+    """A folder that `save_to_disk` wrote, with the labels of three training and two test images."""
+    features = datasets.Features({"image": datasets.Array3D((4, 4, 3), "uint8"), column: feature})
+    images = np.zeros((3, 4, 4, 3), np.uint8)
+    of_split = {"train": {"image": images, column: train}, "test": {"image": images[:2], column: test}}
+    splits = {name: datasets.Dataset.from_dict(rows, features) for name, rows in of_split.items()}
+    datasets.DatasetDict(splits).save_to_disk(str(folder))
+    return f"hf:{folder}"
+
+
+@pytest.mark.parametrize(
+    ("task", "feature", "train", "test", "names", "targets"),
+    [
+        ("single_label", datasets.Value("string"), ["b10", "b9", "a"], ["b10", "b9"], ("a", "b9", "b10"), [2, 1]),
+        ("single_label", datasets.Value("int64"), [5, 10, 7], [10, 5], ("5", "7", "10"), [2, 0]),
+        (
+            "multi_label",
+            datasets.Value("string"),
+            ["b|a", "", "c"],
+            ["c", "b| a"],
+            tuple("abc"),
+            [[0, 0, 1], [1, 1, 0]],
+        ),
+        ("multi_label", SEVERAL, [[0], [], [1]], [[2], []], ("coot", "heron", "ibis"), [[0, 0, 1], [0, 0, 0]]),
+        ("regression", datasets.Value("float64"), [0.5, 1.5, 2.5], [3.5, -1.0], ("label",), [[3.5], [-1.0]]),
+    ],
+)
+def test_labels_of_every_kind_are_numbered_as_the_training_images_have_them(
+    task, feature, train, test, names, targets, tmp_path
+):
+    found = open_split(DataConfig(saved(tmp_path, feature, train, test), task=task), "test")
+    assert found.class_names == names
+    np.testing.assert_array_equal(found.targets, targets)
+
+
+@pytest.mark.parametrize(
+    ("task", "feature", "test", "message"),
+    [
+        ("single_label", datasets.Value("string"), ["a", "d"], r"row 1: label 'd' is none of the 3 classes"),
+        ("single_label", SEVERAL, [[0], [1]], "fits --data.task multi_label, and not single_label"),
+        ("multi_label", datasets.Value("int64"), [1, 2], "fits --data.task single_label, and not multi_label"),
+        ("regression", datasets.Value("float64"), [1.0, np.nan], "row 1: label has no finite number"),
+    ],
+)
+def test_labels_that_do_not_fit_are_named(task, feature, test, message, tmp_path):
+    train = {"string": ["a", "b", "c"], "int64": [1, 2, 3], "float64": [1.0, 2.0, 3.0]}
+    source = saved(tmp_path, feature, train.get(getattr(feature, "dtype", None), [[0], [1], [2]]), test)
+    with pytest.raises(InputError, match=message):
+        open_split(DataConfig(source, task=task), "test")
+
+
+def test_a_column_that_is_missing_is_named(tmp_path):
+    source = saved(tmp_path, datasets.Value("string"), ["a", "b", "c"], ["a", "b"], column="species")
+    with pytest.raises(InputError, match=r"no column 'label'; it has image, species: name one .*--data.label-columns"):
+        open_split(DataConfig(source), "test")
+    assert open_split(DataConfig(source, label_columns=("species",)), "test").targets.tolist() == [0, 1]

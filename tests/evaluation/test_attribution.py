@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 import torch
-from marks import MARKS, SIDE, marked_images, write_idx
 from others import timm
 from small_models import small_model, small_pyramid
 from small_runs import tiny_run
 
 import tnt_jax
+from benchmarks.marks import MARKS, SIDE, marked_images, write_idx
 from tnt_jax.config import DataConfig, InputError, ModelChanges, OptimizerConfig
 from tnt_jax.data.mixing import normalise
 from tnt_jax.evaluation.attacks import adversarial, read_epsilon

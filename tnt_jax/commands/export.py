@@ -103,8 +103,10 @@ def _images(arguments: Arguments, model) -> tuple:
                 f"--source must say what to calibrate with: {arguments.model} is no run, and not of colours"
             )
         images = np.stack(parts) if parts else None
-        judged = Judged(images[::2], images[1::2], None, "parts of two photographs") if arguments.quantize else None
-        return None if images is None else images[:COMPARED], judged
+        if not arguments.quantize:
+            return None if images is None else images[:COMPARED], None
+        judged = Judged(images[::2], images[1::2], None, "parts of two photographs", arguments.tolerance / 100)
+        return images[:COMPARED], judged
     (data,) = test_data(arguments.model, [arguments.source] if arguments.source else (), described.outputs.task)
     preprocessing = described.preprocessing
     cut = (preprocessing.image_size, preprocessing.crop, preprocessing.interpolation)

@@ -47,6 +47,22 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "tnt_jax", "compiled"))
     if jax.config.jax_compilation_cache_max_size < 0:
         jax.config.update("jax_compilation_cache_max_size", 4 * 2**30)  # bytes; JAX sets no limit
+    _drop_half_entries(pathlib.Path(jax.config.jax_compilation_cache_dir))
+
+
+def _drop_half_entries(folder: pathlib.Path) -> None:
+    """Removes the programs of a cache that have no time of last use.
+
+    A process killed between writing the one and the other leaves such an entry, which makes JAX fail to write any.
+    """
+    if not folder.is_dir():  # also one that is elsewhere, such as gs://
+        return
+    import filelock
+
+    with contextlib.suppress(OSError), filelock.FileLock(folder / ".lockfile", timeout=5):  # JAX's own
+        for program in folder.glob("*-cache"):
+            if not program.with_name(program.name.removesuffix("cache") + "atime").exists():
+                program.unlink()
 
 
 @contextlib.contextmanager

@@ -105,51 +105,66 @@ def _image_column(datasets, rows, data: DataConfig, argument: str) -> str:
 
 
 def _targets(datasets, rows, training, data: DataConfig, name: str) -> tuple[np.ndarray, tuple[str, ...]]:
-    usual = ("target", "targets", "value", "label") if data.task == "regression" else LABEL_COLUMNS
-    columns = list(data.label_columns) or [each for each in usual if each in rows.features][:1]
-    if not columns or not set(columns) <= set(rows.features):
-        raise InputError(
-            f"{name} has no column {(*columns, 'label')[0]!r}; it has {', '.join(rows.features)}: name one of them "
-            "with --data.label-columns"
-        )
+    """Targets of all rows, and what the classes or numbers are called, as the training rows have them."""
+    columns = _label_columns(rows, data, name)
     if data.task == "regression" or len(columns) > 1:
-        targets = np.stack([np.asarray(rows.with_format(None)[each][:], np.float32) for each in columns], axis=1)
-        if not np.isfinite(targets).all():
-            row = int(np.argwhere(~np.isfinite(targets))[0, 0])
-            raise InputError(f"{name}, row {row}: {', '.join(columns)} has no finite number")
-        if data.task == "multi_label" and not np.isin(targets, (0, 1)).all():
-            raise InputError(f"{name}: {', '.join(columns)} should be 0 or 1")
-        if data.task == "single_label":
-            raise InputError(f"{name}: {len(columns)} columns of labels fit multi_label and regression alone")
-        return targets, tuple(columns)
-    feature, cells = rows.features[columns[0]], rows[columns[0]][:]
-    several = isinstance(cells[0], list)
-    if several != (data.task == "multi_label"):
-        text = data.task == "multi_label" and isinstance(cells[0], str)
-        if not text:
-            fitting = "multi_label" if several else "single_label"
-            raise InputError(f"{name}: column {columns[0]!r} fits --data.task {fitting}, and not {data.task}")
-        separator = data.label_separator or next((each for each in SEPARATORS if any(each in c for c in cells)), "|")
-        cells = [[label.strip() for label in cell.split(separator) if label.strip()] for cell in cells]
-    inner = getattr(feature, "feature", feature)
-    if isinstance(inner, datasets.ClassLabel):
-        class_names = tuple(inner.names)
-        numbers: Any = range(len(class_names))
+        return _numbers(rows, columns, data, name), tuple(columns)
+    (column,) = columns
+    cells = _labels(rows, column, data, name)
+    feature = rows.features[column]
+    feature = getattr(feature, "feature", feature)  # of what a list holds
+    if isinstance(feature, datasets.ClassLabel):
+        class_names = tuple(feature.names)
+        numbers = {number: number for number in range(len(class_names))}
     else:
-        trained = training[columns[0]][:]
-        flat = [label for cell in trained for label in cell] if several else trained
-        if data.task == "multi_label" and not several:
-            flat = [label for cell in cells for label in cell]
-        class_names = class_names_of(data, {str(label) for label in flat})
+        trained = cells if training is rows else _labels(training, column, data, name)
+        class_names = class_names_of(data, {str(label) for cell in trained for label in cell})
         numbers = {label: number for number, label in enumerate(class_names)}
-        cells = [[str(label) for label in cell] for cell in cells] if data.task == "multi_label" else map(str, cells)
-        cells = list(cells)
+        cells = [[str(label) for label in cell] for cell in cells]
     targets = np.zeros((len(cells), len(class_names)), np.float32)
     for row, cell in enumerate(cells):
-        for label in cell if data.task == "multi_label" else [cell]:
+        for label in cell:
             if label not in numbers:
                 raise InputError(f"{name}, row {row}: label {label!r} is none of the {len(class_names)} classes")
             targets[row, numbers[label]] = 1
     if data.task == "multi_label":
         return targets, class_names
     return targets.argmax(axis=1).astype(np.int32), class_names
+
+
+def _label_columns(rows, data: DataConfig, name: str) -> list[str]:
+    usual = ("target", "targets", "value", "label") if data.task == "regression" else LABEL_COLUMNS
+    columns = list(data.label_columns) or [each for each in usual if each in rows.features][:1]
+    if not columns or not set(columns) <= set(rows.features):
+        lacking = next((each for each in columns if each not in rows.features), "label")
+        raise InputError(
+            f"{name} has no column {lacking!r}; it has {', '.join(rows.features)}: name one of them with "
+            "--data.label-columns"
+        )
+    return columns
+
+
+def _numbers(rows, columns: list[str], data: DataConfig, name: str) -> np.ndarray:
+    """A column for each number or label, float32 (rows, columns)."""
+    if data.task == "single_label":
+        raise InputError(f"{name}: {len(columns)} columns of labels fit multi_label and regression alone")
+    targets = np.stack([np.asarray(rows.with_format(None)[each][:], np.float32) for each in columns], axis=1)
+    if not np.isfinite(targets).all():
+        row = int(np.argwhere(~np.isfinite(targets))[0, 0])
+        raise InputError(f"{name}, row {row}: {', '.join(columns)} has no finite number")
+    if data.task == "multi_label" and not np.isin(targets, (0, 1)).all():
+        raise InputError(f"{name}: {', '.join(columns)} should be 0 or 1")
+    return targets
+
+
+def _labels(rows, column: str, data: DataConfig, name: str) -> list[list]:
+    """The labels of each row: of a single label one, of several those of a list or of a text with separators."""
+    cells = rows[column][:]
+    several = isinstance(cells[0], list)
+    if several == (data.task == "multi_label"):
+        return cells if several else [[cell] for cell in cells]
+    if several or not isinstance(cells[0], str):
+        fitting = "multi_label" if several else "single_label"
+        raise InputError(f"{name}: column {column!r} fits --data.task {fitting}, and not {data.task}")
+    separator = data.label_separator or next((each for each in SEPARATORS if any(each in c for c in cells)), "|")
+    return [[label.strip() for label in cell.split(separator) if label.strip()] for cell in cells]

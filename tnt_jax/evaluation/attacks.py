@@ -1,4 +1,4 @@
-"""How little changes an prediction: adversarial images within a distance of the image, measured in its pixels."""
+"""How little changes a prediction: adversarial images within a distance of the image, measured in its pixels."""
 
 from typing import Literal
 

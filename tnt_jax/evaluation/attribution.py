@@ -96,8 +96,10 @@ def attribute(
     classes = np.asarray(classes)
     if outside := [int(each) for each in classes if not 0 <= each < count]:
         raise InputError(f"there is no class {outside[0]}; the model has {count} classes, counted from 0")
-    plain = with_formulation(model, "reference", dtype="float32")
-    maps = METHODS[method].compute(plain, jnp.asarray(images, jnp.float32), jnp.asarray(classes), size, **options)
+    # What attends to what is seen in the equations alone; a gradient by the input is the same in every formulation.
+    formulation = model.config.inner if METHODS[method].sizes == OF_PIXELS else "reference"
+    exact = with_formulation(model, formulation, dtype="float32")
+    maps = METHODS[method].compute(exact, jnp.asarray(images, jnp.float32), jnp.asarray(classes), size, **options)
     return np.asarray(maps, np.float32)
 
 
@@ -342,14 +344,23 @@ def _mean_gradient(
 ) -> Array:
     """The weighted mean of gradients by the input, at multiples of the images or, with `noise`, near them."""
     spread = images.max(axis=(1, 2, 3), keepdims=True) - images.min(axis=(1, 2, 3), keepdims=True)
+    # Several points at a time, as far as that makes no batch larger than 8; the last ones are filled up without weight.
+    together = min(max(1, 8 // len(images)), len(each))
+    filled = -len(each) % together
+    each = jnp.concatenate([each, each[:filled]]).reshape(-1, together)
+    weights = jnp.pad(weights, (0, filled)).reshape(-1, together)
+    repeated = jnp.tile(classes, together)
 
     def score(images: Array) -> Array:
-        return of_class(nnx.merge(graph, state)(images), classes)
+        return of_class(nnx.merge(graph, state)(images), repeated)
 
-    def add(total: Array, one: tuple) -> tuple[Array, None]:
-        factor, weight = one
-        at = factor * images if noise is None else images + noise * spread * jax.random.normal(factor, images.shape)
-        return total + weight * jax.grad(score)(at), None
+    def point(one: Array) -> Array:
+        return one * images if noise is None else images + noise * spread * jax.random.normal(one, images.shape)
+
+    def add(total: Array, several: tuple) -> tuple[Array, None]:
+        points = jax.vmap(point)(several[0])
+        gradients = jax.grad(score)(points.reshape(-1, *images.shape[1:])).reshape(points.shape)
+        return total + jnp.tensordot(several[1], gradients, 1), None
 
     with jax.default_matmul_precision("highest"):
         return jax.lax.scan(add, jnp.zeros_like(images), (each, weights))[0]

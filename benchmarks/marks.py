@@ -14,8 +14,8 @@ MARKS = np.array(
 SIDE = 32
 
 
-def marked_images(count, seed):
-    """Noise with one mark of 4 x 4 pixels inside of a patch of 8, or, of class 3, with none.
+def marked_images(count, seed, anywhere=False):
+    """Noise with one mark of 4 x 4 pixels inside of a patch of 8, or `anywhere`, or, of class 3, with none.
 
     Images uint8 (count, 32, 32), classes, and the marks' upper left corners (count, 2).
     """
@@ -23,6 +23,7 @@ def marked_images(count, seed):
     images = rng.integers(90, 166, (count, SIDE, SIDE), np.uint8)
     classes = rng.integers(0, len(MARKS) + 1, count)
     corners = 8 * rng.integers(0, SIDE // 8, (count, 2)) + 2 * rng.integers(0, 3, (count, 2))
+    corners = rng.integers(0, SIDE - 3, (count, 2)) if anywhere else corners
     for image, label, (row, column) in zip(images, classes, corners, strict=True):
         if label < len(MARKS):
             image[row : row + 4, column : column + 4] = np.where(MARKS[label], 255, 0)
