@@ -17,9 +17,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from tnt_jax.models.formulations.devices import mesh_obstacle, on_each_device, platform, say_once
+from tnt_jax.models.formulations.devices import device_kind, mesh_obstacle, on_each_device, platform, say_once
 from tnt_jax.models.functions import NORM_EPSILON, gelu
 from tnt_jax.models.kernels.parameters import LayerParameters
+
+SMALL_VMEM = ("TPU v2", "TPU v3", "TPU v4")
 
 
 def transform_words(
@@ -67,6 +69,8 @@ def pallas_obstacle(sentences: int) -> str | None:
     """Why no Pallas kernel can run on so many sentences here, or None."""
     if platform() != "tpu":
         return f"the Pallas kernel runs on TPUs, and this is a {platform()}"
+    if device_kind() in SMALL_VMEM:
+        return f"the Pallas kernel takes more VMEM than the 16 MiB of a {device_kind()}"
     return mesh_obstacle(sentences)
 
 
