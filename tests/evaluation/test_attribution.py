@@ -1,11 +1,15 @@
 """Why this class: the methods beside the same ones in PyTorch on timm's network, and where the reason is known."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 import torch
+from commands import ROOT
 from others import timm
 from small_models import small_model, small_pyramid
 from small_runs import tiny_run
@@ -82,6 +86,31 @@ def close(found, expected):
 def test_the_gradient_by_the_input_is_that_of_timm(inner, ours, theirs):
     model = with_formulation(ours, inner)
     close(input_gradient(model, images_of(model), CLASSES), theirs.images.grad.numpy().transpose(0, 2, 3, 1))
+
+
+ON_TWO_DEVICES = """
+import sys
+import jax, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+import tnt_jax
+from tnt_jax.evaluation.attribution import input_gradient
+mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+model = tnt_jax.load_model(sys.argv[1])
+images = jax.device_put(np.load(sys.argv[2]), NamedSharding(mesh, PartitionSpec("data")))
+assert len(images.addressable_shards) == 2
+with jax.set_mesh(mesh):
+    np.save(sys.argv[2], input_gradient(model, images, np.array(sys.argv[3:], int)))
+"""
+
+
+@pytest.mark.slow
+def test_the_gradient_by_the_input_is_that_of_timm_on_two_devices(ours, theirs, tmp_path):
+    tnt_jax.save_model(ours, tmp_path / "model")
+    np.save(tmp_path / "images.npy", images_of(ours))
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    command = [sys.executable, "-c", ON_TWO_DEVICES, tmp_path / "model", tmp_path / "images.npy", *map(str, CLASSES)]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    close(np.load(tmp_path / "images.npy"), theirs.images.grad.numpy().transpose(0, 2, 3, 1))
 
 
 def rolled(theirs, which="out"):
