@@ -306,7 +306,7 @@ def _over_images(name: str, kernel, epsilon: float, interpret: bool, tokens, add
         interpret=interpret,
         name=name,
     )
-    return call(keep, *(in_hbm(array, interpret) for array in (*arrays, *parameters)))
+    return list(call(keep, *(in_hbm(array, interpret) for array in (*arrays, *parameters))))
 
 
 outer_layer.defvjp(_forward_saving, _backward)
