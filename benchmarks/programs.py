@@ -19,6 +19,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 KERNELS = r"(inner_block|words_to_sentence|outer_layer)_(forward|backward)"
 TILE, WORDS = 1024, 16  # sentences that a kernel of words takes at a time, and how often the loops within it run
 IMAGES = 4  # that a kernel of tokens takes at a time, and how often the loop within it runs
+CORES = {"v5p": 2, "v4": 2}  # of a device; they share the steps of a kernel that adds nothing up over them
 ONE_BLOCK = "block"  # to tpu_compile.py, a TNT-S of one block, from which the schedules are read
 ROUNDS = 5
 
@@ -109,6 +110,8 @@ def cycles(found: dict, images: int, topology: str) -> float:
     which = "train" if any("backward" in name for name in found["calls"]) else "forward"
     scheduled = schedules(topology, which) if found["calls"] else {}
     steps = {name: -(-images // IMAGES) if name.startswith("outer") else -(-196 * images // TILE) for name in scheduled}
+    if cores := CORES.get(topology.partition(":")[0]):
+        steps |= {name: -(-count // cores) for name, count in steps.items() if "forward" in name}
     return found["cycles"] + sum(calls * steps[name] * scheduled[name] for name, calls in found["calls"].items())
 
 
@@ -120,7 +123,7 @@ def schedules(topology: str, which: str) -> dict[str, int]:
     """
     with tempfile.TemporaryDirectory() as dump:
         flags = {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"}
-        child(str(ROOT / "benchmarks/tpu_compile.py"), topology, ONE_BLOCK, which, 6, "none", environment=flags)
+        child(str(ROOT / "benchmarks/tpu_compile.py"), topology, ONE_BLOCK, which, 32, "none", environment=flags)
         found = {}
         for path in pathlib.Path(dump).glob("*-final_bundles.txt"):
             name = re.search(KERNELS, path.name)

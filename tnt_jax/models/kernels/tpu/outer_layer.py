@@ -20,7 +20,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from tnt_jax.models.kernels.parameters import LayerParameters
-from tnt_jax.models.kernels.tpu.tile import LANES, VMEM_LIMIT, dot, gelu_and_derivative, in_hbm, result_in_hbm
+from tnt_jax.models.kernels.tpu.tile import (
+    LANES,
+    VMEM_LIMIT,
+    compiler_params,
+    dot,
+    gelu_and_derivative,
+    in_hbm,
+    result_in_hbm,
+)
 
 HEAD_DIM = LANES // 2
 IMAGES = 4  # of a step: what is added to their 196 patches then fills whole registers, as 4 * 196 rows side by side
@@ -297,7 +305,7 @@ def _over_images(name: str, kernel, epsilon: float, interpret: bool, tokens, add
         out_specs=[*map(of_step, results), *map(whole, sums)],
         out_shape=[result_in_hbm(each, interpret) for each in (*results, *sums)],
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in sizes.scratch],
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT),
+        compiler_params=compiler_params(adds_up=gradient is not None),
         cost_estimate=pl.CostEstimate(
             flops=macs * (2 if gradient is None else 8),
             transcendentals=0,

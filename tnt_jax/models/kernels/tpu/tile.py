@@ -122,6 +122,12 @@ def with_matrices_in(dtype: DTypeLike, parameters: tuple[Array, ...]) -> tuple[A
     return type(parameters)(*(value if value.shape[1] == 1 else value.astype(dtype) for value in parameters))
 
 
+def compiler_params(*, adds_up: bool) -> pltpu.CompilerParams:
+    """A v5p has two cores, which share the steps of a kernel unless it adds something up over them."""
+    order = pltpu.GridDimensionSemantics.ARBITRARY if adds_up else pltpu.GridDimensionSemantics.PARALLEL
+    return pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT, dimension_semantics=(order,))
+
+
 def in_hbm(array: Array, interpret: bool) -> Array:
     """An argument of a kernel that lies in HBM.
 
@@ -188,7 +194,7 @@ def over_tiles(
         out_specs=[*(result.block for result in results), *map(whole, gradients)],
         out_shape=[result_in_hbm(shape, interpret) for shape in (*(result.value for result in results), *gradients)],
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT),
+        compiler_params=compiler_params(adds_up=sums),
         cost_estimate=pl.CostEstimate(
             flops=flops, transcendentals=0, bytes_accessed=sum(value.size * value.dtype.itemsize for value in moved)
         ),
