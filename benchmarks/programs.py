@@ -75,7 +75,8 @@ def account(function: Callable, shapes: tuple, topology: str, *, free_layouts: b
     seconds, program = time.perf_counter() - start, compiled.as_text()
     called = re.findall(rf"%({KERNELS})[.\d]* = .*custom-call", program)
     return {
-        "cycles": sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', program))),
+        # The compiler says 2^63 - 1 of what it cannot estimate: on a v7x a copy in the stem, 3 kilocycles elsewhere.
+        "cycles": sum(c for c in map(int, re.findall(r'"estimated_cycles":"(\d+)"', program)) if c < 2**62),
         "calls": {name: [found[0] for found in called].count(name) for name in {found[0] for found in called}},
         "traffic": compiled.cost_analysis()["bytes accessed"],
         "temporary": compiled.memory_analysis().temp_size_in_bytes,
