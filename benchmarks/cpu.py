@@ -1,5 +1,7 @@
 """TNT-S and DeiT-S: ours, timm, timm under torch.compile and ONNX Runtime on timm's export, timed in turns.
 
+Beside DeiT-S also a ViT-S/16 of Flax's own layers (benchmarks/stock_vit.py).
+
     pip install timm==1.0.31 torch onnx onnxscript onnxruntime
     python benchmarks/cpu.py [--peer-python /path/to/another/venv/bin/python] [--rounds 7]
 
@@ -30,10 +32,12 @@ TASKS = {"inference, 1": ("infer", 1), "inference, 8": ("infer", 8), "training s
 MODELS = {"TNT-S": "tnt_s_patch16_224", "DeiT-S": "deit_small_patch16_224"}
 NEEDS = {
     "ours": ("jax", "flax", "optax"),
+    "stock Flax": ("jax", "flax", "optax"),
     "timm": ("torch", "timm"),
     "timm compiled": ("torch", "timm"),
     "ONNX Runtime": ("torch", "timm", "onnx", "onnxscript", "onnxruntime"),
 }
+OURS = ("ours", "stock Flax")  # run by this Python
 SETTLE = 0.3  # seconds after which the threads of the runner before have stopped spinning
 TURN = 1.0  # seconds
 FIRST_STEPS = 3
@@ -45,7 +49,7 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=7)
     arguments.add_argument("--runners", nargs="+", choices=NEEDS, default=list(NEEDS))
     given = arguments.parse_args()
-    pythons = {name: sys.executable if name == "ours" else given.peer_python for name in given.runners}
+    pythons = {name: sys.executable if name in OURS else given.peer_python for name in given.runners}
     runners = [name for name, python in pythons.items() if _available(name, python)]
 
     print("| | batch | runner | ms, median (least to most) | over timm | over the best peer | share of peak |")
@@ -53,7 +57,7 @@ def main() -> None:
     seconds = {}
     for task in TASKS:
         for model in MODELS:
-            can = [name for name in runners if not (name == "ONNX Runtime" and task.startswith("training"))]
+            can = [name for name in runners if _can(name, task, model)]
             with contextlib.ExitStack() as stack:
                 children = {name: stack.enter_context(_Child(pythons[name], name, model, task)) for name in can}
                 rounds = [{name: child.turn() for name, child in children.items()} for _ in range(given.rounds)]
@@ -62,12 +66,14 @@ def main() -> None:
             for name in can:
                 print(_row(task, model, name, rounds, shares[name]), flush=True)
 
+    # Flax has no TNT: its ViT-S is what our TNT-S is compared with.
     print("\n| TNT-S over DeiT-S, time | " + " | ".join(runners) + " |")
     print("|---|" + "---|" * len(runners))
     for task in TASKS:
         cells = []
         for name in runners:
-            tnt, deit = ([turn.get(name) for turn in seconds[task, model]] for model in MODELS)
+            tnt = [turn.get("ours" if name == "stock Flax" else name) for turn in seconds[task, "TNT-S"]]
+            deit = [turn.get(name) for turn in seconds[task, "DeiT-S"]]
             cells.append("-" if tnt[0] is None else f"{statistics.median(tnt) / statistics.median(deit):.2f}")
         print(f"| {task} | {' | '.join(cells)} |")
 
@@ -76,7 +82,7 @@ def main() -> None:
     for model in MODELS:
         cells = []
         for name in runners:
-            if name == "ONNX Runtime":
+            if not _can(name, "training step, 8", model):
                 cells.append("-")
                 continue
             firsts = []
@@ -85,6 +91,12 @@ def main() -> None:
                     firsts.append(child.first)
             cells.append(f"{statistics.median(firsts):.1f} ({min(firsts):.1f} to {max(firsts):.1f})")
         print(f"| {model} | {' | '.join(cells)} |", flush=True)
+
+
+def _can(name: str, task: str, model: str) -> bool:
+    if name == "stock Flax":
+        return model == "DeiT-S"
+    return not (name == "ONNX Runtime" and task.startswith("training"))
 
 
 def _available(name: str, python: str) -> bool:
@@ -145,8 +157,12 @@ class _Child:
 
 def child(name: str, model: str, task: str) -> None:
     kind, batch = TASKS[task]
-    make = {"ours": ours, "ONNX Runtime": onnx_runtime}.get(name, timms)
-    run, at_peak = make(model, kind, batch) if make is not timms else timms(model, kind, batch, "compiled" in name)
+    if name in OURS:
+        run, at_peak = ours("ViT-S" if name == "stock Flax" else model, kind, batch)
+    elif name == "ONNX Runtime":
+        run, at_peak = onnx_runtime(model, kind, batch)
+    else:
+        run, at_peak = timms(model, kind, batch, compiled="compiled" in name)
     start = time.perf_counter()
     run()
     print(json.dumps({"first": time.perf_counter() - start, "at_peak": at_peak}), flush=True)
@@ -167,6 +183,7 @@ def ours(model: str, kind: str, batch: int) -> tuple[Callable[[], None], float |
     import optax
     from deit import DeiT
     from flax import nnx
+    from stock_vit import StockViT
 
     from tnt_jax.chips import chip_of, training_flops
     from tnt_jax.commands.process import keep_memory
@@ -175,7 +192,7 @@ def ours(model: str, kind: str, batch: int) -> tuple[Callable[[], None], float |
 
     keep_memory()  # as train.py does
     config = model_config("tnt_s_patch16_224")
-    network = {"TNT-S": TNT, "DeiT-S": DeiT}[model](config, rngs=nnx.Rngs(0))
+    network = {"TNT-S": TNT, "DeiT-S": DeiT, "ViT-S": StockViT}[model](config, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(network)
     random = np.random.default_rng(0)
     images = jnp.asarray(random.standard_normal((batch, *config.image_size, 3), np.float32))
@@ -209,10 +226,6 @@ def ours(model: str, kind: str, batch: int) -> tuple[Callable[[], None], float |
         return run, None
     macs = VARIANTS[config.name].macs
     return run, batch * (2 * macs if kind == "infer" else training_flops(macs)) / chip.flops
-
-
-def compiled_timms(model: str, kind: str, batch: int) -> tuple[Callable[[], None], None]:
-    return timms(model, kind, batch, compiled=True)
 
 
 def timms(model: str, kind: str, batch: int, compiled: bool = False) -> tuple[Callable[[], None], None]:

@@ -54,7 +54,7 @@ def _row(which: str, formulation: str, found: dict, given: argparse.Namespace) -
     if given.topology == "here":
         spent, scale = found["wall"], 1e6
     else:
-        spent, scale = programs.cycles(found, 196 * given.batch, given.topology), 1e-3
+        spent, scale = programs.cycles(found, given.batch, given.topology), 1e-3
     floor = None
     if chip:
         floor = max(found["flops"] / chip.flops, found["least traffic"] / chip.bandwidth)

@@ -302,6 +302,13 @@ def test_what_is_run_where(monkeypatch, caplog, asked, platform, channels, field
     assert len(caplog.records) == fell_back, "a fallback is logged once, a plain choice never"
 
 
+@pytest.mark.parametrize(("kind", "chosen"), [("TPU v4", "feature_major"), ("TPU v5 lite", "pallas")])
+def test_a_tpu_of_little_vmem_runs_no_kernel(monkeypatch, kind, chosen):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(inner, "device_kind", lambda: kind)
+    assert inner.choose(make_layer("auto", 24, 4), 196, 16, training=True) == chosen
+
+
 def test_without_a_c_compiler_the_reference_is_run(monkeypatch, caplog):
     monkeypatch.setattr(library, "compiled", lambda name: False)
     say_once.cache_clear()

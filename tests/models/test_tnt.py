@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 import tnt_jax
+from tnt_jax.models.formulations.outer import add_to_patches
 from tnt_jax.models.functions import drop_path, dropout
 from tnt_jax.models.variants import VARIANTS, abstract_model, model_config
 
@@ -170,7 +171,8 @@ def test_attention_maps_are_what_the_blocks_use():
     # An attention that is made of these weights gives what the layer gives.
     block = model.blocks[0]
     words, sentences = model.embed(x)
-    _, sentences = block.add_words(block.inner(words), sentences)
+    _, from_words = block.words_to_sentence(block.inner(words), 2)
+    sentences = add_to_patches(sentences, from_words)
     normed = block.outer.norm1(sentences)
     value = (normed @ block.outer.attn.qkv.kernel[:, 48:]).reshape(2, 17, 3, 8)
     mixed = jnp.einsum("bhqk,bkhd->bqhd", outer[0], value).reshape(2, 17, 24)

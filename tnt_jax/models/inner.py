@@ -34,7 +34,6 @@ class InnerTransformer(TransformerLayer):
         self.formulation = config.inner
         self.dtype = jnp.dtype(config.dtype)
         self.has_dropout = bool(config.drop_rate or config.attn_drop_rate)
-        self.norms_each_word = norm is LayerNorm
 
     def __call__(
         self, words: Float[Array, "sentences words inner"], key: PRNGKeyArray | None = None
@@ -45,7 +44,7 @@ class InnerTransformer(TransformerLayer):
         self, words: Float[Array, "sentences words inner"], key: PRNGKeyArray | None = None
     ) -> Float[Array, "sentences words inner"]:
         """The equations as the paper has them."""
-        return super().__call__(words, key)
+        return super().reference(words, key)
 
     def branch_survival(self, sentences: int, key: PRNGKeyArray | None) -> Float[Array, "2 sentences"]:
         """What stochastic depth multiplies the two branches of each sentence by, drawn as `reference` draws it."""

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from tnt_jax.config import ModelConfig
 from tnt_jax.models.formulations.attention import attend, attention_weights
 from tnt_jax.models.formulations.gradients import LINEAR, layer_norm, parameter_add, parameter_einsum
+from tnt_jax.models.formulations.outer import transform_tokens
 from tnt_jax.models.functions import NORM_EPSILON, drop_path, dropout, gelu, split_key
 
 BATCH_NORM_MOMENTUM = 0.1  # of the new value, as PyTorch counts it
@@ -268,6 +269,7 @@ class TransformerLayer(nnx.Module):
         rngs: Rngs,
     ):
         self.drop_path_rate = drop_path_rate
+        self.norms_each_token = norm is LayerNorm
         self.norm1 = norm(dim, config=config, rngs=rngs)
         self.attn = attention(dim, num_heads, config=config, rngs=rngs)
         self.norm2 = norm(dim, config=config, rngs=rngs)
@@ -279,7 +281,18 @@ class TransformerLayer(nnx.Module):
         x: Float[Array, "batch tokens dim"],
         key: PRNGKeyArray | None = None,
         bias: Float[Array, "1 heads queries keys"] | None = None,
+        added: Float[Array, "batch patches dim"] | None = None,
     ) -> Float[Array, "batch tokens dim"]:
+        """`bias` is added to the logits of the softmax; `added` first of all to every token but the first."""
+        return transform_tokens(self, x, key, bias, added)
+
+    def reference(
+        self,
+        x: Float[Array, "batch tokens dim"],
+        key: PRNGKeyArray | None = None,
+        bias: Float[Array, "1 heads queries keys"] | None = None,
+    ) -> Float[Array, "batch tokens dim"]:
+        """The equations as the paper has them."""
         attn_key, attn_path_key, mlp_key, mlp_path_key = split_key(key, 4)
         x = x + drop_path(self.attn(self.norm1(x), attn_key, bias), self.drop_path_rate, attn_path_key)
         change = self.mlp(self.norm2(x), mlp_key)

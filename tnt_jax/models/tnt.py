@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from tnt_jax.config import ModelConfig
 from tnt_jax.models.calling import Images, block_indices, check_images, explains_forward_mode, training_key
 from tnt_jax.models.formulations.gradients import parameter_add, parameter_einsum
+from tnt_jax.models.formulations.outer import add_to_patches
 from tnt_jax.models.formulations.sentences import make_sentences
 from tnt_jax.models.functions import dropout, split_key
 from tnt_jax.models.inner import InnerTransformer
@@ -193,13 +194,6 @@ class Block(nnx.Module):
             rngs=rngs,
         )
 
-    def add_words(
-        self, words: Float[Array, "sentences words inner"], sentences: Float[Array, "batch tokens outer"]
-    ) -> tuple[Float[Array, "sentences words inner"], Float[Array, "batch tokens outer"]]:
-        """The words, and the sentences to which they are added, projected; the class token, gets none."""
-        words, from_words = self.words_to_sentence(words, batch=sentences.shape[0])
-        return words, sentences + jnp.pad(from_words, ((0, 0), (1, 0), (0, 0)))
-
     def __call__(
         self,
         words: Float[Array, "sentences words inner"],
@@ -207,10 +201,11 @@ class Block(nnx.Module):
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "sentences words inner"], Float[Array, "batch tokens outer"]]:
         inner_key, outer_key = split_key(key, 2)
+        from_words = None
         if self.inner is not None:
             words = self.inner(words, inner_key)
-            words, sentences = self.add_words(words, sentences)
-        return words, self.outer(sentences, outer_key)
+            words, from_words = self.words_to_sentence(words, batch=sentences.shape[0])
+        return words, self.outer(sentences, outer_key, added=from_words)
 
 
 def positions(wanted: bool, count: int, dim: int, config: ModelConfig, rngs: Rngs) -> nnx.Param | None:
@@ -367,7 +362,8 @@ class TNT(nnx.Module):
                 weights = block.inner.attention_weights(words)
                 inner[-1] = weights.reshape(*grid, *weights.shape[1:])
                 words = block.inner(words)
-                words, sentences = block.add_words(words, sentences)
+                words, from_words = block.words_to_sentence(words, grid[0])
+                sentences = add_to_patches(sentences, from_words)
             outer.append(block.outer.attention_weights(sentences))
             sentences = block.outer(sentences)
         return inner, outer

@@ -19,6 +19,12 @@ def platform() -> str:
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
+def device_kind() -> str:
+    """The kind of device that is being traced for, as JAX calls it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.devices()[0].device_kind if mesh.empty else mesh.abstract_device.device_kind
+
+
 def mesh_obstacle(count: int) -> str | None:
     """Why the devices cannot each compute their own part of `count` rows, or None."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -19,11 +19,20 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from tnt_jax.models.formulations.devices import gpu, mesh_obstacle, on_each_device, platform, say_once
+from tnt_jax.models.formulations.devices import (
+    device_kind,
+    gpu,
+    mesh_obstacle,
+    on_each_device,
+    platform,
+    say_once,
+)
 from tnt_jax.models.functions import NORM_EPSILON, gelu
 from tnt_jax.models.kernels.gpu.sizes import LEAST_CAPABILITY, Sizes
 from tnt_jax.models.kernels.gpu.sizes import obstacle as sizes_obstacle
 from tnt_jax.models.kernels.parameters import LayerParameters
+
+SMALL_VMEM = ("TPU v2", "TPU v3", "TPU v4")
 
 
 def transform_words(
@@ -73,6 +82,8 @@ def pallas_obstacle(sentences: int) -> str | None:
     """Why no Pallas kernel can run on so many sentences here, or None."""
     if platform() != "tpu":
         return f"the Pallas kernel runs on TPUs, and this is a {platform()}"
+    if device_kind() in SMALL_VMEM:
+        return f"the Pallas kernel takes more VMEM than the 16 MiB of a {device_kind()}"
     return mesh_obstacle(sentences)
 
 
@@ -82,7 +93,7 @@ def _size_obstacle(layer: nnx.Module) -> str | None:
 
     if not covers_layer(layer.attn.qkv.in_features, layer.attn.num_heads):
         return f"the Pallas kernel takes channels in multiples of {SUBLANES}"
-    if not layer.norms_each_word:
+    if not layer.norms_each_token:
         return "the Pallas kernel normalises each word by itself"
     return None
 
@@ -98,7 +109,7 @@ def cuda_obstacle(layer: nnx.Module, sentences: int, num_words: int) -> str | No
         return f"the CUDA kernel needs compute capability {LEAST_CAPABILITY}, and this card has {card[0]}"
     if layer.dtype != "bfloat16":
         return f"the CUDA kernel computes in bfloat16, and this is {layer.dtype}"
-    if not layer.norms_each_word:
+    if not layer.norms_each_token:
         return "the CUDA kernel normalises each word by itself"
     from tnt_jax.models.kernels.gpu import call
 
@@ -189,7 +200,7 @@ def feature_major(
     """The layer with sentences on the last axis: no axis of 24 channels or 16 words is left to be padded."""
     p, dtype, heads = columns(layer), layer.dtype, layer.attn.num_heads
     channels = layer.attn.qkv.in_features
-    axes = (1,) if layer.norms_each_word else (0, 1)
+    axes = (1,) if layer.norms_each_token else (0, 1)
     x = words.reshape(-1, channels, words.shape[-1]).astype(jnp.float32)
 
     def norm(x: Array, scale: Array, bias: Array) -> Float[Array, "words channels sentences"]:

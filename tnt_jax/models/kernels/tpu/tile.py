@@ -5,7 +5,7 @@ inner_block.py, whose kernels are made of these, says why it is so.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -122,6 +122,26 @@ def with_matrices_in(dtype: DTypeLike, parameters: tuple[Array, ...]) -> tuple[A
     return type(parameters)(*(value if value.shape[1] == 1 else value.astype(dtype) for value in parameters))
 
 
+def compiler_params(*, adds_up: bool) -> pltpu.CompilerParams:
+    """A v5p has two cores, which share the steps of a kernel unless it adds something up over them."""
+    order = pltpu.GridDimensionSemantics.ARBITRARY if adds_up else pltpu.GridDimensionSemantics.PARALLEL
+    return pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT, dimension_semantics=(order,))
+
+
+def in_hbm(array: Array, interpret: bool) -> Array:
+    """An argument of a kernel that lies in HBM.
+
+    XLA puts arrays into VMEM where there is room, which differs from block to block, and compiles a kernel once for
+    each of the ways.
+    """
+    return array if interpret else pltpu.with_memory_space_constraint(array, pltpu.HBM)
+
+
+def result_in_hbm(shape: jax.ShapeDtypeStruct, interpret: bool) -> Any:
+    """A result of a kernel that lies in HBM."""
+    return shape if interpret else pltpu.HBM(shape.shape, shape.dtype)
+
+
 class PerSentence(NamedTuple):
     """An array, or the shape of one, with a column (axis 1) or a row (axis 0) for each sentence."""
 
@@ -172,16 +192,16 @@ def over_tiles(
         grid=(pl.cdiv(first.value.shape[first.axis], TILE),),
         in_specs=[*(array.block for array in arrays), *map(whole, parameters)],
         out_specs=[*(result.block for result in results), *map(whole, gradients)],
-        out_shape=[*(result.value for result in results), *gradients],
+        out_shape=[result_in_hbm(shape, interpret) for shape in (*(result.value for result in results), *gradients)],
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT),
+        compiler_params=compiler_params(adds_up=sums),
         cost_estimate=pl.CostEstimate(
             flops=flops, transcendentals=0, bytes_accessed=sum(value.size * value.dtype.itemsize for value in moved)
         ),
         interpret=interpret,
         name=name,
     )
-    returned = list(call(*(array.value for array in arrays), *parameters))
+    returned = list(call(*(in_hbm(value, interpret) for value in (*(array.value for array in arrays), *parameters))))
     for index, parameter in enumerate(parameters if sums else (), start=len(results)):
         if parameter.shape[1] == 1:
             returned[index] = returned[index].sum(1, keepdims=True)

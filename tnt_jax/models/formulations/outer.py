@@ -1,0 +1,88 @@
+"""How a transformer layer over the tokens of an image is computed.
+
+- `reference`: norm, attention, MLP, each on its own; attention is chosen in attention.py.
+- `pallas`: the whole layer in one TPU kernel, kernels/tpu/outer_layer.py.
+"""
+
+import functools
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from tnt_jax.models.formulations.devices import on_each_device
+from tnt_jax.models.formulations.inner import pallas_obstacle, preferred
+from tnt_jax.models.functions import NORM_EPSILON, split_key, survivors
+from tnt_jax.models.kernels.parameters import LayerParameters
+
+
+def transform_tokens(
+    layer: nnx.Module,
+    x: Float[Array, "batch tokens dim"],
+    key: PRNGKeyArray | None,
+    bias: Float[Array, "1 heads queries keys"] | None,
+    added: Float[Array, "batch patches dim"] | None,
+) -> Float[Array, "batch tokens dim"]:
+    """What a `TransformerLayer` makes of tokens.
+
+    `bias` is added to the logits of the softmax, `added` to all tokens but the first.
+    """
+    if runs_kernel(layer, x.shape, has_bias=bias is not None, training=key is not None):
+        return pallas(layer, x.astype(layer.attn.qkv.dtype), key, added)
+    return layer.reference(x if added is None else add_to_patches(x, added), key, bias)
+
+
+def add_to_patches(
+    tokens: Float[Array, "batch tokens dim"], added: Float[Array, "batch patches dim"]
+) -> Float[Array, "batch tokens dim"]:
+    """Patches with something added; the class token, which is the first token, stays what it is."""
+    return tokens + jnp.pad(added, ((0, 0), (1, 0), (0, 0)))
+
+
+def runs_kernel(layer: nnx.Module, shape: tuple[int, int, int], *, has_bias: bool, training: bool) -> bool:
+    """Whether a `TransformerLayer` runs its kernel for tokens of this shape. The fallback is silent: only speed
+    differs."""
+    attn, mlp = layer.attn, layer.mlp
+    if preferred(attn.formulation) != "pallas" or pallas_obstacle(shape[0]):
+        return False
+    if has_bias or not attn.one_input or layer.se is not None or not layer.norms_each_token:
+        return False
+    if training and (attn.drop_rate or attn.attn_drop_rate):
+        return False
+    from tnt_jax.models.kernels.tpu.outer_layer import covers
+
+    # In float32 XLA rounds the factors of products on TPUs, as kernels do not.
+    return attn.qkv.dtype == jnp.bfloat16 and covers(
+        shape[1], shape[2], mlp.fc1.out_features, attn.num_heads, attn.qkv.dtype
+    )
+
+
+def pallas(
+    layer: nnx.Module,
+    x: Float[Array, "batch tokens dim"],
+    key: PRNGKeyArray | None,
+    added: Float[Array, "batch patches dim"] | None = None,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "batch tokens dim"]:
+    """The layer in one kernel; on a mesh, each device runs it on its own images. `interpret` runs it anywhere."""
+    from tnt_jax.models.kernels.tpu.outer_layer import covers_added, outer_layer
+
+    def row(vector: nnx.Param) -> Array:
+        return vector[...].astype(jnp.float32)[None]
+
+    def matrix(linear: nnx.Linear) -> Array:
+        return linear.kernel[...].astype(jnp.float32)
+
+    norm1, attn, norm2, mlp = layer.norm1, layer.attn, layer.norm2, layer.mlp
+    parameters = LayerParameters(
+        row(norm1.scale), row(norm1.bias), matrix(attn.qkv), matrix(attn.proj), row(attn.proj.bias),
+        row(norm2.scale), row(norm2.bias), matrix(mlp.fc1), row(mlp.fc1.bias), matrix(mlp.fc2), row(mlp.fc2.bias),
+    )  # fmt: skip
+    _, attn_key, _, mlp_key = split_key(key, 4)
+    survival = jnp.stack([survivors(x.shape[0], layer.drop_path_rate, each) for each in (attn_key, mlp_key)])
+    if added is not None and not covers_added(x.shape[1]):
+        x, added = add_to_patches(x, added), None
+    rows = None if added is None else added.reshape(-1, added.shape[-1])
+    kernel = functools.partial(outer_layer, NORM_EPSILON, interpret)
+    return on_each_device(kernel, (0, 0, 1, None), 0)(x, rows, survival, parameters)
