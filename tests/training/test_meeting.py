@@ -164,8 +164,12 @@ def test_a_process_whose_host_has_vanished_may_come_again(monkeypatch):
     monkeypatch.setattr(meeting, "WAITING_SECONDS", 0.5)
     place = Place(3)
     vanished = place.hello(1, token="first")  # never answers, never closes
-    place.go(place.process(1), place.process(2))
-    assert "go" not in [name for message in heard(vanished) for name in message]
+    again = place.process(1)
+    with vanished, vanished.makefile() as lines:
+        while json.loads(lines.readline()) != {"waiting": 0}:  # process 0 asks it, for another has come in its place
+            pass
+        place.go(again, place.process(2))
+        assert {"go": True} not in [json.loads(line) for line in lines]
 
 
 def test_a_process_that_lost_its_connection_takes_its_own_place():

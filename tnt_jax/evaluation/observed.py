@@ -20,6 +20,8 @@ Tell = Callable[[str, Array], Array]
 class ObservedAttention(nnx.Module):
     """An `Attention` that tells its weights, (batch, heads, queries, keys)."""
 
+    formulation = "reference"
+
     def __init__(self, attention: nnx.Module, name: str, tell: Tell):
         self.attention, self.name, self.tell = attention, name, tell
 
@@ -47,8 +49,8 @@ class ObservedLayer(nnx.Module):
     def __init__(self, layer: nnx.Module, tell: Tell, cut: bool):
         self.layer, self.tell, self.cut = layer, tell, cut
 
-    def __call__(self, x: Array, key: None = None, bias: Array | None = None) -> Array:
-        sentences = self.tell("sentences", self.layer(x, key, bias))
+    def __call__(self, x: Array, key: None = None, bias: Array | None = None, added: Array | None = None) -> Array:
+        sentences = self.tell("sentences", self.layer(x, key, bias, added))
         return jax.lax.stop_gradient(sentences) if self.cut else sentences
 
 
