@@ -270,3 +270,15 @@ def test_the_tolerance_holds_for_photographs_as_well(tmp_path):
     assert report["measured_on"].startswith("parts of two photographs")
     assert report["top1_int8"] < 0.99
     assert report["kept_in_float32"] == []
+
+
+@pytest.mark.slow
+def test_the_convolutions_of_a_pyramid_are_in_eight_bits_as_well(tmp_path):
+    import onnx
+
+    model = small_pyramid()
+    judged = Judged(pixels(16), pixels(24), None, "noise", 1.0)
+    export_model(model, tmp_path / "a.onnx", "onnx", int8=judged)
+    weights = onnx.load(tmp_path / "a.onnx").graph.initializer
+    kernels = [each for each in weights if each.data_type == onnx.TensorProto.INT8 and list(each.dims[2:]) == [3, 3]]
+    assert len(kernels) == 5 + 3 * 2  # of the stem, and between the stages

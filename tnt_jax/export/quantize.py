@@ -1,4 +1,5 @@
-"""An ONNX model in 8 bits: matrix products by ONNX Runtime's static quantisation, measured before it is called done.
+"""An ONNX model in 8 bits, by ONNX Runtime's static quantisation of matrix products and convolutions, measured before
+it is called done.
 
 Weights are int8 with a scale for each output channel, activations uint8 with the ranges that calibration images have.
 Norms, softmax, GELU and the products of attention, which have no weights, stay in float32.
@@ -19,6 +20,7 @@ from tnt_jax.export.formats import INSTALL_ONNX
 
 Pixels = UInt8[np.ndarray, "images height width channels"]
 BATCH = 8
+QUANTIZED = ("MatMul", "Conv")
 COMPARED = 4  # calibration images that tell how much each layer loses
 
 
@@ -125,15 +127,17 @@ def _simplified(content: bytes, path: Path) -> Path:
 
 
 def _layers(path: Path, parameters: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """The names of the products with weights, and what their weights are called in the model."""
+    """The names of the products and convolutions with weights, and what their weights are called in the model."""
     onnx, _ = _tools()
     graph = onnx.load(path).graph
     weights = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
     by_content = {np.ascontiguousarray(value).tobytes(): name for name, value in parameters.items()}
+    # ONNX has the channels of a convolution first.
+    by_content |= {value.transpose(3, 2, 0, 1).tobytes(): name for name, value in parameters.items() if value.ndim == 4}
     return {
         node.name: by_content.get(weights[node.input[1]].tobytes(), node.name).removesuffix(".kernel")
         for node in graph.node
-        if node.op_type == "MatMul" and node.input[1] in weights
+        if node.op_type in QUANTIZED and node.input[1] in weights
     }
 
 
@@ -179,7 +183,7 @@ def _static(path: Path, to: Path, images: Pixels, kept: Sequence[str]) -> Path:
             per_channel=True,
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
-            op_types_to_quantize=["MatMul"],
+            op_types_to_quantize=list(QUANTIZED),
             nodes_to_exclude=list(kept),
             extra_options={"MatMulConstBOnly": True},
         )
