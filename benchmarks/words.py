@@ -30,7 +30,7 @@ from tnt_jax.models.variants import model_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CLASSES = {"marks": 16, "fashion_mnist": 10}
-EPOCHS = {"marks": 40, "fashion_mnist": 3}
+EPOCHS = {"marks": 20, "fashion_mnist": 3}
 SIZES = {
     "image_size": 32,
     "in_channels": 1,
