@@ -71,8 +71,10 @@ def test_256_chips_exchange_the_gradient_and_nothing_that_grows_with_the_pod():
 
 @pytest.mark.slow
 def test_what_is_sent_is_the_same_for_8_and_for_256_chips():
-    small, large = (sent(topology, batch) for topology, batch in (("v5e:2x4", 4 * 8), ("v5e:16x16", 4 * 256)))
-    assert small["sent"] == large["sent"]
+    small, large = (sent(topology, batch)["sent"] for topology, batch in (("v5e:2x4", 4 * 8), ("v5e:16x16", 4 * 256)))
+    assert [(each.kind, each.bytes) for each in small] == [(each.kind, each.bytes) for each in large]
+    for all_devices, found in ((8, small), (256, large)):
+        assert {each.group for each in found if each.kind == "all-reduce"} == {all_devices}
 
 
 def test_plan_of_eight_processors_is_a_table(tmp_path):
