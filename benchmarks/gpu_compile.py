@@ -149,37 +149,17 @@ def measure(topology: str, model: str, which: str, batch: int, depth: int) -> di
 
 def program_of(model: str, which: str, batch: int, depth: int) -> tuple:
     """A function, the shapes of its arguments, and the configuration of the TNT that it is or stands beside."""
-    import jax
-    import jax.numpy as jnp
-    from deit import DeiT
-    from flax import nnx
-    from stock_vit import StockViT
+    from networks import traced
 
     from tnt_jax.models.formulations import attention
-    from tnt_jax.models.layers import ABSTRACT
-    from tnt_jax.models.variants import abstract_model, model_config
+    from tnt_jax.models.variants import model_config
 
     name, _, with_cudnn = model.partition("+")
     if not with_cudnn:
         attention.cudnn_obstacle = lambda layer: "not asked for"
     inner = "cuda" if with_cudnn else "auto" if name in ("stock", "deit") else name
     config = model_config("tnt_s_patch16_224", dtype="bfloat16", inner=inner, depth=depth)
-    if name == "stock":
-        network = nnx.eval_shape(lambda: StockViT(config, rngs=nnx.Rngs(0)))
-    else:
-        network = DeiT(config, rngs=ABSTRACT) if name == "deit" else abstract_model(config)
-    graphdef, params = nnx.split(network)
-    images = jax.ShapeDtypeStruct((batch, *config.image_size, 3), jnp.bfloat16)
-
-    def forward(params, images, key=None):
-        return nnx.merge(graphdef, params)(images, key)
-
-    def train(params, images, seed):
-        key = jax.random.wrap_key_data(seed)
-        return jax.grad(lambda params: jax.nn.logsumexp(forward(params, images, key), axis=-1).sum())(params)
-
-    shapes = (params, images) if which == "forward" else (params, images, jax.ShapeDtypeStruct((2,), jnp.uint32))
-    return {"forward": forward, "train": train}[which], shapes, config
+    return *traced(name, config, batch, which), config
 
 
 if __name__ == "__main__":

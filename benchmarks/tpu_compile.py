@@ -81,43 +81,25 @@ def _row(which: str, model: str, found: dict, yardstick: dict, batch: int) -> st
 
 def measure(topology: str, model: str, which: str, batch: int, remat: str) -> dict:
     import jax
-    import jax.numpy as jnp
-    from deit import DeiT
-    from flax import nnx
-    from stock_vit import StockViT
+    from networks import traced
 
     from tnt_jax.chips import training_flops
-    from tnt_jax.models.layers import ABSTRACT
     from tnt_jax.models.summary import count_macs
-    from tnt_jax.models.variants import abstract_model, model_config
+    from tnt_jax.models.variants import model_config
 
     config = model_config(
         "tnt_s_patch16_224", dtype="bfloat16", inner=model if model in MODELS[2:] else "auto", remat=remat
     )
     if model == programs.ONE_BLOCK:
         config = dataclasses.replace(config, inner="pallas", depth=1)
-    if model == "stock":
-        network = nnx.eval_shape(lambda: StockViT(config, rngs=nnx.Rngs(0)))
-    else:
-        network = DeiT(config, rngs=ABSTRACT) if model == "deit" else abstract_model(config)
-    graphdef, params = nnx.split(network)
-    images = jax.ShapeDtypeStruct((batch, *config.image_size, 3), jnp.bfloat16)
-
-    def forward(params, images, key=None):
-        return nnx.merge(graphdef, params)(images, key)
-
-    def train(params, images, seed):
-        key = jax.random.wrap_key_data(seed)
-        return jax.grad(lambda params: jax.nn.logsumexp(forward(params, images, key), axis=-1).sum())(params)
-
-    shapes = (params, images) if which == "forward" else (params, images, jax.ShapeDtypeStruct((2,), jnp.uint32))
-    found = programs.account({"forward": forward, "train": train}[which], shapes, topology)
+    function, shapes = traced(model, config, batch, which)
+    found = programs.account(function, shapes, topology)
     macs = count_macs(config)
     of_words = macs["words"] + macs["inner transformers"] + macs["words to sentences"] if model in YARDSTICKS else 0
     macs = sum(macs.values()) - of_words
     return found | {
         "flops": batch * (2 * macs if which == "forward" else training_flops(macs)),
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(shapes[0])),
     }
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from test_inner import results
 
 from tnt_jax.models.formulations import outer
 from tnt_jax.models.layers import ABSTRACT, TransformerLayer
@@ -27,24 +28,6 @@ def make_layer(dim, heads, **fields):
     random = np.random.default_rng(1)
     # Fresh parameters have zero biases and near equal attention weights, which hide mistakes.
     return jax.tree.map(lambda leaf: leaf + jnp.asarray(0.1 * random.standard_normal(leaf.shape), leaf.dtype), layer)
-
-
-def results(layer, x, run):
-    """What a layer returns, and the gradients of its tokens and parameters, for a fixed cotangent."""
-    graphdef, params = nnx.split(layer)
-    shape = jax.eval_shape(lambda x: run(layer, x), x).shape
-    cotangent = np.random.default_rng(2).standard_normal(shape)
-
-    @jax.jit
-    def value_and_gradients(params, x):
-        def weighted(params, x):
-            out = run(nnx.merge(graphdef, params), x).astype(jnp.float32)
-            return (out * cotangent).sum(), out
-
-        gradients, out = jax.grad(weighted, argnums=(0, 1), has_aux=True)(params, x)
-        return out, gradients
-
-    return jax.tree.leaves(value_and_gradients(params, x))
 
 
 def random_tokens(batch, tokens, dim, dtype):
