@@ -182,22 +182,6 @@ def test_what_nvrtc_refuses_is_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_the_call_has_the_kernel_in_it(monkeypatch):
-    """The program for a GPU: the custom call with the kernel's text, its blocks and its shared memory."""
-    monkeypatch.undo()
-    layer = make_layer("cuda", 24, 4, dtype="bfloat16")
-    shapes = jax.ShapeDtypeStruct((100, 16, 24), jnp.bfloat16), jax.ShapeDtypeStruct((2, 100), jnp.float32)
-    run = jax.jit(lambda words, survival: inner.cuda(layer, words, survival, multiprocessors=132))
-    program = jax.export.export(run, platforms=["cuda"], disabled_checks=[
-        jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.ptx")
-    ])(*shapes).mlir_module()  # fmt: skip
-    assert program.count("@__gpu$xla.gpu.ptx") == 1
-    assert "grid_x = 13 : i32" in program
-    assert "block_x = 256 : i32" in program
-    assert f"shared_mem_bytes = {36 * 512 + 24 * 4} : i32" in program
-    assert ".entry inner_forward(" in program
-
-
 @pytest.mark.parametrize(
     ("kinds", "known"),
     [
@@ -259,9 +243,9 @@ def test_without_a_gpu_or_nvrtc_the_reference_is_run(monkeypatch, caplog, platfo
     monkeypatch.setattr(inner, "gpu", lambda: H100)
     monkeypatch.setattr(nvrtc, "_library", lambda: None)
     monkeypatch.setattr(call, "ptx", call.ptx.__wrapped__)
-    call.obstacle.cache_clear()
+    call.own_means.cache_clear()
     say_once.cache_clear()
     layer = make_layer("cuda", 24, 4, dtype="bfloat16")
     assert inner.choose(layer, 196, 16, training=False) == "reference"
     assert message in caplog.text
-    call.obstacle.cache_clear()
+    call.own_means.cache_clear()

@@ -114,7 +114,7 @@ def cuda_obstacle(layer: nnx.Module, sentences: int, num_words: int) -> str | No
     from tnt_jax.models.kernels.gpu import call
 
     sizes = cuda_sizes(layer, num_words)
-    return sizes_obstacle(sizes) or mesh_obstacle(sentences) or call.obstacle(sizes)
+    return sizes_obstacle(sizes) or mesh_obstacle(sentences) or call.means(sizes).obstacle
 
 
 def columns(layer: nnx.Module) -> LayerParameters:

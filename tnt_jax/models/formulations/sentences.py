@@ -1,4 +1,9 @@
-"""How the words of a patch become a sentence: by the equations, or on TPUs in one Pallas kernel."""
+"""How the words of a patch become a sentence.
+
+- `reference`: the equations, norm, linear map and norm.
+- `pallas`: one kernel on TPUs, kernels/tpu/words_to_sentence.py.
+- `folded`: on GPUs for whoever asks for the formulation `cuda`, in XLA with the first norm in the linear map, folded.py.
+"""
 
 import functools
 
@@ -6,7 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from tnt_jax.models.formulations.devices import on_each_device, say_once
+from tnt_jax.models.formulations.devices import on_each_device, platform, say_once
+from tnt_jax.models.formulations.folded import norm_linear_norm
 from tnt_jax.models.formulations.inner import pallas_obstacle, preferred
 from tnt_jax.models.functions import NORM_EPSILON
 
@@ -15,10 +21,12 @@ def make_sentences(
     layer: nnx.Module, words: Float[Array, "sentences words inner"], batch: int
 ) -> tuple[Float[Array, "sentences words inner"], Float[Array, "batch patches outer"]]:
     """The words as they were given, and what a `WordsToSentence` makes of them."""
-    if not runs_kernel(layer, words.shape[0]):
-        return words, layer.reference(words, batch)
-    words, sentences = pallas(layer, words)
-    return words, sentences.reshape(batch, words.shape[0] // batch, -1)
+    if runs_kernel(layer, words.shape[0]):
+        words, sentences = pallas(layer, words)
+        return words, sentences.reshape(batch, words.shape[0] // batch, -1)
+    if layer.formulation == "cuda" and platform() == "gpu" and not layer.norm_each_word and layer.norm2 is not None:
+        return words, folded(layer, words).reshape(batch, words.shape[0] // batch, -1)
+    return words, layer.reference(words, batch)
 
 
 def runs_kernel(layer: nnx.Module, sentences: int) -> bool:
@@ -62,3 +70,18 @@ def pallas(
     kernel = functools.partial(words_to_sentence.words_to_sentence, NORM_EPSILON, interpret)
     rows, sentences = on_each_device(kernel, (1, None), (1, 0))(words.reshape(words.shape[0], -1).T, parameters)
     return rows.T.reshape(words.shape), sentences
+
+
+def folded(
+    layer: nnx.Module, words: Float[Array, "sentences words inner"]
+) -> Float[Array, "sentences outer"]:
+    """The equations with the first norm in the linear map: no normalised words are written or kept."""
+
+    def held(parameter: nnx.Param) -> Array:
+        return parameter[...].astype(jnp.float32)
+
+    norm1, proj, norm2 = layer.norm1, layer.proj, layer.norm2
+    rows = words.astype(norm1.dtype).reshape(words.shape[0], -1)
+    bias = None if proj.bias is None else held(proj.bias)
+    first, last = ((held(norm.scale), held(norm.bias)) for norm in (norm1, norm2))
+    return norm_linear_norm(NORM_EPSILON, rows, first, held(proj.kernel), bias, last)
