@@ -20,10 +20,10 @@ typedef struct { char name[64]; int shared; } Function;
 static _Thread_local void *contexts[8];
 static _Thread_local int depth;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static const char *failing = "";
+static char failing[64];
 static int failing_code;
 
-void fail(const char *name, int code) { failing = name, failing_code = code; }
+void fail(const char *name, int code) { strcpy(failing, name), failing_code = code; }
 
 void run_for(const char *name, void *function, int parameters) {
     int i = 0;

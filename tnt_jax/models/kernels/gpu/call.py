@@ -41,6 +41,10 @@ def options(kernel: str, sizes: Sizes) -> tuple[str, ...]:
     warps, blocks = warps_and_blocks(kernel, sizes)
     macros = {"WARPS": warps, "BLOCKS": blocks, "WORDS": sizes.words, "CHANNELS": sizes.channels}
     macros |= {"HEADS": sizes.heads, "HIDDEN": sizes.hidden, "EPSILON": f"{sizes.epsilon}f"}
+    if kernel == "inner_attention_gradient":
+        macros["PARTS"] = sizes.attention_parts
+    if kernel == "inner_mlp_gradient":
+        macros |= {"PARTS": sizes.mlp_parts, "HIDDEN": sizes.hidden_in_parts}
     return tuple(f"--define-macro={name}={value}" for name, value in macros.items())
 
 

@@ -68,6 +68,7 @@ template <int COUNT> INLINE void add_up(const lanes *mine, float *out) {
     __syncthreads();
     for (int i = threadIdx.x; i < (COUNT + 3) / 4 * 128; i += 32 * WARPS)
         out[i] = i / 128 * 4 + i % 4 < COUNT ? sums[i] : 0;
+    __syncthreads(); /* before they are overwritten */
 }
 #else
 static void add_up(const lanes *of, int count, float *out) {

@@ -59,6 +59,7 @@ INLINE void mma8(lanes *d, const bits *a, bits b0) {
         : "r"(a[0]), "r"(a[1]), "r"(b0), "f"(c0), "f"(c1), "f"(c2), "f"(c3));
 }
 INLINE bits load(const pair *from, ints index, ints there) { return there ? __ldg(from + index) : 0u; }
+INLINE bits load_again(const pair *from, ints index, ints there) { return there ? from[index] : 0u; }
 INLINE void store(pair *to, ints index, bits value, ints there) {
     if (there) to[index] = value;
 }
@@ -138,6 +139,7 @@ INLINE bits load(const pair *from, ints index, ints there) {
     EACH(i) if (there[i]) set(&y, i, from[index[i]]);
     return y;
 }
+INLINE bits load_again(const pair *from, ints index, ints there) { return load(from, index, there); }
 INLINE void store(pair *to, ints index, bits value, ints there) { EACH(i) if (there[i]) to[index[i]] = get(value, i); }
 typedef struct { bits r[4]; } Fragment;
 INLINE Fragment fragment(const pair *tiles, int tile) {

@@ -5,6 +5,8 @@ from typing import NamedTuple
 LEAST_CAPABILITY = 8.0
 """Of a card: tensor cores that multiply bfloat16, the A100's and later."""
 MOST_WORDS, MOST_CHANNELS, MOST_DIM = 16, 40, 15
+MOST_SUMS = 192
+"""Of a thread, in the 255 registers that it can have."""
 
 
 class Sizes(NamedTuple):
@@ -40,6 +42,31 @@ class Sizes(NamedTuple):
     def normed(self) -> int:
         """Rows of the matrices that multiply normalised words: the channels, a one, padding to sixteens."""
         return (self.channels + 16) // 16 * 16
+
+    @property
+    def mlp_parts(self) -> int:
+        """In how many parts the gradient's sums over the hidden channels are taken, so that a thread's fit into its
+        registers."""
+        groups, rows = self.padded // 8, self.normed // 16
+        fit = (MOST_SUMS - 2 * groups) // (4 * rows + 2 * groups) // 4 * 4  # of eight hidden channels, in fours
+        return 1 if self._mlp_sums <= MOST_SUMS else -(-self.hidden // (8 * fit))
+
+    @property
+    def _mlp_sums(self) -> int:
+        groups, rows = self.padded // 8, self.normed // 16
+        return self.hidden // 8 * (4 * rows + 2 * groups) + 2 * groups
+
+    @property
+    def hidden_in_parts(self) -> int:
+        """Hidden channels as that gradient has them: padded to parts of equal size, in multiples of 32."""
+        return self.hidden if self.mlp_parts == 1 else -(-self.hidden // (32 * self.mlp_parts)) * 32 * self.mlp_parts
+
+    @property
+    def attention_parts(self) -> int:
+        """The same of the heads."""
+        rows = self.merged // 8
+        sums = self.normed // 16 * 3 * rows * 4 + (rows + 1) // 2 * self.padded // 8 * 4
+        return 2 if sums > MOST_SUMS and self.heads % 2 == 0 and rows // 2 % 2 == 0 else 1
 
 
 def obstacle(sizes: Sizes) -> str | None:
