@@ -134,8 +134,8 @@ REGISTERS = {
     ("TNT-S", "inner_mlp_gradient"): (255, 400),
     ("TNT-S", "inner_attention_gradient"): (255, 64),
     ("TNT-B", "inner_forward"): (168, 0),
-    ("TNT-B", "inner_mlp_gradient"): (255, 6000),
-    ("TNT-B", "inner_attention_gradient"): (255, 4600),
+    ("TNT-B", "inner_mlp_gradient"): (255, 600),
+    ("TNT-B", "inner_attention_gradient"): (255, 1100),
 }
 
 

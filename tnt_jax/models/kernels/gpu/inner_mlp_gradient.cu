@@ -69,17 +69,19 @@ INLINE void mlp_gradient(const Words *x, Words *cotangent, const pair *weights, 
     through_norm(cotangent, &of_normed, &kept);
 }
 
+/* The words as they are after attention. */
+INLINE void attend(const pair *words, const float *survival, const pair *weights, int sentence, Words *x) {
+    load_words(words, sentence, x);
+    Normed n = norm(x);
+    attention(x, &n, weights, survival[sentence]);
+}
+
 INLINE void sentence_gradient(const pair *words, const float *survival, const pair *cotangent, const pair *weights,
-                              pair *out, pair *after_attention, int sentence, int sentences, int part, Sums *sums) {
+                              pair *out, const pair *after_attention, int sentence, int sentences, int part,
+                              Sums *sums) {
     Words x, d;
-    if (part) {
-        load_words_again(after_attention, sentence, &x);
-    } else {
-        load_words(words, sentence, &x);
-        Normed n = norm(&x);
-        attention(&x, &n, weights, survival[sentence]);
-        if (PARTS > 1) store_words(after_attention, sentence, &x);
-    }
+    if (PARTS > 1) load_words_again(after_attention, sentence, &x);
+    else attend(words, survival, weights, sentence, &x);
     load_words(cotangent, sentence, &d);
     mlp_gradient(&x, &d, weights, survival[sentences + sentence], part, out, sentence, sums);
     store_words(out, sentence, &d);
@@ -98,13 +100,22 @@ KERNEL inner_mlp_gradient(const pair *__restrict__ words, const float *__restric
                           const pair *__restrict__ cotangent, const pair *__restrict__ tiles,
                           const int *__restrict__ count, pair *__restrict__ out,
                           float *__restrict__ of_weights AFTER_ATTENTION) {
-    int sentences = *count;
+    int sentences = *count, first = blockIdx.x * WARPS + threadIdx.x / 32;
+    if (PARTS > 1) {
+        copy_to_shared(tiles, TILES);
+#pragma unroll 1
+        for (int s = first; s < sentences; s += gridDim.x * WARPS) {
+            Words x;
+            attend(words, survival, shared, s, &x);
+            store_words(after_attention, s, &x);
+        }
+    }
 #pragma unroll 1
     for (int part = 0; part < PARTS; part++) {
         copy_to_shared(tiles, TILES);
         Sums sums = {};
 #pragma unroll 1
-        for (int s = blockIdx.x * WARPS + threadIdx.x / 32; s < sentences; s += gridDim.x * WARPS)
+        for (int s = first; s < sentences; s += gridDim.x * WARPS)
             sentence_gradient(words, survival, cotangent, shared, out, after_attention, s, sentences, part, &sums);
         add_up<SUMS>(&sums.fc1[0][0][0], of_weights + (blockIdx.x * PARTS + part) * SUMS_APART);
     }
@@ -112,6 +123,11 @@ KERNEL inner_mlp_gradient(const pair *__restrict__ words, const float *__restric
 #else
 void inner_mlp_gradient(const pair *words, const float *survival, const pair *cotangent, const pair *tiles,
                         const int *count, pair *out, float *of_weights AFTER_ATTENTION) {
+    for (int s = 0; PARTS > 1 && s < *count; s++) {
+        Words x;
+        attend(words, survival, tiles, s, &x);
+        store_words(after_attention, s, &x);
+    }
     for (int part = 0; part < PARTS; part++) {
         Sums sums;
         memset(&sums, 0, sizeof sums);

@@ -6,7 +6,8 @@ LEAST_CAPABILITY = 8.0
 """Of a card: tensor cores that multiply bfloat16, the A100's and later."""
 MOST_WORDS, MOST_CHANNELS, MOST_DIM = 16, 40, 15
 MOST_SUMS = 192
-"""Of a thread, in the 255 registers that it can have."""
+"""Of a thread of a gradient. It can have 255 registers, and spills some of them: with fewer sums a TNT-B's words would be
+read more often than they take to be computed, with more the spilled ones would not fit into the first cache."""
 
 
 class Sizes(NamedTuple):
@@ -48,25 +49,29 @@ class Sizes(NamedTuple):
         """In how many parts the gradient's sums over the hidden channels are taken, so that a thread's fit into its
         registers."""
         groups, rows = self.padded // 8, self.normed // 16
-        fit = (MOST_SUMS - 2 * groups) // (4 * rows + 2 * groups) // 4 * 4  # of eight hidden channels, in fours
-        return 1 if self._mlp_sums <= MOST_SUMS else -(-self.hidden // (8 * fit))
-
-    @property
-    def _mlp_sums(self) -> int:
-        groups, rows = self.padded // 8, self.normed // 16
-        return self.hidden // 8 * (4 * rows + 2 * groups) + 2 * groups
+        of_eight, of_bias = 4 * rows + 2 * groups, 2 * groups
+        if self.hidden // 8 * of_eight + of_bias <= MOST_SUMS:
+            return 1
+        fit = (MOST_SUMS - of_bias) // (4 * of_eight) * 32  # hidden channels: tiles have 32 rows
+        return -(-self.hidden // fit)
 
     @property
     def hidden_in_parts(self) -> int:
         """Hidden channels as that gradient has them: padded to parts of equal size, in multiples of 32."""
-        return self.hidden if self.mlp_parts == 1 else -(-self.hidden // (32 * self.mlp_parts)) * 32 * self.mlp_parts
+        parts = self.mlp_parts
+        return self.hidden if parts == 1 else -(-self.hidden // (32 * parts)) * 32 * parts
 
     @property
     def attention_parts(self) -> int:
         """The same of the heads."""
-        rows = self.merged // 8
-        sums = self.normed // 16 * 3 * rows * 4 + (rows + 1) // 2 * self.padded // 8 * 4
-        return 2 if sums > MOST_SUMS and self.heads % 2 == 0 and rows // 2 % 2 == 0 else 1
+        groups = self.merged // 8
+
+        def fits(parts: int) -> bool:
+            here = groups // parts
+            return 4 * (self.normed // 16 * 3 * here + (here + 1) // 2 * self.padded // 8) <= MOST_SUMS
+
+        possible = [parts for parts in range(1, self.heads + 1) if self.heads % parts == 0 and groups // parts % 2 == 0]
+        return next((parts for parts in [1, *possible] if fits(parts)), [1, *possible][-1])
 
 
 def obstacle(sizes: Sizes) -> str | None:
