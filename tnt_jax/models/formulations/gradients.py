@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from tnt_jax.models.formulations.devices import platform
+from tnt_jax.models.formulations.devices import has_explicit_axes, platform
 
 LINEAR = "linear"
 """The name of what linear maps return, for rematerialisation."""
@@ -97,7 +97,18 @@ def layer_norm(
 
     Its custom gradient keeps `x` and two numbers for each row, where XLA would keep two float32 copies of `x`.
     """
-    return _plain_layer_norm(x, scale, bias, epsilon) if plain else _layer_norm(x, scale, bias, epsilon)
+    if plain:
+        return _plain_layer_norm(x, scale, bias, epsilon)
+    return _layer_norm(_as_rows(x), scale, bias, epsilon).reshape(x.shape)
+
+
+def _as_rows(x: Float[Array, "*rows n"]) -> Float[Array, "..."]:
+    """On GPUs (rows, n), elsewhere as it is.
+
+    To sum up over several axes XLA's GPU backend puts the batch last, and transposes tokens forth and back around each
+    norm: a tenth of a train step.
+    """
+    return x.reshape(-1, x.shape[-1]) if platform() == "gpu" and not has_explicit_axes() else x
 
 
 def _plain_layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
@@ -191,9 +202,12 @@ def _parameter_add_forward(x: Array, bias: Array) -> tuple[Array, Array]:
 
 
 def _parameter_add_backward(bias: Array, cotangent: Array) -> tuple[Array, Array]:
+    given = cotangent
+    if bias.ndim == 1:
+        cotangent = _as_rows(cotangent)
     missing = cotangent.ndim - bias.ndim
     repeated = [axis for axis in range(cotangent.ndim) if axis < missing or bias.shape[axis - missing] == 1]
-    return cotangent, cotangent.sum(repeated, dtype=bias.dtype).reshape(bias.shape)
+    return given, cotangent.sum(repeated, dtype=bias.dtype).reshape(bias.shape)
 
 
 _parameter_add.defvjp(_parameter_add_forward, _parameter_add_backward)
