@@ -19,7 +19,7 @@ import tempfile
 
 from tnt_jax.models.functions import NORM_EPSILON
 from tnt_jax.models.kernels.gpu import call, nvrtc
-from tnt_jax.models.kernels.gpu.sizes import Sizes
+from tnt_jax.models.kernels.gpu.sizes import KERNELS, Rows, Sizes
 
 SIZES = {
     "TNT-Ti": Sizes(16, 12, 2, 48, NORM_EPSILON),
@@ -38,7 +38,7 @@ def main() -> None:
     print("| | kernel | | registers | spilled bytes | instructions | of them | issue limit µs a layer |")
     print("|---|---|---|---|---|---|---|---|")
     for model in given.models:
-        for kernel in call.KERNELS:
+        for kernel in KERNELS:
             for architecture in given.architectures:
                 print(_row(model, kernel, architecture), flush=True)
 
@@ -89,7 +89,7 @@ def instructions(code: bytes) -> list[list[str]]:
     # The innermost alone: an outer one holds them, and so does what a branch to code apart from its loop looks like.
     found = []
     for start, end in sorted(loops, key=lambda loop: loop[1] - loop[0]):
-        if "HMMA" in opcodes[start:end] and all(end <= other[0] or other[1] <= start for other in found):
+        if "MUFU" in opcodes[start:end] and all(end <= other[0] or other[1] <= start for other in found):
             found.append((start, end))
     return [opcodes[start:end] for start, end in sorted(found)]
 

@@ -22,6 +22,7 @@ from test_inner import make_layer, random_words, results
 from tnt_jax import c_compiler
 from tnt_jax.models.formulations import inner
 from tnt_jax.models.kernels.gpu import call, folding
+from tnt_jax.models.kernels.gpu.sizes import KERNELS
 
 STREAM = 0x7000  # of context 0x7000; each test has a context of its own
 PARAMETERS = {"inner_forward": 6, "inner_mlp_gradient": 7, "inner_attention_gradient": 7}
@@ -68,7 +69,7 @@ def seen(libcuda):
 def layer_and_words(libcuda, channels=24):
     """A layer, whose kernels are those that are launched from then on, and words for it."""
     layer = make_layer("cuda", channels, 4, dtype="bfloat16")
-    for kernel in call.KERNELS:
+    for kernel in KERNELS:
         function = getattr(cuda_in_c.library(kernel, inner.cuda_sizes(layer, 16), exact=False), kernel)
         libcuda.run_for(kernel.encode(), ctypes.cast(function, ctypes.c_void_p), PARAMETERS[kernel])
     return layer, random_words(7, 16, channels, "bfloat16")

@@ -21,30 +21,26 @@ from jaxtyping import Array
 
 from tnt_jax import c_compiler
 from tnt_jax.models.kernels.gpu import nvrtc
-from tnt_jax.models.kernels.gpu.sizes import Sizes
+from tnt_jax.models.kernels.gpu.sizes import Rows, Sizes
 
 FOLDER = pathlib.Path(__file__).parent
 HANDLER = "tnt_jax_launch_cuda"
 NOT_AGREED = "several processes have not agreed on how the CUDA kernel is compiled, as train.py's do"
-KERNELS = ("inner_forward", "inner_mlp_gradient", "inner_attention_gradient")
 
 
-def warps_and_blocks(kernel: str, sizes: Sizes) -> tuple[int, int]:
+def warps_and_blocks(kernel: str, sizes: Sizes | Rows) -> tuple[int, int]:
     """Warps of a block, and blocks that a multiprocessor is to hold: the registers of a thread follow from them."""
+    if kernel == "norm_gradient":
+        return (8, 2) if sizes.width <= 384 else (8, 1)
     if kernel != "inner_forward":
         return 8, 1
     return (8, 2) if sizes.channels <= 32 else (12, 1)
 
 
-def options(kernel: str, sizes: Sizes) -> tuple[str, ...]:
+def options(kernel: str, sizes: Sizes | Rows) -> tuple[str, ...]:
     """The macros of a kernel."""
     warps, blocks = warps_and_blocks(kernel, sizes)
-    macros = {"WARPS": warps, "BLOCKS": blocks, "WORDS": sizes.words, "CHANNELS": sizes.channels}
-    macros |= {"HEADS": sizes.heads, "HIDDEN": sizes.hidden, "EPSILON": f"{sizes.epsilon}f"}
-    if kernel == "inner_attention_gradient":
-        macros["PARTS"] = sizes.attention_parts
-    if kernel == "inner_mlp_gradient":
-        macros |= {"PARTS": sizes.mlp_parts, "HIDDEN": sizes.hidden_in_parts}
+    macros = {"WARPS": warps, "BLOCKS": blocks} | sizes.macros(kernel)
     return tuple(f"--define-macro={name}={value}" for name, value in macros.items())
 
 
@@ -55,7 +51,7 @@ def source(kernel: str) -> tuple[pathlib.Path, tuple[pathlib.Path, ...]]:
 
 
 @functools.cache
-def ptx(kernel: str, sizes: Sizes) -> str:
+def ptx(kernel: str, sizes: Sizes | Rows) -> str:
     """A kernel's PTX. Raises NvrtcError."""
     return nvrtc.ptx(*source(kernel), options(kernel, sizes))
 
@@ -70,25 +66,25 @@ class Means(NamedTuple):
 
 
 @functools.cache
-def own_means(sizes: Sizes) -> Means:
+def own_means(sizes: Sizes | Rows) -> Means:
     """What this machine has. All kernels are compiled at once, so that training does not find out later."""
     try:
-        for kernel in KERNELS:
+        for kernel in sizes.kernels:
             ptx(kernel, sizes)
     except nvrtc.NvrtcError as error:
         return Means(str(error), False)
     return Means(None, handler_library() is not None)
 
 
-_agreed: dict[Sizes, Means] = {}
+_agreed: dict[Sizes | Rows, Means] = {}
 
 
-def agree(sizes: Sizes, common: Means) -> None:
+def agree(sizes: Sizes | Rows, common: Means) -> None:
     """What all processes of a run have, for each of them to go by (training/agreement.py)."""
     _agreed[sizes] = common
 
 
-def means(sizes: Sizes) -> Means:
+def means(sizes: Sizes | Rows) -> Means:
     """What to go by for layers of these sizes: of several processes, what all of them have."""
     if jax.process_count() == 1:
         return own_means(sizes)
@@ -110,7 +106,7 @@ def handler_library() -> ctypes.CDLL | None:
 
 def launch(
     kernel: str,
-    sizes: Sizes,
+    sizes: Sizes | Rows,
     arrays: Sequence[Array],
     results: Sequence[jax.ShapeDtypeStruct],
     *,

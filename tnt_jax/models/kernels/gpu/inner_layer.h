@@ -10,7 +10,7 @@
    the softmax with V sums up its weights, and after the division by that sum there is a 1 for the bias of `proj`.
 
    Sizes are macros: CHANNELS (even), HEADS, HIDDEN (a multiple of 16), WORDS (at most 16), EPSILON. */
-#include "lanes.h"
+#include "blocks.h"
 
 enum {
     DIM = CHANNELS / HEADS,
@@ -169,13 +169,3 @@ INLINE void store_words(pair *to, int sentence, const Words *x) {
               pack(x->c[j][2 * row], x->c[j][2 * row + 1]), inside);
     }
 }
-
-#ifdef __CUDACC__
-#define KERNEL extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
-extern __shared__ __align__(16) pair shared[];
-INLINE void copy_to_shared(const pair *from, int tiles) {
-    for (int i = threadIdx.x; i < tiles * 32; i += 32 * WARPS)
-        reinterpret_cast<uint4 *>(shared)[i] = reinterpret_cast<const uint4 *>(from)[i];
-    __syncthreads();
-}
-#endif

@@ -63,6 +63,9 @@ INLINE bits load_again(const pair *from, ints index, ints there) { return there 
 INLINE void store(pair *to, ints index, bits value, ints there) {
     if (there) to[index] = value;
 }
+INLINE void store_first(float *to, lanes value) {
+    if (!(threadIdx.x & 31)) *to = value;
+}
 typedef struct { bits r[4]; } Fragment; /* a tile of 32 x 8 numbers: of each lane 8 */
 INLINE Fragment fragment(const pair *tiles, int tile) {
     uint4 v = reinterpret_cast<const uint4 *>(tiles)[tile * 32 + (threadIdx.x & 31)];
@@ -141,6 +144,7 @@ INLINE bits load(const pair *from, ints index, ints there) {
 }
 INLINE bits load_again(const pair *from, ints index, ints there) { return load(from, index, there); }
 INLINE void store(pair *to, ints index, bits value, ints there) { EACH(i) if (there[i]) to[index[i]] = get(value, i); }
+INLINE void store_first(float *to, lanes value) { *to = value[0]; }
 typedef struct { bits r[4]; } Fragment;
 INLINE Fragment fragment(const pair *tiles, int tile) {
     Fragment f;

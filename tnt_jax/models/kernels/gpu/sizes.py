@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 LEAST_CAPABILITY = 8.0
 """Of a card: tensor cores that multiply bfloat16, the A100's and later."""
+KERNELS = ("inner_forward", "inner_mlp_gradient", "inner_attention_gradient")
 MOST_WORDS, MOST_CHANNELS, MOST_DIM = 16, 40, 15
 MOST_SUMS = 192
 """Of a thread of a gradient. It can have 255 registers, and spills some of them: with fewer sums a TNT-B's words would be
@@ -72,6 +73,42 @@ class Sizes(NamedTuple):
 
         possible = [parts for parts in range(1, self.heads + 1) if self.heads % parts == 0 and groups // parts % 2 == 0]
         return next((parts for parts in [1, *possible] if fits(parts)), [1, *possible][-1])
+
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        return KERNELS
+
+    def macros(self, kernel: str) -> dict[str, object]:
+        """What a kernel is compiled with."""
+        macros = {"WORDS": self.words, "CHANNELS": self.channels, "HEADS": self.heads, "HIDDEN": self.hidden}
+        if kernel == "inner_attention_gradient":
+            macros["PARTS"] = self.attention_parts
+        if kernel == "inner_mlp_gradient":
+            macros |= {"PARTS": self.mlp_parts, "HIDDEN": self.hidden_in_parts}
+        return macros | {"EPSILON": f"{self.epsilon}f"}
+
+
+class Rows(NamedTuple):
+    """Of a linear map between norms of whole rows."""
+
+    inputs: int
+    width: int
+    """Outputs."""
+    epsilon: float
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        return ("norm_gradient",)
+
+    def macros(self, kernel: str) -> dict[str, object]:
+        """What a kernel is compiled with."""
+        return {"INPUTS": self.inputs, "WIDTH": self.width, "EPSILON": f"{self.epsilon}f"}
+
+    @property
+    def covered(self) -> bool:
+        """Whether the kernel takes this width: a lane has two channels of each 64, and registers for ten such."""
+        return self.width % 64 == 0 and self.width <= 640
 
 
 def obstacle(sizes: Sizes) -> str | None:
