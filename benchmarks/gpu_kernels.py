@@ -26,6 +26,7 @@ SIZES = {
     "TNT-S": Sizes(16, 24, 4, 96, NORM_EPSILON),
     "TNT-B": Sizes(16, 40, 4, 160, NORM_EPSILON),
 }
+ROWS = {"TNT-Ti": Rows(192, 192, NORM_EPSILON), "TNT-S": Rows(384, 384, NORM_EPSILON), "TNT-B": Rows(640, 640, NORM_EPSILON)}
 SENTENCES, SCHEDULERS, CLOCK = 128 * 196, 528, 1.755e9
 COUNTED = ("HMMA", "MUFU", "MOVM", "SHFL", "LDS", "LDL", "STL")
 
@@ -38,13 +39,13 @@ def main() -> None:
     print("| | kernel | | registers | spilled bytes | instructions | of them | issue limit µs a layer |")
     print("|---|---|---|---|---|---|---|---|")
     for model in given.models:
-        for kernel in KERNELS:
+        for kernel in (*KERNELS, "norm_gradient"):
             for architecture in given.architectures:
                 print(_row(model, kernel, architecture), flush=True)
 
 
 def _row(model: str, kernel: str, architecture: str) -> str:
-    registers, spilled, code = account(kernel, SIZES[model], architecture)
+    registers, spilled, code = account(kernel, (ROWS if kernel == "norm_gradient" else SIZES)[model], architecture)
     cells, loops = [model, kernel, architecture, str(registers), str(spilled)], instructions(code)
     if loops:
         # A gradient in parts runs its last loop for each of them.
@@ -59,7 +60,7 @@ def _row(model: str, kernel: str, architecture: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def account(kernel: str, sizes: Sizes, architecture: str) -> tuple[int, int, bytes]:
+def account(kernel: str, sizes: Sizes | Rows, architecture: str) -> tuple[int, int, bytes]:
     """Registers of a thread, bytes that it spills (stores), and the machine code."""
     options = (*call.options(kernel, sizes), "--ptxas-options=-v")
     code, log = nvrtc.compiled(*call.source(kernel), architecture, options)

@@ -15,9 +15,11 @@ from jax.experimental import multihost_utils
 
 from tnt_jax.config import InputError, ModelConfig, TrainConfig
 from tnt_jax.models.formulations.inner import cuda_sizes
+from tnt_jax.models.formulations.sentences import row_sizes
 from tnt_jax.models.inner import InnerTransformer
 from tnt_jax.models.kernels.gpu import call
-from tnt_jax.models.tnt import words_per_side
+from tnt_jax.models.kernels.gpu.sizes import Rows, Sizes, obstacle
+from tnt_jax.models.tnt import WordsToSentence, words_per_side
 from tnt_jax.models.variants import abstract_model
 from tnt_jax.storage.run import by_role
 
@@ -77,16 +79,23 @@ def agree_on_kernels(config: ModelConfig) -> None:
     """
     if jax.process_count() == 1 or config.inner != "cuda":
         return
-    layers = [module for _, module in nnx.iter_modules(abstract_model(config)) if isinstance(module, InnerTransformer)]
-    words = words_per_side(config) ** 2
-    for sizes in sorted({cuda_sizes(layer, words) for layer in layers if layer.norms_each_token}):
+    for sizes in sorted(_kernel_sizes(config), key=str):
         own = call.own_means(sizes)
         reason = (own.obstacle or "").encode()[:REASON_BYTES].ljust(REASON_BYTES, b"\0")
         hosts, rows = _of_all(reason + bytes([own.handler]))
         reasons = [_text(row[:REASON_BYTES]) for row in rows]
         index = next((index for index, reason in enumerate(reasons) if reason), None)
-        obstacle = None if index is None else f"process {index} on {hosts[index]}: {reasons[index]}"
-        call.agree(sizes, call.Means(obstacle, handler=bool(rows[:, REASON_BYTES].all())))
+        reason = None if index is None else f"process {index} on {hosts[index]}: {reasons[index]}"
+        call.agree(sizes, call.Means(reason, handler=bool(rows[:, REASON_BYTES].all())))
+
+
+def _kernel_sizes(config: ModelConfig) -> set[Sizes | Rows]:
+    """What the CUDA kernels of a network are compiled for."""
+    modules, words = [module for _, module in nnx.iter_modules(abstract_model(config))], words_per_side(config) ** 2
+    inner = [module for module in modules if isinstance(module, InnerTransformer) and module.norms_each_token]
+    found = {sizes for sizes in (cuda_sizes(layer, words) for layer in inner) if not obstacle(sizes)}
+    projections = [row_sizes(module) for module in modules if isinstance(module, WordsToSentence)]
+    return found | {sizes for sizes in projections if sizes.covered}
 
 
 def _of_all(row: bytes) -> tuple[list[str], np.ndarray]:
