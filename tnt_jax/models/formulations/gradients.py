@@ -97,9 +97,7 @@ def layer_norm(
 
     Its custom gradient keeps `x` and two numbers for each row, where XLA would keep two float32 copies of `x`.
     """
-    if plain:
-        return _plain_layer_norm(x, scale, bias, epsilon)
-    return _layer_norm(_as_rows(x), scale, bias, epsilon).reshape(x.shape)
+    return _plain_layer_norm(x, scale, bias, epsilon) if plain else _layer_norm(x, scale, bias, epsilon)
 
 
 def _as_rows(x: Float[Array, "*rows n"]) -> Float[Array, "..."]:
@@ -135,18 +133,20 @@ def _mean(x: Float[Array, "*rows n"]) -> Float[Array, "*rows 1"]:
 
 
 def _layer_norm_forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, tuple[Array, ...]]:
-    out, mean, inverse = _normalised(x, scale, bias, epsilon, _mean)
-    return out, (x, mean, inverse, scale, bias)
+    rows = _as_rows(x)
+    out, mean, inverse = _normalised(rows, scale, bias, epsilon, _mean)
+    return out.reshape(x.shape), (rows, mean, inverse, scale, bias)
 
 
 def _layer_norm_backward(epsilon: float, saved: tuple[Array, ...], cotangent: Array) -> tuple[Array, Array, Array]:
     x, mean, inverse, scale, bias = saved
-    normed, cotangent = (x.astype(jnp.float32) - mean) * inverse, cotangent.astype(jnp.float32)
+    shape, cotangent = cotangent.shape, _as_rows(cotangent).astype(jnp.float32)
+    normed = (x.astype(jnp.float32) - mean) * inverse
     of_normed = cotangent * scale.astype(jnp.float32)
     of_x = (of_normed - _mean(of_normed) - normed * _mean(of_normed * normed)) * inverse
     rows = range(x.ndim - 1)
     of_scale, of_bias = (cotangent * normed).sum(rows), cotangent.sum(rows)
-    return of_x.astype(x.dtype), of_scale.astype(scale.dtype), of_bias.astype(bias.dtype)
+    return of_x.astype(x.dtype).reshape(shape), of_scale.astype(scale.dtype), of_bias.astype(bias.dtype)
 
 
 _layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
