@@ -1,4 +1,5 @@
-"""Functions in C that XLA calls on CPUs: one file has a forward function and its gradient, both in float32."""
+"""Functions in C that XLA calls on CPUs: one file has a forward function and its gradient; arrays in float32 or bfloat16,
+arithmetic in float32."""
 
 import functools
 import pathlib
@@ -37,8 +38,8 @@ def obstacle(name: str, dtype: DTypeLike, count: int) -> str | None:
     """Why the functions of a file cannot run on `count` rows of this dtype here, or None."""
     if platform_of_program() != "cpu":
         return f"native runs on CPUs, and this is a {platform_of_program()}"
-    if dtype != "float32":
-        return f"native computes in float32, and this is {dtype}"
+    if dtype not in ("float32", "bfloat16"):
+        return f"native takes float32 and bfloat16, and this is {dtype}"
     return mesh_obstacle(count) or (None if compiled(name) else f"{name}.c could not be compiled")
 
 

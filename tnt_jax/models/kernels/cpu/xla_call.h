@@ -27,6 +27,10 @@ static const XLA_FFI_Buffer *argument(const XLA_FFI_CallFrame *call, int i) { re
 
 static const XLA_FFI_Buffer *result(const XLA_FFI_CallFrame *call, int i) { return call->rets.rets[i]; }
 
+static Array array_of(const XLA_FFI_Buffer *buffer) {
+    return (Array){buffer->data, buffer->dtype == XLA_FFI_DataType_BF16};
+}
+
 /* What is left over from a call for the next one, so that it needs no new pages. */
 static vec *scratch(size count) {
     static _Thread_local vec *kept;
