@@ -165,7 +165,8 @@ def _parameter_einsum(equation: str, x: Array, kernel: Array) -> Array:
 
 def _einsum(equation: str, a: Array, b: Array) -> Array:
     """In the dtype of `a`. On CPUs XLA's products of bfloat16 are twice as fast as float32's, but to float32 alone."""
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32 if platform() == "cpu" else None).astype(a.dtype)
+    to = jnp.float32 if platform() == "cpu" else None
+    return jnp.einsum(equation, a, b, preferred_element_type=to).astype(a.dtype)
 
 
 def _parameter_einsum_forward(equation: str, x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:

@@ -1,5 +1,7 @@
-"""Functions in C that XLA calls on CPUs: one file has a forward function and its gradient; arrays in float32 or bfloat16,
-arithmetic in float32."""
+"""Functions in C that XLA calls on CPUs: one file has a forward function and its gradient.
+
+Arrays are float32 or bfloat16, arithmetic is float32.
+"""
 
 import functools
 import pathlib
