@@ -3,6 +3,7 @@
 Arrays are float32 or bfloat16, arithmetic is float32.
 """
 
+import concurrent.futures
 import functools
 import pathlib
 import platform
@@ -19,9 +20,22 @@ from tnt_jax.models.formulations.devices import platform as platform_of_program
 FOLDER = pathlib.Path(__file__).parent
 
 
-@functools.cache
+FILES = ("inner_layer", "attention")
+
+
 def compiled(name: str) -> bool:
     """Whether this machine has compiled the file NAME.c; XLA knows its functions from then on."""
+    return name in _compiled()
+
+
+@functools.cache
+def _compiled() -> frozenset[str]:
+    """The files that this machine has compiled: all of them side by side, for a network needs each at once."""
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return frozenset(name for name, done in zip(FILES, pool.map(_compile, FILES), strict=True) if done)
+
+
+def _compile(name: str) -> bool:
     include = pathlib.Path(jax.ffi.include_dir())
     headers = (FOLDER / "lanes.h", FOLDER / "xla_call.h", include / "xla/ffi/api/c_api.h")
     processor = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
