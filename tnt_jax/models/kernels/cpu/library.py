@@ -1,5 +1,9 @@
-"""Functions in C that XLA calls on CPUs: one file has a forward function and its gradient, both in float32."""
+"""Functions in C that XLA calls on CPUs: one file has a forward function and its gradient.
 
+Arrays are float32 or bfloat16, arithmetic is float32.
+"""
+
+import concurrent.futures
 import functools
 import pathlib
 import platform
@@ -16,9 +20,22 @@ from tnt_jax.models.formulations.devices import platform as platform_of_program
 FOLDER = pathlib.Path(__file__).parent
 
 
-@functools.cache
+FILES = ("inner_layer", "attention")
+
+
 def compiled(name: str) -> bool:
     """Whether this machine has compiled the file NAME.c; XLA knows its functions from then on."""
+    return name in _compiled()
+
+
+@functools.cache
+def _compiled() -> frozenset[str]:
+    """The files that this machine has compiled: all of them side by side, for a network needs each at once."""
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return frozenset(name for name, done in zip(FILES, pool.map(_compile, FILES), strict=True) if done)
+
+
+def _compile(name: str) -> bool:
     include = pathlib.Path(jax.ffi.include_dir())
     headers = (FOLDER / "lanes.h", FOLDER / "xla_call.h", FOLDER.parent / "xla_ffi.h", include / "xla/ffi/api/c_api.h")
     processor = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
@@ -37,8 +54,8 @@ def obstacle(name: str, dtype: DTypeLike, count: int) -> str | None:
     """Why the functions of a file cannot run on `count` rows of this dtype here, or None."""
     if platform_of_program() != "cpu":
         return f"native runs on CPUs, and this is a {platform_of_program()}"
-    if dtype != "float32":
-        return f"native computes in float32, and this is {dtype}"
+    if dtype not in ("float32", "bfloat16"):
+        return f"native takes float32 and bfloat16, and this is {dtype}"
     return mesh_obstacle(count) or (None if compiled(name) else f"{name}.c could not be compiled")
 
 

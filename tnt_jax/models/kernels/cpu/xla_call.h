@@ -12,6 +12,10 @@ static XLA_FFI_Error *no_memory(const XLA_FFI_CallFrame *call) {
     return error_of(call, XLA_FFI_Error_Code_RESOURCE_EXHAUSTED, "there is no memory left");
 }
 
+static Array array_of(const XLA_FFI_Buffer *buffer) {
+    return (Array){buffer->data, buffer->dtype == XLA_FFI_DataType_BF16};
+}
+
 /* What is left over from a call for the next one, so that it needs no new pages. */
 static vec *scratch(size count) {
     static _Thread_local vec *kept;
