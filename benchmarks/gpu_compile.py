@@ -8,8 +8,8 @@ writes beside the kernels of its program. Two checks of them: a DeiT-S with the 
 1.4 times the time that timm publishes, TNT-S over DeiT-S at 1.9 where timm publishes 2.9. So ratios are good within a
 factor of 1.5 and times within 2: they say which of two programs computes or moves more, and prove no gain of 20%.
 XLA cannot see into custom calls. Added for ours are from what its instructions take at least to a guess of twice that
-(benchmarks/gpu_kernels.py), or from its bytes; for cuDNN's attention a guess, 30 µs a layer forward and 75 for the gradient. Bytes and
-temporary memory are the compiler's own, with the arguments and results of those calls added.
+(benchmarks/gpu_kernels.py), or from its bytes; for cuDNN's attention a guess, 30 µs a layer forward and 75 for the
+gradient. Bytes and temporary memory are the compiler's own, with the arguments and results of those calls added.
 
 `stock` is a ViT-S of Flax's layers (stock_vit.py), `deit` a DeiT-S of ours. The others are a TNT-S by its formulation;
 those in `+cudnn` have cuDNN's attention between sentences. `train` is the gradient for all parameters in bfloat16, with

@@ -49,7 +49,9 @@ def libcuda(tmp_path_factory):
     compiler = shlex.split(os.environ.get("CC", "cc"))
     subprocess.run([*compiler, *flags, str(ROOT / "tests/fake_cuda.c"), "-o", str(made)], check=True)
     library = ctypes.CDLL(str(made))
-    library.hand_on_to(ctypes.cast(call.handler_library().launch_cuda, ctypes.c_void_p), None, 0)  # asked for its version
+    library.hand_on_to(
+        ctypes.cast(call.handler_library().launch_cuda, ctypes.c_void_p), None, 0
+    )  # asked for its version
     jax.ffi.register_ffi_target(call.HANDLER, jax.ffi.pycapsule(library.with_stream), platform="cpu")
     return library
 

@@ -68,6 +68,19 @@ step = compile_step(config, devices, limit=gpus.DEFAULT_SHARE * 80e9)
 print(json.dumps(dataclasses.asdict(step)))
 """
 
+# The step of a TNT-Ti of one block by the equations, 144 images a card: 9 groups of 128 on 8 cards.
+GROUPS = """
+import dataclasses, json, sys
+from configs.imagenet_tnt_ti import get_config
+from tnt_jax.planning import gpus, plan
+from tnt_jax.planning.compiling import compile_step
+config = get_config()
+model = dataclasses.replace(config.model, depth=1)
+config, _ = plan._resolved(dataclasses.replace(config, model=model, batch_size=8 * 144))
+step = compile_step(config, gpus.gpu_devices(sys.argv[1]), limit=gpus.DEFAULT_SHARE * 80e9)
+print(json.dumps({"memory": step.memory}))
+"""
+
 
 def compiled(program, topology, *arguments) -> dict:
     settings = environment_for(topology) | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
@@ -100,3 +113,8 @@ def test_the_train_step_fits_and_sends_the_gradient_once(topology, cards):
     assert {each.group for each in sent} == {cards}
     # 23.8 M parameters in float32, and the stem's kernel as the matrix that it is multiplied as, 1.2% more.
     assert 0.99 * 4 * 23.8e6 < sum(each.bytes for each in sent) < 1.03 * 4 * 23.8e6
+
+
+def test_each_card_has_its_own_images_alone_where_groups_of_128_do_not_fit_the_cards():
+    """Else each computes the whole batch, in 6 GiB; of its own images it is less than one."""
+    assert compiled(GROUPS, "h100:8")["memory"] < 1.5 * 2**30

@@ -59,7 +59,9 @@ def agree_on_content(content: Mapping[str, str]) -> None:
     """
     if jax.process_count() == 1:
         return
-    hosts, rows = _of_all(b"".join(hashlib.sha256(value.encode()).digest()[:DIGEST_BYTES] for value in content.values()))
+    hosts, rows = _of_all(
+        b"".join(hashlib.sha256(value.encode()).digest()[:DIGEST_BYTES] for value in content.values())
+    )
     digests = rows.reshape(len(rows), len(content), DIGEST_BYTES)
     for index, (host, there) in enumerate(zip(hosts, digests, strict=True)):
         if differ := [name for at, name in enumerate(content) if (there[at] != digests[0][at]).any()]:

@@ -74,7 +74,6 @@ class Sizes(NamedTuple):
         possible = [parts for parts in range(1, self.heads + 1) if self.heads % parts == 0 and groups // parts % 2 == 0]
         return next((parts for parts in [1, *possible] if fits(parts)), [1, *possible][-1])
 
-
     @property
     def kernels(self) -> tuple[str, ...]:
         return KERNELS
