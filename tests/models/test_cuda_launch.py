@@ -95,7 +95,8 @@ def test_what_xla_launches_is_the_kernel_with_its_buffers(seen, libcuda):
     assert (list(seen.grid), list(seen.block)) == ([1, 1, 1], [256, 1, 1])
     assert (seen.stream, seen.context, seen.contexts_left) == (STREAM, STREAM, 0)
     assert seen.shared == 512 * folding.attention_sums(inner.cuda_sizes(layer, 16))
-    assert seen.count == 7 and len({*seen.parameters[:7]}) == 7
+    assert seen.count == 7
+    assert len({*seen.parameters[:7]}) == 7
 
 
 def test_a_module_is_loaded_once_for_each_context(seen, libcuda):

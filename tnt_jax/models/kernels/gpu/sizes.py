@@ -7,8 +7,8 @@ LEAST_CAPABILITY = 8.0
 KERNELS = ("inner_forward", "inner_mlp_gradient", "inner_attention_gradient")
 MOST_WORDS, MOST_CHANNELS, MOST_DIM = 16, 40, 15
 MOST_SUMS = 192
-"""Of a thread of a gradient. It can have 255 registers, and spills some of them: with fewer sums a TNT-B's words would be
-read more often than they take to be computed, with more the spilled ones would not fit into the first cache."""
+"""Of a thread of a gradient. It can have 255 registers, and spills some of them: with fewer sums a TNT-B's words would
+take longer to be read, once for each part, than to be computed; with more, what is spilled fits into no first cache."""
 
 
 class Sizes(NamedTuple):
