@@ -129,6 +129,25 @@ def test_gradients_of_parameters_are_those_of_float32_parameters():
     np.testing.assert_allclose(np.asarray(out, np.float32), exact, atol=1e-2 * np.abs(exact).max())
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (33, 65, 7), (1576, 40, 24)])
+def test_on_cpus_bfloat16_is_multiplied_as_bfloat16(shape):
+    """Forward and both gradients: XLA's fast products return float32, and take no transposed matrix."""
+    rows, inputs, outputs = shape
+    x, kernel, cotangent = random([(rows, inputs), (inputs, outputs), (rows, outputs)])
+    x, cotangent = x.astype(jnp.bfloat16), cotangent.astype(jnp.bfloat16)
+
+    def gradients(x, kernel):
+        return jax.vjp(functools.partial(parameter_einsum, "ni,io->no"), x, kernel)[1](cotangent)
+
+    program = str(jax.make_jaxpr(gradients)(x, kernel))
+    assert "tnt_jax_transpose" in program
+    assert program.count("preferred_element_type=float32") == program.count("dot_general")
+    of_x, of_kernel = jax.jit(gradients)(x, kernel)
+    x, rounded, cotangent = (np.asarray(each.astype(jnp.bfloat16), np.float64) for each in (x, kernel, cotangent))
+    np.testing.assert_allclose(of_kernel, x.T @ cotangent, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(of_x, np.float64), cotangent @ rounded.T, rtol=4e-3, atol=1e-2)
+
+
 @pytest.mark.parametrize("shape", [(8,), (1, 1, 8), (4, 1, 8)])
 def test_gradient_of_a_bias_is_that_of_the_sum(shape):
     x, bias = random([(4, 5, 8), shape])

@@ -275,6 +275,10 @@ def compare_native_on_a_mesh():
         assert inner.choose(layer, 36, 16, training=True) == "native"
         assert inner.choose(layer, 37, 16, training=True) == "reference"
         assert_equal(results(layer, x, run), expected, 1e-5)
+    projection, x = make_projection(inner_dim=8, outer_dim=24, dtype="bfloat16"), random_words(36, 16, 8, "bfloat16")
+    expected = results(projection, x, project)
+    with jax.set_mesh(mesh):
+        assert_equal(results(projection, x, project), expected, TOLERANCE["bfloat16"])
 
 
 def compare_pallas_on_a_mesh():

@@ -1,6 +1,6 @@
 /* Calls the functions of a kernel as XLA does, with arrays of random shapes that end where their memory does.
 
-   KERNEL is inner_layer.c or attention.c. */
+   KERNEL is inner_layer.c, transpose.c or attention.c; INNER and TRANSPOSE are set for the first two. */
 
 #include <pthread.h>
 #include <stdio.h>
@@ -117,6 +117,15 @@ static void once(int gradient) {
     else
         add_typed(&out, type, DIMS(sentences, words, channels), 0);
     call(gradient ? inner_layer_gradient : inner_layer_forward, &in, &out, attrs);
+}
+#elif defined TRANSPOSE
+static void once(int gradient) {
+    int64_t rows = 1 + chance(100), columns = 1 + chance(100);
+    Arrays in = {.count = 0}, out = {.count = 0};
+    add_typed(&in, XLA_FFI_DataType_BF16, DIMS(rows, columns), 1);
+    add_typed(&out, XLA_FFI_DataType_BF16, DIMS(columns, rows), 0);
+    call(transpose, &in, &out, NULL);
+    (void)gradient;
 }
 #else
 static void once(int gradient) {

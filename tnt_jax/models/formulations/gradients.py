@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from tnt_jax.models import functions
-from tnt_jax.models.formulations.devices import has_explicit_axes, platform
+from tnt_jax.models.formulations.devices import has_explicit_axes, on_each_device, platform
 
 LINEAR = "linear"
 """The name of what linear maps return, for rematerialisation."""
@@ -189,7 +189,19 @@ def _parameter_einsum_backward(equation: str, saved: tuple[Array, Array], cotang
     inputs, result = equation.split("->")
     of_x, of_kernel = inputs.split(",")
     dx = _einsum(f"{result},{of_kernel}->{of_x}", cotangent, kernel.astype(x.dtype))
+    if x.ndim == 2 and (turned := _transposed(x)) is not None:
+        return dx, jnp.matmul(turned, cotangent, preferred_element_type=jnp.float32).astype(kernel.dtype)
     return dx, jnp.einsum(f"{of_x},{result}->{of_kernel}", x, cotangent, preferred_element_type=kernel.dtype)
+
+
+def _transposed(x: Float[Array, "rows columns"]) -> Float[Array, "columns rows"] | None:
+    """Of bfloat16 on CPUs the matrix as XLA's fast products take it; None elsewhere."""
+    from tnt_jax.models.kernels.cpu import library
+    from tnt_jax.models.kernels.cpu.transpose import transpose
+
+    if x.dtype != jnp.bfloat16 or library.obstacle("transpose", x.dtype, len(x)):
+        return None
+    return on_each_device(transpose, (0,), 1)(x)
 
 
 _parameter_einsum.defvjp(_parameter_einsum_forward, _parameter_einsum_backward)

@@ -1,4 +1,4 @@
-"""Functions in C that XLA calls on CPUs: one file has a forward function and its gradient.
+"""Functions in C that XLA calls on CPUs.
 
 Arrays are float32 or bfloat16, arithmetic is float32.
 """
@@ -20,7 +20,11 @@ from tnt_jax.models.formulations.devices import platform as platform_of_program
 FOLDER = pathlib.Path(__file__).parent
 
 
-FILES = ("inner_layer", "attention")
+FUNCTIONS = {
+    "inner_layer": ("inner_layer_forward", "inner_layer_gradient"),
+    "attention": ("attention_forward", "attention_gradient"),
+    "transpose": ("transpose",),
+}
 
 
 def compiled(name: str) -> bool:
@@ -32,7 +36,7 @@ def compiled(name: str) -> bool:
 def _compiled() -> frozenset[str]:
     """The files that this machine has compiled: all of them side by side, for a network needs each at once."""
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        return frozenset(name for name, done in zip(FILES, pool.map(_compile, FILES), strict=True) if done)
+        return frozenset(name for name, done in zip(FUNCTIONS, pool.map(_compile, FUNCTIONS), strict=True) if done)
 
 
 def _compile(name: str) -> bool:
@@ -44,7 +48,7 @@ def _compile(name: str) -> bool:
     library = c_compiler.library(FOLDER / f"{name}.c", flags, headers, without="a network takes a fifth longer")
     if library is None:
         return False
-    for function in (f"{name}_forward", f"{name}_gradient"):
+    for function in FUNCTIONS[name]:
         capsule = jax.ffi.pycapsule(getattr(library, function))
         jax.ffi.register_ffi_target(f"tnt_jax_{function}", capsule, platform="cpu")
     return True
