@@ -152,3 +152,20 @@ def test_on_cpus_bfloat16_is_multiplied_as_bfloat16(shape):
 def test_gradient_of_a_bias_is_that_of_the_sum(shape):
     x, bias = random([(4, 5, 8), shape])
     assert_close(value_and_gradients(parameter_add, [x, bias]), value_and_gradients(jnp.add, [x, bias]))
+
+
+def test_on_gpus_they_are_summed_up_over_rows(monkeypatch):
+    """XLA's GPU backend transposes what is summed up over several axes."""
+    monkeypatch.setattr(gradients, "platform", lambda: "gpu")
+    arguments = random([(4, 5, 24), (24,), (24,)])
+
+    def ours(x, scale, bias):
+        return parameter_add(layer_norm(x, scale, bias, EPSILON), bias)
+
+    def plain(x, scale, bias):
+        return plain_layer_norm(x, scale, bias) + bias
+
+    assert_close(value_and_gradients(ours, arguments), value_and_gradients(plain, arguments))
+    program = str(jax.make_jaxpr(functools.partial(value_and_gradients, ours))(arguments))
+    assert "reduce_sum[axes=(0,)" in program
+    assert "reduce_sum[axes=(0, 1)" not in program

@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from tnt_jax.models import functions
-from tnt_jax.models.formulations.devices import on_each_device, platform
+from tnt_jax.models.formulations.devices import has_explicit_axes, on_each_device, platform
 
 LINEAR = "linear"
 """The name of what linear maps return, for rematerialisation."""
@@ -101,6 +101,15 @@ def layer_norm(
     return _plain_layer_norm(x, scale, bias, epsilon) if plain else _layer_norm(x, scale, bias, epsilon)
 
 
+def _as_rows(x: Float[Array, "*rows n"]) -> Float[Array, "..."]:
+    """On GPUs (rows, n), elsewhere as it is.
+
+    To sum up over several axes XLA's GPU backend puts the batch last, and transposes tokens forth and back around each
+    norm: a tenth of a train step.
+    """
+    return x.reshape(-1, x.shape[-1]) if platform() == "gpu" and not has_explicit_axes() else x
+
+
 def _plain_layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
     return _normalised(x, scale, bias, epsilon, lambda x: x.mean(-1, keepdims=True))[0]
 
@@ -125,18 +134,20 @@ def _mean(x: Float[Array, "*rows n"]) -> Float[Array, "*rows 1"]:
 
 
 def _layer_norm_forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, tuple[Array, ...]]:
-    out, mean, inverse = _normalised(x, scale, bias, epsilon, _mean)
-    return out, (x, mean, inverse, scale, bias)
+    rows = _as_rows(x)
+    out, mean, inverse = _normalised(rows, scale, bias, epsilon, _mean)
+    return out.reshape(x.shape), (rows, mean, inverse, scale, bias)
 
 
 def _layer_norm_backward(epsilon: float, saved: tuple[Array, ...], cotangent: Array) -> tuple[Array, Array, Array]:
     x, mean, inverse, scale, bias = saved
-    normed, cotangent = (x.astype(jnp.float32) - mean) * inverse, cotangent.astype(jnp.float32)
+    shape, cotangent = cotangent.shape, _as_rows(cotangent).astype(jnp.float32)
+    normed = (x.astype(jnp.float32) - mean) * inverse
     of_normed = cotangent * scale.astype(jnp.float32)
     of_x = (of_normed - _mean(of_normed) - normed * _mean(of_normed * normed)) * inverse
     rows = range(x.ndim - 1)
     of_scale, of_bias = (cotangent * normed).sum(rows), cotangent.sum(rows)
-    return of_x.astype(x.dtype), of_scale.astype(scale.dtype), of_bias.astype(bias.dtype)
+    return of_x.astype(x.dtype).reshape(shape), of_scale.astype(scale.dtype), of_bias.astype(bias.dtype)
 
 
 _layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
@@ -215,9 +226,12 @@ def _parameter_add_forward(x: Array, bias: Array) -> tuple[Array, Array]:
 
 
 def _parameter_add_backward(bias: Array, cotangent: Array) -> tuple[Array, Array]:
+    given = cotangent
+    if bias.ndim == 1:
+        cotangent = _as_rows(cotangent)
     missing = cotangent.ndim - bias.ndim
     repeated = [axis for axis in range(cotangent.ndim) if axis < missing or bias.shape[axis - missing] == 1]
-    return cotangent, cotangent.sum(repeated, dtype=bias.dtype).reshape(bias.shape)
+    return given, cotangent.sum(repeated, dtype=bias.dtype).reshape(bias.shape)
 
 
 _parameter_add.defvjp(_parameter_add_forward, _parameter_add_backward)

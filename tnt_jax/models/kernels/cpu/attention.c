@@ -160,7 +160,7 @@ static int do_head(void *data, size chunk) {
 }
 
 static XLA_FFI_Error *attend(XLA_FFI_CallFrame *call, int gradient) {
-    if (is_question_of_version(call)) return NULL;
+    if (is_question_of_version(call, 0)) return NULL;
     const XLA_FFI_Buffer *qkv = argument(call, 0);
     Work work = {.images = qkv->dims[0], .tokens = qkv->dims[1], .dim = qkv->dims[2] / 3, .qkv = array_of(qkv)};
     work.heads = *(const int64_t *)((const XLA_FFI_Scalar *)call->attrs.attrs[0])->value;

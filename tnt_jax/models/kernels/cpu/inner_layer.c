@@ -284,7 +284,7 @@ static Layer read(const XLA_FFI_CallFrame *call) {
 }
 
 XLA_FFI_Error *inner_layer_forward(XLA_FFI_CallFrame *call) {
-    if (is_question_of_version(call)) return NULL;
+    if (is_question_of_version(call, 0)) return NULL;
     Layer layer = read(call);
     size tiles = (layer.sentences + LANES - 1) / LANES;
     return do_all(call, do_chunk, &layer, tiles);
@@ -293,7 +293,7 @@ XLA_FFI_Error *inner_layer_forward(XLA_FFI_CallFrame *call) {
 /* As `inner_layer_forward`, with what reaches its result as one more argument; returns what reaches the words, and the
    parameters. Their sums are taken chunk by chunk, whichever thread has done them: they are the same every time. */
 XLA_FFI_Error *inner_layer_gradient(XLA_FFI_CallFrame *call) {
-    if (is_question_of_version(call)) return NULL;
+    if (is_question_of_version(call, 0)) return NULL;
     Layer layer = read(call);
     layer.cotangent = array_of(argument(call, 2 + PARAMETERS));
     size tiles = (layer.sentences + LANES - 1) / LANES, few = tiles / 16;

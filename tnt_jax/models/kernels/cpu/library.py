@@ -41,7 +41,7 @@ def _compiled() -> frozenset[str]:
 
 def _compile(name: str) -> bool:
     include = pathlib.Path(jax.ffi.include_dir())
-    headers = (FOLDER / "lanes.h", FOLDER / "xla_call.h", include / "xla/ffi/api/c_api.h")
+    headers = (FOLDER / "lanes.h", FOLDER / "xla_call.h", FOLDER.parent / "xla_ffi.h", include / "xla/ffi/api/c_api.h")
     processor = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
     # Roots that set no errno are vector instructions.
     flags = ("-std=gnu11", "-O3", processor, "-fno-math-errno", f"-I{include}")
