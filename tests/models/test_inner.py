@@ -165,7 +165,7 @@ def test_native_under_vmap_is_the_reference():
 )
 def test_the_kernel_is_the_reference(sentences, dtype, key):
     """Few words and channels, because the kernel is slow where it is interpreted; sentences that do not fill a tile."""
-    x = random_words(sentences, 2, 8, dtype)
+    x = random_words(sentences, 4, 8, dtype)
     layer = make_layer("reference", 8, 2, dtype=dtype, mlp_ratio=2.0)
     key = None if key is None else jax.random.key(key)
     actual = results(layer, x, functools.partial(call_kernel, key=key))
@@ -201,7 +201,7 @@ def test_a_network_of_many_blocks_traces_each_kernel_once(monkeypatch):
             words = call_kernel(layer, words, key=jax.random.key(7))
         return words.sum()
 
-    jax.make_jaxpr(jax.grad(through_all))(random_words(9, 3, 8, "float32"))
+    jax.make_jaxpr(jax.grad(through_all))(random_words(9, 4, 8, "float32"))
     assert traced == ["inner_block_forward", "inner_block_backward"]
 
 

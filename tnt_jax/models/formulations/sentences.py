@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from tnt_jax.models.formulations.devices import on_each_device, say_once
+from tnt_jax.models.formulations.devices import on_each_device, say_once, tpu
 from tnt_jax.models.formulations.inner import pallas_obstacle, preferred
 from tnt_jax.models.functions import NORM_EPSILON
 
@@ -59,6 +59,6 @@ def pallas(
         column(norm2.scale),
         column(norm2.bias),
     )
-    kernel = functools.partial(words_to_sentence.words_to_sentence, NORM_EPSILON, interpret)
+    kernel = functools.partial(words_to_sentence.words_to_sentence, NORM_EPSILON, tpu(interpret=interpret))
     rows, sentences = on_each_device(kernel, (1, None), (1, 0))(words.reshape(words.shape[0], -1).T, parameters)
     return rows.T.reshape(words.shape), sentences

@@ -11,229 +11,383 @@ transposed. So a tile holds 1,024 sentences, and its arrays lie in the two ways 
 A strided load or store in VMEM turns the one into the other and costs nothing, as long as the stride is odd: the banks
 of VMEM then do not collide. In HBM the words are a matrix (words * channels, sentences), a transposed view of the
 (sentences, words, channels) that the rest of the model has. Nothing else of the layer ever leaves VMEM.
+
+What bounds the kernels is the arithmetic between registers, so all that a matrix product can do is left to it: norms'
+scales and biases, the biases of the linear maps and constant factors are folded into matrices (folded_layer.py), which
+take two words at a time.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from tnt_jax.models.kernels.parameters import LayerParameters
+from tnt_jax.models.kernels.tpu.folded_layer import (
+    LN_2,
+    ONES,
+    Backward,
+    Folded,
+    Forward,
+    backward_matrices,
+    fold,
+    folded_gradient,
+    forward_matrices,
+)
 from tnt_jax.models.kernels.tpu.tile import (
     LANES,
     SUBLANES,
     TILE,
+    Machine,
     PerSentence,
     Sizes,
-    blocks_of_word,
-    channel_of_word,
-    channels_of_word,
     dot,
-    gelu_and_derivative,
+    gelu_scale,
     is_sentence,
-    normalise_columns,
     over_tiles,
-    start_sums,
-    through_norm,
+    scaled_gelu,
     total,
-    with_matrices_in,
 )
 
+SPAN = 2 * LANES  # sentences of a matrix product
+SPANS = range(TILE // SPAN)
+import os
+TOGETHER = int(os.environ.get("TOG", "2"))
+TOGETHERF = int(os.environ.get("TOGF", "4"))
 
-def norm1(sizes: Sizes, layer: LayerParameters, x_ref, blocks: list) -> tuple[list, list]:
-    """Per group: (normed, scale) of the first norm, and its result for a matrix product."""
-    parts = [normalise_columns(x_ref[block], sizes.epsilon) for block in blocks]
-    out = [normed * layer.norm1_scale[...] + layer.norm1_bias[...] for normed, _ in parts]
-    return parts, [h.astype(sizes.dtype) for h in out]
+
+def lanes_of(span: int) -> pl.Slice:
+    return pl.ds(span * SPAN, SPAN)
 
 
-def project_qkv(sizes: Sizes, layer: LayerParameters, x_ref, qkv_ref) -> None:
-    """Writes q, scaled by 1 / sqrt(head_dim), k and v of all words, as registers of one channel."""
-    channels = sizes.channels
+def rows_of_pair(sizes: Sizes, pair: Array) -> pl.Slice:
+    """The channels of two words in a matrix of all words: whole registers in bfloat16 too."""
+    count = 2 * sizes.channels
+    return pl.ds(pl.multiple_of(pair * count, count), count)
 
-    def of_word(word, _):
-        _, hs = norm1(sizes, layer, x_ref, blocks_of_word(sizes, word))
-        for group, h in enumerate(hs):
-            qkv = dot(layer.qkv[...], h)
-            qkv_ref[channels_of_word(sizes, 0, channels, word, group), :] = qkv[:channels] * sizes.head_dim**-0.5
-            qkv_ref[channels_of_word(sizes, channels, 2 * channels, word, group), :] = qkv[channels:]
-        return 0
 
-    lax.fori_loop(0, sizes.words, of_word, 0)
+def per_word(operation: Callable, x: Float[Array, "channels span"], of_words: Float[Array, "16 span"]) -> Array:
+    """An operation of the channels of two words with what there is for each word, eight times."""
+    words = of_words.reshape(2, 1, SUBLANES, SPAN)
+    return operation(x.reshape(2, -1, SUBLANES, SPAN), words).reshape(x.shape)
+
+
+class Norm:
+    """Norms of two words; their sums over channels are matrix products."""
+
+    def __init__(self, sizes: Sizes, sums_ref):
+        self.sizes, self.sums_ref = sizes, sums_ref
+
+    def mean(self, x: Float[Array, "channels span"]) -> Float[Array, "16 span"]:
+        return dot(self.sums_ref[...], x.astype(self.sizes.dtype)) * (1 / self.sizes.channels)
+
+    def __call__(self, x: Array, mean: Array) -> tuple[Array, Array]:
+        """Channels with mean 0 and variance 1, and what they were multiplied by."""
+        centred = per_word(jnp.subtract, x, mean)
+        scale = lax.rsqrt(self.mean(centred * centred) + self.sizes.epsilon)
+        return per_word(jnp.multiply, centred, scale), scale
+
+    def gradient(self, gradient: Array, normed: Array, scale: Array) -> Array:
+        """Gradient of what was given, from that of the result less its mean."""
+        along = self.mean(gradient * normed)
+        return per_word(jnp.multiply, gradient - per_word(jnp.multiply, normed, along), scale)
+
+
+def with_ones(x: Array) -> Array:
+    """Rows of ones below, which meet the biases of a matrix."""
+    return jnp.concatenate([x, jnp.ones((ONES, x.shape[1]), x.dtype)])
+
+
+class Registers:
+    """Registers of one channel of one word of all sentences, in VMEM; packed, of two words in bfloat16."""
+
+    def __init__(self, ref, words: int):
+        self.ref, self.words, self.pitch = ref, words, _pitch(words)
+        self.packed = ref.dtype == jnp.uint32
+
+    def __getitem__(self, at: tuple[int, Array | int]) -> Array:
+        value = self.ref[self._rows(*at), :]
+        return pltpu.bitcast(value, jnp.bfloat16) if self.packed else value
+
+    def __setitem__(self, at: tuple[int, Array | int], value: Array) -> None:
+        self.ref[self._rows(*at), :] = pltpu.bitcast(value, jnp.uint32) if self.packed else value
+
+    def spread(self, first: int, word: Array, span: int, values: Float[Array, "channels span"]) -> None:
+        """Writes the channels of a word from this one on, for a span of sentences."""
+        for half, group in enumerate(_groups(span)):
+            part = values[:, half * LANES : (half + 1) * LANES]
+            self.ref[self._strided(first, values.shape[0], word, group), :] = part
+
+    def gather(self, first: int, count: int, word: Array, span: int) -> Float[Array, "channels span"]:
+        """Reads what `spread` writes."""
+        return jnp.concatenate([self.ref[self._strided(first, count, word, group), :] for group in _groups(span)], 1)
+
+    def _rows(self, channel: int, word: Array | int) -> pl.Slice:
+        return pl.ds(channel * self.pitch + word * SUBLANES, SUBLANES)
+
+    def _strided(self, first: int, count: int, word: Array, group: int) -> pl.Slice:
+        return pl.ds(first * self.pitch + word * SUBLANES + group, count, stride=self.pitch)
+
+
+def _pitch(words: int) -> int:
+    """Rows from one channel to the next; odd, see above."""
+    return words * SUBLANES + 1
+
+
+def _groups(span: int) -> range:
+    """The groups of 128 sentences of a span."""
+    return range(span * (SPAN // LANES), (span + 1) * (SPAN // LANES))
+
+
+def registers(channels: int, words: int) -> tuple[int, int]:
+    """The shape of an array for `Registers`."""
+    return channels * _pitch(words), LANES
+
+
+def for_pairs(sizes: Sizes, visit: Callable) -> None:
+    lax.fori_loop(0, sizes.words // 2, lambda pair, _: visit(pair) or 0, 0)
+
+
+def norm1(norm: Norm, x_ref, rows: pl.Slice, spans) -> list[tuple[Array, Array]]:
+    """Per span: the first norm of two words, and what they were multiplied by."""
+    xs = [x_ref[rows, lanes_of(span)] for span in spans]
+    means = [norm.mean(x) for x in xs]
+    return [norm(x.astype(jnp.float32), mean) for x, mean in zip(xs, means, strict=True)]
+
+
+def project_qkv(sizes: Sizes, matrices: Forward, x_ref, query: Registers, key_value: Registers) -> None:
+    """Writes q, k and v of all words as registers of one channel.
+
+    Packed, a register has two words of q, and a word of k or v twice.
+    """
+    channels, norm = sizes.channels, Norm(sizes, matrices.sums)
+
+    def of_pair(pair: Array) -> None:
+        normed = norm1(norm, x_ref, rows_of_pair(sizes, pair), SPANS)
+        out = [dot(matrices.qkv[...], with_ones(h.astype(sizes.dtype))) for h, _ in normed]
+        if query.packed:
+            out = [pltpu.bitcast(qkv.astype(jnp.bfloat16), jnp.uint32) for qkv in out]
+        for span, qkv in enumerate(out):
+            parts = [qkv[start : start + channels] for start in range(0, qkv.shape[0], channels)]
+            of_query = (pair,) if query.packed else (2 * pair, 2 * pair + 1)
+            for word in of_query:
+                query.spread(0, word, span, parts.pop(0))
+            for index, values in enumerate(parts):
+                part, word = divmod(index, 2)
+                key_value.spread(part * channels, 2 * pair + word, span, values)
+
+    for_pairs(sizes, of_pair)
 
 
 class Head:
     """Registers of one head of attention: [channel] of the current word, (channel, word) of the others."""
 
-    def __init__(self, sizes: Sizes, head: int, qkv_ref):
-        self.sizes, self.first, self.qkv_ref = sizes, head * sizes.head_dim, qkv_ref
+    def __init__(self, sizes: Sizes, head: int, key_value: Registers):
+        self.sizes, self.first, self.key_value = sizes, head * sizes.head_dim, key_value
 
-    def current(self, ref, word: Array) -> list[Array]:
+    def current(self, registers: Registers, word: Array) -> list[Array]:
         """This head's channels of a word in an array that has as many channels as the layer."""
-        return [ref[channel_of_word(self.sizes, self.first + d, word), :] for d in range(self.sizes.head_dim)]
+        return [registers[self.first + d, word] for d in range(self.sizes.head_dim)]
 
-    def write(self, ref, word: Array, values: list[Array]) -> None:
+    def write(self, registers: Registers, word: Array, values: list[Array]) -> None:
         for d, value in enumerate(values):
-            ref[channel_of_word(self.sizes, self.first + d, word), :] = value
+            registers[self.first + d, word] = value
 
     def key(self, d: int, word: int) -> Array:
-        return self.qkv_ref[channel_of_word(self.sizes, self.sizes.channels + self.first + d, word), :]
+        return self.key_value[self.first + d, word]
 
     def value(self, d: int, word: int) -> Array:
-        return self.qkv_ref[channel_of_word(self.sizes, 2 * self.sizes.channels + self.first + d, word), :]
+        return self.key_value[self.sizes.channels + self.first + d, word]
 
     def weights(self, query: list[Array]) -> tuple[list[Array], Array]:
         """Exponentials of the scores against every word, and one over their sum."""
         words = range(self.sizes.words)
         scores = [total([q * self.key(d, j) for d, q in enumerate(query)]) for j in words]
         highest = functools.reduce(jnp.maximum, scores)
-        exponentials = [jnp.exp(score - highest) for score in scores]
+        exponentials = [jnp.exp2(score - highest) for score in scores]
         return exponentials, 1 / total(exponentials)
 
 
-def for_all_words_and_heads(sizes: Sizes, qkv_ref, visit) -> None:
+def for_all_queries(sizes: Sizes, query: Registers, key_value: Registers, visit: Callable) -> None:
     for index in range(sizes.heads):
-        head = Head(sizes, index, qkv_ref)
-        lax.fori_loop(0, sizes.words, lambda word, _, head=head: visit(head, word) or 0, 0)
+        head = Head(sizes, index, key_value)
+        lax.fori_loop(0, query.words, lambda word, _, head=head: visit(head, word) or 0, 0)
 
 
-def forward_kernel(sizes: Sizes, saves: bool, x_ref, keep_ref, *refs) -> None:
+def forward_kernel(sizes: Sizes, saves: bool, first: Array, x_ref, keep_ref, *refs) -> None:
     """`keep_ref` (2, sentences): what the residual branch of attention and that of the MLP are multiplied by."""
-    layer, refs = LayerParameters(*refs[: len(LayerParameters._fields)]), refs[len(LayerParameters._fields) :]
-    y_ref, *attended_ref = refs[: 1 + saves]
-    x32_ref, qkv_ref, *attended32_ref = refs[1 + saves :]
-    x32_ref[...] = x_ref[...].astype(jnp.float32)
-    project_qkv(sizes, layer, x32_ref, qkv_ref)
+    count = len(Forward._fields)
+    matrices, y_ref, attended_refs = Forward(*refs[:count]), refs[count], refs[count + 1 : -2]
+    key_value = Registers(refs[-1], sizes.words)
+    query = Registers(refs[-2], sizes.words // (2 if key_value.packed else 1))
+    project_qkv(sizes, matrices, x_ref, query, key_value)
 
-    def attend(head: Head, word) -> None:
-        exponentials, scale = head.weights(head.current(qkv_ref, word))
+    def attend(head: Head, word: Array) -> None:
+        exponentials, scale = head.weights(head.current(query, word))
         mixed = [total([e * head.value(d, j) for j, e in enumerate(exponentials)]) for d in range(sizes.head_dim)]
         # The query has done its part: its place takes what it found.
-        head.write(qkv_ref, word, [value * scale for value in mixed])
+        head.write(query, word, [value * scale for value in mixed])
 
-    for_all_words_and_heads(sizes, qkv_ref, attend)
+    for_all_queries(sizes, query, key_value, attend)
 
-    def rest_of_word(word, _):
-        # Each step for all groups before the next one: their chains run side by side.
-        blocks = blocks_of_word(sizes, word)
-        attended = [qkv_ref[channels_of_word(sizes, 0, sizes.channels, word, group), :] for group in range(SUBLANES)]
-        if saves:
-            for block, value in zip(blocks, attended, strict=True):
-                attended32_ref[0][block] = value
-        *_, x, z = to_hidden(sizes, layer, x32_ref, keep_ref, blocks, attended)
-        hidden = [gelu_and_derivative(z, exact=sizes.dtype == jnp.float32)[0].astype(sizes.dtype) for z in z]
-        out = [dot(layer.fc2[...], hidden) + layer.fc2_bias[...] for hidden in hidden]
-        for block, before, change in zip(blocks, x, out, strict=True):
-            x32_ref[block] = before + change * keep_ref[1:2, block[1]]
-        return 0
+    def rest_of_pair(pair: Array) -> None:
+        rows = rows_of_pair(sizes, pair)
+        for spans in together(TOGETHERF):
+            attended = [attended_of_pair(sizes, query, pair, span) for span in spans]
+            for attended_ref in attended_refs:
+                for span, value in zip(spans, attended, strict=True):
+                    attended_ref[rows, lanes_of(span)] = value
+            x, _, z = to_hidden(sizes, matrices, x_ref, keep_ref, rows, spans, attended)
+            out = [through_fc2(matrices, scaled_gelu(z, exact=sizes.exact)[0].astype(sizes.dtype)) for z in z]
+            for span, before, change in zip(spans, x, out, strict=True):
+                lanes = lanes_of(span)
+                y_ref[rows, lanes] = (before + change * keep_ref[1:2, lanes]).astype(y_ref.dtype)
 
-    lax.fori_loop(0, sizes.words, rest_of_word, 0)
-    y_ref[...] = x32_ref[...].astype(y_ref.dtype)
-    if saves:
-        attended_ref[0][...] = attended32_ref[0][...].astype(sizes.dtype)
+    for_pairs(sizes, rest_of_pair)
 
 
-def to_hidden(sizes: Sizes, layer: LayerParameters, x_ref, keep_ref, blocks: list, attended: list) -> tuple[list, ...]:
-    """From what attention found to the hidden channels of the MLP, per group of sentences.
+def together(count: int) -> list:
+    """Spans that go through each step before the next one, so that their chains run side by side."""
+    return [SPANS[start : start + count] for start in range(0, len(SPANS), count)]
 
-    Returns: `attended` for matrix products, (normed, scale) and result of the second norm, the words after attention,
-    the hidden channels before GELU.
+
+def attended_of_pair(sizes: Sizes, query: Registers, pair: Array, span: int) -> Float[Array, "channels span"]:
+    """What attention found for two words; packed, a channel of both before the next channel."""
+    if query.packed:
+        return pltpu.bitcast(query.gather(0, sizes.channels, pair, span), jnp.bfloat16)
+    words = [query.gather(0, sizes.channels, 2 * pair + word, span) for word in (0, 1)]
+    return jnp.concatenate(words).astype(sizes.dtype)
+
+
+def through_fc2(matrices: Forward, hidden: Float[Array, "hidden span"]) -> Float[Array, "channels span"]:
+    """Two words in a product of their own each: they are long enough."""
+    return jnp.concatenate([dot(matrices.fc2[...], with_ones(word)) for word in jnp.split(hidden, 2)])
+
+
+def to_hidden(sizes: Sizes, matrices: Forward, x_ref, keep_ref, rows: pl.Slice, spans, attended: list) -> tuple[list, ...]:
+    """From what attention found to the hidden channels of the MLP, per span.
+
+    Returns: the words after attention; of the second norm its result and what it multiplied by; the hidden channels
+    before GELU.
     """
-    attended = [value.astype(sizes.dtype) for value in attended]
-    out = [dot(layer.proj[...], value) + layer.proj_bias[...] for value in attended]
-    x = [x_ref[block] + out * keep_ref[0:1, block[1]] for block, out in zip(blocks, out, strict=True)]
-    parts = [normalise_columns(x, sizes.epsilon) for x in x]
-    h = [(normed * layer.norm2_scale[...] + layer.norm2_bias[...]).astype(sizes.dtype) for normed, _ in parts]
-    return attended, parts, h, x, [dot(layer.fc1[...], h) + layer.fc1_bias[...] for h in h]
+    count, norm = 2 * sizes.channels, Norm(sizes, matrices.sums)
+    before = [x_ref[rows, lanes_of(span)] for span in spans]
+    means = [norm.mean(x) for x in before]
+    out = [dot(matrices.proj[...], with_ones(value)) for value in attended]
+    keep = [keep_ref[0:1, lanes_of(span)] for span in spans]
+    x = [x.astype(jnp.float32) + out[:count] * keep for x, out, keep in zip(before, out, keep, strict=True)]
+    means = [mean + out[count:] * keep for mean, out, keep in zip(means, out, keep, strict=True)]
+    normed = [norm(x, mean) for x, mean in zip(x, means, strict=True)]
+    return x, normed, [dot(matrices.fc1[...], with_ones(h.astype(sizes.dtype))) for h, _ in normed]
 
 
-def backward_kernel(sizes: Sizes, sentences: int, x_ref, keep_ref, attended_ref, dy_ref, *refs) -> None:
-    """Gradients of the words and, summed over the tiles, of the parameters; those of vectors with 128 partial sums."""
-    count = len(LayerParameters._fields)
-    layer, dx_ref, gradients, scratch = LayerParameters(*refs[:count]), refs[count], refs[count + 1 : -6], refs[-6:]
-    gradients = LayerParameters(*gradients)
-    x32_ref, dx32_ref, attended32_ref, qkv_ref, dattended_ref, dkv_ref = scratch
-    channels, exact = sizes.channels, sizes.dtype == jnp.float32
+def backward_kernel(sizes: Sizes, sentences: int, first: Array, *refs) -> None:
+    """Gradients of the words and, summed over the tiles, of the folded matrices: `fc2` as it is, the others with inputs
+    of two words and ones as rows, and outputs of two words as columns."""
+    (x_ref, keep_ref, attended_ref, dy_ref), refs = refs[:4], refs[4:]
+    matrices, refs = Forward(*refs[: len(Forward._fields)]), refs[len(Forward._fields) :]
+    transposed, (dx_ref, *refs) = Backward(*refs[: len(Backward._fields)]), refs[len(Backward._fields) :]
+    gradients, (dx32_ref, *scratch) = Folded(*refs[:4]), refs[4:]
+    query, key_value, dattended, dkey_value = (Registers(ref, sizes.words) for ref in scratch)
+    channels, norm = sizes.channels, Norm(sizes, matrices.sums)
 
-    start_sums(gradients)
-    there = is_sentence(sentences)
-    for whole, ref in ((x32_ref, x_ref), (dx32_ref, dy_ref), (attended32_ref, attended_ref)):
-        whole[...] = jnp.where(there, ref[...].astype(jnp.float32), 0)
-    keep_ref[...] = jnp.where(there, keep_ref[...], 0)
-    dkv_ref[...] = jnp.zeros(dkv_ref.shape, jnp.float32)
-    project_qkv(sizes, layer, x32_ref, qkv_ref)
+    @pl.when(first + TILE > sentences)
+    def _():
+        there = is_sentence(first, sentences)
+        for ref in (x_ref, keep_ref, attended_ref, dy_ref):
+            ref[...] = jnp.where(there, ref[...].astype(jnp.float32), 0).astype(ref.dtype)
+
+    dkey_value.ref[...] = jnp.zeros(dkey_value.ref.shape, jnp.float32)
+    project_qkv(sizes, matrices, x_ref, query, key_value)
 
     def add_products(name: str, rows: list, columns: list) -> None:
-        rows = [value.astype(sizes.dtype) for value in rows]
+        """Sums over sentences."""
         getattr(gradients, name)[...] += total([dot(*pair, (1, 1)) for pair in zip(rows, columns, strict=True)])
 
-    def through_mlp(word, _):
-        blocks = blocks_of_word(sizes, word)
-        attended = [attended32_ref[block] for block in blocks]
-        attended, parts, h, _, z = to_hidden(sizes, layer, x32_ref, keep_ref, blocks, attended)
-        activated = [gelu_and_derivative(z, exact=exact) for z in z]
-        dy = [dx32_ref[block] for block in blocks]
-        dout = [dy * keep_ref[1:2, block[1]] for dy, block in zip(dy, blocks, strict=True)]
-        gradients.fc2_bias[...] += total(dout)
-        add_products("fc2", dout, [hidden.astype(sizes.dtype) for hidden, _ in activated])
-        dhidden = [dot(layer.fc2[...], dout.astype(sizes.dtype), (0, 0)) for dout in dout]
-        dz = [dhidden * derivative for dhidden, (_, derivative) in zip(dhidden, activated, strict=True)]
-        gradients.fc1_bias[...] += total(dz)
-        add_products("fc1", dz, h)
-        dh = [dot(layer.fc1[...], dz.astype(sizes.dtype), (0, 0)) for dz in dz]
-        dx = through_norm(dh, parts, layer.norm2_scale, gradients.norm2_scale, gradients.norm2_bias)
-        dx = [dy + dx for dy, dx in zip(dy, dx, strict=True)]
-        dout = [dx * keep_ref[0:1, block[1]] for dx, block in zip(dx, blocks, strict=True)]
-        gradients.proj_bias[...] += total(dout)
-        add_products("proj", dout, attended)
-        for group, (block, new, change) in enumerate(zip(blocks, dx, dout, strict=True)):
-            dx32_ref[block] = new
-            dattended = dot(layer.proj[...], change.astype(sizes.dtype), (0, 0))
-            dattended_ref[channels_of_word(sizes, 0, channels, word, group), :] = dattended
-        return 0
+    def through_mlp(pair: Array) -> None:
+        for spans in together(TOGETHER):
+            mlp_of_spans(pair, spans)
 
-    lax.fori_loop(0, sizes.words, through_mlp, 0)
+    def mlp_of_spans(pair: Array, spans) -> None:
+        rows = rows_of_pair(sizes, pair)
+        attended = [attended_ref[rows, lanes_of(span)] for span in spans]
+        _, normed, z = to_hidden(sizes, matrices, x_ref, keep_ref, rows, spans, attended)
+        activated = [scaled_gelu(z, exact=sizes.exact, derivative=True) for z in z]
+        dy = [dy_ref[rows, lanes_of(span)].astype(jnp.float32) for span in spans]
+        dout = [dy * keep_ref[1:2, lanes_of(span)] for dy, span in zip(dy, spans, strict=True)]
+        of_words = [(dout[:channels], dout[channels:]) for dout in dout]
+        add_products(
+            "fc2",
+            [dout.astype(sizes.dtype) for words in of_words for dout in words],
+            [with_ones(word) for hidden, _ in activated for word in jnp.split(hidden.astype(sizes.dtype), 2)],
+        )
+        dhidden = [dot(transposed.fc2[...], dout.astype(sizes.dtype)) for dout in dout]
+        dz = [(dhidden * slope).astype(sizes.dtype) for dhidden, (_, slope) in zip(dhidden, activated, strict=True)]
+        add_products("fc1", [with_ones(h.astype(sizes.dtype)) for h, _ in normed], dz)
+        dh = [jnp.concatenate([dot(transposed.fc1[...], word) for word in jnp.split(dz, 2)]) for dz in dz]
+        dx = [dy + norm.gradient(dh, *parts) for dy, dh, parts in zip(dy, dh, normed, strict=True)]
+        dout = [(dx * keep_ref[0:1, lanes_of(span)]).astype(sizes.dtype) for dx, span in zip(dx, spans, strict=True)]
+        add_products("proj", [with_ones(value) for value in attended], dout)
+        for span, new, change in zip(spans, dx, dout, strict=True):
+            dx32_ref[rows, lanes_of(span)] = new
+            for word, values in enumerate(jnp.split(dot(transposed.proj[...], change), 2)):
+                dattended.spread(0, 2 * pair + word, span, values)
 
-    def through_attention(head: Head, word) -> None:
+    for_pairs(sizes, through_mlp)
+
+    def through_attention(head: Head, word: Array) -> None:
         words, dims = range(sizes.words), range(sizes.head_dim)
-        query, dout = head.current(qkv_ref, word), head.current(dattended_ref, word)
-        exponentials, scale = head.weights(query)
-        weights = [e * scale for e in exponentials]
+        q, dout = head.current(query, word), head.current(dattended, word)
+        exponentials, scale = head.weights(q)
+        # All that is not divided by the sum of the exponentials is divided here. Scores are exponents of 2, which makes
+        # their gradients LN_2 times as large; that of v will be divided by it.
+        dout = [value * (scale * LN_2) for value in dout]
         dweights = [total([dout[d] * head.value(d, j) for d in dims]) for j in words]
-        along = total([w * dw for w, dw in zip(weights, dweights, strict=True)])
-        dscores = [w * (dw - along) for w, dw in zip(weights, dweights, strict=True)]
-        dquery = [total([dscores[j] * head.key(d, j) for j in words]) * sizes.head_dim**-0.5 for d in dims]
+        along = total([e * dw for e, dw in zip(exponentials, dweights, strict=True)]) * scale
+        dscores = [e * (dw - along) for e, dw in zip(exponentials, dweights, strict=True)]
+        dquery = [total([dscores[j] * head.key(d, j) for j in words]) for d in dims]
         for j in words:
             for d in dims:
-                dkv_ref[channel_of_word(sizes, head.first + d, j), :] += dscores[j] * query[d]
-                dkv_ref[channel_of_word(sizes, channels + head.first + d, j), :] += weights[j] * dout[d]
-        head.write(qkv_ref, word, dquery)
+                dkey_value[head.first + d, j] += dscores[j] * q[d]
+                dkey_value[channels + head.first + d, j] += exponentials[j] * dout[d]
+        head.write(query, word, dquery)
 
-    for_all_words_and_heads(sizes, qkv_ref, through_attention)
+    for_all_queries(sizes, query, key_value, through_attention)
 
-    def through_qkv(word, _):
-        blocks = blocks_of_word(sizes, word)
-        parts, h = norm1(sizes, layer, x32_ref, blocks)
-        dq = [qkv_ref[channels_of_word(sizes, 0, channels, word, group), :] for group in range(SUBLANES)]
-        dkv = [dkv_ref[channels_of_word(sizes, 0, 2 * channels, word, group), :] for group in range(SUBLANES)]
-        dqkv = [jnp.concatenate(pair) for pair in zip(dq, dkv, strict=True)]
-        add_products("qkv", dqkv, h)
-        dh = [dot(layer.qkv[...], dqkv.astype(sizes.dtype), (0, 0)) for dqkv in dqkv]
-        dx = through_norm(dh, parts, layer.norm1_scale, gradients.norm1_scale, gradients.norm1_bias)
-        for block, change in zip(blocks, dx, strict=True):
-            dx32_ref[block] += change
-        return 0
+    def through_qkv(pair: Array) -> None:
+        for spans in together(TOGETHER):
+            qkv_of_spans(pair, spans)
 
-    lax.fori_loop(0, sizes.words, through_qkv, 0)
-    dx_ref[...] = dx32_ref[...].astype(dx_ref.dtype)
+    def qkv_of_spans(pair: Array, spans) -> None:
+        rows = rows_of_pair(sizes, pair)
+        normed = norm1(norm, x_ref, rows, spans)
+        dqkv = [
+            [dqkv_of_word(sizes, query, dkey_value, 2 * pair + word, span) for word in (0, 1)] for span in spans
+        ]
+        add_products("qkv", [with_ones(h.astype(sizes.dtype)) for h, _ in normed], [jnp.concatenate(d) for d in dqkv])
+        dh = [jnp.concatenate([dot(transposed.qkv[...], word) for word in words]) for words in dqkv]
+        for span, gradient, parts in zip(spans, dh, normed, strict=True):
+            lanes = lanes_of(span)
+            dx_ref[rows, lanes] = (dx32_ref[rows, lanes] + norm.gradient(gradient, *parts)).astype(dx_ref.dtype)
+
+    for_pairs(sizes, through_qkv)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def dqkv_of_word(
+    sizes: Sizes, dquery: Registers, dkey_value: Registers, word: Array, span: int
+) -> Float[Array, "three_channels span"]:
+    parts = dquery.gather(0, sizes.channels, word, span), dkey_value.gather(0, 2 * sizes.channels, word, span)
+    return jnp.concatenate(parts).astype(sizes.dtype)
+
+
 def inner_block(
     sizes: Sizes,
-    interpret: bool,
+    machine: Machine,
     words: Float[Array, "flat sentences"],
     keep: Float[Array, "2 sentences"],
     layer: LayerParameters,
@@ -241,61 +395,78 @@ def inner_block(
     """A transformer layer over the words of every sentence.
 
     `keep` is what each sentence's branch of attention and of the MLP is multiplied by: 1, or what stochastic depth has
-    drawn. It has no gradient. `interpret` runs the kernels step by step on any platform, for tests.
+    drawn. It has no gradient.
     """
-    (out,) = _forward(sizes, interpret, words, keep, layer, saves=False)
+    return _inner_block(sizes, machine, words, keep, fold(layer, sizes.head_dim, gelu_scale(sizes.dtype)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _inner_block(sizes: Sizes, machine: Machine, words, keep, folded: Folded) -> Array:
+    (out,) = _forward(sizes, machine, words, keep, folded, saves=False)
     return out
+
+
+def packs_registers(sizes: Sizes, machine: Machine) -> bool:
+    """Whether forward attention computes in bfloat16, two words in a register."""
+    return machine.packs and sizes.dtype == jnp.bfloat16
 
 
 # Jitted, so that a network of many blocks traces each kernel, and turns it into a program, once.
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="saves")
-def _forward(sizes: Sizes, interpret: bool, words, keep, layer: LayerParameters, *, saves: bool) -> list[Array]:
-    rows, sentences = words.shape
+def _forward(sizes: Sizes, machine: Machine, words, keep, folded: Folded, *, saves: bool) -> list[Array]:
     results = [PerSentence(jax.ShapeDtypeStruct(words.shape, words.dtype))]
-    scratch = [(rows, TILE), (3 * sizes.channels * sizes.pitch, LANES)]
     if saves:
         results.append(PerSentence(jax.ShapeDtypeStruct(words.shape, sizes.dtype)))
-        scratch.append((rows, TILE))
+    packs = packs_registers(sizes, machine)
+    kept = jnp.uint32 if packs else jnp.float32
     return over_tiles(
         "inner_block_forward",
         functools.partial(forward_kernel, sizes, saves),
         [PerSentence(words), PerSentence(keep)],
-        with_matrices_in(sizes.dtype, layer),
+        forward_matrices(folded, sizes.dtype, packed=packs),
         results,
-        scratch=scratch,
-        flops=sentences * flops(sizes, layer),
-        interpret=interpret,
+        scratch=[
+            jax.ShapeDtypeStruct(registers(sizes.channels, sizes.words // (2 if packs else 1)), kept),
+            jax.ShapeDtypeStruct(registers(2 * sizes.channels, sizes.words), kept),
+        ],
+        flops=words.shape[1] * flops(sizes, folded),
+        machine=machine,
     )
 
 
-def _forward_saving(sizes: Sizes, interpret: bool, words, keep, layer: LayerParameters):
-    out, attended = _forward(sizes, interpret, words, keep, layer, saves=True)
-    return out, (words, keep, attended, layer)
+def _forward_saving(sizes: Sizes, machine: Machine, words, keep, folded: Folded):
+    out, attended = _forward(sizes, machine, words, keep, folded, saves=True)
+    return out, (words, keep, attended, folded)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _backward(sizes: Sizes, interpret: bool, saved, gradient):
-    words, keep, attended, layer = saved
+def _backward(sizes: Sizes, machine: Machine, saved, gradient):
+    words, keep, attended, folded = saved
     rows, sentences = words.shape
-    registers = sizes.channels * sizes.pitch
-    dwords, *dlayer = over_tiles(
+    channels, hidden, packs = sizes.channels, folded.fc1.shape[0], packs_registers(sizes, machine)
+    matrices = forward_matrices(folded, sizes.dtype, packed=packs)
+    matrices = matrices._replace(qkv=forward_matrices(folded, sizes.dtype, packed=False).qkv)
+    inputs = 2 * channels + ONES
+    dwords, *sums = over_tiles(
         "inner_block_backward",
         functools.partial(backward_kernel, sizes, sentences),
         [PerSentence(array) for array in (words, keep, attended, gradient)],
-        with_matrices_in(sizes.dtype, layer),
+        [*matrices, *backward_matrices(folded, sizes.dtype)],
         [PerSentence(jax.ShapeDtypeStruct(words.shape, words.dtype))],
-        sums=True,
-        scratch=[*[(rows, TILE)] * 3, (3 * registers, LANES), (registers, LANES), (2 * registers, LANES)],
-        flops=3 * sentences * flops(sizes, layer),
-        interpret=interpret,
+        sums=Folded((inputs, 6 * channels), (inputs, 2 * channels), (inputs, 2 * hidden), (channels, hidden + ONES)),
+        scratch=[
+            jax.ShapeDtypeStruct(shape, jnp.float32)
+            for shape in ((rows, TILE), *(registers(times * channels, sizes.words) for times in (1, 2, 1, 2)))
+        ],
+        flops=3 * sentences * flops(sizes, folded),
+        machine=machine,
     )
-    return dwords, jnp.zeros_like(keep), LayerParameters(*dlayer)
+    return dwords, jnp.zeros_like(keep), folded_gradient(Folded(*sums), packed=packs)
 
 
-def flops(sizes: Sizes, layer: LayerParameters) -> int:
+def flops(sizes: Sizes, folded: Folded) -> int:
     """Of the matrix products and the attention of one sentence, forward."""
-    of_a_word = sum(matrix.size for matrix in (layer.qkv, layer.proj, layer.fc1, layer.fc2))
-    return 2 * sizes.words * (of_a_word + 2 * sizes.words * sizes.channels)
+    return 2 * sizes.words * (sum(matrix.size for matrix in folded) + 2 * sizes.words * sizes.channels)
 
 
-inner_block.defvjp(_forward_saving, _backward)
+_inner_block.defvjp(_forward_saving, _backward)
