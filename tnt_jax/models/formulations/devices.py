@@ -12,6 +12,7 @@ from tnt_jax.models.kernels.tpu.tile import Machine
 
 log = logging.getLogger(__name__)
 CORES = {"TPU v5": 2}  # of one device, a v5p; they share the steps of a kernel
+PACKS = ("TPU v6 lite", "TPU7x")  # compute with registers of bfloat16
 AUTO_MESH = "jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names))"
 
 
@@ -29,7 +30,7 @@ def device_kind() -> str:
 
 def tpu(*, interpret: bool) -> Machine:
     """The TPU that is being traced for; with `interpret`, kernels run step by step on any platform."""
-    return Machine(cores=CORES.get(device_kind(), 1), interpret=interpret)
+    return Machine(CORES.get(device_kind(), 1), device_kind() in PACKS, interpret)
 
 
 def mesh_obstacle(count: int) -> str | None:

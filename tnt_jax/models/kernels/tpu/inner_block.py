@@ -18,13 +18,15 @@ take two words at a time.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from tnt_jax.models.kernels.parameters import LayerParameters
@@ -57,8 +59,8 @@ from tnt_jax.models.kernels.tpu.tile import (
 SPAN = 2 * LANES  # sentences of a matrix product
 SPANS = range(TILE // SPAN)
 import os
-TOGETHER = int(os.environ.get("TOG", "2"))
-TOGETHERF = int(os.environ.get("TOGF", "4"))
+PF,LF,PM,LM,PQ,LQ,PP,LP,QW=map(int,os.environ.get("KNOBS","1 1 1 1 1 0 2 0 2").split())
+Stages = Iterator[None]  # of a generator that returns something
 
 
 def lanes_of(span: int) -> pl.Slice:
@@ -86,21 +88,25 @@ class Norm:
     def mean(self, x: Float[Array, "channels span"]) -> Float[Array, "16 span"]:
         return dot(self.sums_ref[...], x.astype(self.sizes.dtype)) * (1 / self.sizes.channels)
 
-    def __call__(self, x: Array, mean: Array) -> tuple[Array, Array]:
-        """Channels with mean 0 and variance 1, and what they were multiplied by."""
+    def __call__(self, x: Array, mean: Array) -> Stages:
+        """Returns: channels with mean 0 and variance 1, and what they were multiplied by."""
         centred = per_word(jnp.subtract, x, mean)
-        scale = lax.rsqrt(self.mean(centred * centred) + self.sizes.epsilon)
+        variance = self.mean(centred * centred)
+        yield
+        scale = lax.rsqrt(variance + self.sizes.epsilon)
         return per_word(jnp.multiply, centred, scale), scale
 
-    def gradient(self, gradient: Array, normed: Array, scale: Array) -> Array:
-        """Gradient of what was given, from that of the result less its mean."""
+    def gradient(self, gradient: Array, normed: Array, scale: Array) -> Stages:
+        """Returns: the gradient of what was given, from that of the result less its mean."""
+        yield
         along = self.mean(gradient * normed)
+        yield
         return per_word(jnp.multiply, gradient - per_word(jnp.multiply, normed, along), scale)
 
 
-def with_ones(x: Array) -> Array:
-    """Rows of ones below, which meet the biases of a matrix."""
-    return jnp.concatenate([x, jnp.ones((ONES, x.shape[1]), x.dtype)])
+def with_ones(x: Float[Array, "rows span"], dtype: DTypeLike) -> Float[Array, "rows_and_ones span"]:
+    """For a product: rows of ones below meet the biases of a matrix."""
+    return jnp.concatenate([x, jnp.ones((ONES, x.shape[1]), x.dtype)]).astype(dtype)
 
 
 class Registers:
@@ -127,6 +133,10 @@ class Registers:
         """Reads what `spread` writes."""
         return jnp.concatenate([self.ref[self._strided(first, count, word, group), :] for group in _groups(span)], 1)
 
+    def clear(self, word: Array) -> None:
+        for channel in range(self.ref.shape[0] // self.pitch):
+            self.ref[self._rows(channel, word), :] = jnp.zeros((SUBLANES, LANES), self.ref.dtype)
+
     def _rows(self, channel: int, word: Array | int) -> pl.Slice:
         return pl.ds(channel * self.pitch + word * SUBLANES, SUBLANES)
 
@@ -149,39 +159,77 @@ def registers(channels: int, words: int) -> tuple[int, int]:
     return channels * _pitch(words), LANES
 
 
-def for_pairs(sizes: Sizes, visit: Callable) -> None:
-    lax.fori_loop(0, sizes.words // 2, lambda pair, _: visit(pair) or 0, 0)
+def for_pairs(sizes: Sizes, chain: Callable, pairs: int, lag: int) -> None:
+    """Runs a chain of stages for each pair of words and each span."""
+
+    def visit(index: Array, _) -> int:
+        staggered([chain(pairs * index + pair, span) for pair in range(pairs) for span in SPANS], lag)
+        return 0
+
+    lax.fori_loop(0, sizes.words // 2 // pairs, visit, 0)
 
 
-def norm1(norm: Norm, x_ref, rows: pl.Slice, spans) -> list[tuple[Array, Array]]:
-    """Per span: the first norm of two words, and what they were multiplied by."""
-    xs = [x_ref[rows, lanes_of(span)] for span in spans]
-    means = [norm.mean(x) for x in xs]
-    return [norm(x.astype(jnp.float32), mean) for x, mean in zip(xs, means, strict=True)]
+def staggered(chains: list, lag: int) -> None:
+    waiting = [index * lag for index in range(len(chains))]
+    done = [False] * len(chains)
+    while not all(done):
+        for index, chain in enumerate(chains):
+            if waiting[index]:
+                waiting[index] -= 1
+            elif not done[index]:
+                done[index] = next(chain, "end") == "end"
 
 
-def project_qkv(sizes: Sizes, matrices: Forward, x_ref, query: Registers, key_value: Registers) -> None:
+class Norm1(NamedTuple):
+    """Means of all words in VMEM, and what the first norm multiplied them by; eight times."""
+
+    mean: Any
+    scale: Any
+
+    @staticmethod
+    def scratch(sizes: Sizes) -> list[jax.ShapeDtypeStruct]:
+        return [jax.ShapeDtypeStruct((sizes.words * SUBLANES, TILE), jnp.float32)] * 2
+
+    def of_pair(self, pair: Array, span: int) -> tuple:
+        rows = pl.ds(pl.multiple_of(pair * 2 * SUBLANES, 2 * SUBLANES), 2 * SUBLANES)
+        return rows, lanes_of(span)
+
+    def again(self, x: Array, pair: Array, span: int) -> tuple[Array, Array]:
+        """The norm of two words, of which this has been computed before, and what they were multiplied by."""
+        at = self.of_pair(pair, span)
+        scale = self.scale[at]
+        centred = per_word(jnp.subtract, x.astype(jnp.float32), self.mean[at])
+        return per_word(jnp.multiply, centred, scale), scale
+
+
+def project_qkv(
+    sizes: Sizes, matrices: Forward, x_ref, norm1: Norm1, query: Registers, key_value: Registers
+) -> None:
     """Writes q, k and v of all words as registers of one channel.
 
     Packed, a register has two words of q, and a word of k or v twice.
     """
     channels, norm = sizes.channels, Norm(sizes, matrices.sums)
 
-    def of_pair(pair: Array) -> None:
-        normed = norm1(norm, x_ref, rows_of_pair(sizes, pair), SPANS)
-        out = [dot(matrices.qkv[...], with_ones(h.astype(sizes.dtype))) for h, _ in normed]
+    def project(pair: Array, span: int) -> Stages:
+        x, at = x_ref[rows_of_pair(sizes, pair), lanes_of(span)], norm1.of_pair(pair, span)
+        mean = norm.mean(x)
+        yield
+        h, scale = yield from norm(x.astype(jnp.float32), mean)
+        norm1.mean[at], norm1.scale[at] = mean, scale
+        qkv = dot(matrices.qkv[...], with_ones(h, sizes.dtype))
+        yield
         if query.packed:
-            out = [pltpu.bitcast(qkv.astype(jnp.bfloat16), jnp.uint32) for qkv in out]
-        for span, qkv in enumerate(out):
-            parts = [qkv[start : start + channels] for start in range(0, qkv.shape[0], channels)]
-            of_query = (pair,) if query.packed else (2 * pair, 2 * pair + 1)
-            for word in of_query:
-                query.spread(0, word, span, parts.pop(0))
-            for index, values in enumerate(parts):
-                part, word = divmod(index, 2)
-                key_value.spread(part * channels, 2 * pair + word, span, values)
+            qkv = pltpu.bitcast(qkv.astype(jnp.bfloat16), jnp.uint32)
+        parts = [qkv[start : start + channels] for start in range(0, qkv.shape[0], channels)]
+        of_query = (pair,) if query.packed else (2 * pair, 2 * pair + 1)
+        for word in of_query:
+            query.spread(0, word, span, parts.pop(0))
+        for index, values in enumerate(parts):
+            part, word = divmod(index, 2)
+            key_value.spread(part * channels, 2 * pair + word, span, values)
 
-    for_pairs(sizes, of_pair)
+    for_pairs(sizes, project, PP, LP)
 
 
 class Head:
@@ -213,19 +261,19 @@ class Head:
         return exponentials, 1 / total(exponentials)
 
 
-def for_all_queries(sizes: Sizes, query: Registers, key_value: Registers, visit: Callable) -> None:
+def for_all_queries(sizes: Sizes, query: Registers, key_value: Registers, visit: Callable, at_once: int = 1) -> None:
     for index in range(sizes.heads):
         head = Head(sizes, index, key_value)
-        lax.fori_loop(0, query.words, lambda word, _, head=head: visit(head, word) or 0, 0)
+        lax.fori_loop(0, query.words // at_once, lambda word, _, head=head: visit(head, word) or 0, 0)
 
 
 def forward_kernel(sizes: Sizes, saves: bool, first: Array, x_ref, keep_ref, *refs) -> None:
     """`keep_ref` (2, sentences): what the residual branch of attention and that of the MLP are multiplied by."""
     count = len(Forward._fields)
-    matrices, y_ref, attended_refs = Forward(*refs[:count]), refs[count], refs[count + 1 : -2]
-    key_value = Registers(refs[-1], sizes.words)
+    matrices, y_ref, attended_refs = Forward(*refs[:count]), refs[count], refs[count + 1 : -4]
+    norm1, key_value = Norm1(*refs[-4:-2]), Registers(refs[-1], sizes.words)
     query = Registers(refs[-2], sizes.words // (2 if key_value.packed else 1))
-    project_qkv(sizes, matrices, x_ref, query, key_value)
+    project_qkv(sizes, matrices, x_ref, norm1, query, key_value)
 
     def attend(head: Head, word: Array) -> None:
         exponentials, scale = head.weights(head.current(query, word))
@@ -235,55 +283,52 @@ def forward_kernel(sizes: Sizes, saves: bool, first: Array, x_ref, keep_ref, *re
 
     for_all_queries(sizes, query, key_value, attend)
 
-    def rest_of_pair(pair: Array) -> None:
-        rows = rows_of_pair(sizes, pair)
-        for spans in together(TOGETHERF):
-            attended = [attended_of_pair(sizes, query, pair, span) for span in spans]
-            for attended_ref in attended_refs:
-                for span, value in zip(spans, attended, strict=True):
-                    attended_ref[rows, lanes_of(span)] = value
-            x, _, z = to_hidden(sizes, matrices, x_ref, keep_ref, rows, spans, attended)
-            out = [through_fc2(matrices, scaled_gelu(z, exact=sizes.exact)[0].astype(sizes.dtype)) for z in z]
-            for span, before, change in zip(spans, x, out, strict=True):
-                lanes = lanes_of(span)
-                y_ref[rows, lanes] = (before + change * keep_ref[1:2, lanes]).astype(y_ref.dtype)
+    def rest(pair: Array, span: int) -> Iterator[None]:
+        rows, lanes = rows_of_pair(sizes, pair), lanes_of(span)
+        attended = attended_of_pair(sizes, query, pair, span)
+        for attended_ref in attended_refs:
+            attended_ref[rows, lanes] = attended.astype(sizes.dtype)
+        x, (h, _) = yield from to_second_norm(
+            sizes, matrices, x_ref[rows, lanes], norm1.mean[norm1.of_pair(pair, span)], keep_ref[0:1, lanes], attended
+        )
+        h = with_ones(h, sizes.dtype)
+        yield
+        z = [dot(fc1, h) for fc1 in of_each_word(matrices.fc1)]
+        yield
+        hidden = [scaled_gelu(z, exact=sizes.exact)[0] for z in z]
+        yield
+        out = jnp.concatenate([dot(matrices.fc2[...], with_ones(each, sizes.dtype)) for each in hidden])
+        yield
+        y_ref[rows, lanes] = (x + out * keep_ref[1:2, lanes]).astype(y_ref.dtype)
 
-    for_pairs(sizes, rest_of_pair)
+    for_pairs(sizes, rest, PF, LF)
 
 
-def together(count: int) -> list:
-    """Spans that go through each step before the next one, so that their chains run side by side."""
-    return [SPANS[start : start + count] for start in range(0, len(SPANS), count)]
+def of_each_word(ref) -> list[Array]:
+    """The halves of a matrix for two words."""
+    half = ref.shape[0] // 2
+    return [ref[:half], ref[half:]]
 
 
 def attended_of_pair(sizes: Sizes, query: Registers, pair: Array, span: int) -> Float[Array, "channels span"]:
     """What attention found for two words; packed, a channel of both before the next channel."""
     if query.packed:
         return pltpu.bitcast(query.gather(0, sizes.channels, pair, span), jnp.bfloat16)
-    words = [query.gather(0, sizes.channels, 2 * pair + word, span) for word in (0, 1)]
-    return jnp.concatenate(words).astype(sizes.dtype)
+    return jnp.concatenate([query.gather(0, sizes.channels, 2 * pair + word, span) for word in (0, 1)])
 
 
-def through_fc2(matrices: Forward, hidden: Float[Array, "hidden span"]) -> Float[Array, "channels span"]:
-    """Two words in a product of their own each: they are long enough."""
-    return jnp.concatenate([dot(matrices.fc2[...], with_ones(word)) for word in jnp.split(hidden, 2)])
+def to_second_norm(
+    sizes: Sizes, matrices: Forward, x: Array, mean: Array, keep: Float[Array, "1 span"], attended: Array
+) -> Stages:
+    """From what attention found for two words to the second norm.
 
-
-def to_hidden(sizes: Sizes, matrices: Forward, x_ref, keep_ref, rows: pl.Slice, spans, attended: list) -> tuple[list, ...]:
-    """From what attention found to the hidden channels of the MLP, per span.
-
-    Returns: the words after attention; of the second norm its result and what it multiplied by; the hidden channels
-    before GELU.
+    Returns: the words after attention; of the norm the result and what it multiplied by.
     """
     count, norm = 2 * sizes.channels, Norm(sizes, matrices.sums)
-    before = [x_ref[rows, lanes_of(span)] for span in spans]
-    means = [norm.mean(x) for x in before]
-    out = [dot(matrices.proj[...], with_ones(value)) for value in attended]
-    keep = [keep_ref[0:1, lanes_of(span)] for span in spans]
-    x = [x.astype(jnp.float32) + out[:count] * keep for x, out, keep in zip(before, out, keep, strict=True)]
-    means = [mean + out[count:] * keep for mean, out, keep in zip(means, out, keep, strict=True)]
-    normed = [norm(x, mean) for x, mean in zip(x, means, strict=True)]
-    return x, normed, [dot(matrices.fc1[...], with_ones(h.astype(sizes.dtype))) for h, _ in normed]
+    out = dot(matrices.proj[...], with_ones(attended, sizes.dtype))
+    yield
+    x = x.astype(jnp.float32) + out[:count] * keep
+    return x, (yield from norm(x, mean + out[count:] * keep))
 
 
 def backward_kernel(sizes: Sizes, sentences: int, first: Array, *refs) -> None:
@@ -292,9 +337,9 @@ def backward_kernel(sizes: Sizes, sentences: int, first: Array, *refs) -> None:
     (x_ref, keep_ref, attended_ref, dy_ref), refs = refs[:4], refs[4:]
     matrices, refs = Forward(*refs[: len(Forward._fields)]), refs[len(Forward._fields) :]
     transposed, (dx_ref, *refs) = Backward(*refs[: len(Backward._fields)]), refs[len(Backward._fields) :]
-    gradients, (dx32_ref, *scratch) = Folded(*refs[:4]), refs[4:]
+    gradients, norm1, (dx32_ref, *scratch) = Folded(*refs[:4]), Norm1(*refs[4:6]), refs[6:]
     query, key_value, dattended, dkey_value = (Registers(ref, sizes.words) for ref in scratch)
-    channels, norm = sizes.channels, Norm(sizes, matrices.sums)
+    channels, dtype, norm = sizes.channels, sizes.dtype, Norm(sizes, matrices.sums)
 
     @pl.when(first + TILE > sentences)
     def _():
@@ -302,87 +347,90 @@ def backward_kernel(sizes: Sizes, sentences: int, first: Array, *refs) -> None:
         for ref in (x_ref, keep_ref, attended_ref, dy_ref):
             ref[...] = jnp.where(there, ref[...].astype(jnp.float32), 0).astype(ref.dtype)
 
-    dkey_value.ref[...] = jnp.zeros(dkey_value.ref.shape, jnp.float32)
-    project_qkv(sizes, matrices, x_ref, query, key_value)
+    project_qkv(sizes, matrices, x_ref, norm1, query, key_value)
 
-    def add_products(name: str, rows: list, columns: list) -> None:
-        """Sums over sentences."""
-        getattr(gradients, name)[...] += total([dot(*pair, (1, 1)) for pair in zip(rows, columns, strict=True)])
-
-    def through_mlp(pair: Array) -> None:
-        for spans in together(TOGETHER):
-            mlp_of_spans(pair, spans)
-
-    def mlp_of_spans(pair: Array, spans) -> None:
-        rows = rows_of_pair(sizes, pair)
-        attended = [attended_ref[rows, lanes_of(span)] for span in spans]
-        _, normed, z = to_hidden(sizes, matrices, x_ref, keep_ref, rows, spans, attended)
-        activated = [scaled_gelu(z, exact=sizes.exact, derivative=True) for z in z]
-        dy = [dy_ref[rows, lanes_of(span)].astype(jnp.float32) for span in spans]
-        dout = [dy * keep_ref[1:2, lanes_of(span)] for dy, span in zip(dy, spans, strict=True)]
-        of_words = [(dout[:channels], dout[channels:]) for dout in dout]
-        add_products(
-            "fc2",
-            [dout.astype(sizes.dtype) for words in of_words for dout in words],
-            [with_ones(word) for hidden, _ in activated for word in jnp.split(hidden.astype(sizes.dtype), 2)],
+    def mlp(pair: Array, span: int) -> Stages:
+        rows, lanes = rows_of_pair(sizes, pair), lanes_of(span)
+        attended, keep = attended_ref[rows, lanes].astype(jnp.float32), keep_ref[0:1, lanes]
+        _, parts = yield from to_second_norm(
+            sizes, matrices, x_ref[rows, lanes], norm1.mean[norm1.of_pair(pair, span)], keep, attended
         )
-        dhidden = [dot(transposed.fc2[...], dout.astype(sizes.dtype)) for dout in dout]
-        dz = [(dhidden * slope).astype(sizes.dtype) for dhidden, (_, slope) in zip(dhidden, activated, strict=True)]
-        add_products("fc1", [with_ones(h.astype(sizes.dtype)) for h, _ in normed], dz)
-        dh = [jnp.concatenate([dot(transposed.fc1[...], word) for word in jnp.split(dz, 2)]) for dz in dz]
-        dx = [dy + norm.gradient(dh, *parts) for dy, dh, parts in zip(dy, dh, normed, strict=True)]
-        dout = [(dx * keep_ref[0:1, lanes_of(span)]).astype(sizes.dtype) for dx, span in zip(dx, spans, strict=True)]
-        add_products("proj", [with_ones(value) for value in attended], dout)
-        for span, new, change in zip(spans, dx, dout, strict=True):
-            dx32_ref[rows, lanes_of(span)] = new
-            for word, values in enumerate(jnp.split(dot(transposed.proj[...], change), 2)):
-                dattended.spread(0, 2 * pair + word, span, values)
+        h = with_ones(parts[0], dtype)
+        dout = dy_ref[rows, lanes].astype(jnp.float32) * keep_ref[1:2, lanes]
+        dz = []
+        dh = []
+        for word, (fc1, fc2) in enumerate(zip(of_each_word(matrices.fc1), of_each_word(transposed.fc2), strict=True)):
+            yield
+            z = dot(fc1, h)
+            dhidden = dot(fc2, dout.astype(dtype))
+            yield
+            hidden, slope = scaled_gelu(z, exact=sizes.exact, derivative=True)
+            dz.append((dhidden * slope).astype(dtype))
+            of_word = dout[word * channels : (word + 1) * channels].astype(dtype)
+            yield
+            gradients.fc2[...] += dot(of_word, with_ones(hidden, dtype), (1, 1))
+            dh.append(dot(transposed.fc1[...], dz[-1]))
+        yield
+        gradients.fc1[...] += dot(h, jnp.concatenate(dz), (1, 1))
+        change = yield from norm.gradient(jnp.concatenate(dh), *parts)
+        dx = dy_ref[rows, lanes].astype(jnp.float32) + change
+        dx32_ref[rows, lanes] = dx
+        dout = (dx * keep).astype(dtype)
+        yield
+        gradients.proj[...] += dot(with_ones(attended, dtype), dout, (1, 1))
+        of_attention = dot(transposed.proj[...], dout)
+        yield
+        for word, values in enumerate(jnp.split(of_attention, 2)):
+            dattended.spread(0, 2 * pair + word, span, values)
+            if span == 0:
+                dkey_value.clear(2 * pair + word)
 
-    for_pairs(sizes, through_mlp)
+    for_pairs(sizes, mlp, PM, LM)
 
     def through_attention(head: Head, word: Array) -> None:
         words, dims = range(sizes.words), range(sizes.head_dim)
-        q, dout = head.current(query, word), head.current(dattended, word)
-        exponentials, scale = head.weights(q)
-        # All that is not divided by the sum of the exponentials is divided here. Scores are exponents of 2, which makes
-        # their gradients LN_2 times as large; that of v will be divided by it.
-        dout = [value * (scale * LN_2) for value in dout]
-        dweights = [total([dout[d] * head.value(d, j) for d in dims]) for j in words]
-        along = total([e * dw for e, dw in zip(exponentials, dweights, strict=True)]) * scale
-        dscores = [e * (dw - along) for e, dw in zip(exponentials, dweights, strict=True)]
-        dquery = [total([dscores[j] * head.key(d, j) for j in words]) for d in dims]
+        at = [QW * word + i for i in range(QW)]
+        qs, ds, ss, es = [], [], [], []
+        for w in at:
+            q, dout = head.current(query, w), head.current(dattended, w)
+            exponentials, scale = head.weights(q)
+            # All that is not divided by the sum of the exponentials is divided here. Scores are exponents of 2, which
+            # makes their gradients LN_2 times as large; that of v will be divided by it.
+            dout = [value * (scale * LN_2) for value in dout]
+            dweights = [total([dout[d] * head.value(d, j) for d in dims]) for j in words]
+            along = total([e * dw for e, dw in zip(exponentials, dweights, strict=True)]) * scale
+            dscores = [e * (dw - along) for e, dw in zip(exponentials, dweights, strict=True)]
+            dquery = [total([dscores[j] * head.key(d, j) for j in words]) for d in dims]
+            head.write(query, w, dquery)
+            qs.append(q)
+            ds.append(dout)
+            ss.append(dscores)
+            es.append(exponentials)
         for j in words:
             for d in dims:
-                dkey_value[head.first + d, j] += dscores[j] * q[d]
-                dkey_value[channels + head.first + d, j] += exponentials[j] * dout[d]
-        head.write(query, word, dquery)
+                dkey_value[head.first + d, j] += total([s[j] * q[d] for s, q in zip(ss, qs, strict=True)])
+                dkey_value[channels + head.first + d, j] += total([e[j] * do[d] for e, do in zip(es, ds, strict=True)])
 
-    for_all_queries(sizes, query, key_value, through_attention)
+    for_all_queries(sizes, query, key_value, through_attention, QW)
 
-    def through_qkv(pair: Array) -> None:
-        for spans in together(TOGETHER):
-            qkv_of_spans(pair, spans)
+    def through_qkv(pair: Array, span: int) -> Stages:
+        rows, lanes = rows_of_pair(sizes, pair), lanes_of(span)
+        parts = norm1.again(x_ref[rows, lanes], pair, span)
+        dqkv = [dqkv_of_word(sizes, query, dkey_value, 2 * pair + word, span) for word in (0, 1)]
+        yield
+        gradients.qkv[...] += dot(with_ones(parts[0], dtype), jnp.concatenate(dqkv).astype(dtype), (1, 1))
+        dh = jnp.concatenate([dot(transposed.qkv[...], word.astype(dtype)) for word in dqkv])
+        change = yield from norm.gradient(dh, *parts)
+        dx_ref[rows, lanes] = (dx32_ref[rows, lanes] + change).astype(dx_ref.dtype)
 
-    def qkv_of_spans(pair: Array, spans) -> None:
-        rows = rows_of_pair(sizes, pair)
-        normed = norm1(norm, x_ref, rows, spans)
-        dqkv = [
-            [dqkv_of_word(sizes, query, dkey_value, 2 * pair + word, span) for word in (0, 1)] for span in spans
-        ]
-        add_products("qkv", [with_ones(h.astype(sizes.dtype)) for h, _ in normed], [jnp.concatenate(d) for d in dqkv])
-        dh = [jnp.concatenate([dot(transposed.qkv[...], word) for word in words]) for words in dqkv]
-        for span, gradient, parts in zip(spans, dh, normed, strict=True):
-            lanes = lanes_of(span)
-            dx_ref[rows, lanes] = (dx32_ref[rows, lanes] + norm.gradient(gradient, *parts)).astype(dx_ref.dtype)
-
-    for_pairs(sizes, through_qkv)
+    for_pairs(sizes, through_qkv, PQ, LQ)
 
 
 def dqkv_of_word(
     sizes: Sizes, dquery: Registers, dkey_value: Registers, word: Array, span: int
 ) -> Float[Array, "three_channels span"]:
     parts = dquery.gather(0, sizes.channels, word, span), dkey_value.gather(0, 2 * sizes.channels, word, span)
-    return jnp.concatenate(parts).astype(sizes.dtype)
+    return jnp.concatenate(parts)
 
 
 def inner_block(
@@ -426,6 +474,7 @@ def _forward(sizes: Sizes, machine: Machine, words, keep, folded: Folded, *, sav
         forward_matrices(folded, sizes.dtype, packed=packs),
         results,
         scratch=[
+            *Norm1.scratch(sizes),
             jax.ShapeDtypeStruct(registers(sizes.channels, sizes.words // (2 if packs else 1)), kept),
             jax.ShapeDtypeStruct(registers(2 * sizes.channels, sizes.words), kept),
         ],
@@ -455,8 +504,11 @@ def _backward(sizes: Sizes, machine: Machine, saved, gradient):
         [PerSentence(jax.ShapeDtypeStruct(words.shape, words.dtype))],
         sums=Folded((inputs, 6 * channels), (inputs, 2 * channels), (inputs, 2 * hidden), (channels, hidden + ONES)),
         scratch=[
-            jax.ShapeDtypeStruct(shape, jnp.float32)
-            for shape in ((rows, TILE), *(registers(times * channels, sizes.words) for times in (1, 2, 1, 2)))
+            *Norm1.scratch(sizes),
+            *(
+                jax.ShapeDtypeStruct(shape, jnp.float32)
+                for shape in ((rows, TILE), *(registers(times * channels, sizes.words) for times in (1, 2, 1, 2)))
+            ),
         ],
         flops=3 * sentences * flops(sizes, folded),
         machine=machine,
