@@ -51,7 +51,7 @@ class Backward(NamedTuple):
     fc2: Array  # (2 * hidden, 2 * channels)
     fc1: Array  # (channels, hidden)
     proj: Array  # (2 * channels, 2 * channels)
-    qkv: Array  # (channels, 3 * channels), of a gradient of v that is LN_2 times too large
+    qkv: Array  # (channels, 3 * channels), of a gradient of v that is LN_2 times too large; packed, of two words
 
 
 def fold(layer: LayerParameters, head_dim: int, gelu_scale: float) -> Folded:
@@ -94,16 +94,19 @@ def forward_matrices(folded: Folded, dtype: DTypeLike, *, packed: bool) -> Forwa
     )
 
 
-def backward_matrices(folded: Folded, dtype: DTypeLike) -> Backward:
+def backward_matrices(folded: Folded, dtype: DTypeLike, *, packed: bool) -> Backward:
+    """`packed`: the gradient of what attention found has a channel of both words before the next one, and a product
+    with `qkv` takes two words, as `packed_dqkv` gives them."""
     fc2, fc1, proj, qkv = (folded[index][:, :-1].T for index in (3, 2, 1, 0))
     channels = proj.shape[0]
     of_value = jnp.where(jnp.arange(3 * channels) < 2 * channels, 1, 1 / LN_2)
-    matrices = (
-        jnp.kron(jnp.eye(2), fc2),
-        fc1 - fc1.mean(0),
-        jnp.kron(jnp.eye(2), proj),
-        (qkv - qkv.mean(0)) * of_value,
-    )
+    qkv = (qkv - qkv.mean(0)) * of_value
+    proj = jnp.kron(jnp.eye(2), proj)
+    if packed:
+        proj = proj[_interleaved(channels)]
+        of_query = jnp.kron(jnp.eye(2), qkv[:, :channels])[:, _interleaved(channels)]
+        qkv = jnp.concatenate([of_query, jnp.kron(jnp.eye(2), jnp.repeat(qkv[:, channels:], 2, 1))], 1)
+    matrices = jnp.kron(jnp.eye(2), fc2), fc1 - fc1.mean(0), proj, qkv
     return Backward(*(matrix.astype(dtype) for matrix in matrices))
 
 
@@ -113,7 +116,11 @@ def folded_gradient(gradient: Folded, *, packed: bool) -> Folded:
     if packed:
         count = gradient.proj.shape[1]
         of_words = gradient.proj[:count].reshape(-1, 2, count).swapaxes(0, 1).reshape(count, count)
-        gradient = gradient._replace(proj=jnp.concatenate([of_words, gradient.proj[count:]]))
+        qkv, inputs = gradient.qkv, gradient.qkv.shape[0]
+        of_query = qkv[:, :count].reshape(inputs, -1, 2).swapaxes(1, 2)
+        of_others = qkv[:, count:].reshape(inputs, 2, -1, 2).sum(3)
+        qkv = jnp.concatenate([of_query, of_others], 2).reshape(inputs, -1)
+        gradient = gradient._replace(qkv=qkv, proj=jnp.concatenate([of_words, gradient.proj[count:]]))
     qkv, proj, fc1 = (_of_one_word(each) for each in gradient[:3])
     of_rows = jnp.where(jnp.arange(qkv.shape[0]) < 2 * proj.shape[0], 1, 1 / LN_2)
     return Folded(qkv * of_rows[:, None], proj, fc1, gradient.fc2[:, : 1 - ONES])

@@ -59,6 +59,8 @@ from tnt_jax.models.kernels.tpu.tile import (
 SPAN = 2 * LANES  # sentences of a matrix product
 SPANS = range(TILE // SPAN)
 import os
+GB=int(os.environ.get("GB","1"))
+FW=int(os.environ.get("FW","1"))
 PF,LF,PM,LM,PQ,LQ,PP,LP,QW=map(int,os.environ.get("KNOBS","1 1 1 1 1 0 2 0 2").split())
 Stages = Iterator[None]  # of a generator that returns something
 
@@ -275,13 +277,15 @@ def forward_kernel(sizes: Sizes, saves: bool, first: Array, x_ref, keep_ref, *re
     query = Registers(refs[-2], sizes.words // (2 if key_value.packed else 1))
     project_qkv(sizes, matrices, x_ref, norm1, query, key_value)
 
-    def attend(head: Head, word: Array) -> None:
+    def attend(head: Head, index: Array) -> None:
+      for i in range(FW):
+        word = index * FW + i
         exponentials, scale = head.weights(head.current(query, word))
         mixed = [total([e * head.value(d, j) for j, e in enumerate(exponentials)]) for d in range(sizes.head_dim)]
         # The query has done its part: its place takes what it found.
         head.write(query, word, [value * scale for value in mixed])
 
-    for_all_queries(sizes, query, key_value, attend)
+    for_all_queries(sizes, query, key_value, attend, FW)
 
     def rest(pair: Array, span: int) -> Iterator[None]:
         rows, lanes = rows_of_pair(sizes, pair), lanes_of(span)
@@ -295,6 +299,7 @@ def forward_kernel(sizes: Sizes, saves: bool, first: Array, x_ref, keep_ref, *re
         yield
         z = [dot(fc1, h) for fc1 in of_each_word(matrices.fc1)]
         yield
+        z = [z.astype(jnp.bfloat16) for z in z] if GB and query.packed else z
         hidden = [scaled_gelu(z, exact=sizes.exact)[0] for z in z]
         yield
         out = jnp.concatenate([dot(matrices.fc2[...], with_ones(each, sizes.dtype)) for each in hidden])
@@ -338,7 +343,11 @@ def backward_kernel(sizes: Sizes, sentences: int, first: Array, *refs) -> None:
     matrices, refs = Forward(*refs[: len(Forward._fields)]), refs[len(Forward._fields) :]
     transposed, (dx_ref, *refs) = Backward(*refs[: len(Backward._fields)]), refs[len(Backward._fields) :]
     gradients, norm1, (dx32_ref, *scratch) = Folded(*refs[:4]), Norm1(*refs[4:6]), refs[6:]
-    query, key_value, dattended, dkey_value = (Registers(ref, sizes.words) for ref in scratch)
+    key_value, dkey_value = (Registers(ref, sizes.words) for ref in scratch[1::2])
+    packed = key_value.packed
+    query, dattended = (Registers(ref, sizes.words // (2 if packed else 1)) for ref in scratch[::2])
+    # Where registers are packed, GELU and what surrounds it is computed in bfloat16 too.
+    activations = jnp.bfloat16 if packed else jnp.float32
     channels, dtype, norm = sizes.channels, sizes.dtype, Norm(sizes, matrices.sums)
 
     @pl.when(first + TILE > sentences)
@@ -351,7 +360,7 @@ def backward_kernel(sizes: Sizes, sentences: int, first: Array, *refs) -> None:
 
     def mlp(pair: Array, span: int) -> Stages:
         rows, lanes = rows_of_pair(sizes, pair), lanes_of(span)
-        attended, keep = attended_ref[rows, lanes].astype(jnp.float32), keep_ref[0:1, lanes]
+        attended, keep = attended_ref[rows, lanes].astype(activations), keep_ref[0:1, lanes]
         _, parts = yield from to_second_norm(
             sizes, matrices, x_ref[rows, lanes], norm1.mean[norm1.of_pair(pair, span)], keep, attended
         )
@@ -361,8 +370,8 @@ def backward_kernel(sizes: Sizes, sentences: int, first: Array, *refs) -> None:
         dh = []
         for word, (fc1, fc2) in enumerate(zip(of_each_word(matrices.fc1), of_each_word(transposed.fc2), strict=True)):
             yield
-            z = dot(fc1, h)
-            dhidden = dot(fc2, dout.astype(dtype))
+            z = dot(fc1, h).astype(activations)
+            dhidden = dot(fc2, dout.astype(dtype)).astype(activations)
             yield
             hidden, slope = scaled_gelu(z, exact=sizes.exact, derivative=True)
             dz.append((dhidden * slope).astype(dtype))
@@ -380,16 +389,21 @@ def backward_kernel(sizes: Sizes, sentences: int, first: Array, *refs) -> None:
         gradients.proj[...] += dot(with_ones(attended, dtype), dout, (1, 1))
         of_attention = dot(transposed.proj[...], dout)
         yield
-        for word, values in enumerate(jnp.split(of_attention, 2)):
-            dattended.spread(0, 2 * pair + word, span, values)
+        for word in (0, 1):
+            if not packed:
+                dattended.spread(0, 2 * pair + word, span, of_attention[word * channels : (word + 1) * channels])
             if span == 0:
                 dkey_value.clear(2 * pair + word)
+        if packed:
+            dattended.spread(0, pair, span, pltpu.bitcast(of_attention.astype(jnp.bfloat16), jnp.uint32))
 
     for_pairs(sizes, mlp, PM, LM)
 
+    at_once = int(os.environ.get("PW","4")) if packed else QW
+
     def through_attention(head: Head, word: Array) -> None:
         words, dims = range(sizes.words), range(sizes.head_dim)
-        at = [QW * word + i for i in range(QW)]
+        at = [at_once * word + i for i in range(at_once)]
         qs, ds, ss, es = [], [], [], []
         for w in at:
             q, dout = head.current(query, w), head.current(dattended, w)
@@ -411,15 +425,18 @@ def backward_kernel(sizes: Sizes, sentences: int, first: Array, *refs) -> None:
                 dkey_value[head.first + d, j] += total([s[j] * q[d] for s, q in zip(ss, qs, strict=True)])
                 dkey_value[channels + head.first + d, j] += total([e[j] * do[d] for e, do in zip(es, ds, strict=True)])
 
-    for_all_queries(sizes, query, key_value, through_attention, QW)
+    for_all_queries(sizes, query, key_value, through_attention, at_once)
 
     def through_qkv(pair: Array, span: int) -> Stages:
         rows, lanes = rows_of_pair(sizes, pair), lanes_of(span)
         parts = norm1.again(x_ref[rows, lanes], pair, span)
-        dqkv = [dqkv_of_word(sizes, query, dkey_value, 2 * pair + word, span) for word in (0, 1)]
+        if packed:
+            dqkv = [packed_dqkv(sizes, query, dkey_value, pair, span)]
+        else:
+            dqkv = [dqkv_of_word(sizes, query, dkey_value, 2 * pair + word, span) for word in (0, 1)]
         yield
         gradients.qkv[...] += dot(with_ones(parts[0], dtype), jnp.concatenate(dqkv).astype(dtype), (1, 1))
-        dh = jnp.concatenate([dot(transposed.qkv[...], word.astype(dtype)) for word in dqkv])
+        dh = jnp.concatenate([dot(transposed.qkv[...], each.astype(dtype)) for each in dqkv])
         change = yield from norm.gradient(dh, *parts)
         dx_ref[rows, lanes] = (dx32_ref[rows, lanes] + change).astype(dx_ref.dtype)
 
@@ -431,6 +448,15 @@ def dqkv_of_word(
 ) -> Float[Array, "three_channels span"]:
     parts = dquery.gather(0, sizes.channels, word, span), dkey_value.gather(0, 2 * sizes.channels, word, span)
     return jnp.concatenate(parts)
+
+
+def packed_dqkv(
+    sizes: Sizes, dquery: Registers, dkey_value: Registers, pair: Array, span: int
+) -> Float[Array, "ten_channels span"]:
+    """q of two words, a channel of both before the next; then for each word k and v, every channel in two halves."""
+    parts = [dquery.gather(0, sizes.channels, pair, span)]
+    parts += [dkey_value.gather(0, 2 * sizes.channels, 2 * pair + word, span) for word in (0, 1)]
+    return pltpu.bitcast(jnp.concatenate(parts), jnp.bfloat16)
 
 
 def inner_block(
@@ -456,7 +482,7 @@ def _inner_block(sizes: Sizes, machine: Machine, words, keep, folded: Folded) ->
 
 def packs_registers(sizes: Sizes, machine: Machine) -> bool:
     """Whether forward attention computes in bfloat16, two words in a register."""
-    return machine.packs and sizes.dtype == jnp.bfloat16
+    return machine.packs and jnp.dtype(sizes.dtype) == jnp.bfloat16
 
 
 # Jitted, so that a network of many blocks traces each kernel, and turns it into a program, once.
@@ -493,22 +519,22 @@ def _backward(sizes: Sizes, machine: Machine, saved, gradient):
     words, keep, attended, folded = saved
     rows, sentences = words.shape
     channels, hidden, packs = sizes.channels, folded.fc1.shape[0], packs_registers(sizes, machine)
-    matrices = forward_matrices(folded, sizes.dtype, packed=packs)
-    matrices = matrices._replace(qkv=forward_matrices(folded, sizes.dtype, packed=False).qkv)
-    inputs = 2 * channels + ONES
+    matrices = forward_matrices(folded, sizes.dtype, packed=packs), backward_matrices(folded, sizes.dtype, packed=packs)
+    inputs, of_qkv = 2 * channels + ONES, (10 if packs else 6) * channels
+    queries, kept = sizes.words // (2 if packs else 1), jnp.uint32 if packs else jnp.float32
+    of_query = jax.ShapeDtypeStruct(registers(channels, queries), kept)
+    of_key_value = jax.ShapeDtypeStruct(registers(2 * channels, sizes.words), kept)
     dwords, *sums = over_tiles(
         "inner_block_backward",
         functools.partial(backward_kernel, sizes, sentences),
         [PerSentence(array) for array in (words, keep, attended, gradient)],
-        [*matrices, *backward_matrices(folded, sizes.dtype)],
+        [*matrices[0], *matrices[1]],
         [PerSentence(jax.ShapeDtypeStruct(words.shape, words.dtype))],
-        sums=Folded((inputs, 6 * channels), (inputs, 2 * channels), (inputs, 2 * hidden), (channels, hidden + ONES)),
+        sums=Folded((inputs, of_qkv), (inputs, 2 * channels), (inputs, 2 * hidden), (channels, hidden + ONES)),
         scratch=[
             *Norm1.scratch(sizes),
-            *(
-                jax.ShapeDtypeStruct(shape, jnp.float32)
-                for shape in ((rows, TILE), *(registers(times * channels, sizes.words) for times in (1, 2, 1, 2)))
-            ),
+            jax.ShapeDtypeStruct((rows, TILE), jnp.float32),
+            *[of_query, of_key_value] * 2,
         ],
         flops=3 * sentences * flops(sizes, folded),
         machine=machine,
