@@ -18,6 +18,7 @@ take two words at a time.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -58,10 +59,9 @@ from tnt_jax.models.kernels.tpu.tile import (
 
 SPAN = 2 * LANES  # sentences of a matrix product
 SPANS = range(TILE // SPAN)
-import os
-GB=int(os.environ.get("GB","1"))
-FW=int(os.environ.get("FW","1"))
-PF,LF,PM,LM,PQ,LQ,PP,LP,QW=map(int,os.environ.get("KNOBS","1 1 1 1 1 0 2 0 2").split())
+# Pairs of words whose chains run side by side, and queries of attention: more hide waiting better, and fewer leave
+# registers free. Chosen by the schedules of libtpu 0.0.42.
+PAIRS, PAIRS_OF_PROJECTION, QUERIES = 2, 4, 2
 Stages = Iterator[None]  # of a generator that returns something
 
 
@@ -161,25 +161,21 @@ def registers(channels: int, words: int) -> tuple[int, int]:
     return channels * _pitch(words), LANES
 
 
-def for_pairs(sizes: Sizes, chain: Callable, pairs: int, lag: int) -> None:
-    """Runs a chain of stages for each pair of words and each span."""
+def for_pairs(sizes: Sizes, chain: Callable, at_once: int = PAIRS) -> None:
+    """Runs a chain of stages for each pair of words and each span, each stage for many of them before the next one.
+
+    A compiler schedules instructions nearly as they come, and the stages of one chain wait for each other.
+    """
+    pairs = math.gcd(sizes.words // 2, at_once)
 
     def visit(index: Array, _) -> int:
-        staggered([chain(pairs * index + pair, span) for pair in range(pairs) for span in SPANS], lag)
+        chains = [chain(pairs * index + pair, span) for pair in range(pairs) for span in SPANS]
+        # A generator that has ended gives "end".
+        while [next(each, "end") for each in chains].count("end") < len(chains):
+            pass
         return 0
 
     lax.fori_loop(0, sizes.words // 2 // pairs, visit, 0)
-
-
-def staggered(chains: list, lag: int) -> None:
-    waiting = [index * lag for index in range(len(chains))]
-    done = [False] * len(chains)
-    while not all(done):
-        for index, chain in enumerate(chains):
-            if waiting[index]:
-                waiting[index] -= 1
-            elif not done[index]:
-                done[index] = next(chain, "end") == "end"
 
 
 class Norm1(NamedTuple):
@@ -204,9 +200,7 @@ class Norm1(NamedTuple):
         return per_word(jnp.multiply, centred, scale), scale
 
 
-def project_qkv(
-    sizes: Sizes, matrices: Forward, x_ref, norm1: Norm1, query: Registers, key_value: Registers
-) -> None:
+def project_qkv(sizes: Sizes, matrices: Forward, x_ref, norm1: Norm1, query: Registers, key_value: Registers) -> None:
     """Writes q, k and v of all words as registers of one channel.
 
     Packed, a register has two words of q, and a word of k or v twice.
@@ -231,7 +225,14 @@ def project_qkv(
             part, word = divmod(index, 2)
             key_value.spread(part * channels, 2 * pair + word, span, values)
 
-    for_pairs(sizes, project, PP, LP)
+    for_pairs(sizes, project, PAIRS_OF_PROJECTION)
+
+
+def total_in_float32(terms: list[Array]) -> Array:
+    """The sum; of terms in bfloat16 the first additions are too, but the last ones, of the largest sums, are not."""
+    quarter = max(1, len(terms) // 4)
+    sums = [total(terms[start : start + quarter]) for start in range(0, len(terms), quarter)]
+    return total([each.astype(jnp.float32) for each in sums])
 
 
 class Head:
@@ -260,13 +261,20 @@ class Head:
         scores = [total([q * self.key(d, j) for d, q in enumerate(query)]) for j in words]
         highest = functools.reduce(jnp.maximum, scores)
         exponentials = [jnp.exp2(score - highest) for score in scores]
-        return exponentials, 1 / total(exponentials)
+        return exponentials, 1 / total_in_float32(exponentials)
 
 
-def for_all_queries(sizes: Sizes, query: Registers, key_value: Registers, visit: Callable, at_once: int = 1) -> None:
+def for_all_queries(sizes: Sizes, query: Registers, key_value: Registers, visit: Callable) -> None:
+    """Calls `visit` with each head and a few registers of queries at a time."""
+    at_once = math.gcd(query.words, QUERIES)
     for index in range(sizes.heads):
         head = Head(sizes, index, key_value)
-        lax.fori_loop(0, query.words // at_once, lambda word, _, head=head: visit(head, word) or 0, 0)
+
+        def some(turn: Array, _, head: Head = head) -> int:
+            visit(head, [at_once * turn + i for i in range(at_once)])
+            return 0
+
+        lax.fori_loop(0, query.words // at_once, some, 0)
 
 
 def forward_kernel(sizes: Sizes, saves: bool, first: Array, x_ref, keep_ref, *refs) -> None:
@@ -275,17 +283,17 @@ def forward_kernel(sizes: Sizes, saves: bool, first: Array, x_ref, keep_ref, *re
     matrices, y_ref, attended_refs = Forward(*refs[:count]), refs[count], refs[count + 1 : -4]
     norm1, key_value = Norm1(*refs[-4:-2]), Registers(refs[-1], sizes.words)
     query = Registers(refs[-2], sizes.words // (2 if key_value.packed else 1))
+    activations = jnp.bfloat16 if query.packed else jnp.float32
     project_qkv(sizes, matrices, x_ref, norm1, query, key_value)
 
-    def attend(head: Head, index: Array) -> None:
-      for i in range(FW):
-        word = index * FW + i
-        exponentials, scale = head.weights(head.current(query, word))
-        mixed = [total([e * head.value(d, j) for j, e in enumerate(exponentials)]) for d in range(sizes.head_dim)]
-        # The query has done its part: its place takes what it found.
-        head.write(query, word, [value * scale for value in mixed])
+    def attend(head: Head, words: list[Array]) -> None:
+        for word in words:
+            exponentials, scale = head.weights(head.current(query, word))
+            mixed = [total([e * head.value(d, j) for j, e in enumerate(exponentials)]) for d in range(sizes.head_dim)]
+            # The query has done its part: its place takes what it found.
+            head.write(query, word, [value * scale.astype(value.dtype) for value in mixed])
 
-    for_all_queries(sizes, query, key_value, attend, FW)
+    for_all_queries(sizes, query, key_value, attend)
 
     def rest(pair: Array, span: int) -> Iterator[None]:
         rows, lanes = rows_of_pair(sizes, pair), lanes_of(span)
@@ -297,16 +305,15 @@ def forward_kernel(sizes: Sizes, saves: bool, first: Array, x_ref, keep_ref, *re
         )
         h = with_ones(h, sizes.dtype)
         yield
-        z = [dot(fc1, h) for fc1 in of_each_word(matrices.fc1)]
+        z = [dot(fc1, h).astype(activations) for fc1 in of_each_word(matrices.fc1)]
         yield
-        z = [z.astype(jnp.bfloat16) for z in z] if GB and query.packed else z
         hidden = [scaled_gelu(z, exact=sizes.exact)[0] for z in z]
         yield
         out = jnp.concatenate([dot(matrices.fc2[...], with_ones(each, sizes.dtype)) for each in hidden])
         yield
         y_ref[rows, lanes] = (x + out * keep_ref[1:2, lanes]).astype(y_ref.dtype)
 
-    for_pairs(sizes, rest, PF, LF)
+    for_pairs(sizes, rest)
 
 
 def of_each_word(ref) -> list[Array]:
@@ -397,35 +404,18 @@ def backward_kernel(sizes: Sizes, sentences: int, first: Array, *refs) -> None:
         if packed:
             dattended.spread(0, pair, span, pltpu.bitcast(of_attention.astype(jnp.bfloat16), jnp.uint32))
 
-    for_pairs(sizes, mlp, PM, LM)
+    for_pairs(sizes, mlp)
 
-    at_once = int(os.environ.get("PW","4")) if packed else QW
+    def through_attention(head: Head, words: list[Array]) -> None:
+        parts = [attention_gradient(sizes, head, query, dattended, word) for word in words]
+        for j in range(sizes.words):
+            for d in range(sizes.head_dim):
+                dkey = total([dscores[j] * q[d] for q, _, dscores, _ in parts])
+                dvalue = total([exponentials[j] * dout[d] for _, exponentials, _, dout in parts])
+                dkey_value[head.first + d, j] += dkey
+                dkey_value[channels + head.first + d, j] += dvalue
 
-    def through_attention(head: Head, word: Array) -> None:
-        words, dims = range(sizes.words), range(sizes.head_dim)
-        at = [at_once * word + i for i in range(at_once)]
-        qs, ds, ss, es = [], [], [], []
-        for w in at:
-            q, dout = head.current(query, w), head.current(dattended, w)
-            exponentials, scale = head.weights(q)
-            # All that is not divided by the sum of the exponentials is divided here. Scores are exponents of 2, which
-            # makes their gradients LN_2 times as large; that of v will be divided by it.
-            dout = [value * (scale * LN_2) for value in dout]
-            dweights = [total([dout[d] * head.value(d, j) for d in dims]) for j in words]
-            along = total([e * dw for e, dw in zip(exponentials, dweights, strict=True)]) * scale
-            dscores = [e * (dw - along) for e, dw in zip(exponentials, dweights, strict=True)]
-            dquery = [total([dscores[j] * head.key(d, j) for j in words]) for d in dims]
-            head.write(query, w, dquery)
-            qs.append(q)
-            ds.append(dout)
-            ss.append(dscores)
-            es.append(exponentials)
-        for j in words:
-            for d in dims:
-                dkey_value[head.first + d, j] += total([s[j] * q[d] for s, q in zip(ss, qs, strict=True)])
-                dkey_value[channels + head.first + d, j] += total([e[j] * do[d] for e, do in zip(es, ds, strict=True)])
-
-    for_all_queries(sizes, query, key_value, through_attention, at_once)
+    for_all_queries(sizes, query, key_value, through_attention)
 
     def through_qkv(pair: Array, span: int) -> Stages:
         rows, lanes = rows_of_pair(sizes, pair), lanes_of(span)
@@ -440,7 +430,27 @@ def backward_kernel(sizes: Sizes, sentences: int, first: Array, *refs) -> None:
         change = yield from norm.gradient(dh, *parts)
         dx_ref[rows, lanes] = (dx32_ref[rows, lanes] + change).astype(dx_ref.dtype)
 
-    for_pairs(sizes, through_qkv, PQ, LQ)
+    for_pairs(sizes, through_qkv)
+
+
+def attention_gradient(sizes: Sizes, head: Head, query: Registers, dattended: Registers, word: Array) -> tuple:
+    """Writes the gradient of a query into its place.
+
+    Returns: of the query its channels, exponentials, the gradients of its scores, and that of what it found, scaled.
+    """
+    words, dims = range(sizes.words), range(sizes.head_dim)
+    q, dout = head.current(query, word), head.current(dattended, word)
+    exponentials, scale = head.weights(q)
+    # All that is not divided by the sum of the exponentials is divided here. Scores are exponents of 2, which makes
+    # their gradients LN_2 times as large; that of v will be divided by it.
+    once = (scale * LN_2).astype(dout[0].dtype)
+    dout = [value * once for value in dout]
+    dweights = [total([dout[d] * head.value(d, j) for d in dims]) for j in words]
+    along = total_in_float32([e * dw for e, dw in zip(exponentials, dweights, strict=True)]) * scale
+    along = along.astype(dweights[0].dtype)
+    dscores = [e * (dw - along) for e, dw in zip(exponentials, dweights, strict=True)]
+    head.write(query, word, [total([dscores[j] * head.key(d, j) for j in words]) for d in dims])
+    return q, exponentials, dscores, dout
 
 
 def dqkv_of_word(

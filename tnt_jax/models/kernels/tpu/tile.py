@@ -116,7 +116,7 @@ def total(terms: list[Array]) -> Array:
 
 
 def compiler_params(*, adds_up: bool) -> pltpu.CompilerParams:
-    """For a grid of (cores, steps): a core's steps follow each other if they add something up, else any may come first."""
+    """For a grid of (cores, steps), where the steps of a core follow each other if they add something up."""
     any_order, in_order = pltpu.GridDimensionSemantics.PARALLEL, pltpu.GridDimensionSemantics.ARBITRARY
     return pltpu.CompilerParams(
         vmem_limit_bytes=VMEM_LIMIT, dimension_semantics=(any_order, in_order if adds_up else any_order)
