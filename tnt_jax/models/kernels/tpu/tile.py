@@ -156,9 +156,10 @@ def in_hbm(array: Array, machine: Machine) -> Array:
     """An argument of a kernel that lies in HBM.
 
     XLA puts arrays into VMEM where there is room, which differs from block to block, and compiles a kernel once for
-    each of the ways.
+    each of the ways. Interpreted, XLA may not look into it either: for CPUs it would make products of transposed
+    bfloat16 that it cannot run.
     """
-    return array if machine.interpret else pltpu.with_memory_space_constraint(array, pltpu.HBM)
+    return lax.optimization_barrier(array) if machine.interpret else pltpu.with_memory_space_constraint(array, pltpu.HBM)
 
 
 def result_in_hbm(shape: jax.ShapeDtypeStruct, machine: Machine) -> Any:
