@@ -18,8 +18,7 @@ from jaxtyping import Array
 
 LANES, SUBLANES = 128, 8
 TILE = LANES * SUBLANES  # sentences
-# Blocks, twice each, and scratch of the largest kernel, the backward one of TNT-B's inner block, are 34 MiB in bfloat16
-# and 45 in float32; TNT-S has less.
+# Blocks, twice each, and scratch of the largest kernel, the backward one of TNT-B's inner block, fit; TNT-S has less.
 VMEM_LIMIT = 60 * 2**20  # bytes
 
 # 0.5 x (1 + tanh(x (c0 + c1 x^2 + c2 x^4))) is within 2.6e-5 of the exact GELU, a hundredth of what bfloat16 resolves,
@@ -159,7 +158,9 @@ def in_hbm(array: Array, machine: Machine) -> Array:
     each of the ways. Interpreted, XLA may not look into it either: for CPUs it would make products of transposed
     bfloat16 that it cannot run.
     """
-    return lax.optimization_barrier(array) if machine.interpret else pltpu.with_memory_space_constraint(array, pltpu.HBM)
+    return (
+        lax.optimization_barrier(array) if machine.interpret else pltpu.with_memory_space_constraint(array, pltpu.HBM)
+    )
 
 
 def result_in_hbm(shape: jax.ShapeDtypeStruct, machine: Machine) -> Any:
