@@ -79,11 +79,11 @@ def forward_matrices(folded: Folded, dtype: DTypeLike, *, packed: bool) -> Forwa
     channels = folded.proj.shape[0]
     qkv = [_of_two_words(part, dtype) for part in jnp.split(folded.qkv, 3)]
     if packed:
-        qkv = [_interleaved(qkv[0]), *(jnp.repeat(part, 2, 0) for part in qkv[1:])]
+        qkv = [qkv[0][_interleaved(channels)], *(jnp.repeat(part, 2, 0) for part in qkv[1:])]
     mean = jnp.broadcast_to(folded.proj.mean(0, keepdims=True), (SUBLANES, channels + 1))
     proj = jnp.concatenate([_of_two_words(each, dtype) for each in (folded.proj, mean)])
     if packed:
-        proj = jnp.concatenate([_interleaved(proj[:, : 2 * channels], 1), proj[:, 2 * channels :]], 1)
+        proj = jnp.concatenate([proj[:, _interleaved(channels)], proj[:, 2 * channels :]], 1)
     sums = jnp.repeat(jnp.eye(2), SUBLANES, 0)
     return Forward(
         jnp.repeat(sums, channels, 1).astype(dtype),
@@ -103,8 +103,8 @@ def backward_matrices(folded: Folded, dtype: DTypeLike, *, packed: bool) -> Back
     qkv = (qkv - qkv.mean(0)) * of_value
     proj = jnp.kron(jnp.eye(2), proj)
     if packed:
-        proj = _interleaved(proj)
-        of_query = _interleaved(jnp.kron(jnp.eye(2), qkv[:, :channels]), 1)
+        proj = proj[_interleaved(channels)]
+        of_query = jnp.kron(jnp.eye(2), qkv[:, :channels])[:, _interleaved(channels)]
         qkv = jnp.concatenate([of_query, jnp.kron(jnp.eye(2), jnp.repeat(qkv[:, channels:], 2, 1))], 1)
     matrices = jnp.kron(jnp.eye(2), fc2), fc1 - fc1.mean(0), proj, qkv
     return Backward(*(matrix.astype(dtype) for matrix in matrices))
@@ -126,10 +126,9 @@ def folded_gradient(gradient: Folded, *, packed: bool) -> Folded:
     return Folded(qkv * of_rows[:, None], proj, fc1, gradient.fc2[:, : 1 - ONES])
 
 
-def _interleaved(matrix: Array, axis: int = 0) -> Array:
-    """With a channel of both words before the next one."""
-    first, second = jnp.split(matrix, 2, axis)
-    return jnp.stack([first, second], axis + 1).reshape(matrix.shape)
+def _interleaved(channels: int) -> Array:
+    """Where the channels of two words are, a channel of both before the next one."""
+    return jnp.arange(2 * channels).reshape(2, channels).T.reshape(-1)
 
 
 def _of_two_words(matrix: Float[Array, "outputs inputs_and_bias"], dtype: DTypeLike) -> Array:
