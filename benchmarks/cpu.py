@@ -5,11 +5,13 @@ Beside DeiT-S also a ViT-S/16 of Flax's own layers (benchmarks/stock_vit.py).
     pip install timm==1.0.31 torch onnx onnxscript onnxruntime
     python benchmarks/cpu.py [--peer-python /path/to/another/venv/bin/python] [--rounds 7]
 
-One command, one table: inference of 1 and 8 images and a training step of 8 (forward, loss, backward, AdamW), float32,
-224 x 224. A peer whose library is missing is left out with a line that says so. Each runner is a process of its own,
-which sleeps on a pipe while another is timed. In a turn every runner has one call that is not timed, then calls until
-a second is over; the ratios are medians of the ratios within a round. The first step is timed in fresh processes
-without compilation caches: from the call to the updated parameters, compilation included.
+One command, one table: inference of 1 and 8 images and a training step of 8 (forward, loss, backward, AdamW),
+224 x 224, float32; ours and timm's also in bfloat16 (under autocast), with parameters in float32. A peer whose library
+is missing is left out with a line that says so. Each runner is a process of its own, which sleeps on a pipe while
+another is timed. In a turn every runner has one call that is not timed, then calls until a second is over; the ratios
+are medians of the ratios within a round, over peers in float32 for what is in float32, and over all for bfloat16. The
+first step is timed in fresh processes without compilation caches: from the call to the updated parameters, compilation
+included.
 
 Memory is kept between steps, as in `train.py`. On a GPU or TPU it runs as it is, timm on CUDA where PyTorch has it, and
 tells the share of the published peak.
@@ -17,6 +19,7 @@ tells the share of the published peak.
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -30,6 +33,7 @@ from collections.abc import Callable
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TASKS = {"inference, 1": ("infer", 1), "inference, 8": ("infer", 8), "training step, 8": ("train", 8)}
 MODELS = {"TNT-S": "tnt_s_patch16_224", "DeiT-S": "deit_small_patch16_224"}
+BFLOAT16 = " bfloat16"
 NEEDS = {
     "ours": ("jax", "flax", "optax"),
     "stock Flax": ("jax", "flax", "optax"),
@@ -37,7 +41,8 @@ NEEDS = {
     "timm compiled": ("torch", "timm"),
     "ONNX Runtime": ("torch", "timm", "onnx", "onnxscript", "onnxruntime"),
 }
-OURS = ("ours", "stock Flax")  # run by this Python
+NEEDS |= {name + BFLOAT16: NEEDS[name] for name in ("ours", "timm", "timm compiled")}
+OURS = ("ours", "ours" + BFLOAT16, "stock Flax")  # run by this Python
 SETTLE = 0.3  # seconds after which the threads of the runner before have stopped spinning
 TURN = 1.0  # seconds
 FIRST_STEPS = 3
@@ -48,6 +53,8 @@ def main() -> None:
     arguments.add_argument("--peer-python", default=sys.executable, help="the Python that has timm and PyTorch")
     arguments.add_argument("--rounds", type=int, default=7)
     arguments.add_argument("--runners", nargs="+", choices=NEEDS, default=list(NEEDS))
+    arguments.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    arguments.add_argument("--no-first-step", action="store_true", help="leave out the seconds of the first step")
     given = arguments.parse_args()
     pythons = {name: sys.executable if name in OURS else given.peer_python for name in given.runners}
     runners = [name for name, python in pythons.items() if _available(name, python)]
@@ -56,7 +63,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     seconds = {}
     for task in TASKS:
-        for model in MODELS:
+        for model in given.models:
             can = [name for name in runners if _can(name, task, model)]
             with contextlib.ExitStack() as stack:
                 children = {name: stack.enter_context(_Child(pythons[name], name, model, task)) for name in can}
@@ -66,6 +73,13 @@ def main() -> None:
             for name in can:
                 print(_row(task, model, name, rounds, shares[name]), flush=True)
 
+    if given.models == list(MODELS):
+        _print_tnt_over_deit(runners, seconds)
+    if not given.no_first_step:
+        _print_first_steps(runners, pythons, given.models)
+
+
+def _print_tnt_over_deit(runners: list[str], seconds: dict[tuple[str, str], list[dict[str, float]]]) -> None:
     # Flax has no TNT: its ViT-S is what our TNT-S is compared with.
     print("\n| TNT-S over DeiT-S, time | " + " | ".join(runners) + " |")
     print("|---|" + "---|" * len(runners))
@@ -77,9 +91,11 @@ def main() -> None:
             cells.append("-" if tnt[0] is None else f"{statistics.median(tnt) / statistics.median(deit):.2f}")
         print(f"| {task} | {' | '.join(cells)} |")
 
+
+def _print_first_steps(runners: list[str], pythons: dict[str, str], models: list[str]) -> None:
     print("\n| first training step, s | " + " | ".join(runners) + " |")
     print("|---|" + "---|" * len(runners))
-    for model in MODELS:
+    for model in models:
         cells = []
         for name in runners:
             if not _can(name, "training step, 8", model):
@@ -113,12 +129,12 @@ def _row(task: str, model: str, name: str, rounds: list[dict[str, float]], at_pe
         return f"{statistics.median(of(turn) / turn[name] for turn in rounds):.2f}"
 
     mine = [turn[name] for turn in rounds]
-    peers = [peer for peer in rounds[0] if peer != "ours"]
+    peers = [peer for peer in rounds[0] if not peer.startswith("ours") and (BFLOAT16 in name or BFLOAT16 not in peer)]
     best = min(peers, key=lambda peer: statistics.median(turn[peer] for turn in rounds), default=None)
     cells = [f"{task.partition(',')[0]}, {model}", task.rpartition(" ")[2], name]
     cells.append(f"{statistics.median(mine) * 1e3:.0f} ({min(mine) * 1e3:.0f} to {max(mine) * 1e3:.0f})")
     cells.append(ratio(lambda turn: turn["timm"]) if "timm" in peers else "-")
-    cells.append(ratio(lambda turn: turn[best]) if best and name == "ours" else "-")
+    cells.append(ratio(lambda turn: turn[best]) if best and name.startswith("ours") else "-")
     cells.append(f"{at_peak / statistics.median(mine):.1%}" if at_peak else "-")
     return f"| {' | '.join(cells)} |"
 
@@ -157,12 +173,13 @@ class _Child:
 
 def child(name: str, model: str, task: str) -> None:
     kind, batch = TASKS[task]
+    dtype = "bfloat16" if name.endswith(BFLOAT16) else "float32"
     if name in OURS:
-        run, at_peak = ours("ViT-S" if name == "stock Flax" else model, kind, batch)
+        run, at_peak = ours("ViT-S" if name == "stock Flax" else model, kind, batch, dtype)
     elif name == "ONNX Runtime":
         run, at_peak = onnx_runtime(model, kind, batch)
     else:
-        run, at_peak = timms(model, kind, batch, compiled="compiled" in name)
+        run, at_peak = timms(model, kind, batch, dtype, compiled="compiled" in name)
     start = time.perf_counter()
     run()
     print(json.dumps({"first": time.perf_counter() - start, "at_peak": at_peak}), flush=True)
@@ -175,7 +192,7 @@ def child(name: str, model: str, task: str) -> None:
         print(json.dumps({"seconds": (time.perf_counter() - start) / calls}), flush=True)
 
 
-def ours(model: str, kind: str, batch: int) -> tuple[Callable[[], None], float | None]:
+def ours(model: str, kind: str, batch: int, dtype: str) -> tuple[Callable[[], None], float | None]:
     """A call, and the seconds that its arithmetic takes at the chip's peak, where it is known."""
     import jax
     import jax.numpy as jnp
@@ -191,7 +208,7 @@ def ours(model: str, kind: str, batch: int) -> tuple[Callable[[], None], float |
     from tnt_jax.models.variants import VARIANTS, model_config
 
     keep_memory()  # as train.py does
-    config = model_config("tnt_s_patch16_224")
+    config = model_config("tnt_s_patch16_224", dtype=dtype)
     network = {"TNT-S": TNT, "DeiT-S": DeiT, "ViT-S": StockViT}[model](config, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(network)
     random = np.random.default_rng(0)
@@ -228,7 +245,7 @@ def ours(model: str, kind: str, batch: int) -> tuple[Callable[[], None], float |
     return run, batch * (2 * macs if kind == "infer" else training_flops(macs)) / chip.flops
 
 
-def timms(model: str, kind: str, batch: int, compiled: bool = False) -> tuple[Callable[[], None], None]:
+def timms(model: str, kind: str, batch: int, dtype: str, *, compiled: bool) -> tuple[Callable[[], None], None]:
     import timm
     import torch
 
@@ -238,10 +255,11 @@ def timms(model: str, kind: str, batch: int, compiled: bool = False) -> tuple[Ca
     images, labels = torch.randn(batch, 3, 224, 224, device=device), torch.randint(1000, (batch,), device=device)
     call = torch.compile(network) if compiled else network
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    low = functools.partial(torch.autocast, device, torch.bfloat16, enabled=dtype == "bfloat16")
     if kind == "infer":
 
         def run():
-            with torch.inference_mode():
+            with torch.inference_mode(), low():
                 call(images)
             wait()
 
@@ -250,7 +268,9 @@ def timms(model: str, kind: str, batch: int, compiled: bool = False) -> tuple[Ca
 
     def run():
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(call(images), labels).backward()
+        with low():
+            loss = torch.nn.functional.cross_entropy(call(images), labels)
+        loss.backward()
         optimizer.step()
         wait()
 

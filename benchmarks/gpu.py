@@ -13,6 +13,7 @@ the command itself is sound: those numbers mean nothing.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -184,8 +185,38 @@ def obstacle_of(model: str) -> str | None:
     return cuda_obstacle(layer, 196, 16)
 
 
+@contextlib.contextmanager
+def launched(by: str | None):
+    """The CUDA kernel launched by our handler (launch.c), or by XLA's own call; anything else as it is."""
+    from tnt_jax.models.kernels.gpu import call
+
+    usual = call.means
+    if by:
+        call.means = lambda sizes: usual(sizes)._replace(handler=by == "handler")
+    try:
+        yield
+    finally:
+        call.means = usual
+
+
+def ways(model: str, formulation: str) -> list[str | None]:
+    """How a formulation's kernels can be launched here. Why they cannot, it says."""
+    if formulation != "cuda":
+        return [None]
+    from tnt_jax.models.kernels.gpu import call
+
+    if reason := obstacle_of(model):
+        say(model=model, formulation=formulation, not_run=reason)
+        return []
+    if call.handler_library() is None:
+        say(model=model, formulation=formulation, launched_by="handler", not_run="launch.c is not compiled")
+        return ["xla"]
+    return ["handler", "xla"]
+
+
 def kernel(batch: int, smoke: bool) -> None:
-    """The kernel and the equations in bfloat16 beside the equations in float32, and twice for equal bits."""
+    """The kernel, launched in both ways, and the equations in bfloat16 beside the equations in float32, and twice for
+    equal bits."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -198,18 +229,18 @@ def kernel(batch: int, smoke: bool) -> None:
             rounded = words.astype(jnp.bfloat16), cotangent.astype(jnp.bfloat16)
             exact = gradient_of(run)(params, *(each.astype(jnp.float32) for each in rounded))
         for formulation in ("reference", "cuda"):
-            if formulation == "cuda" and (reason := obstacle_of(model)):
-                say(model=model, formulation=formulation, not_run=reason)
-                continue
-            params, run, _ = layer_of(formulation, model, "bfloat16")
-            compute = gradient_of(run)
-            found, again = (jax.tree.leaves(compute(params, *rounded)) for _ in range(2))
-            errors = []
-            for one, other in zip(found, jax.tree.leaves(exact), strict=True):
-                one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
-                errors.append(float(np.sqrt(np.mean((one - other) ** 2) / np.mean(other**2))))
-            same = all(np.array_equal(one, other) for one, other in zip(found, again, strict=True))
-            say(model=model, formulation=formulation, forward=errors[0], gradients=max(errors[1:]), same_bits=same)
+            for by in ways(model, formulation):
+                params, run, _ = layer_of(formulation, model, "bfloat16")
+                compute = gradient_of(run)
+                with launched(by):
+                    found, again = (jax.tree.leaves(compute(params, *rounded)) for _ in range(2))
+                errors = []
+                for one, other in zip(found, jax.tree.leaves(exact), strict=True):
+                    one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+                    errors.append(float(np.sqrt(np.mean((one - other) ** 2) / np.mean(other**2))))
+                same = all(np.array_equal(one, other) for one, other in zip(found, again, strict=True))
+                say(model=model, formulation=formulation, launched_by=by, forward=errors[0],
+                    gradients=max(errors[1:]), same_bits=same)  # fmt: skip
 
 
 def inner(batch: int, smoke: bool) -> None:
@@ -222,15 +253,15 @@ def inner(batch: int, smoke: bool) -> None:
     model, sentences = "tnt_s_patch16_224", 196 * (1 if smoke else batch)
     chip = chip_of(jax.devices()[0].device_kind)
     for formulation in ("cuda", "reference", "feature_major"):
-        if formulation == "cuda" and (reason := obstacle_of(model)):
-            say(formulation=formulation, not_run=reason)
-            continue
-        params, run, channels = layer_of(formulation, model, "bfloat16")
-        words, cotangent = (draw((sentences, 16, channels), seed).astype(jnp.bfloat16) for seed in (3, 4))
-        forward = seconds(jax.jit(run), params, words)
-        both = seconds(gradient_of(run), params, words, cotangent)
-        floor = words.size * 2 * 2 / chip.bandwidth * 1e6 if chip else None
-        say(formulation=formulation, forward_us=forward * 1e6, gradient_us=(both - forward) * 1e6, floor_us=floor)
+        for by in ways(model, formulation):
+            params, run, channels = layer_of(formulation, model, "bfloat16")
+            words, cotangent = (draw((sentences, 16, channels), seed).astype(jnp.bfloat16) for seed in (3, 4))
+            with launched(by):
+                forward = seconds(jax.jit(run), params, words)
+                both = seconds(gradient_of(run), params, words, cotangent)
+            floor = words.size * 2 * 2 / chip.bandwidth * 1e6 if chip else None
+            say(formulation=formulation, launched_by=by, forward_us=forward * 1e6, gradient_us=(both - forward) * 1e6,
+                floor_us=floor)  # fmt: skip
 
 
 def attention(batch: int, smoke: bool) -> None:

@@ -8,8 +8,8 @@ writes beside the kernels of its program. Two checks of them: a DeiT-S with the 
 1.4 times the time that timm publishes, TNT-S over DeiT-S at 1.9 where timm publishes 2.9. So ratios are good within a
 factor of 1.5 and times within 2: they say which of two programs computes or moves more, and prove no gain of 20%.
 XLA cannot see into custom calls. Added for ours are from what its instructions take at least to a guess of twice that
-(benchmarks/gpu_kernels.py); for cuDNN's attention a guess, 30 µs a layer forward and 75 for the gradient. Bytes and
-temporary memory are the compiler's own, with the arguments and results of those calls added.
+(benchmarks/gpu_kernels.py), or from its bytes; for cuDNN's attention a guess, 30 µs a layer forward and 75 for the
+gradient. Bytes and temporary memory are the compiler's own, with the arguments and results of those calls added.
 
 `stock` is a ViT-S of Flax's layers (stock_vit.py), `deit` a DeiT-S of ours. The others are a TNT-S by its formulation;
 those in `+cudnn` have cuDNN's attention between sentences. `train` is the gradient for all parameters in bfloat16, with
@@ -31,6 +31,7 @@ ESTIMATES = "--xla_gpu_collect_cost_model_stats=true --xla_gpu_experimental_cost
 NO_WORK = ("parameter", "bitcast", "constant", "get-tuple-element", "tuple")
 # Microseconds a layer for 128 images on an H100, from what the instructions take at least to a guess.
 OF_KERNEL = {"inner_forward": (23, 45), "inner_mlp_gradient": (44, 100), "inner_attention_gradient": (30, 70)}
+OF_KERNEL["norm_gradient"] = (17, 35)  # bytes at the memory's peak, to a guess of twice that
 OF_CUDNN = {"forward": 30, "train": 105}
 
 
@@ -107,7 +108,7 @@ def estimates(program: str) -> tuple[int, float, collections.Counter]:
         wanted = ("experimental-gemm-cost-model", "indexing-cost-model", "")
         total += next((costs[name] for name in wanted if name in costs), 0.0)
         if called := re.search(r'custom_call_target="([^"]*)"', line):
-            ours = re.search(r"\b(inner_\w+)", line) if "gpu.ptx" in called[1] else None
+            ours = re.search(r"\.entry (\w+)\(", line)
             calls[ours[1] if ours else called[1]] += 1
     return kernels, total, calls
 
@@ -115,6 +116,7 @@ def estimates(program: str) -> tuple[int, float, collections.Counter]:
 def measure(topology: str, model: str, which: str, batch: int, depth: int) -> dict:
     import jax
 
+    from tnt_jax.models.kernels.gpu.sizes import KERNELS
     from tnt_jax.planning.compiling import costs_of
     from tnt_jax.planning.gpus import gpu_devices
     from tnt_jax.training.mesh import make_mesh
@@ -132,7 +134,8 @@ def measure(topology: str, model: str, which: str, batch: int, depth: int) -> di
     layers = cudnn if which == "forward" else cudnn / 2
     ends = [sum(OF_KERNEL[name][end] * calls[name] for name in OF_KERNEL) for end in (0, 1)]
     words = batch * 196 * 16 * config.inner_dim * 2
-    moved = words * sum(calls[name] * (2 if name == "inner_forward" else 3) for name in OF_KERNEL)
+    moved = words * sum(calls[name] * (2 if name == "inner_forward" else 3) for name in KERNELS)
+    moved += batch * 196 * config.outer_dim * 2 * 3 * calls["norm_gradient"]
     moved += batch * 200 * config.outer_dim * 2 * layers * (4 if which == "forward" else 12)
     return {
         "batch": batch,

@@ -13,9 +13,9 @@ def render(text: str) -> str:
     parts = [_card(line) for line in of["card"]]
     parts += [
         _table("Relative errors (root mean square) against float32", of["kernel"],
-               ("model", "formulation", "forward", "gradients", "same_bits"), "{:.1e}"),
+               ("model", "formulation", "launched_by", "forward", "gradients", "same_bits"), "{:.1e}"),
         _table("The inner layer alone, µs", of["inner"],
-               ("formulation", "forward_us", "gradient_us", "floor_us"), "{:.0f}"),
+               ("formulation", "launched_by", "forward_us", "gradient_us", "floor_us"), "{:.0f}"),
         _table("Attention between sentences, µs", of["attention"],
                ("implementation", "forward_us", "forward_and_gradient_us"), "{:.0f}"),
         _models(of["model"] + of["timm"], [line for line in lines if line.get("estimate")]),

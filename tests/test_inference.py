@@ -119,6 +119,16 @@ def test_predict_prints_the_likeliest_classes(folder, photos):
     assert sum(name in out for name in NAMES) == 2
 
 
+def test_predict_computes_in_the_dtype_that_is_asked_for(folder, photos):
+    scores = []
+    for dtype in ("float32", "bfloat16"):
+        code, out, err = commands.run("predict.py", folder, photos / "2.png", "--format", "jsonl", "--dtype", dtype)
+        assert code == 0, err
+        scores.append(json.loads(out)["pred_score"])
+    assert scores[0] != scores[1]
+    assert scores[0] == pytest.approx(scores[1], abs=0.02)
+
+
 def test_predict_goes_on_after_bad_images_and_says_which(folder, photos, model, tmp_path):
     (tmp_path / "cut.png").write_bytes((photos / "4.png").read_bytes()[:300])
     code, out, err = commands.run(

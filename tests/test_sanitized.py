@@ -13,6 +13,7 @@ SANITIZED = ROOT / "tests/sanitized"
 FLAGS = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 # Under x86, also what a processor without vector instructions would run.
 SETS = ["-march=native", "-mno-avx", "-mno-sse3"] if platform.machine() == "x86_64" else ["-O1"]
+IS = {"inner_layer": ["-DINNER"], "transpose": ["-DTRANSPOSE"]}
 
 
 def run(tmp_path, harness, turns, flags, seed):
@@ -41,8 +42,8 @@ def test_resampling_is_clean(instructions, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("instructions", SETS)
-@pytest.mark.parametrize("kernel", ["inner_layer", "attention"])
+@pytest.mark.parametrize("kernel", ["inner_layer", "attention", "transpose"])
 def test_kernels_are_clean(kernel, instructions, tmp_path):
     flags = ["-std=gnu11", "-fno-math-errno", instructions, f"-I{ROOT}/tnt_jax/models/kernels/cpu"]
-    flags += [f"-I{jax.ffi.include_dir()}", f'-DKERNEL="{kernel}.c"', *(["-DINNER"] if kernel == "inner_layer" else [])]
+    flags += [f"-I{jax.ffi.include_dir()}", f'-DKERNEL="{kernel}.c"', *IS.get(kernel, [])]
     assert run(tmp_path, "kernels.c", 1000, flags, seed=2) == "2000 calls\n"

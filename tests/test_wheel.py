@@ -43,7 +43,8 @@ def test_a_wheel_trains_digits_for_an_epoch_from_an_empty_folder(tmp_path):
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        kernels = {f"tnt_jax/models/kernels/gpu/{name}" for name in ("lanes.h", "inner_forward.cu")}
+        names = ("xla_ffi.h", "gpu/lanes.h", "gpu/inner_forward.cu", "gpu/launch.c")
+        kernels = {f"tnt_jax/models/kernels/{name}" for name in names}
         assert {"tnt_jax/configs/digits.py", "tnt_jax/data/resample.c"} | kernels <= set(archive.namelist())
     environment, empty = tmp_path / "environment", tmp_path / "empty"
     venv.create(environment, with_pip=True)

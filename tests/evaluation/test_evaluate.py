@@ -145,6 +145,11 @@ def test_one_command_evaluates_several_and_writes_tables_and_answers(tmp_path, i
     rows = list(csv.DictReader(tables[0].open()))
     assert [row["data"] for row in rows] == [relative, f"imagenet-r:{imagenet_a}"]
     (first,) = evaluate_model(str(thousand), [relative])
+    (low,) = evaluate_model(str(thousand), [relative], dtype="bfloat16")
+    assert (first.weights, low.weights) == ("as loaded", "as loaded, bfloat16")
+    loss, of_low = (each.predictions.loss.mean() for each in (first, low))
+    assert loss != of_low
+    assert loss == pytest.approx(of_low, abs=0.02)
     assert float(rows[0]["top5"]) == first.predictions.right(5).mean()
     assert tables[1].read_text().count("\n") == 4
     predictions = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]

@@ -1,5 +1,7 @@
 """The gradients that are written out are those of the plain formulas, and of PyTorch."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,7 +129,43 @@ def test_gradients_of_parameters_are_those_of_float32_parameters():
     np.testing.assert_allclose(np.asarray(out, np.float32), exact, atol=1e-2 * np.abs(exact).max())
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (33, 65, 7), (1576, 40, 24)])
+def test_on_cpus_bfloat16_is_multiplied_as_bfloat16(shape):
+    """Forward and both gradients: XLA's fast products return float32, and take no transposed matrix."""
+    rows, inputs, outputs = shape
+    x, kernel, cotangent = random([(rows, inputs), (inputs, outputs), (rows, outputs)])
+    x, cotangent = x.astype(jnp.bfloat16), cotangent.astype(jnp.bfloat16)
+
+    def gradients(x, kernel):
+        return jax.vjp(functools.partial(parameter_einsum, "ni,io->no"), x, kernel)[1](cotangent)
+
+    program = str(jax.make_jaxpr(gradients)(x, kernel))
+    assert "tnt_jax_transpose" in program
+    assert program.count("preferred_element_type=float32") == program.count("dot_general")
+    of_x, of_kernel = jax.jit(gradients)(x, kernel)
+    x, rounded, cotangent = (np.asarray(each.astype(jnp.bfloat16), np.float64) for each in (x, kernel, cotangent))
+    np.testing.assert_allclose(of_kernel, x.T @ cotangent, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(of_x, np.float64), cotangent @ rounded.T, rtol=4e-3, atol=1e-2)
+
+
 @pytest.mark.parametrize("shape", [(8,), (1, 1, 8), (4, 1, 8)])
 def test_gradient_of_a_bias_is_that_of_the_sum(shape):
     x, bias = random([(4, 5, 8), shape])
     assert_close(value_and_gradients(parameter_add, [x, bias]), value_and_gradients(jnp.add, [x, bias]))
+
+
+def test_on_gpus_they_are_summed_up_over_rows(monkeypatch):
+    """XLA's GPU backend transposes what is summed up over several axes."""
+    monkeypatch.setattr(gradients, "platform", lambda: "gpu")
+    arguments = random([(4, 5, 24), (24,), (24,)])
+
+    def ours(x, scale, bias):
+        return parameter_add(layer_norm(x, scale, bias, EPSILON), bias)
+
+    def plain(x, scale, bias):
+        return plain_layer_norm(x, scale, bias) + bias
+
+    assert_close(value_and_gradients(ours, arguments), value_and_gradients(plain, arguments))
+    program = str(jax.make_jaxpr(functools.partial(value_and_gradients, ours))(arguments))
+    assert "reduce_sum[axes=(0,)" in program
+    assert "reduce_sum[axes=(0, 1)" not in program

@@ -125,6 +125,22 @@ def test_native_is_the_reference(sentences, channels, heads, words, norm, key):
     assert_equal(actual, expected, TOLERANCE["float32"])
 
 
+@pytest.mark.parametrize(
+    ("sentences", "channels", "heads", "norm"), [(37, 24, 4, LayerNorm), (1, 12, 2, LayerNorm), (64, 10, 2, PatchNorm)]
+)
+def test_native_in_bfloat16_errs_less_than_plain_jax(sentences, channels, heads, norm):
+    """Of what is returned and of each gradient, the root of the mean squared error."""
+    x, run = random_words(sentences, 16, channels, "bfloat16"), functools.partial(call, key=jax.random.key(7))
+    native, plain, exact = (
+        results(make_layer(formulation, channels, heads, norm=norm, dtype=dtype), x.astype(dtype), run)
+        for formulation, dtype in (("native", "bfloat16"), ("reference", "bfloat16"), ("reference", "float32"))
+    )
+    for one, other, right in zip(native, plain, exact, strict=True):
+        assert one.dtype == other.dtype
+        error, of_plain = (np.sqrt(np.mean((np.float32(each) - np.float32(right)) ** 2)) for each in (one, other))
+        assert error <= of_plain
+
+
 def test_natives_functions_are_within_their_bounds_far_out():
     """GELU of -100 to 100, and softmax of logits that float32's exponential has no value for."""
     layer, reference = (make_layer(formulation, 24, 4) for formulation in ("native", "reference"))
@@ -145,11 +161,12 @@ def test_native_gives_the_same_bits_every_time():
             np.testing.assert_array_equal(one, other)
 
 
-def test_what_is_not_finite_stays_so_in_native():
-    layer, x = make_layer("native", 24, 4), random_words(20, 16, 24, "float32")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_not_finite_stays_so_in_native(dtype):
+    layer, x = make_layer("native", 24, 4, dtype=dtype), random_words(20, 16, 24, dtype)
     for value in (np.nan, np.inf):
         out = layer(x.at[7, 3, 2].set(value))
-        finite = np.isfinite(np.asarray(out)).all((1, 2))
+        finite = np.isfinite(np.asarray(out, np.float32)).all((1, 2))
         np.testing.assert_array_equal(finite, np.arange(20) != 7)
 
 
@@ -286,6 +303,10 @@ def compare_native_on_a_mesh():
         assert inner.choose(layer, 36, 16, training=True) == "native"
         assert inner.choose(layer, 37, 16, training=True) == "reference"
         assert_equal(results(layer, x, run), expected, 1e-5)
+    projection, x = make_projection(inner_dim=8, outer_dim=24, dtype="bfloat16"), random_words(36, 16, 8, "bfloat16")
+    expected = results(projection, x, project)
+    with jax.set_mesh(mesh):
+        assert_equal(results(projection, x, project), expected, TOLERANCE["bfloat16"])
 
 
 def compare_pallas_on_a_mesh():
@@ -306,7 +327,7 @@ def compare_pallas_on_a_mesh():
     ("asked", "platform", "channels", "fields", "training", "chosen"),
     [
         ("auto", "cpu", 24, {}, True, "native"),
-        ("auto", "cpu", 24, {"dtype": "bfloat16"}, True, "reference"),
+        ("auto", "cpu", 24, {"dtype": "bfloat16"}, True, "native"),
         ("auto", "cpu", 24, {"drop_rate": 0.1}, True, "reference"),
         ("auto", "cpu", 24, {"drop_rate": 0.1}, False, "native"),
         ("native", "tpu", 24, {}, True, "reference"),

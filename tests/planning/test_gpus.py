@@ -19,12 +19,15 @@ import json, sys
 import jax, jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
+from tnt_jax.models.kernels.gpu import call
 from tnt_jax.models.layers import ABSTRACT
 from tnt_jax.models.tnt import Block
 from tnt_jax.models.variants import model_config
 from tnt_jax.planning.collectives import collectives
 from tnt_jax.planning.gpus import gpu_devices
 from tnt_jax.training.mesh import make_mesh
+if sys.argv[2] == "xla":
+    call.handler_library = lambda: None
 mesh = make_mesh(1, gpu_devices(sys.argv[1]))
 config = model_config("tnt_s_patch16_224", dtype="bfloat16", inner="cuda")
 graphdef, params = nnx.split(Block(0.1, has_inner=True, config=config, rngs=ABSTRACT))
@@ -42,7 +45,8 @@ arguments = (place(words, mesh.axis_names), place(sentences, mesh.axis_names), p
 with jax.set_mesh(mesh):
     text = jax.jit(gradient).lower(jax.tree.map(place, params), *arguments).compile().as_text()
 print(json.dumps({
-    "calls": text.count('custom_call_target="__gpu$xla.gpu.ptx"'),
+    "by_handler": text.count('custom_call_target="tnt_jax_launch_cuda"'),
+    "by_xla": text.count('custom_call_target="__gpu$xla.gpu.ptx"'),
     "words": text.count(f"bf16[{196 * batch // mesh.size},16,24]"),
     "sent": sum(each.bytes for each in collectives(text)),
     "parameters": sum(4 * leaf.size for leaf in jax.tree.leaves(params)),
@@ -64,19 +68,36 @@ step = compile_step(config, devices, limit=gpus.DEFAULT_SHARE * 80e9)
 print(json.dumps(dataclasses.asdict(step)))
 """
 
+# The step of a TNT-Ti of one block by the equations, 144 images a card: 9 groups of 128 on 8 cards.
+GROUPS = """
+import dataclasses, json, sys
+from configs.imagenet_tnt_ti import get_config
+from tnt_jax.planning import gpus, plan
+from tnt_jax.planning.compiling import compile_step
+config = get_config()
+model = dataclasses.replace(config.model, depth=1)
+config, _ = plan._resolved(dataclasses.replace(config, model=model, batch_size=8 * 144))
+step = compile_step(config, gpus.gpu_devices(sys.argv[1]), limit=gpus.DEFAULT_SHARE * 80e9)
+print(json.dumps({"memory": step.memory}))
+"""
 
-def compiled(program, topology) -> dict:
+
+def compiled(program, topology, *arguments) -> dict:
     settings = environment_for(topology) | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-    command = [sys.executable, "-c", program, topology]
+    command = [sys.executable, "-c", program, topology, *arguments]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("topology", ["h100:1", "h100:8", "a100:1"])
-def test_a_block_has_the_kernels_for_its_own_sentences(topology):
-    found = compiled(BLOCK, topology)
-    assert found["calls"] == 3, "forward, and its gradient in two"
+@pytest.mark.parametrize(
+    ("topology", "by"), [("h100:1", "handler"), ("h100:1", "xla"), ("h100:8", "handler"), ("a100:1", "handler")]
+)
+def test_a_block_has_the_kernels_for_its_own_sentences(topology, by):
+    found = compiled(BLOCK, topology, by)
+    calls = {"handler": found["by_handler"], "xla": found["by_xla"]}
+    assert calls.pop(by) == 4, "forward, its gradient in two, and the gradient of words to sentence"
+    assert [*calls.values()] == [0]
     assert found["words"], "the words of its own images"
     gradient = found["parameters"] if topology == "h100:8" else 0
     assert gradient <= found["sent"] <= 1.02 * gradient
@@ -92,3 +113,8 @@ def test_the_train_step_fits_and_sends_the_gradient_once(topology, cards):
     assert {each.group for each in sent} == {cards}
     # 23.8 M parameters in float32, and the stem's kernel as the matrix that it is multiplied as, 1.2% more.
     assert 0.99 * 4 * 23.8e6 < sum(each.bytes for each in sent) < 1.03 * 4 * 23.8e6
+
+
+def test_each_card_has_its_own_images_alone_where_groups_of_128_do_not_fit_the_cards():
+    """Else each computes the whole batch, in 6 GiB; of its own images it is less than one."""
+    assert compiled(GROUPS, "h100:8")["memory"] < 1.5 * 2**30

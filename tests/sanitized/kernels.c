@@ -1,6 +1,6 @@
 /* Calls the functions of a kernel as XLA does, with arrays of random shapes that end where their memory does.
 
-   KERNEL is inner_layer.c or attention.c. */
+   KERNEL is inner_layer.c, transpose.c or attention.c; INNER and TRANSPOSE are set for the first two. */
 
 #include <pthread.h>
 #include <stdio.h>
@@ -50,15 +50,23 @@ typedef struct {
     int count;
 } Arrays;
 
-static void add(Arrays *arrays, int rank, const int64_t *dims, int filled) {
+static void add_typed(Arrays *arrays, XLA_FFI_DataType type, int rank, const int64_t *dims, int filled) {
     size_t numbers = 1;
     for (int axis = 0; axis < rank; axis++) numbers *= dims[axis];
-    float *data = malloc(numbers * sizeof(float));
-    for (size_t i = 0; i < numbers && filled; i++) data[i] = (float)chance(2001) / 1000 - 1;
+    int is_bfloat16 = type == XLA_FFI_DataType_BF16;
+    Array array = {malloc(numbers * (is_bfloat16 ? 2 : 4)), is_bfloat16};
+    for (size_t i = 0; i < numbers && filled; i++) {
+        float number = (float)chance(2001) / 1000 - 1;
+        write_numbers(&number, 1, 1, from(array, i));
+    }
     int at = arrays->count++;
     memcpy(arrays->dims[at], dims, rank * sizeof(int64_t));
-    arrays->buffers[at] = (XLA_FFI_Buffer){.data = data, .rank = rank, .dims = arrays->dims[at]};
+    arrays->buffers[at] = (XLA_FFI_Buffer){.dtype = type, .data = array.data, .rank = rank, .dims = arrays->dims[at]};
     arrays->pointers[at] = &arrays->buffers[at];
+}
+
+static void add(Arrays *arrays, int rank, const int64_t *dims, int filled) {
+    add_typed(arrays, XLA_FFI_DataType_F32, rank, dims, filled);
 }
 
 static void call(XLA_FFI_Handler *handler, Arrays *in, Arrays *out, void **attrs) {
@@ -80,15 +88,16 @@ static void call(XLA_FFI_Handler *handler, Arrays *in, Arrays *out, void **attrs
 
 #ifdef INNER
 static void once(int gradient) {
+    XLA_FFI_DataType type = chance(2) ? XLA_FFI_DataType_F32 : XLA_FFI_DataType_BF16;
     int64_t words = 1 + chance(16), heads = 1 + chance(4), channels = heads * (1 + chance(8)), hidden = 1 + chance(50);
     int64_t sentences = 1 + chance(70), normed = chance(2) ? channels : words * channels;
     float epsilon = 1e-5f;
     void *attrs[] = {&(XLA_FFI_Scalar){.value = &epsilon}, &(XLA_FFI_Scalar){.value = &heads}};
     Arrays in = {.count = 0}, out = {.count = 0};
-    add(&in, DIMS(sentences, words, channels), 1);
+    add_typed(&in, type, DIMS(sentences, words, channels), 1);
     add(&in, DIMS(2, sentences), 1);
     Arrays *both[] = {&in, &out};
-    if (gradient) add(&out, DIMS(sentences, words, channels), 0);
+    if (gradient) add_typed(&out, type, DIMS(sentences, words, channels), 0);
     for (int i = 0; i < 1 + gradient; i++) {
         Arrays *to = both[i];
         add(to, DIMS(normed), !i);
@@ -104,23 +113,33 @@ static void once(int gradient) {
         add(to, DIMS(channels), !i);
     }
     if (gradient)
-        add(&in, DIMS(sentences, words, channels), 1);
+        add_typed(&in, type, DIMS(sentences, words, channels), 1);
     else
-        add(&out, DIMS(sentences, words, channels), 0);
+        add_typed(&out, type, DIMS(sentences, words, channels), 0);
     call(gradient ? inner_layer_gradient : inner_layer_forward, &in, &out, attrs);
+}
+#elif defined TRANSPOSE
+static void once(int gradient) {
+    int64_t rows = 1 + chance(100), columns = 1 + chance(100);
+    Arrays in = {.count = 0}, out = {.count = 0};
+    add_typed(&in, XLA_FFI_DataType_BF16, DIMS(rows, columns), 1);
+    add_typed(&out, XLA_FFI_DataType_BF16, DIMS(columns, rows), 0);
+    call(transpose, &in, &out, NULL);
+    (void)gradient;
 }
 #else
 static void once(int gradient) {
+    XLA_FFI_DataType type = chance(2) ? XLA_FFI_DataType_F32 : XLA_FFI_DataType_BF16;
     int64_t images = 1 + chance(4), tokens = 1 + chance(chance(4) ? 60 : 200), heads = 1 + chance(4);
     int64_t dim = heads * (1 + chance(chance(4) ? 20 : 70));
     void *attrs[] = {&(XLA_FFI_Scalar){.value = &heads}};
     Arrays in = {.count = 0}, out = {.count = 0};
-    add(&in, DIMS(images, tokens, 3 * dim), 1);
+    add_typed(&in, type, DIMS(images, tokens, 3 * dim), 1);
     if (gradient) {
-        add(&in, DIMS(images, tokens, dim), 1);
-        add(&out, DIMS(images, tokens, 3 * dim), 0);
+        add_typed(&in, type, DIMS(images, tokens, dim), 1);
+        add_typed(&out, type, DIMS(images, tokens, 3 * dim), 0);
     } else {
-        add(&out, DIMS(images, tokens, dim), 0);
+        add_typed(&out, type, DIMS(images, tokens, dim), 0);
     }
     call(gradient ? attention_gradient : attention_forward, &in, &out, attrs);
 }

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 from small_models import small_model
 
+import tnt_jax
 from tnt_jax.config import InputError
 from tnt_jax.data.classes import read_class_names
 from tnt_jax.models.variants import create_model
@@ -52,6 +53,15 @@ def test_a_bfloat16_model_of_grey_images_comes_back(tmp_path):
     assert loaded.head.kernel[...].dtype == jnp.bfloat16
     np.testing.assert_array_equal(loaded.head.kernel[...], model.head.kernel[...])
     assert described.description_of(loaded).preprocessing.mean == (0.5,)
+
+
+def test_a_model_is_computed_in_the_dtype_that_is_asked_for(folder):
+    loaded = tnt_jax.load_model(folder, dtype="bfloat16")
+    assert (loaded.config.dtype, loaded.config.param_dtype) == ("bfloat16", "float32")
+    assert loaded.embed(jnp.zeros((1, 32, 32, 3)))[1].dtype == jnp.bfloat16
+    assert loaded.head.kernel[...].dtype == jnp.float32
+    with pytest.raises(InputError, match="float64"):
+        tnt_jax.load_model(folder, dtype="float64")
 
 
 def test_saving_a_loaded_model_keeps_its_class_names(folder, tmp_path):

@@ -55,6 +55,8 @@ class Arguments:
     """Write the table to these files: .csv (every digit) or .md (as printed)."""
     batch_size: int = 64
     """Images that are computed together, over all devices."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """What is computed in; by default what the model was trained or published in."""
 
 
 @command
@@ -76,7 +78,7 @@ def main() -> None:
     if len(chosen) > 1:
         raise InputError(f"--{chosen[0]} and --{chosen[1]} are two tables; ask for one at a time")
     if chosen:
-        _refuse(arguments, chosen[0], ("split", "real_labels", "per_class", "out"))
+        _refuse(arguments, chosen[0], ("split", "real_labels", "per_class", "out", "dtype"))
         for row in itertools.chain.from_iterable(_tables(arguments, chosen[0])):
             rows.append(row)
             _tell(row)
@@ -85,6 +87,7 @@ def main() -> None:
             "split": arguments.split,
             "real_labels_file": arguments.real_labels,
             "batch_size": arguments.batch_size,
+            "dtype": arguments.dtype,
         }
         # All are opened before anything is computed.
         evaluations = [evaluate_model(model, arguments.source, **options) for model in arguments.models]

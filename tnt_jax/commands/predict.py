@@ -36,6 +36,8 @@ class Arguments:
     """What is printed: tables to read, CSV, or a line of JSON for each image."""
     batch_size: int = 32
     """Images that are computed together."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """What is computed in; by default what the model was trained or published in."""
     max_pixels: int = DataConfig.max_pixels
     """Images of more pixels are taken for decompression bombs, and are refused before they are decoded."""
 
@@ -49,7 +51,7 @@ def main() -> None:
 
     if arguments.top_k < 1 or not arguments.images:
         raise InputError("top_k must be at least 1" if arguments.images else "no images were given")
-    model = load_model(arguments.model)
+    model = load_model(arguments.model, dtype=arguments.dtype)
     description = description_of(model)
     class_names = description.class_names
     messages = Console(stderr=True)

@@ -215,6 +215,7 @@ def evaluate_model(
     split: str | None = None,
     real_labels_file: str | None = None,
     batch_size: int = 64,
+    dtype: Literal["float32", "bfloat16"] | None = None,
 ) -> Iterator[Evaluation]:
     """Evaluates what lies in a folder: the averaged and the raw weights of a training run, or the one set of a model.
 
@@ -225,11 +226,12 @@ def evaluate_model(
             images of the training run.
         split: what is evaluated instead of the test images, such as "train" or "validation".
         real_labels_file: ReaL's labels; each `imagenet:` source is then scored with them too.
+        dtype: what is computed in; by default what the model was trained or published in.
 
     Raises:
         InputError: there is no such model, no source is known, or its classes are not those of the model.
     """
-    names, models = zip(*models_in(path), strict=True)
+    names, models = zip(*models_in(path, dtype), strict=True)
     task = description_of(models[0]).outputs.task
     white = description_of(models[0]).preprocessing.white
     wanted = [dataclasses.replace(data, white=data.white or white) for data in test_data(path, sources, task)]
@@ -288,13 +290,14 @@ def open_test(data: DataConfig, split: str | None = None) -> Source:
     return open_imagenet(data.source, Reading.of(data)) if relative else open_split(data, split or data.eval_split)
 
 
-def models_in(path: str) -> Iterator[tuple[str, Model]]:
+def models_in(path: str, dtype: Literal["float32", "bfloat16"] | None = None) -> Iterator[tuple[str, Model]]:
     """What the weights are, and the model with them: of a training run the averaged and the raw ones."""
+    suffix = f", {dtype}" if dtype else ""
     if not is_run(path):
-        yield "as loaded", load_model(path)
+        yield f"as loaded{suffix}", load_model(path, dtype=dtype)
         return
-    yield "averaged", load_model(path, weights="ema")
-    yield "raw", load_model(path, weights="raw")
+    yield f"averaged{suffix}", load_model(path, weights="ema", dtype=dtype)
+    yield f"raw{suffix}", load_model(path, weights="raw", dtype=dtype)
 
 
 def probe_model(

@@ -14,9 +14,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from tnt_jax.config import ModelConfig
 from tnt_jax.models.formulations.attention import attend, attention_weights
-from tnt_jax.models.formulations.gradients import LINEAR, layer_norm, parameter_add, parameter_einsum
+from tnt_jax.models.formulations.gradients import LINEAR, gelu, layer_norm, parameter_add, parameter_einsum
 from tnt_jax.models.formulations.outer import transform_tokens
-from tnt_jax.models.functions import NORM_EPSILON, drop_path, dropout, gelu, split_key
+from tnt_jax.models.functions import NORM_EPSILON, drop_path, dropout, split_key
 
 BATCH_NORM_MOMENTUM = 0.1  # of the new value, as PyTorch counts it
 

@@ -30,7 +30,11 @@ _log = logging.getLogger(__name__)
 
 
 def load_model(
-    model: str | os.PathLike, *, weights: Literal["ema", "raw"] | None = None, step: int | None = None
+    model: str | os.PathLike,
+    *,
+    weights: Literal["ema", "raw"] | None = None,
+    step: int | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
 ) -> Model:
     """A model from wherever it lies.
 
@@ -43,14 +47,16 @@ def load_model(
         weights: of a training run or checkpoint: the average of the parameters over the steps, or the parameters
             themselves; by default the average where there is one.
         step: of a training run: one whose checkpoint is kept; by default the best on the test images.
+        dtype: what is computed in, whatever it was trained in; the parameters stay as they are.
 
     Raises:
-        InputError: it is not there or cannot be fetched, it is damaged, or it is no TNT.
+        InputError: it is not there or cannot be fetched, it is damaged, or it is no TNT; or an unknown dtype.
     """
+    changes = {} if dtype is None else {"dtype": dtype}
     opened = open_model(model, weights=weights, step=step)
     for note in opened.notes:
         _log.info("%s: %s", model, note)
-    loaded = model_from_parameters(opened.description.config, opened.parameters)
+    loaded = model_from_parameters(changed(opened.description.config, changes), opened.parameters)
     loaded.description = opened.description
     return loaded
 

@@ -16,7 +16,7 @@ from tnt_jax.storage.checkpoint import Checkpoints, NonFiniteError, WriteError
 from tnt_jax.storage.lock import RunLock
 from tnt_jax.storage.reading import had_checkpoint, steps_of
 from tnt_jax.storage.run import check_space, claim, compare, is_run
-from tnt_jax.training.agreement import agree_on_content, facts
+from tnt_jax.training.agreement import agree_on_content, agree_on_kernels, facts
 from tnt_jax.training.metrics import printed, spoken
 from tnt_jax.training.processes import process_group
 from tnt_jax.training.report import Report, check_finite
@@ -67,6 +67,7 @@ def _claimed(run: Run, console: rich.console.Console) -> Iterator[TrainState | N
     """
     config, content = run.config, run.content()
     agree_on_content(content)
+    agree_on_kernels(config.model)
     first = jax.process_index() == 0
     changed = compare(config, content) if first else None
     begins = _decided(not had_checkpoint(config.run_dir))

@@ -64,6 +64,16 @@ def over_batch(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
+def kept_over_batch(x: jax.Array) -> jax.Array:
+    """The same array, with its first axis cut among all devices of the mesh that is traced for.
+
+    Where rows are taken apart in a way that does not fit the devices, XLA gathers all of them on every device, and
+    without this goes on so: each device would compute the whole batch.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, PartitionSpec(mesh.axis_names))
+
+
 def shardings_of(state, mesh: Mesh):
     """For every array of a state, its sharding: its longest axis that can be divided is cut over "fsdp"."""
     size = mesh.shape["fsdp"]

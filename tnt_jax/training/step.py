@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from tnt_jax.config import TrainConfig
 from tnt_jax.data.mixing import Normalisation, normalise, prepare_training
 from tnt_jax.storage.trained import average_like
-from tnt_jax.training.mesh import to_devices
+from tnt_jax.training.mesh import kept_over_batch, to_devices
 from tnt_jax.training.optimizer import ema_decay
 from tnt_jax.training.tasks import Objective, objective_of
 
@@ -70,6 +70,7 @@ def make_train_step(
         images, targets = prepare_training(
             batch["image"], labels, data=config.data, num_classes=config.model.num_classes, key=mix_key
         )
+        images, targets = kept_over_batch(images), kept_over_batch(targets)
         grad = accumulated(value_and_grad, config.accumulation_steps)
         (loss, (measured, statistics)), grads = grad(state.params, images, targets, model_key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -78,7 +78,7 @@ def gpu() -> tuple[float, int] | str:
     mesh = jax.sharding.get_abstract_mesh()
     here = [device for device in jax.devices() if device.platform == "gpu"]
     kinds = sorted({device.device_kind for device in here})
-    if len(kinds) > 1:
+    if len({(device.device_kind, device.compute_capability, device.core_count) for device in here}) > 1:
         return f"the processes have different cards: {', '.join(kinds)}"
     kind = jax.devices()[0].device_kind if mesh.empty else mesh.abstract_device.device_kind
     if kind in kinds:
@@ -91,5 +91,6 @@ def gpu() -> tuple[float, int] | str:
 
 @functools.cache
 def say_once(message: str) -> None:
-    """A line in the log, once for each message of a process."""
-    log.warning(message)
+    """A line in the log, once for each message; of several processes, process 0 says it."""
+    if jax.process_index() == 0:
+        log.warning(message)

@@ -17,6 +17,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from tnt_jax.models.formulations.devices import (
@@ -99,8 +100,8 @@ def _size_obstacle(layer: nnx.Module, num_words: int) -> str | None:
     return None
 
 
-def cuda_obstacle(layer: nnx.Module, sentences: int, num_words: int) -> str | None:
-    """Why the CUDA kernels cannot run this layer on so many sentences here, or None."""
+def cuda_card_obstacle(dtype: DTypeLike) -> str | None:
+    """Why no CUDA kernel can run in this dtype here, or None."""
     if platform() != "gpu":
         return f"the CUDA kernel runs on NVIDIA GPUs, and this is a {platform()}"
     card = gpu()
@@ -108,14 +109,19 @@ def cuda_obstacle(layer: nnx.Module, sentences: int, num_words: int) -> str | No
         return card
     if card[0] < LEAST_CAPABILITY:
         return f"the CUDA kernel needs compute capability {LEAST_CAPABILITY}, and this card has {card[0]}"
-    if layer.dtype != "bfloat16":
-        return f"the CUDA kernel computes in bfloat16, and this is {layer.dtype}"
+    return None if dtype == "bfloat16" else f"the CUDA kernel computes in bfloat16, and this is {dtype}"
+
+
+def cuda_obstacle(layer: nnx.Module, sentences: int, num_words: int) -> str | None:
+    """Why the CUDA kernels cannot run this layer on so many sentences here, or None."""
+    if obstacle := cuda_card_obstacle(layer.dtype):
+        return obstacle
     if not layer.norms_each_token:
         return "the CUDA kernel normalises each word by itself"
     from tnt_jax.models.kernels.gpu import call
 
     sizes = cuda_sizes(layer, num_words)
-    return sizes_obstacle(sizes) or mesh_obstacle(sentences) or call.obstacle(sizes)
+    return sizes_obstacle(sizes) or mesh_obstacle(sentences) or call.means(sizes).obstacle
 
 
 def columns(layer: nnx.Module) -> LayerParameters:

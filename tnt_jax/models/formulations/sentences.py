@@ -1,4 +1,10 @@
-"""How the words of a patch become a sentence: by the equations, or on TPUs in one Pallas kernel."""
+"""How the words of a patch become a sentence.
+
+- `reference`: the equations, norm, linear map and norm.
+- `pallas`: one kernel on TPUs, kernels/tpu/words_to_sentence.py.
+- `folded`: on GPUs for whoever asks for the formulation `cuda`, the first norm folded into the linear map (folded.py),
+  and the gradient up to it in a kernel, kernels/gpu/norm_gradient.cu.
+"""
 
 import functools
 
@@ -6,19 +12,39 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from tnt_jax.models.formulations.devices import on_each_device, say_once, tpu
-from tnt_jax.models.formulations.inner import pallas_obstacle, preferred
+from tnt_jax.models.formulations.devices import gpu, mesh_obstacle, on_each_device, platform, say_once, tpu
+from tnt_jax.models.formulations.folded import Norm, norm_linear_norm
+from tnt_jax.models.formulations.inner import cuda_card_obstacle, pallas_obstacle, preferred
 from tnt_jax.models.functions import NORM_EPSILON
+from tnt_jax.models.kernels.gpu.sizes import Rows
 
 
 def make_sentences(
     layer: nnx.Module, words: Float[Array, "sentences words inner"], batch: int
 ) -> tuple[Float[Array, "sentences words inner"], Float[Array, "batch patches outer"]]:
     """The words as they were given, and what a `WordsToSentence` makes of them."""
-    if not runs_kernel(layer, words.shape[0]):
-        return words, layer.reference(words, batch)
-    words, sentences = pallas(layer, words)
-    return words, sentences.reshape(batch, words.shape[0] // batch, -1)
+    if runs_kernel(layer, words.shape[0]):
+        words, sentences = pallas(layer, words)
+        return words, sentences.reshape(batch, words.shape[0] // batch, -1)
+    if runs_folded(layer, words.shape[0]):
+        return words, folded(layer, words, gpu()[1]).reshape(batch, words.shape[0] // batch, -1)
+    return words, layer.reference(words, batch)
+
+
+def row_sizes(layer: nnx.Module) -> Rows:
+    """What the CUDA kernel is compiled for."""
+    return Rows(layer.proj.in_features, layer.proj.out_features, NORM_EPSILON)
+
+
+def runs_folded(layer: nnx.Module, sentences: int) -> bool:
+    """Whether a WordsToSentence runs `folded`. The fallback is silent: the inner layer says the reason."""
+    if layer.formulation != "cuda" or platform() != "gpu" or layer.norm_each_word or layer.norm2 is None:
+        return False
+    from tnt_jax.models.kernels.gpu import call
+
+    sizes = row_sizes(layer)
+    obstacle = cuda_card_obstacle(layer.norm1.dtype) or mesh_obstacle(sentences)
+    return sizes.covered and not obstacle and not call.means(sizes).obstacle
 
 
 def runs_kernel(layer: nnx.Module, sentences: int) -> bool:
@@ -62,3 +88,23 @@ def pallas(
     kernel = functools.partial(words_to_sentence.words_to_sentence, NORM_EPSILON, tpu(interpret=interpret))
     rows, sentences = on_each_device(kernel, (1, None), (1, 0))(words.reshape(words.shape[0], -1).T, parameters)
     return rows.T.reshape(words.shape), sentences
+
+
+def folded(
+    layer: nnx.Module, words: Float[Array, "sentences words inner"], multiprocessors: int | None
+) -> Float[Array, "sentences outer"]:
+    """The equations with the first norm in the linear map; on a mesh, each device has its own sentences.
+
+    Args:
+        multiprocessors: of the GPU whose kernel takes a part of the gradient; None for XLA's.
+    """
+
+    def held(parameter: nnx.Param) -> Array:
+        return parameter[...].astype(jnp.float32)
+
+    norm1, proj, norm2 = layer.norm1, layer.proj, layer.norm2
+    rows = words.astype(norm1.dtype).reshape(words.shape[0], -1)
+    bias = None if proj.bias is None else held(proj.bias)
+    first, last = (Norm(held(norm.scale), held(norm.bias)) for norm in (norm1, norm2))
+    run = functools.partial(norm_linear_norm, NORM_EPSILON, multiprocessors)
+    return on_each_device(run, (0, None, None, None, None), 0)(rows, first, held(proj.kernel), bias, last)

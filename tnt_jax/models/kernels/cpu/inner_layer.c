@@ -1,5 +1,5 @@
-/* The inner transformer layer on a CPU, forward and gradient, in float32. inner_layer.py calls this; the equations are
-   those of `reference` in ../inner.py.
+/* The inner transformer layer on a CPU, forward and gradient: words in float32 or bfloat16, arithmetic and parameters in
+   float32. inner_layer.py calls this; the equations are those of `reference` in ../inner.py.
 
    A sentence is a lane: a vector holds one channel of one word of LANES sentences. All of the layer is then arithmetic
    between vectors and broadcast weights, and no loop is as short as a head of 6 channels. A tile of LANES sentences
@@ -16,8 +16,8 @@ typedef struct {
     size sentences, words, channels, heads, hidden;
     size normed;   /* channels that a norm looks at: of one word, or of all words of a patch */
     float epsilon;
-    const float *words_in, *survival, *parameters[PARAMETERS], *cotangent; /* cotangent: of what the layer returns */
-    float *words_out;
+    Array words_in, cotangent, words_out; /* cotangent: of what the layer returns; without data, no gradient is wanted */
+    const float *survival, *parameters[PARAMETERS];
     size sizes[PARAMETERS], all_parameters; /* numbers in each parameter, and in all */
     float *partial;                         /* gradients of the parameters by chunk, one after the other */
     size chunk_tiles;
@@ -28,24 +28,20 @@ INLINE Numbers matrix(const Layer *layer, int which, size columns) {
 }
 
 /* Words of sentences `first` to `first + LANES` to vectors; those beyond the last are 0. */
-static void load_tile(const float *from, size first, size sentences, size numbers, vec *to) {
+static void load_tile(Array words, size first, size sentences, size numbers, vec *to) {
     float *lanes = (float *)to;
     for (size lane = 0; lane < LANES; lane++) {
-        if (first + lane < sentences) {
-            const float *sentence = from + (first + lane) * numbers;
-            for (size i = 0; i < numbers; i++) lanes[i * LANES + lane] = sentence[i];
-        } else {
+        if (first + lane < sentences)
+            read_numbers(from(words, (first + lane) * numbers), numbers, lanes + lane, LANES);
+        else
             for (size i = 0; i < numbers; i++) lanes[i * LANES + lane] = 0;
-        }
     }
 }
 
-static void store_tile(const vec *from, size first, size sentences, size numbers, float *to) {
-    const float *lanes = (const float *)from;
-    for (size lane = 0; lane < LANES && first + lane < sentences; lane++) {
-        float *sentence = to + (first + lane) * numbers;
-        for (size i = 0; i < numbers; i++) sentence[i] = lanes[i * LANES + lane];
-    }
+static void store_tile(const vec *tile, size first, size sentences, size numbers, Array words) {
+    const float *lanes = (const float *)tile;
+    for (size lane = 0; lane < LANES && first + lane < sentences; lane++)
+        write_numbers(lanes + lane, LANES, numbers, from(words, (first + lane) * numbers));
 }
 
 INLINE vec load_survival(const Layer *layer, int branch, size first) {
@@ -205,7 +201,7 @@ static void attention_gradient(const Layer *layer, const Tile *tile) {
 }
 
 /* From what reaches the words that the layer returned to what reaches those that it was given, by way of `forward`. */
-static void backward(const Layer *layer, const Tile *tile, size first, float *of_words_in) {
+static void backward(const Layer *layer, const Tile *tile, size first, Array of_words_in) {
     size words = layer->words, channels = layer->channels, hidden = layer->hidden, numbers = words * channels;
     vec survival1 = load_survival(layer, 0, first), survival2 = load_survival(layer, 1, first);
     vec *of[PARAMETERS], *at = tile->of_parameters;
@@ -244,7 +240,7 @@ static void backward(const Layer *layer, const Tile *tile, size first, float *of
 static int do_chunk(void *work, size chunk) {
     const Layer *layer = work;
     Tile tile;
-    int gradient = layer->cotangent != NULL;
+    int gradient = layer->cotangent.data != NULL;
     vec *memory = scratch(lay_out(layer, &tile, NULL));
     if (!memory) return 0;
     lay_out(layer, &tile, memory);
@@ -271,7 +267,7 @@ static Layer read(const XLA_FFI_CallFrame *call) {
     Layer layer = {.sentences = words->dims[0], .words = words->dims[1], .channels = words->dims[2]};
     layer.epsilon = *(const float *)((const XLA_FFI_Scalar *)call->attrs.attrs[0])->value;
     layer.heads = *(const int64_t *)((const XLA_FFI_Scalar *)call->attrs.attrs[1])->value;
-    layer.words_in = words->data;
+    layer.words_in = array_of(words);
     layer.survival = argument(call, 1)->data;
     for (int i = 0; i < PARAMETERS; i++) {
         const XLA_FFI_Buffer *parameter = argument(call, 2 + i);
@@ -282,13 +278,13 @@ static Layer read(const XLA_FFI_CallFrame *call) {
     }
     layer.normed = layer.sizes[NORM1_SCALE];
     layer.hidden = layer.sizes[FC1_BIAS];
-    layer.words_out = result(call, 0)->data;
+    layer.words_out = array_of(result(call, 0));
     layer.chunk_tiles = 1;
     return layer;
 }
 
 XLA_FFI_Error *inner_layer_forward(XLA_FFI_CallFrame *call) {
-    if (is_question_of_version(call)) return NULL;
+    if (is_question_of_version(call, 0)) return NULL;
     Layer layer = read(call);
     size tiles = (layer.sentences + LANES - 1) / LANES;
     return do_all(call, do_chunk, &layer, tiles);
@@ -297,9 +293,9 @@ XLA_FFI_Error *inner_layer_forward(XLA_FFI_CallFrame *call) {
 /* As `inner_layer_forward`, with what reaches its result as one more argument; returns what reaches the words, and the
    parameters. Their sums are taken chunk by chunk, whichever thread has done them: they are the same every time. */
 XLA_FFI_Error *inner_layer_gradient(XLA_FFI_CallFrame *call) {
-    if (is_question_of_version(call)) return NULL;
+    if (is_question_of_version(call, 0)) return NULL;
     Layer layer = read(call);
-    layer.cotangent = argument(call, 2 + PARAMETERS)->data;
+    layer.cotangent = array_of(argument(call, 2 + PARAMETERS));
     size tiles = (layer.sentences + LANES - 1) / LANES, few = tiles / 16;
     layer.chunk_tiles = few < 1 ? 1 : few < 8 ? few : 8;
     size chunks = (tiles + layer.chunk_tiles - 1) / layer.chunk_tiles;

@@ -1,4 +1,5 @@
-/* Arithmetic between vectors whose lanes have nothing to do with each other, and matrix products of them. */
+/* Arithmetic between vectors whose lanes have nothing to do with each other, and matrix products of them; numbers in
+   float32 and bfloat16. */
 
 #pragma once
 
@@ -36,6 +37,48 @@ INLINE float sum_of_lanes(vec x) {
     float sum = 0;
     for (int lane = 0; lane < LANES; lane++) sum += x[lane];
     return sum;
+}
+
+/* An array as XLA holds it, in float32 or in bfloat16, which is the upper half of a float32. */
+typedef struct {
+    void *data;
+    int is_bfloat16;
+} Array;
+
+INLINE Array from(Array array, size offset) {
+    array.data = (char *)array.data + offset * (array.is_bfloat16 ? 2 : 4);
+    return array;
+}
+
+INLINE float widened(uint16_t x) {
+    union { uint32_t bits; float number; } all = {(uint32_t)x << 16};
+    return all.number;
+}
+
+/* To nearest, ties to even. */
+INLINE uint16_t rounded(float x) {
+    union { float number; uint32_t bits; } all = {x};
+    uint32_t nan = all.bits >> 16 | 64, finite = (all.bits + 0x7fff + (all.bits >> 16 & 1)) >> 16;
+    return (uint16_t)(x != x ? nan : finite);
+}
+
+/* `count` numbers; the array's lie side by side, the others `stride` apart. */
+INLINE void read_numbers(Array array, size count, float *to, size stride) {
+    const float *numbers = array.data;
+    const uint16_t *halves = array.data;
+    if (array.is_bfloat16)
+        for (size i = 0; i < count; i++) to[i * stride] = widened(halves[i]);
+    else
+        for (size i = 0; i < count; i++) to[i * stride] = numbers[i];
+}
+
+INLINE void write_numbers(const float *numbers, size stride, size count, Array array) {
+    float *to = array.data;
+    uint16_t *halves = array.data;
+    if (array.is_bfloat16)
+        for (size i = 0; i < count; i++) halves[i] = rounded(numbers[i * stride]);
+    else
+        for (size i = 0; i < count; i++) to[i] = numbers[i * stride];
 }
 
 /* e^x for x <= 0, to 2e-7 of it. */

@@ -5,27 +5,16 @@
 #include <stdint.h>
 #include <stdlib.h>
 
+#include "../xla_ffi.h"
 #include "lanes.h"
-#include "xla/ffi/api/c_api.h"
 
 static XLA_FFI_Error *no_memory(const XLA_FFI_CallFrame *call) {
-    XLA_FFI_Error_Create_Args args = {XLA_FFI_Error_Create_Args_STRUCT_SIZE, NULL, "there is no memory left",
-                                      XLA_FFI_Error_Code_RESOURCE_EXHAUSTED};
-    return call->api->XLA_FFI_Error_Create(&args);
+    return error_of(call, XLA_FFI_Error_Code_RESOURCE_EXHAUSTED, "there is no memory left");
 }
 
-static int is_question_of_version(XLA_FFI_CallFrame *call) {
-    __typeof__(call->extension_start) extension = call->extension_start; /* its type's name depends on the release */
-    if (!extension || extension->type != XLA_FFI_Extension_Metadata) return 0;
-    XLA_FFI_Metadata *metadata = ((XLA_FFI_Metadata_Extension *)extension)->metadata;
-    metadata->api_version.major_version = XLA_FFI_API_MAJOR;
-    metadata->api_version.minor_version = XLA_FFI_API_MINOR;
-    return 1;
+static Array array_of(const XLA_FFI_Buffer *buffer) {
+    return (Array){buffer->data, buffer->dtype == XLA_FFI_DataType_BF16};
 }
-
-static const XLA_FFI_Buffer *argument(const XLA_FFI_CallFrame *call, int i) { return call->args.args[i]; }
-
-static const XLA_FFI_Buffer *result(const XLA_FFI_CallFrame *call, int i) { return call->rets.rets[i]; }
 
 /* What is left over from a call for the next one, so that it needs no new pages. */
 static vec *scratch(size count) {

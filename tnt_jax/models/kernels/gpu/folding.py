@@ -76,7 +76,9 @@ def forward_tiles(m: Folded) -> Float[Array, "tiles 32 8"]:
 
 def mlp_tiles(sizes: Sizes, m: Folded) -> Float[Array, "tiles 32 8"]:
     """What inner_mlp_gradient.cu takes."""
-    return jnp.concatenate([tiles(each) for each in (m.qkv, m.proj, m.fc1, m.fc2.T, m.fc1[: sizes.channels].T)])
+    more = sizes.hidden_in_parts - sizes.hidden
+    fc1, fc2 = jnp.pad(m.fc1, ((0, 0), (0, more))), jnp.pad(m.fc2, ((0, more), (0, 0)))
+    return jnp.concatenate([tiles(each) for each in (m.qkv, m.proj, fc1, fc2.T, fc1[: sizes.channels].T)])
 
 
 def attention_tiles(sizes: Sizes, m: Folded) -> Float[Array, "tiles 32 8"]:
@@ -86,35 +88,51 @@ def attention_tiles(sizes: Sizes, m: Folded) -> Float[Array, "tiles 32 8"]:
 
 
 def mlp_sums(sizes: Sizes) -> int:
-    """Tiles of 16 x 8 sums of inner_mlp_gradient.cu: of fc1 and fc2, and a few of the bias."""
-    groups = sizes.padded // 8
-    return (sizes.normed + groups * 8) * sizes.hidden // 128 + -(-groups * 2 // 4)
+    """Tiles of 16 x 8 sums of inner_mlp_gradient.cu, part by part: of fc1 and fc2, and a few of the bias."""
+    return sizes.mlp_parts * sum(_of_mlp_part(sizes))
+
+
+def _of_mlp_part(sizes: Sizes) -> tuple[int, int, int]:
+    groups, hidden = sizes.padded // 8, sizes.hidden_in_parts // sizes.mlp_parts
+    return sizes.normed // 16 * hidden // 8, hidden // 16 * groups, -(-groups * 2 // 4)
 
 
 def attention_sums(sizes: Sizes) -> int:
-    """The same of inner_attention_gradient.cu: of qkv and proj."""
-    groups = sizes.merged // 8
-    return sizes.normed // 16 * 3 * groups + (groups + 1) // 2 * (sizes.padded // 8)
+    """The same of inner_attention_gradient.cu: of qkv and proj, part by part."""
+    return sizes.attention_parts * sum(_of_attention_part(sizes))
+
+
+def _of_attention_part(sizes: Sizes) -> tuple[int, int]:
+    groups = sizes.merged // 8 // sizes.attention_parts
+    return sizes.normed // 16 * 3 * groups, (groups + 1) // 2 * (sizes.padded // 8)
 
 
 def mlp_gradients(sizes: Sizes, sums: Float[Array, "tiles 32 4"]) -> tuple[Array, Array, Array]:
     """Of fc1, fc2 and the bias."""
-    groups, wide = sizes.padded // 8, sizes.hidden // 8
-    fc1_end = sizes.normed // 16 * wide
-    fc2_end = fc1_end + sizes.hidden // 16 * groups
-    fc1 = _matrix(sums[:fc1_end], sizes.normed, wide)
-    fc2 = _matrix(sums[fc1_end:fc2_end], sizes.hidden, groups)[:, : sizes.channels]
+    groups, hidden = sizes.padded // 8, sizes.hidden_in_parts // sizes.mlp_parts
+    of_fc1, of_fc2, _ = _of_mlp_part(sizes)
+    parts = jnp.split(sums, sizes.mlp_parts)
+    fc1 = [_matrix(part[:of_fc1], sizes.normed, hidden // 8) for part in parts]
+    fc2 = [_matrix(part[of_fc1 : of_fc1 + of_fc2], hidden, groups) for part in parts]
     # Two numbers of each eight channels in a lane, to be added up over the lanes that differ in their words.
-    bias = sums[fc2_end:].transpose(1, 0, 2).reshape(8, 4, -1)[..., : 2 * groups].sum(0)
-    return fc1, fc2, bias.reshape(4, groups, 2).swapaxes(0, 1).reshape(-1)
+    bias = parts[0][of_fc1 + of_fc2 :].transpose(1, 0, 2).reshape(8, 4, -1)[..., : 2 * groups].sum(0)
+    return (
+        jnp.concatenate(fc1, axis=1)[:, : sizes.hidden],
+        jnp.concatenate(fc2)[: sizes.hidden, : sizes.channels],
+        bias.reshape(4, groups, 2).swapaxes(0, 1).reshape(-1),
+    )
 
 
 def attention_gradients(sizes: Sizes, sums: Float[Array, "tiles 32 4"]) -> tuple[Array, Array]:
     """Of qkv and proj."""
-    groups = sizes.merged // 8
-    end = sizes.normed // 16 * 3 * groups
-    proj = _matrix(sums[end:], (groups + 1) // 2 * 16, sizes.padded // 8)
-    return _matrix(sums[:end], sizes.normed, 3 * groups), proj[: sizes.merged, : sizes.channels]
+    qkv, proj = [], []
+    of_qkv, _ = _of_attention_part(sizes)
+    merged = sizes.merged // sizes.attention_parts
+    for part in jnp.split(sums, sizes.attention_parts):
+        qkv.append(_matrix(part[:of_qkv], sizes.normed, 3 * merged // 8))
+        rows = (merged + 8) // 16 * 16
+        proj.append(_matrix(part[of_qkv:], rows, sizes.padded // 8)[:merged, : sizes.channels])
+    return jnp.concatenate(qkv, axis=1), jnp.concatenate(proj)
 
 
 def _matrix(sums: Float[Array, "tiles 32 4"], rows: int, columns: int) -> Float[Array, "rows outputs"]:

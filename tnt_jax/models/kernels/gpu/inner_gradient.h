@@ -50,27 +50,3 @@ INLINE void cotangent_of_branch(const Words *cotangent, float survival, bits *le
         UNROLL for (int row = 0; row < 2; row++) turned[j][row] = turn(left[2 * j + row]);
     }
 }
-
-#ifdef __CUDACC__
-/* The sums of all warps of a block, one after the other, so that they are the same in every run. */
-template <int COUNT> INLINE void add_up(const lanes *mine, float *out) {
-    float *sums = reinterpret_cast<float *>(shared);
-    for (int warp = 0; warp < WARPS; warp++) {
-        __syncthreads();
-        if (threadIdx.x / 32 == warp) {
-#pragma unroll
-            for (int i = 0; i < COUNT; i++) {
-                int at = i / 4 * 128 + (threadIdx.x & 31) * 4 + i % 4;
-                sums[at] = warp ? sums[at] + mine[i] : mine[i];
-            }
-        }
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < (COUNT + 3) / 4 * 128; i += 32 * WARPS)
-        out[i] = i / 128 * 4 + i % 4 < COUNT ? sums[i] : 0;
-}
-#else
-static void add_up(const lanes *of, int count, float *out) {
-    for (int i = 0; i < count; i++) EACH(lane) out[i / 4 * 128 + lane * 4 + i % 4] = of[i][lane];
-}
-#endif

@@ -10,7 +10,7 @@
    the softmax with V sums up its weights, and after the division by that sum there is a 1 for the bias of `proj`.
 
    Sizes are macros: CHANNELS (even), HEADS, HIDDEN (a multiple of 16), WORDS (at most 16), EPSILON. */
-#include "lanes.h"
+#include "blocks.h"
 
 enum {
     DIM = CHANNELS / HEADS,
@@ -146,15 +146,20 @@ INLINE void attention(Words *x, const Normed *n, const pair *weights, float surv
     UNROLL for (int j = 0; j < GROUPS; j++) times(x->c[j], attended, MERGED, weights, PROJ + j, GROUPS);
 }
 
-/* Words of a sentence lie in memory as WORDS x CHANNELS. */
-INLINE void load_words(const pair *from, int sentence, Words *x) {
+/* Words of a sentence lie in memory as WORDS x CHANNELS. `again`: this thread has written them. */
+INLINE void load_words_from(const pair *from, int sentence, Words *x, int again) {
     ints lane = lane_number(), at = lane / 4 * (CHANNELS / 2) + lane % 4;
+    from += (long)sentence * (WORDS * CHANNELS / 2);
     UNROLL for (int j = 0; j < GROUPS; j++) UNROLL for (int row = 0; row < 2; row++) {
         ints inside = (lane / 4 + 8 * row < WORDS) & (channel_of(j, 0) < CHANNELS);
-        bits two = load(from + (long)sentence * (WORDS * CHANNELS / 2), at + (4 * CHANNELS * row + 4 * j), inside);
+        ints index = at + (4 * CHANNELS * row + 4 * j);
+        bits two = again ? load_again(from, index, inside) : load(from, index, inside);
         x->c[j][2 * row] = low(two), x->c[j][2 * row + 1] = high(two);
     }
 }
+
+INLINE void load_words(const pair *from, int sentence, Words *x) { load_words_from(from, sentence, x, 0); }
+INLINE void load_words_again(const pair *from, int sentence, Words *x) { load_words_from(from, sentence, x, 1); }
 
 INLINE void store_words(pair *to, int sentence, const Words *x) {
     ints lane = lane_number(), at = lane / 4 * (CHANNELS / 2) + lane % 4;
@@ -164,13 +169,3 @@ INLINE void store_words(pair *to, int sentence, const Words *x) {
               pack(x->c[j][2 * row], x->c[j][2 * row + 1]), inside);
     }
 }
-
-#ifdef __CUDACC__
-#define KERNEL extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
-extern __shared__ __align__(16) pair shared[];
-INLINE void copy_to_shared(const pair *from, int tiles) {
-    for (int i = threadIdx.x; i < tiles * 32; i += 32 * WARPS)
-        reinterpret_cast<uint4 *>(shared)[i] = reinterpret_cast<const uint4 *>(from)[i];
-    __syncthreads();
-}
-#endif

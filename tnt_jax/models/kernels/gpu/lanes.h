@@ -59,8 +59,12 @@ INLINE void mma8(lanes *d, const bits *a, bits b0) {
         : "r"(a[0]), "r"(a[1]), "r"(b0), "f"(c0), "f"(c1), "f"(c2), "f"(c3));
 }
 INLINE bits load(const pair *from, ints index, ints there) { return there ? __ldg(from + index) : 0u; }
+INLINE bits load_again(const pair *from, ints index, ints there) { return there ? from[index] : 0u; }
 INLINE void store(pair *to, ints index, bits value, ints there) {
     if (there) to[index] = value;
+}
+INLINE void store_first(float *to, lanes value) {
+    if (!(threadIdx.x & 31)) *to = value;
 }
 typedef struct { bits r[4]; } Fragment; /* a tile of 32 x 8 numbers: of each lane 8 */
 INLINE Fragment fragment(const pair *tiles, int tile) {
@@ -138,7 +142,9 @@ INLINE bits load(const pair *from, ints index, ints there) {
     EACH(i) if (there[i]) set(&y, i, from[index[i]]);
     return y;
 }
+INLINE bits load_again(const pair *from, ints index, ints there) { return load(from, index, there); }
 INLINE void store(pair *to, ints index, bits value, ints there) { EACH(i) if (there[i]) to[index[i]] = get(value, i); }
+INLINE void store_first(float *to, lanes value) { *to = value[0]; }
 typedef struct { bits r[4]; } Fragment;
 INLINE Fragment fragment(const pair *tiles, int tile) {
     Fragment f;

@@ -4,7 +4,11 @@ from typing import NamedTuple
 
 LEAST_CAPABILITY = 8.0
 """Of a card: tensor cores that multiply bfloat16, the A100's and later."""
+KERNELS = ("inner_forward", "inner_mlp_gradient", "inner_attention_gradient")
 MOST_WORDS, MOST_CHANNELS, MOST_DIM = 16, 40, 15
+MOST_SUMS = 192
+"""Of a thread of a gradient. It can have 255 registers, and spills some of them: with fewer sums a TNT-B's words would
+take longer to be read, once for each part, than to be computed; with more, what is spilled fits into no first cache."""
 
 
 class Sizes(NamedTuple):
@@ -40,6 +44,70 @@ class Sizes(NamedTuple):
     def normed(self) -> int:
         """Rows of the matrices that multiply normalised words: the channels, a one, padding to sixteens."""
         return (self.channels + 16) // 16 * 16
+
+    @property
+    def mlp_parts(self) -> int:
+        """In how many parts the gradient's sums over the hidden channels are taken, so that a thread's fit into its
+        registers."""
+        groups, rows = self.padded // 8, self.normed // 16
+        of_eight, of_bias = 4 * rows + 2 * groups, 2 * groups
+        if self.hidden // 8 * of_eight + of_bias <= MOST_SUMS:
+            return 1
+        fit = (MOST_SUMS - of_bias) // (4 * of_eight) * 32  # hidden channels: tiles have 32 rows
+        return -(-self.hidden // fit)
+
+    @property
+    def hidden_in_parts(self) -> int:
+        """Hidden channels as that gradient has them: padded to parts of equal size, in multiples of 32."""
+        parts = self.mlp_parts
+        return self.hidden if parts == 1 else -(-self.hidden // (32 * parts)) * 32 * parts
+
+    @property
+    def attention_parts(self) -> int:
+        """The same of the heads."""
+        groups = self.merged // 8
+
+        def fits(parts: int) -> bool:
+            here = groups // parts
+            return 4 * (self.normed // 16 * 3 * here + (here + 1) // 2 * self.padded // 8) <= MOST_SUMS
+
+        possible = [parts for parts in range(1, self.heads + 1) if self.heads % parts == 0 and groups // parts % 2 == 0]
+        return next((parts for parts in [1, *possible] if fits(parts)), [1, *possible][-1])
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        return KERNELS
+
+    def macros(self, kernel: str) -> dict[str, object]:
+        """What a kernel is compiled with."""
+        macros = {"WORDS": self.words, "CHANNELS": self.channels, "HEADS": self.heads, "HIDDEN": self.hidden}
+        if kernel == "inner_attention_gradient":
+            macros["PARTS"] = self.attention_parts
+        if kernel == "inner_mlp_gradient":
+            macros |= {"PARTS": self.mlp_parts, "HIDDEN": self.hidden_in_parts}
+        return macros | {"EPSILON": f"{self.epsilon}f"}
+
+
+class Rows(NamedTuple):
+    """Of a linear map between norms of whole rows."""
+
+    inputs: int
+    width: int
+    """Outputs."""
+    epsilon: float
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        return ("norm_gradient",)
+
+    def macros(self, kernel: str) -> dict[str, object]:
+        """What a kernel is compiled with."""
+        return {"INPUTS": self.inputs, "WIDTH": self.width, "EPSILON": f"{self.epsilon}f"}
+
+    @property
+    def covered(self) -> bool:
+        """Whether the kernel takes this width: a lane has two channels of each 64, and registers for ten such."""
+        return self.width % 64 == 0 and self.width <= 640
 
 
 def obstacle(sizes: Sizes) -> str | None:
