@@ -17,9 +17,9 @@ from tnt_jax.planning.plan import environment_for
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 KERNELS = r"(inner_block|words_to_sentence|outer_layer)_(forward|backward)"
-TILE, WORDS = 1024, 16  # sentences that a kernel of words takes at a time, and how often the loops within it run
+TILE = 1024  # sentences that a kernel of words takes at a time
 IMAGES = 4  # that a kernel of tokens takes at a time, and how often the loop within it runs
-CORES = {"v5p": 2, "v4": 2}  # of a device; they share the steps of a kernel that adds nothing up over them
+CORES = {"v5p": 2, "v4": 2}  # of a device; they share the steps of a kernel
 ONE_BLOCK = "block"  # to tpu_compile.py, a TNT-S of one block, from which the schedules are read
 ROUNDS = 5
 
@@ -112,7 +112,7 @@ def cycles(found: dict, images: int, topology: str) -> float:
     scheduled = schedules(topology, which) if found["calls"] else {}
     steps = {name: -(-images // IMAGES) if name.startswith("outer") else -(-196 * images // TILE) for name in scheduled}
     if cores := CORES.get(topology.partition(":")[0]):
-        steps |= {name: -(-count // cores) for name, count in steps.items() if "forward" in name}
+        steps |= {name: -(-count // cores) for name, count in steps.items()}
     return found["cycles"] + sum(calls * steps[name] * scheduled[name] for name, calls in found["calls"].items())
 
 
@@ -129,13 +129,22 @@ def schedules(topology: str, which: str) -> dict[str, int]:
         for path in pathlib.Path(dump).glob("*-final_bundles.txt"):
             name = re.search(KERNELS, path.name)
             if name and "schedule-analysis" not in path.name:
-                found[name[0]] = _bundles(path, IMAGES if name[1] == "outer_layer" else WORDS)
+                found[name[0]] = _bundles(path)
     return found
 
 
-def _bundles(path: pathlib.Path, turns: int) -> int:
-    count = 0
+def _bundles(path: pathlib.Path) -> int:
+    """A loop within a kernel runs as often as its exit test says; the one over images, whose number is only known when
+    it runs, once for each image of a step."""
+    count = within = 0
+    turns = IMAGES
     for line in path.read_text().splitlines():
-        if bundle := re.match(r"\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z]{2}:)?\s*:?\s*([>\s]*)\{", line):
-            count += turns if bundle[1].count(">") >= 2 else 1
+        if not (bundle := re.match(r"\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2}:)?\s*:?\s*([>\s]*)\{", line)):
+            continue
+        is_inner = bundle[2].count(">") >= 2
+        if within and (not is_inner or bundle[1] == "LB:"):
+            count, within, turns = count + within * turns, 0, IMAGES
+        if is_inner and (test := re.search(r"scmp\.ge\.s32\.totalorder \S+, (\d+) /\* loop exit test", line)):
+            turns = int(test[1])
+        count, within = (count, within + 1) if is_inner else (count + 1, within)
     return count

@@ -8,8 +8,11 @@ import jax
 from jax.sharding import AxisType, PartitionSpec
 
 from tnt_jax.chips import GPUS
+from tnt_jax.models.kernels.tpu.tile import Machine
 
 log = logging.getLogger(__name__)
+CORES = {"TPU v5": 2}  # of one device, a v5p; they share the steps of a kernel
+PACKS = ("TPU v6 lite", "TPU7x")  # compute with registers of bfloat16
 AUTO_MESH = "jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names))"
 
 
@@ -23,6 +26,11 @@ def device_kind() -> str:
     """The kind of device that is being traced for, as JAX calls it."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.devices()[0].device_kind if mesh.empty else mesh.abstract_device.device_kind
+
+
+def tpu(*, interpret: bool) -> Machine:
+    """The TPU that is being traced for; with `interpret`, kernels run step by step on any platform."""
+    return Machine(CORES.get(device_kind(), 1), device_kind() in PACKS, interpret)
 
 
 def mesh_obstacle(count: int) -> str | None:

@@ -27,6 +27,7 @@ from tnt_jax.models.formulations.devices import (
     on_each_device,
     platform,
     say_once,
+    tpu,
 )
 from tnt_jax.models.functions import NORM_EPSILON, gelu
 from tnt_jax.models.kernels.gpu.sizes import LEAST_CAPABILITY, Sizes
@@ -62,7 +63,7 @@ def preferred(asked: str) -> str:
 def choose(layer: nnx.Module, sentences: int, num_words: int, *, training: bool) -> str:
     """The formulation that a layer runs: the one that was asked for, if platform and sizes allow it."""
     asked = preferred(layer.formulation)
-    if asked == "pallas" and (obstacle := pallas_obstacle(sentences) or _size_obstacle(layer)):
+    if asked == "pallas" and (obstacle := pallas_obstacle(sentences) or _size_obstacle(layer, num_words)):
         say_once(f"inner transformers are computed as feature_major: {obstacle}")
         asked = "feature_major"
     obstacle = None
@@ -88,12 +89,12 @@ def pallas_obstacle(sentences: int) -> str | None:
     return mesh_obstacle(sentences)
 
 
-def _size_obstacle(layer: nnx.Module) -> str | None:
+def _size_obstacle(layer: nnx.Module, num_words: int) -> str | None:
     """Why the Pallas kernel cannot run this layer, or None."""
     from tnt_jax.models.kernels.tpu.tile import SUBLANES, covers_layer
 
-    if not covers_layer(layer.attn.qkv.in_features, layer.attn.num_heads):
-        return f"the Pallas kernel takes channels in multiples of {SUBLANES}"
+    if not covers_layer(num_words, layer.attn.qkv.in_features, layer.attn.num_heads):
+        return f"the Pallas kernel takes channels in multiples of {SUBLANES}, and words in pairs"
     if not layer.norms_each_token:
         return "the Pallas kernel normalises each word by itself"
     return None
@@ -196,7 +197,7 @@ def pallas(
 
     channels = layer.attn.qkv.in_features
     sizes = Sizes(words.shape[0] // channels, channels, layer.attn.num_heads, NORM_EPSILON, layer.dtype)
-    kernel = functools.partial(inner_block, sizes, interpret)
+    kernel = functools.partial(inner_block, sizes, tpu(interpret=interpret))
     return on_each_device(kernel, (1, 1, None), 1)(words, survival, columns(layer))
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from tnt_jax.models.formulations.devices import on_each_device
+from tnt_jax.models.formulations.devices import on_each_device, tpu
 from tnt_jax.models.formulations.inner import pallas_obstacle, preferred
 from tnt_jax.models.functions import NORM_EPSILON, split_key, survivors
 from tnt_jax.models.kernels.parameters import LayerParameters
@@ -84,5 +84,5 @@ def pallas(
     if added is not None and not covers_added(x.shape[1]):
         x, added = add_to_patches(x, added), None
     rows = None if added is None else added.reshape(-1, added.shape[-1])
-    kernel = functools.partial(outer_layer, NORM_EPSILON, interpret)
+    kernel = functools.partial(outer_layer, NORM_EPSILON, tpu(interpret=interpret))
     return on_each_device(kernel, (0, 0, 1, None), 0)(x, rows, survival, parameters)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from tnt_jax.models.formulations.devices import gpu, mesh_obstacle, on_each_device, platform, say_once
+from tnt_jax.models.formulations.devices import gpu, mesh_obstacle, on_each_device, platform, say_once, tpu
 from tnt_jax.models.formulations.folded import Norm, norm_linear_norm
 from tnt_jax.models.formulations.inner import cuda_card_obstacle, pallas_obstacle, preferred
 from tnt_jax.models.functions import NORM_EPSILON
@@ -85,7 +85,7 @@ def pallas(
         column(norm2.scale),
         column(norm2.bias),
     )
-    kernel = functools.partial(words_to_sentence.words_to_sentence, NORM_EPSILON, interpret)
+    kernel = functools.partial(words_to_sentence.words_to_sentence, NORM_EPSILON, tpu(interpret=interpret))
     rows, sentences = on_each_device(kernel, (1, None), (1, 0))(words.reshape(words.shape[0], -1).T, parameters)
     return rows.T.reshape(words.shape), sentences
 

@@ -11,229 +11,333 @@ transposed. So a tile holds 1,024 sentences, and its arrays lie in the two ways 
 A strided load or store in VMEM turns the one into the other and costs nothing, as long as the stride is odd: the banks
 of VMEM then do not collide. In HBM the words are a matrix (words * channels, sentences), a transposed view of the
 (sentences, words, channels) that the rest of the model has. Nothing else of the layer ever leaves VMEM.
+
+What bounds the kernels is the arithmetic between registers, so all that a matrix product can do is left to it: norms'
+scales and biases, the biases of the linear maps and constant factors are folded into matrices (folded_layer.py), which
+take two words at a time.
 """
 
 import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from tnt_jax.models.kernels.parameters import LayerParameters
+from tnt_jax.models.kernels.tpu.folded_layer import (
+    ONES,
+    Backward,
+    Folded,
+    Forward,
+    backward_matrices,
+    fold,
+    folded_gradient,
+    forward_matrices,
+)
 from tnt_jax.models.kernels.tpu.tile import (
-    LANES,
     SUBLANES,
     TILE,
+    Machine,
     PerSentence,
     Sizes,
-    blocks_of_word,
-    channel_of_word,
-    channels_of_word,
     dot,
-    gelu_and_derivative,
+    gelu_scale,
     is_sentence,
-    normalise_columns,
     over_tiles,
-    start_sums,
-    through_norm,
-    total,
-    with_matrices_in,
+    scaled_gelu,
+)
+from tnt_jax.models.kernels.tpu.words_attention import (
+    SPAN,
+    SPANS,
+    Registers,
+    attend,
+    attention_gradients,
+    registers,
 )
 
-
-def norm1(sizes: Sizes, layer: LayerParameters, x_ref, blocks: list) -> tuple[list, list]:
-    """Per group: (normed, scale) of the first norm, and its result for a matrix product."""
-    parts = [normalise_columns(x_ref[block], sizes.epsilon) for block in blocks]
-    out = [normed * layer.norm1_scale[...] + layer.norm1_bias[...] for normed, _ in parts]
-    return parts, [h.astype(sizes.dtype) for h in out]
+# Pairs of words whose chains run side by side: more hide waiting better, fewer leave registers free. Chosen by the
+# schedules of libtpu 0.0.42.
+PAIRS, PAIRS_OF_PROJECTION = 2, 4
+Stages = Iterator[None]  # of a generator that returns something
 
 
-def project_qkv(sizes: Sizes, layer: LayerParameters, x_ref, qkv_ref) -> None:
-    """Writes q, scaled by 1 / sqrt(head_dim), k and v of all words, as registers of one channel."""
-    channels = sizes.channels
-
-    def of_word(word, _):
-        _, hs = norm1(sizes, layer, x_ref, blocks_of_word(sizes, word))
-        for group, h in enumerate(hs):
-            qkv = dot(layer.qkv[...], h)
-            qkv_ref[channels_of_word(sizes, 0, channels, word, group), :] = qkv[:channels] * sizes.head_dim**-0.5
-            qkv_ref[channels_of_word(sizes, channels, 2 * channels, word, group), :] = qkv[channels:]
-        return 0
-
-    lax.fori_loop(0, sizes.words, of_word, 0)
+def lanes_of(span: int) -> pl.Slice:
+    return pl.ds(span * SPAN, SPAN)
 
 
-class Head:
-    """Registers of one head of attention: [channel] of the current word, (channel, word) of the others."""
-
-    def __init__(self, sizes: Sizes, head: int, qkv_ref):
-        self.sizes, self.first, self.qkv_ref = sizes, head * sizes.head_dim, qkv_ref
-
-    def current(self, ref, word: Array) -> list[Array]:
-        """This head's channels of a word in an array that has as many channels as the layer."""
-        return [ref[channel_of_word(self.sizes, self.first + d, word), :] for d in range(self.sizes.head_dim)]
-
-    def write(self, ref, word: Array, values: list[Array]) -> None:
-        for d, value in enumerate(values):
-            ref[channel_of_word(self.sizes, self.first + d, word), :] = value
-
-    def key(self, d: int, word: int) -> Array:
-        return self.qkv_ref[channel_of_word(self.sizes, self.sizes.channels + self.first + d, word), :]
-
-    def value(self, d: int, word: int) -> Array:
-        return self.qkv_ref[channel_of_word(self.sizes, 2 * self.sizes.channels + self.first + d, word), :]
-
-    def weights(self, query: list[Array]) -> tuple[list[Array], Array]:
-        """Exponentials of the scores against every word, and one over their sum."""
-        words = range(self.sizes.words)
-        scores = [total([q * self.key(d, j) for d, q in enumerate(query)]) for j in words]
-        highest = functools.reduce(jnp.maximum, scores)
-        exponentials = [jnp.exp(score - highest) for score in scores]
-        return exponentials, 1 / total(exponentials)
+def rows_of_pair(sizes: Sizes, pair: Array) -> pl.Slice:
+    """The channels of two words in a matrix of all words: whole registers in bfloat16 too."""
+    count = 2 * sizes.channels
+    return pl.ds(pl.multiple_of(pair * count, count), count)
 
 
-def for_all_words_and_heads(sizes: Sizes, qkv_ref, visit) -> None:
-    for index in range(sizes.heads):
-        head = Head(sizes, index, qkv_ref)
-        lax.fori_loop(0, sizes.words, lambda word, _, head=head: visit(head, word) or 0, 0)
+def per_word(operation: Callable, x: Float[Array, "channels span"], of_words: Float[Array, "16 span"]) -> Array:
+    """An operation of the channels of two words with what there is for each word, eight times."""
+    words = of_words.reshape(2, 1, SUBLANES, SPAN)
+    return operation(x.reshape(2, -1, SUBLANES, SPAN), words).reshape(x.shape)
 
 
-def forward_kernel(sizes: Sizes, saves: bool, x_ref, keep_ref, *refs) -> None:
-    """`keep_ref` (2, sentences): what the residual branch of attention and that of the MLP are multiplied by."""
-    layer, refs = LayerParameters(*refs[: len(LayerParameters._fields)]), refs[len(LayerParameters._fields) :]
-    y_ref, *attended_ref = refs[: 1 + saves]
-    x32_ref, qkv_ref, *attended32_ref = refs[1 + saves :]
-    x32_ref[...] = x_ref[...].astype(jnp.float32)
-    project_qkv(sizes, layer, x32_ref, qkv_ref)
+class Norm:
+    """Norms of two words; their sums over channels are matrix products."""
 
-    def attend(head: Head, word) -> None:
-        exponentials, scale = head.weights(head.current(qkv_ref, word))
-        mixed = [total([e * head.value(d, j) for j, e in enumerate(exponentials)]) for d in range(sizes.head_dim)]
-        # The query has done its part: its place takes what it found.
-        head.write(qkv_ref, word, [value * scale for value in mixed])
+    def __init__(self, sizes: Sizes, sums_ref):
+        self.sizes, self.sums_ref = sizes, sums_ref
 
-    for_all_words_and_heads(sizes, qkv_ref, attend)
+    def mean(self, x: Float[Array, "channels span"]) -> Float[Array, "16 span"]:
+        return dot(self.sums_ref[...], x.astype(self.sizes.dtype)) * (1 / self.sizes.channels)
 
-    def rest_of_word(word, _):
-        # Each step for all groups before the next one: their chains run side by side.
-        blocks = blocks_of_word(sizes, word)
-        attended = [qkv_ref[channels_of_word(sizes, 0, sizes.channels, word, group), :] for group in range(SUBLANES)]
-        if saves:
-            for block, value in zip(blocks, attended, strict=True):
-                attended32_ref[0][block] = value
-        *_, x, z = to_hidden(sizes, layer, x32_ref, keep_ref, blocks, attended)
-        hidden = [gelu_and_derivative(z, exact=sizes.dtype == jnp.float32)[0].astype(sizes.dtype) for z in z]
-        out = [dot(layer.fc2[...], hidden) + layer.fc2_bias[...] for hidden in hidden]
-        for block, before, change in zip(blocks, x, out, strict=True):
-            x32_ref[block] = before + change * keep_ref[1:2, block[1]]
-        return 0
+    def __call__(self, x: Array, mean: Array) -> Stages:
+        """Returns: channels with mean 0 and variance 1, and what they were multiplied by."""
+        centred = per_word(jnp.subtract, x, mean)
+        variance = self.mean(centred * centred)
+        yield
+        scale = lax.rsqrt(variance + self.sizes.epsilon)
+        return per_word(jnp.multiply, centred, scale), scale
 
-    lax.fori_loop(0, sizes.words, rest_of_word, 0)
-    y_ref[...] = x32_ref[...].astype(y_ref.dtype)
-    if saves:
-        attended_ref[0][...] = attended32_ref[0][...].astype(sizes.dtype)
+    def gradient(self, gradient: Array, normed: Array, scale: Array) -> Stages:
+        """Returns: the gradient of what was given, from that of the result less its mean."""
+        yield
+        along = self.mean(gradient * normed)
+        yield
+        return per_word(jnp.multiply, gradient - per_word(jnp.multiply, normed, along), scale)
 
 
-def to_hidden(sizes: Sizes, layer: LayerParameters, x_ref, keep_ref, blocks: list, attended: list) -> tuple[list, ...]:
-    """From what attention found to the hidden channels of the MLP, per group of sentences.
+def with_ones(x: Float[Array, "rows span"], dtype: DTypeLike) -> Float[Array, "rows_and_ones span"]:
+    """For a product: rows of ones below meet the biases of a matrix."""
+    return jnp.concatenate([x, jnp.ones((ONES, x.shape[1]), x.dtype)]).astype(dtype)
 
-    Returns: `attended` for matrix products, (normed, scale) and result of the second norm, the words after attention,
-    the hidden channels before GELU.
+
+def for_pairs(sizes: Sizes, chain: Callable, at_once: int = PAIRS) -> None:
+    """Runs a chain of stages for each pair of words and each span, each stage for many of them before the next one.
+
+    A compiler schedules instructions nearly as they come, and the stages of one chain wait for each other.
     """
-    attended = [value.astype(sizes.dtype) for value in attended]
-    out = [dot(layer.proj[...], value) + layer.proj_bias[...] for value in attended]
-    x = [x_ref[block] + out * keep_ref[0:1, block[1]] for block, out in zip(blocks, out, strict=True)]
-    parts = [normalise_columns(x, sizes.epsilon) for x in x]
-    h = [(normed * layer.norm2_scale[...] + layer.norm2_bias[...]).astype(sizes.dtype) for normed, _ in parts]
-    return attended, parts, h, x, [dot(layer.fc1[...], h) + layer.fc1_bias[...] for h in h]
+    pairs = math.gcd(sizes.words // 2, at_once)
 
-
-def backward_kernel(sizes: Sizes, sentences: int, x_ref, keep_ref, attended_ref, dy_ref, *refs) -> None:
-    """Gradients of the words and, summed over the tiles, of the parameters; those of vectors with 128 partial sums."""
-    count = len(LayerParameters._fields)
-    layer, dx_ref, gradients, scratch = LayerParameters(*refs[:count]), refs[count], refs[count + 1 : -6], refs[-6:]
-    gradients = LayerParameters(*gradients)
-    x32_ref, dx32_ref, attended32_ref, qkv_ref, dattended_ref, dkv_ref = scratch
-    channels, exact = sizes.channels, sizes.dtype == jnp.float32
-
-    start_sums(gradients)
-    there = is_sentence(sentences)
-    for whole, ref in ((x32_ref, x_ref), (dx32_ref, dy_ref), (attended32_ref, attended_ref)):
-        whole[...] = jnp.where(there, ref[...].astype(jnp.float32), 0)
-    keep_ref[...] = jnp.where(there, keep_ref[...], 0)
-    dkv_ref[...] = jnp.zeros(dkv_ref.shape, jnp.float32)
-    project_qkv(sizes, layer, x32_ref, qkv_ref)
-
-    def add_products(name: str, rows: list, columns: list) -> None:
-        rows = [value.astype(sizes.dtype) for value in rows]
-        getattr(gradients, name)[...] += total([dot(*pair, (1, 1)) for pair in zip(rows, columns, strict=True)])
-
-    def through_mlp(word, _):
-        blocks = blocks_of_word(sizes, word)
-        attended = [attended32_ref[block] for block in blocks]
-        attended, parts, h, _, z = to_hidden(sizes, layer, x32_ref, keep_ref, blocks, attended)
-        activated = [gelu_and_derivative(z, exact=exact) for z in z]
-        dy = [dx32_ref[block] for block in blocks]
-        dout = [dy * keep_ref[1:2, block[1]] for dy, block in zip(dy, blocks, strict=True)]
-        gradients.fc2_bias[...] += total(dout)
-        add_products("fc2", dout, [hidden.astype(sizes.dtype) for hidden, _ in activated])
-        dhidden = [dot(layer.fc2[...], dout.astype(sizes.dtype), (0, 0)) for dout in dout]
-        dz = [dhidden * derivative for dhidden, (_, derivative) in zip(dhidden, activated, strict=True)]
-        gradients.fc1_bias[...] += total(dz)
-        add_products("fc1", dz, h)
-        dh = [dot(layer.fc1[...], dz.astype(sizes.dtype), (0, 0)) for dz in dz]
-        dx = through_norm(dh, parts, layer.norm2_scale, gradients.norm2_scale, gradients.norm2_bias)
-        dx = [dy + dx for dy, dx in zip(dy, dx, strict=True)]
-        dout = [dx * keep_ref[0:1, block[1]] for dx, block in zip(dx, blocks, strict=True)]
-        gradients.proj_bias[...] += total(dout)
-        add_products("proj", dout, attended)
-        for group, (block, new, change) in enumerate(zip(blocks, dx, dout, strict=True)):
-            dx32_ref[block] = new
-            dattended = dot(layer.proj[...], change.astype(sizes.dtype), (0, 0))
-            dattended_ref[channels_of_word(sizes, 0, channels, word, group), :] = dattended
+    def visit(index: Array, _) -> int:
+        chains = [chain(pairs * index + pair, span) for pair in range(pairs) for span in SPANS]
+        # A generator that has ended gives "end".
+        while [next(each, "end") for each in chains].count("end") < len(chains):
+            pass
         return 0
 
-    lax.fori_loop(0, sizes.words, through_mlp, 0)
-
-    def through_attention(head: Head, word) -> None:
-        words, dims = range(sizes.words), range(sizes.head_dim)
-        query, dout = head.current(qkv_ref, word), head.current(dattended_ref, word)
-        exponentials, scale = head.weights(query)
-        weights = [e * scale for e in exponentials]
-        dweights = [total([dout[d] * head.value(d, j) for d in dims]) for j in words]
-        along = total([w * dw for w, dw in zip(weights, dweights, strict=True)])
-        dscores = [w * (dw - along) for w, dw in zip(weights, dweights, strict=True)]
-        dquery = [total([dscores[j] * head.key(d, j) for j in words]) * sizes.head_dim**-0.5 for d in dims]
-        for j in words:
-            for d in dims:
-                dkv_ref[channel_of_word(sizes, head.first + d, j), :] += dscores[j] * query[d]
-                dkv_ref[channel_of_word(sizes, channels + head.first + d, j), :] += weights[j] * dout[d]
-        head.write(qkv_ref, word, dquery)
-
-    for_all_words_and_heads(sizes, qkv_ref, through_attention)
-
-    def through_qkv(word, _):
-        blocks = blocks_of_word(sizes, word)
-        parts, h = norm1(sizes, layer, x32_ref, blocks)
-        dq = [qkv_ref[channels_of_word(sizes, 0, channels, word, group), :] for group in range(SUBLANES)]
-        dkv = [dkv_ref[channels_of_word(sizes, 0, 2 * channels, word, group), :] for group in range(SUBLANES)]
-        dqkv = [jnp.concatenate(pair) for pair in zip(dq, dkv, strict=True)]
-        add_products("qkv", dqkv, h)
-        dh = [dot(layer.qkv[...], dqkv.astype(sizes.dtype), (0, 0)) for dqkv in dqkv]
-        dx = through_norm(dh, parts, layer.norm1_scale, gradients.norm1_scale, gradients.norm1_bias)
-        for block, change in zip(blocks, dx, strict=True):
-            dx32_ref[block] += change
-        return 0
-
-    lax.fori_loop(0, sizes.words, through_qkv, 0)
-    dx_ref[...] = dx32_ref[...].astype(dx_ref.dtype)
+    lax.fori_loop(0, sizes.words // 2 // pairs, visit, 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+class Norm1(NamedTuple):
+    """Means of all words in VMEM, and what the first norm multiplied them by; eight times."""
+
+    mean: Any
+    scale: Any
+
+    @staticmethod
+    def scratch(sizes: Sizes) -> list[jax.ShapeDtypeStruct]:
+        return [jax.ShapeDtypeStruct((sizes.words * SUBLANES, TILE), jnp.float32)] * 2
+
+    def of_pair(self, pair: Array, span: int) -> tuple:
+        rows = pl.ds(pl.multiple_of(pair * 2 * SUBLANES, 2 * SUBLANES), 2 * SUBLANES)
+        return rows, lanes_of(span)
+
+    def again(self, x: Array, pair: Array, span: int) -> tuple[Array, Array]:
+        """The norm of two words, of which this has been computed before, and what they were multiplied by."""
+        at = self.of_pair(pair, span)
+        scale = self.scale[at]
+        centred = per_word(jnp.subtract, x.astype(jnp.float32), self.mean[at])
+        return per_word(jnp.multiply, centred, scale), scale
+
+
+def project_qkv(sizes: Sizes, matrices: Forward, x_ref, norm1: Norm1, query: Registers, key_value: Registers) -> None:
+    """Writes q, k and v of all words as registers of one channel.
+
+    Packed, a register has two words of q, and a word of k or v twice.
+    """
+    channels, norm = sizes.channels, Norm(sizes, matrices.sums)
+
+    def project(pair: Array, span: int) -> Stages:
+        x, at = x_ref[rows_of_pair(sizes, pair), lanes_of(span)], norm1.of_pair(pair, span)
+        mean = norm.mean(x)
+        yield
+        h, scale = yield from norm(x.astype(jnp.float32), mean)
+        norm1.mean[at], norm1.scale[at] = mean, scale
+        qkv = dot(matrices.qkv[...], with_ones(h, sizes.dtype))
+        yield
+        if query.packed:
+            qkv = pltpu.bitcast(qkv.astype(jnp.bfloat16), jnp.uint32)
+        parts = [qkv[start : start + channels] for start in range(0, qkv.shape[0], channels)]
+        of_query = (pair,) if query.packed else (2 * pair, 2 * pair + 1)
+        for word in of_query:
+            query.spread(0, word, span, parts.pop(0))
+        for index, values in enumerate(parts):
+            part, word = divmod(index, 2)
+            key_value.spread(part * channels, 2 * pair + word, span, values)
+
+    for_pairs(sizes, project, PAIRS_OF_PROJECTION)
+
+
+def forward_kernel(sizes: Sizes, saves: bool, first: Array, x_ref, keep_ref, *refs) -> None:
+    """`keep_ref` (2, sentences): what the residual branch of attention and that of the MLP are multiplied by."""
+    count = len(Forward._fields)
+    matrices, y_ref, attended_refs = Forward(*refs[:count]), refs[count], refs[count + 1 : -4]
+    norm1, key_value = Norm1(*refs[-4:-2]), Registers(refs[-1], sizes.words)
+    query = Registers(refs[-2], sizes.words // (2 if key_value.packed else 1))
+    activations = jnp.bfloat16 if query.packed else jnp.float32
+    project_qkv(sizes, matrices, x_ref, norm1, query, key_value)
+    attend(sizes, query, key_value)
+
+    def rest(pair: Array, span: int) -> Stages:
+        rows, lanes = rows_of_pair(sizes, pair), lanes_of(span)
+        attended = attended_of_pair(sizes, query, pair, span)
+        for attended_ref in attended_refs:
+            attended_ref[rows, lanes] = attended.astype(sizes.dtype)
+        x, (h, _) = yield from to_second_norm(
+            sizes, matrices, x_ref[rows, lanes], norm1.mean[norm1.of_pair(pair, span)], keep_ref[0:1, lanes], attended
+        )
+        h = with_ones(h, sizes.dtype)
+        yield
+        z = [dot(fc1, h).astype(activations) for fc1 in of_each_word(matrices.fc1)]
+        yield
+        hidden = [scaled_gelu(z, exact=sizes.exact)[0] for z in z]
+        yield
+        out = jnp.concatenate([dot(matrices.fc2[...], with_ones(each, sizes.dtype)) for each in hidden])
+        yield
+        y_ref[rows, lanes] = (x + out * keep_ref[1:2, lanes]).astype(y_ref.dtype)
+
+    for_pairs(sizes, rest)
+
+
+def of_each_word(ref) -> list[Array]:
+    """The halves of a matrix for two words."""
+    half = ref.shape[0] // 2
+    return [ref[:half], ref[half:]]
+
+
+def attended_of_pair(sizes: Sizes, query: Registers, pair: Array, span: int) -> Float[Array, "channels span"]:
+    """What attention found for two words; packed, a channel of both before the next channel."""
+    if query.packed:
+        return pltpu.bitcast(query.gather(0, sizes.channels, pair, span), jnp.bfloat16)
+    return jnp.concatenate([query.gather(0, sizes.channels, 2 * pair + word, span) for word in (0, 1)])
+
+
+def to_second_norm(
+    sizes: Sizes, matrices: Forward, x: Array, mean: Array, keep: Float[Array, "1 span"], attended: Array
+) -> Stages:
+    """From what attention found for two words to the second norm.
+
+    Returns: the words after attention; of the norm the result and what it multiplied by.
+    """
+    count, norm = 2 * sizes.channels, Norm(sizes, matrices.sums)
+    out = dot(matrices.proj[...], with_ones(attended, sizes.dtype))
+    yield
+    x = x.astype(jnp.float32) + out[:count] * keep
+    return x, (yield from norm(x, mean + out[count:] * keep))
+
+
+def backward_kernel(sizes: Sizes, sentences: int, first: Array, *refs) -> None:
+    """Gradients of the words and, summed over the tiles, of the folded matrices: `fc2` as it is, the others with inputs
+    of two words and ones as rows, and outputs of two words as columns."""
+    (x_ref, keep_ref, attended_ref, dy_ref), refs = refs[:4], refs[4:]
+    matrices, refs = Forward(*refs[: len(Forward._fields)]), refs[len(Forward._fields) :]
+    transposed, (dx_ref, *refs) = Backward(*refs[: len(Backward._fields)]), refs[len(Backward._fields) :]
+    gradients, norm1, (dx32_ref, *scratch) = Folded(*refs[:4]), Norm1(*refs[4:6]), refs[6:]
+    key_value, dkey_value = (Registers(ref, sizes.words) for ref in scratch[1::2])
+    packed = key_value.packed
+    query, dattended = (Registers(ref, sizes.words // (2 if packed else 1)) for ref in scratch[::2])
+    # Where registers are packed, GELU and what surrounds it is computed in bfloat16 too.
+    activations = jnp.bfloat16 if packed else jnp.float32
+    channels, dtype, norm = sizes.channels, sizes.dtype, Norm(sizes, matrices.sums)
+
+    @pl.when(first + TILE > sentences)
+    def _():
+        there = is_sentence(first, sentences)
+        for ref in (x_ref, keep_ref, attended_ref, dy_ref):
+            ref[...] = jnp.where(there, ref[...].astype(jnp.float32), 0).astype(ref.dtype)
+
+    project_qkv(sizes, matrices, x_ref, norm1, query, key_value)
+
+    def mlp(pair: Array, span: int) -> Stages:
+        rows, lanes = rows_of_pair(sizes, pair), lanes_of(span)
+        attended, keep = attended_ref[rows, lanes].astype(activations), keep_ref[0:1, lanes]
+        _, parts = yield from to_second_norm(
+            sizes, matrices, x_ref[rows, lanes], norm1.mean[norm1.of_pair(pair, span)], keep, attended
+        )
+        h = with_ones(parts[0], dtype)
+        dout = dy_ref[rows, lanes].astype(jnp.float32) * keep_ref[1:2, lanes]
+        dz = []
+        dh = []
+        for word, (fc1, fc2) in enumerate(zip(of_each_word(matrices.fc1), of_each_word(transposed.fc2), strict=True)):
+            yield
+            z = dot(fc1, h).astype(activations)
+            dhidden = dot(fc2, dout.astype(dtype)).astype(activations)
+            yield
+            hidden, slope = scaled_gelu(z, exact=sizes.exact, derivative=True)
+            dz.append((dhidden * slope).astype(dtype))
+            of_word = dout[word * channels : (word + 1) * channels].astype(dtype)
+            yield
+            gradients.fc2[...] += dot(of_word, with_ones(hidden, dtype), (1, 1))
+            dh.append(dot(transposed.fc1[...], dz[-1]))
+        yield
+        gradients.fc1[...] += dot(h, jnp.concatenate(dz), (1, 1))
+        change = yield from norm.gradient(jnp.concatenate(dh), *parts)
+        dx = dy_ref[rows, lanes].astype(jnp.float32) + change
+        dx32_ref[rows, lanes] = dx
+        dout = (dx * keep).astype(dtype)
+        yield
+        gradients.proj[...] += dot(with_ones(attended, dtype), dout, (1, 1))
+        of_attention = dot(transposed.proj[...], dout)
+        yield
+        for word in (0, 1):
+            if not packed:
+                dattended.spread(0, 2 * pair + word, span, of_attention[word * channels : (word + 1) * channels])
+            if span == 0:
+                dkey_value.clear(2 * pair + word)
+        if packed:
+            dattended.spread(0, pair, span, pltpu.bitcast(of_attention.astype(jnp.bfloat16), jnp.uint32))
+
+    for_pairs(sizes, mlp)
+    attention_gradients(sizes, query, key_value, dattended, dkey_value)
+
+    def through_qkv(pair: Array, span: int) -> Stages:
+        rows, lanes = rows_of_pair(sizes, pair), lanes_of(span)
+        parts = norm1.again(x_ref[rows, lanes], pair, span)
+        if packed:
+            dqkv = [packed_dqkv(sizes, query, dkey_value, pair, span)]
+        else:
+            dqkv = [dqkv_of_word(sizes, query, dkey_value, 2 * pair + word, span) for word in (0, 1)]
+        yield
+        gradients.qkv[...] += dot(with_ones(parts[0], dtype), jnp.concatenate(dqkv).astype(dtype), (1, 1))
+        dh = jnp.concatenate([dot(transposed.qkv[...], each.astype(dtype)) for each in dqkv])
+        change = yield from norm.gradient(dh, *parts)
+        dx_ref[rows, lanes] = (dx32_ref[rows, lanes] + change).astype(dx_ref.dtype)
+
+    for_pairs(sizes, through_qkv)
+
+
+def dqkv_of_word(
+    sizes: Sizes, dquery: Registers, dkey_value: Registers, word: Array, span: int
+) -> Float[Array, "three_channels span"]:
+    parts = dquery.gather(0, sizes.channels, word, span), dkey_value.gather(0, 2 * sizes.channels, word, span)
+    return jnp.concatenate(parts)
+
+
+def packed_dqkv(
+    sizes: Sizes, dquery: Registers, dkey_value: Registers, pair: Array, span: int
+) -> Float[Array, "ten_channels span"]:
+    """q of two words, a channel of both before the next; then for each word k and v, every channel in two halves."""
+    parts = [dquery.gather(0, sizes.channels, pair, span)]
+    parts += [dkey_value.gather(0, 2 * sizes.channels, 2 * pair + word, span) for word in (0, 1)]
+    return pltpu.bitcast(jnp.concatenate(parts), jnp.bfloat16)
+
+
 def inner_block(
     sizes: Sizes,
-    interpret: bool,
+    machine: Machine,
     words: Float[Array, "flat sentences"],
     keep: Float[Array, "2 sentences"],
     layer: LayerParameters,
@@ -241,61 +345,82 @@ def inner_block(
     """A transformer layer over the words of every sentence.
 
     `keep` is what each sentence's branch of attention and of the MLP is multiplied by: 1, or what stochastic depth has
-    drawn. It has no gradient. `interpret` runs the kernels step by step on any platform, for tests.
+    drawn. It has no gradient.
     """
-    (out,) = _forward(sizes, interpret, words, keep, layer, saves=False)
+    return _inner_block(sizes, machine, words, keep, fold(layer, sizes.head_dim, gelu_scale(sizes.dtype)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _inner_block(sizes: Sizes, machine: Machine, words, keep, folded: Folded) -> Array:
+    (out,) = _forward(sizes, machine, words, keep, folded, saves=False)
     return out
+
+
+def packs_registers(sizes: Sizes, machine: Machine) -> bool:
+    """Whether attention and GELU compute in bfloat16, attention with two words in a register."""
+    return machine.packs and jnp.dtype(sizes.dtype) == jnp.bfloat16
 
 
 # Jitted, so that a network of many blocks traces each kernel, and turns it into a program, once.
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="saves")
-def _forward(sizes: Sizes, interpret: bool, words, keep, layer: LayerParameters, *, saves: bool) -> list[Array]:
-    rows, sentences = words.shape
+def _forward(sizes: Sizes, machine: Machine, words, keep, folded: Folded, *, saves: bool) -> list[Array]:
     results = [PerSentence(jax.ShapeDtypeStruct(words.shape, words.dtype))]
-    scratch = [(rows, TILE), (3 * sizes.channels * sizes.pitch, LANES)]
     if saves:
         results.append(PerSentence(jax.ShapeDtypeStruct(words.shape, sizes.dtype)))
-        scratch.append((rows, TILE))
+    packs = packs_registers(sizes, machine)
+    kept = jnp.uint32 if packs else jnp.float32
     return over_tiles(
         "inner_block_forward",
         functools.partial(forward_kernel, sizes, saves),
         [PerSentence(words), PerSentence(keep)],
-        with_matrices_in(sizes.dtype, layer),
+        forward_matrices(folded, sizes.dtype, packed=packs),
         results,
-        scratch=scratch,
-        flops=sentences * flops(sizes, layer),
-        interpret=interpret,
+        scratch=[
+            *Norm1.scratch(sizes),
+            jax.ShapeDtypeStruct(registers(sizes.channels, sizes.words // (2 if packs else 1)), kept),
+            jax.ShapeDtypeStruct(registers(2 * sizes.channels, sizes.words), kept),
+        ],
+        flops=words.shape[1] * flops(sizes, folded),
+        machine=machine,
     )
 
 
-def _forward_saving(sizes: Sizes, interpret: bool, words, keep, layer: LayerParameters):
-    out, attended = _forward(sizes, interpret, words, keep, layer, saves=True)
-    return out, (words, keep, attended, layer)
+def _forward_saving(sizes: Sizes, machine: Machine, words, keep, folded: Folded):
+    out, attended = _forward(sizes, machine, words, keep, folded, saves=True)
+    return out, (words, keep, attended, folded)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _backward(sizes: Sizes, interpret: bool, saved, gradient):
-    words, keep, attended, layer = saved
+def _backward(sizes: Sizes, machine: Machine, saved, gradient):
+    words, keep, attended, folded = saved
     rows, sentences = words.shape
-    registers = sizes.channels * sizes.pitch
-    dwords, *dlayer = over_tiles(
+    channels, hidden, packs = sizes.channels, folded.fc1.shape[0], packs_registers(sizes, machine)
+    matrices = forward_matrices(folded, sizes.dtype, packed=packs), backward_matrices(folded, sizes.dtype, packed=packs)
+    inputs, of_qkv = 2 * channels + ONES, (10 if packs else 6) * channels
+    queries, kept = sizes.words // (2 if packs else 1), jnp.uint32 if packs else jnp.float32
+    of_query = jax.ShapeDtypeStruct(registers(channels, queries), kept)
+    of_key_value = jax.ShapeDtypeStruct(registers(2 * channels, sizes.words), kept)
+    dwords, *sums = over_tiles(
         "inner_block_backward",
         functools.partial(backward_kernel, sizes, sentences),
         [PerSentence(array) for array in (words, keep, attended, gradient)],
-        with_matrices_in(sizes.dtype, layer),
+        [*matrices[0], *matrices[1]],
         [PerSentence(jax.ShapeDtypeStruct(words.shape, words.dtype))],
-        sums=True,
-        scratch=[*[(rows, TILE)] * 3, (3 * registers, LANES), (registers, LANES), (2 * registers, LANES)],
-        flops=3 * sentences * flops(sizes, layer),
-        interpret=interpret,
+        sums=Folded((inputs, of_qkv), (inputs, 2 * channels), (inputs, 2 * hidden), (channels, hidden + ONES)),
+        scratch=[
+            *Norm1.scratch(sizes),
+            jax.ShapeDtypeStruct((rows, TILE), jnp.float32),
+            *[of_query, of_key_value] * 2,
+        ],
+        flops=3 * sentences * flops(sizes, folded),
+        machine=machine,
     )
-    return dwords, jnp.zeros_like(keep), LayerParameters(*dlayer)
+    return dwords, jnp.zeros_like(keep), folded_gradient(Folded(*sums), packed=packs)
 
 
-def flops(sizes: Sizes, layer: LayerParameters) -> int:
+def flops(sizes: Sizes, folded: Folded) -> int:
     """Of the matrix products and the attention of one sentence, forward."""
-    of_a_word = sum(matrix.size for matrix in (layer.qkv, layer.proj, layer.fc1, layer.fc2))
-    return 2 * sizes.words * (of_a_word + 2 * sizes.words * sizes.channels)
+    return 2 * sizes.words * (sum(matrix.size for matrix in folded) + 2 * sizes.words * sizes.channels)
 
 
-inner_block.defvjp(_forward_saving, _backward)
+_inner_block.defvjp(_forward_saving, _backward)

@@ -23,6 +23,8 @@ from tnt_jax.models.kernels.parameters import LayerParameters
 from tnt_jax.models.kernels.tpu.tile import (
     LANES,
     VMEM_LIMIT,
+    Machine,
+    Steps,
     compiler_params,
     dot,
     gelu_and_derivative,
@@ -150,9 +152,9 @@ class Sizes(NamedTuple):
         """The rows of an image of a step in what is added."""
         return pl.ds(image * (self.tokens - 1), self.tokens - 1)
 
-    def for_images(self, visit) -> None:
+    def for_images(self, step: Array, visit) -> None:
         """Calls `visit` with an image's index in the step and in the batch; the last step may have fewer."""
-        first = pl.program_id(0) * IMAGES
+        first = step * IMAGES
         count = jnp.minimum(IMAGES, self.batch - first)
         lax.fori_loop(0, count, lambda image, _: visit(image, first + image) or 0, 0)
 
@@ -167,7 +169,7 @@ def start(sizes: Sizes, x_ref, added_refs: tuple, x32_ref, added32_ref) -> None:
             x32_ref[image, 1:, :] += added32_ref[sizes.added(image), :]
 
 
-def forward_kernel(sizes: Sizes, keep_ref, x_ref, *refs) -> None:
+def forward_kernel(sizes: Sizes, step: Array, keep_ref, x_ref, *refs) -> None:
     """`keep_ref` (2, images): what the residual branch of attention and that of the MLP are multiplied by."""
     added_refs, refs = refs[: sizes.has_added], refs[sizes.has_added :]
     layer, (y_ref, *scratch) = LayerParameters(*refs[:-3]), refs[-3:]
@@ -180,10 +182,10 @@ def forward_kernel(sizes: Sizes, keep_ref, x_ref, *refs) -> None:
         y = x + (dot(hidden, layer.fc2[...]) + layer.fc2_bias[...]) * keep_ref[1, of_batch]
         y_ref[image] = y.astype(y_ref.dtype)
 
-    sizes.for_images(visit)
+    sizes.for_images(step, visit)
 
 
-def backward_kernel(sizes: Sizes, keep_ref, x_ref, *refs) -> None:
+def backward_kernel(sizes: Sizes, step: Array, keep_ref, x_ref, *refs) -> None:
     """Gradients of the tokens, of what is added and, summed over the images, of the parameters."""
     added_refs, (dy_ref, *refs) = refs[: sizes.has_added], refs[sizes.has_added :]
     count = len(LayerParameters._fields)
@@ -191,11 +193,6 @@ def backward_kernel(sizes: Sizes, keep_ref, x_ref, *refs) -> None:
     dadded_refs, refs = refs[: sizes.has_added], refs[sizes.has_added :]
     gradients, (x32_ref, added32_ref) = LayerParameters(*refs[:count]), refs[count:]
     dtype = layer.qkv.dtype
-
-    @pl.when(pl.program_id(0) == 0)
-    def _():
-        for ref in gradients:
-            ref[...] = jnp.zeros(ref.shape, ref.dtype)
 
     start(sizes, x_ref, added_refs, x32_ref, added32_ref)
 
@@ -227,7 +224,7 @@ def backward_kernel(sizes: Sizes, keep_ref, x_ref, *refs) -> None:
         # The tokens have done their part: their place takes their gradient.
         x32_ref[image] = dx
 
-    sizes.for_images(visit)
+    sizes.for_images(step, visit)
     dx_ref[...] = x32_ref[...].astype(dx_ref.dtype)
     for dadded_ref in dadded_refs:
         for image in range(IMAGES):
@@ -238,7 +235,7 @@ def backward_kernel(sizes: Sizes, keep_ref, x_ref, *refs) -> None:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def outer_layer(
     epsilon: float,
-    interpret: bool,
+    machine: Machine,
     tokens: Float[Array, "batch tokens dim"],
     added: Float[Array, "rows dim"] | None,
     keep: Float[Array, "2 batch"],
@@ -248,33 +245,33 @@ def outer_layer(
 
     `added` is added first to all tokens of an image but the first; those of all images lie one after the other.
     `keep` is what each image's branch of attention and of the MLP is multiplied by: 1, or what stochastic depth has
-    drawn. It has no gradient. `interpret` runs the kernels step by step on any platform, for tests.
+    drawn. It has no gradient.
     """
-    return _forward(epsilon, interpret, tokens, added, keep, layer)
+    return _forward(epsilon, machine, tokens, added, keep, layer)
 
 
 # Jitted, as in inner_block.py.
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _forward(epsilon: float, interpret: bool, tokens, added, keep, layer: LayerParameters) -> Array:
-    (out,) = _over_images("outer_layer_forward", forward_kernel, epsilon, interpret, tokens, added, None, keep, layer)
+def _forward(epsilon: float, machine: Machine, tokens, added, keep, layer: LayerParameters) -> Array:
+    (out,) = _over_images("outer_layer_forward", forward_kernel, epsilon, machine, tokens, added, None, keep, layer)
     return out
 
 
-def _forward_saving(epsilon: float, interpret: bool, tokens, added, keep, layer: LayerParameters):
-    return outer_layer(epsilon, interpret, tokens, added, keep, layer), (tokens, added, keep, layer)
+def _forward_saving(epsilon: float, machine: Machine, tokens, added, keep, layer: LayerParameters):
+    return outer_layer(epsilon, machine, tokens, added, keep, layer), (tokens, added, keep, layer)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _backward(epsilon: float, interpret: bool, saved, gradient):
+def _backward(epsilon: float, machine: Machine, saved, gradient):
     tokens, added, keep, layer = saved
     dtokens, *rest = _over_images(
-        "outer_layer_backward", backward_kernel, epsilon, interpret, tokens, added, gradient, keep, layer
+        "outer_layer_backward", backward_kernel, epsilon, machine, tokens, added, gradient, keep, layer
     )
     dadded = None if added is None else rest.pop(0)
     return dtokens, dadded, jnp.zeros_like(keep), LayerParameters(*rest)
 
 
-def _over_images(name: str, kernel, epsilon: float, interpret: bool, tokens, added, gradient, keep, layer) -> list:
+def _over_images(name: str, kernel, epsilon: float, machine: Machine, tokens, added, gradient, keep, layer) -> list:
     """Runs a kernel for a few images after the other.
 
     Returns: an array like the tokens; with a gradient given also one like `added`, if there is one, and for each of the
@@ -288,22 +285,32 @@ def _over_images(name: str, kernel, epsilon: float, interpret: bool, tokens, add
     results = [jax.ShapeDtypeStruct(result.shape, result.dtype) for result in results]
     sums = [] if gradient is None else [jax.ShapeDtypeStruct(value.shape, jnp.float32) for value in layer]
 
+    steps = Steps(pl.cdiv(batch, IMAGES), machine.cores)
+    added_up = [jax.ShapeDtypeStruct((steps.cores, *each.shape), each.dtype) for each in sums]
+
     def of_step(array) -> pl.BlockSpec:
         if array.ndim == 3:
-            return pl.BlockSpec((IMAGES, count, dim), lambda step: (step, 0, 0))
-        return pl.BlockSpec((IMAGES * (count - 1), dim), lambda step: (step, 0))
+            return pl.BlockSpec((IMAGES, count, dim), lambda *at: (steps.of(*at), 0, 0))
+        return pl.BlockSpec((IMAGES * (count - 1), dim), lambda *at: (steps.of(*at), 0))
 
     def whole(value) -> pl.BlockSpec:
-        return pl.BlockSpec(value.shape, lambda step: (0, 0), pipeline_mode=pl.Buffered(1))
+        return pl.BlockSpec(value.shape, lambda *at: (0, 0), pipeline_mode=pl.Buffered(1))
+
+    def of_core(value) -> pl.BlockSpec:
+        return pl.BlockSpec((None, *value.shape[1:]), lambda core, _: (core, 0, 0), pipeline_mode=pl.Buffered(1))
+
+    def body(*refs) -> None:
+        before = 1 + len(arrays) + len(parameters) + len(results)
+        steps.run(lambda step: kernel(sizes, step, *refs), refs[before : before + len(sums)])
 
     macs = batch * count * (sum(value.size for value in layer if value.shape[0] > 1) + 2 * count * dim)
-    moved = [*arrays, *results, *parameters, *sums]
+    moved = [*arrays, *results, *parameters, *added_up]
     call = pl.pallas_call(
-        functools.partial(kernel, sizes),
-        grid=(pl.cdiv(batch, IMAGES),),
+        body,
+        grid=steps.grid,
         in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), *map(of_step, arrays), *map(whole, parameters)],
-        out_specs=[*map(of_step, results), *map(whole, sums)],
-        out_shape=[result_in_hbm(each, interpret) for each in (*results, *sums)],
+        out_specs=[*map(of_step, results), *map(of_core, added_up)],
+        out_shape=[result_in_hbm(each, machine) for each in (*results, *added_up)],
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in sizes.scratch],
         compiler_params=compiler_params(adds_up=gradient is not None),
         cost_estimate=pl.CostEstimate(
@@ -311,10 +318,11 @@ def _over_images(name: str, kernel, epsilon: float, interpret: bool, tokens, add
             transcendentals=0,
             bytes_accessed=sum(value.size * value.dtype.itemsize for value in moved),
         ),
-        interpret=interpret,
+        interpret=machine.interpret,
         name=name,
     )
-    return list(call(keep, *(in_hbm(array, interpret) for array in (*arrays, *parameters))))
+    returned = call(keep, *(in_hbm(array, machine) for array in (*arrays, *parameters)))
+    return [*returned[: len(results)], *(each.sum(0) for each in returned[len(results) :])]
 
 
 outer_layer.defvjp(_forward_saving, _backward)

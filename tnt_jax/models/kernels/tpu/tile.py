@@ -4,6 +4,7 @@ kernel goes from tile to tile.
 inner_block.py, whose kernels are made of these, says why it is so.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,8 +18,7 @@ from jaxtyping import Array
 
 LANES, SUBLANES = 128, 8
 TILE = LANES * SUBLANES  # sentences
-# Blocks, twice each, and scratch of the largest kernel, the backward one of TNT-B's inner block, are 34 MiB in bfloat16
-# and 45 in float32; TNT-S has less.
+# Blocks, twice each, and scratch of the largest kernel, the backward one of TNT-B's inner block, fit; TNT-S has less.
 VMEM_LIMIT = 60 * 2**20  # bytes
 
 # 0.5 x (1 + tanh(x (c0 + c1 x^2 + c2 x^4))) is within 2.6e-5 of the exact GELU, a hundredth of what bfloat16 resolves,
@@ -27,8 +27,19 @@ TANH_GELU = (0.7975065863506916, 0.03700682712698995, -0.0003517086390328484)
 TANH_GELU_LIMIT = 36.0
 
 
+class Machine(NamedTuple):
+    """What kernels are compiled for."""
+
+    cores: int = 1
+    """That share the steps of a kernel, where its grid says that they may."""
+    packs: bool = False
+    """Whether there is arithmetic between registers of bfloat16, which hold twice as much."""
+    interpret: bool = False
+    """Run step by step on any platform, for tests."""
+
+
 class Sizes(NamedTuple):
-    """What the kernels are compiled for."""
+    """A layer that the kernels of the inner block are made for."""
 
     words: int
     channels: int
@@ -41,14 +52,14 @@ class Sizes(NamedTuple):
         return self.channels // self.heads
 
     @property
-    def pitch(self) -> int:
-        """Rows from one channel to the next where a register holds one channel of one word; odd, see above."""
-        return self.words * SUBLANES + 1
+    def exact(self) -> bool:
+        """Whether GELU is the exact one."""
+        return self.dtype == jnp.float32
 
 
-def covers_layer(channels: int, heads: int) -> bool:
-    """Whether the kernels can run a layer: its channels fill whole registers."""
-    return channels % SUBLANES == 0 and channels % heads == 0
+def covers_layer(words: int, channels: int, heads: int) -> bool:
+    """Whether the kernels can run a layer: the channels of a word fill whole registers, in bfloat16 those of two."""
+    return words % 2 == 0 and channels % SUBLANES == 0 and channels % heads == 0
 
 
 def dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
@@ -56,26 +67,6 @@ def dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
-
-
-def normalise_columns(x: Array, epsilon: float) -> tuple[Array, Array]:
-    """Columns with mean 0 and variance 1, and what they were multiplied by."""
-    centred = x - jnp.mean(x, 0, keepdims=True)
-    scale = lax.rsqrt(jnp.mean(centred * centred, 0, keepdims=True) + epsilon)
-    return centred * scale, scale
-
-
-def normalise_columns_gradient(gradient: Array, normed: Array, scale: Array) -> Array:
-    """Gradient of what `normalise_columns` was given, from that of its result."""
-    along = jnp.mean(gradient * normed, 0, keepdims=True)
-    return scale * (gradient - jnp.mean(gradient, 0, keepdims=True) - normed * along)
-
-
-def through_norm(dh: list, parts: list, scale_ref, dscale_ref, dbias_ref) -> list:
-    """Gradients of what a norm was given; those of its scale and bias are added up."""
-    dbias_ref[...] += total(dh)
-    dscale_ref[...] += total([dh * normed for dh, (normed, _) in zip(dh, parts, strict=True)])
-    return [normalise_columns_gradient(dh * scale_ref[...], *part) for dh, part in zip(dh, parts, strict=True)]
 
 
 def gelu_and_derivative(x: Array, *, exact: bool) -> tuple[Array, Array]:
@@ -91,6 +82,31 @@ def gelu_and_derivative(x: Array, *, exact: bool) -> tuple[Array, Array]:
     return x * cdf, cdf + 0.5 * x * (1 - tanh * tanh) * derivative
 
 
+def gelu_scale(dtype: DTypeLike) -> float:
+    """What the inputs of `scaled_gelu` are multiplied by, so that it has no constants to multiply by."""
+    return 0.5**0.5 if dtype == jnp.float32 else (-TANH_GELU[2]) ** 0.2
+
+
+def scaled_gelu(x: Array, *, exact: bool, derivative: bool = False) -> tuple[Array, ...]:
+    """GELU(x / s) * 2 * s, s being the `gelu_scale`, and its derivative if asked for."""
+    if exact:
+        once = 1 + lax.erf(x)
+        return (x * once, once + x * (2 * math.pi**-0.5) * jnp.exp(-x * x)) if derivative else (x * once,)
+    c0, c1, c2 = TANH_GELU
+    scale = gelu_scale(jnp.bfloat16)
+    # c0 + c1 x^2 + c2 x^4 as a square that is completed: there is less to compute.
+    shift = c1 / (2 * c2) * scale**2
+    height = c0 / scale + shift**2
+    square = x * x
+    shifted = jnp.minimum(square + shift, TANH_GELU_LIMIT * scale**2 + shift)
+    falling = height - shifted * shifted
+    tanh = jnp.tanh(x * falling)
+    once = 1 + tanh
+    if not derivative:
+        return (x * once,)
+    return x * once, once + x * ((1 - tanh * tanh) * (falling - 4 * (square * shifted)))
+
+
 def total(terms: list[Array]) -> Array:
     """The sum, added in pairs: a short chain of dependent additions."""
     while len(terms) > 1:
@@ -98,48 +114,58 @@ def total(terms: list[Array]) -> Array:
     return terms[0]
 
 
-def channel_of_word(sizes: Sizes, channel: int, word: Array | int) -> pl.Slice:
-    """The register (8, 128) that holds one channel of one word of all sentences."""
-    return pl.ds(channel * sizes.pitch + word * SUBLANES, SUBLANES)
-
-
-def channels_of_word(sizes: Sizes, first: int, count: int, word: Array, group: int) -> pl.Slice:
-    """The rows of `count` channels of one word, for the 128 sentences of a group."""
-    return pl.ds(first * sizes.pitch + word * SUBLANES + group, count, stride=sizes.pitch)
-
-
-def blocks_of_word(sizes: Sizes, word: Array) -> list[tuple]:
-    """Where the channels of a word lie in a matrix (words * channels, 1024), for each group of 128 sentences."""
-    rows = pl.ds(pl.multiple_of(word * sizes.channels, SUBLANES), sizes.channels)
-    return [(rows, pl.ds(group * LANES, LANES)) for group in range(SUBLANES)]
-
-
-def with_matrices_in(dtype: DTypeLike, parameters: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Parameters as the kernels take them: columns stay what they are.
-
-    It is done within the functions that have a gradient of their own, so that the parameters' gradients are float32.
-    """
-    return type(parameters)(*(value if value.shape[1] == 1 else value.astype(dtype) for value in parameters))
-
-
 def compiler_params(*, adds_up: bool) -> pltpu.CompilerParams:
-    """A v5p has two cores, which share the steps of a kernel unless it adds something up over them."""
-    order = pltpu.GridDimensionSemantics.ARBITRARY if adds_up else pltpu.GridDimensionSemantics.PARALLEL
-    return pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT, dimension_semantics=(order,))
+    """For a grid of (cores, steps), where the steps of a core follow each other if they add something up."""
+    any_order, in_order = pltpu.GridDimensionSemantics.PARALLEL, pltpu.GridDimensionSemantics.ARBITRARY
+    return pltpu.CompilerParams(
+        vmem_limit_bytes=VMEM_LIMIT, dimension_semantics=(any_order, in_order if adds_up else any_order)
+    )
 
 
-def in_hbm(array: Array, interpret: bool) -> Array:
+class Steps(NamedTuple):
+    """The steps of a kernel, shared by the cores: each takes its share of them one after the other."""
+
+    count: int
+    cores: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.cores, pl.cdiv(self.count, self.cores)
+
+    def of(self, core: Array, turn: Array) -> Array:
+        """The step of a core's turn; one that has a step less stays at the last one."""
+        return jnp.minimum(core * self.grid[1] + turn, self.count - 1)
+
+    def run(self, kernel: Callable, sums: Sequence) -> None:
+        """Calls a kernel with its step; what a core adds up over its steps starts as zeros."""
+
+        @pl.when(pl.program_id(1) == 0)
+        def _():
+            for ref in sums:
+                ref[...] = jnp.zeros(ref.shape, ref.dtype)
+
+        step = pl.program_id(0) * self.grid[1] + pl.program_id(1)
+        if self.count % self.cores:
+            pl.when(step < self.count)(lambda: kernel(step))
+        else:
+            kernel(step)
+
+
+def in_hbm(array: Array, machine: Machine) -> Array:
     """An argument of a kernel that lies in HBM.
 
     XLA puts arrays into VMEM where there is room, which differs from block to block, and compiles a kernel once for
-    each of the ways.
+    each of the ways. Interpreted, XLA may not look into it either: for CPUs it would make products of transposed
+    bfloat16 that it cannot run.
     """
-    return array if interpret else pltpu.with_memory_space_constraint(array, pltpu.HBM)
+    return (
+        lax.optimization_barrier(array) if machine.interpret else pltpu.with_memory_space_constraint(array, pltpu.HBM)
+    )
 
 
-def result_in_hbm(shape: jax.ShapeDtypeStruct, interpret: bool) -> Any:
+def result_in_hbm(shape: jax.ShapeDtypeStruct, machine: Machine) -> Any:
     """A result of a kernel that lies in HBM."""
-    return shape if interpret else pltpu.HBM(shape.shape, shape.dtype)
+    return shape if machine.interpret else pltpu.HBM(shape.shape, shape.dtype)
 
 
 class PerSentence(NamedTuple):
@@ -148,11 +174,11 @@ class PerSentence(NamedTuple):
     value: Array | jax.ShapeDtypeStruct
     axis: int = 1
 
-    @property
-    def block(self) -> pl.BlockSpec:
+    def block(self, tile_of: Callable) -> pl.BlockSpec:
+        """The columns or rows of a tile, whose number a function of the grid's indices gives."""
         if self.axis:
-            return pl.BlockSpec((self.value.shape[0], TILE), lambda tile: (0, tile))
-        return pl.BlockSpec((TILE, self.value.shape[1]), lambda tile: (tile, 0))
+            return pl.BlockSpec((self.value.shape[0], TILE), lambda *at: (0, tile_of(*at)))
+        return pl.BlockSpec((TILE, self.value.shape[1]), lambda *at: (tile_of(*at), 0))
 
 
 def over_tiles(
@@ -162,65 +188,57 @@ def over_tiles(
     parameters: Sequence[Array],
     results: Sequence[PerSentence],
     *,
-    sums: bool = False,
-    scratch: Sequence[tuple[int, int]] = (),
+    sums: Sequence[tuple[int, int]] = (),
+    scratch: Sequence[jax.ShapeDtypeStruct] = (),
     flops: int,
-    interpret: bool,
+    machine: Machine,
 ) -> list[Array]:
     """Runs a kernel for one tile after the other; what it returns beyond the last sentence is cut off.
 
     Args:
+        kernel: takes the number of the tile's first sentence, then references to what follows here.
         parameters: the same for all tiles.
-        sums: the kernel also returns the gradients of the parameters, added up over all tiles; those of a vector with
-            128 partial sums, which are added here. They are float32.
-        scratch: shapes of float32 arrays in VMEM.
+        sums: shapes of float32 arrays that the kernel adds to, for all tiles; they start as zeros.
+        scratch: arrays in VMEM.
         flops: of all sentences, for the compiler's account.
     """
+    first = arrays[0]
+    steps = Steps(pl.cdiv(first.value.shape[first.axis], TILE), machine.cores)
 
     def whole(value) -> pl.BlockSpec:
-        return pl.BlockSpec(value.shape, lambda tile: (0, 0))
+        return pl.BlockSpec(value.shape, lambda core, step: (0, 0))
 
-    def sum_of(value: Array) -> jax.ShapeDtypeStruct:
-        height, width = value.shape
-        return jax.ShapeDtypeStruct((height, LANES if width == 1 else width), jnp.float32)
+    def of_core(shape: tuple[int, int]) -> pl.BlockSpec:
+        return pl.BlockSpec((None, *shape), lambda core, step: (core, 0, 0))
 
-    gradients = [sum_of(value) for value in parameters] if sums else []
-    moved = [*(array.value for array in (*arrays, *results)), *parameters, *gradients]
-    first = arrays[0]
+    def body(*refs) -> None:
+        before = len(arrays) + len(parameters) + len(results)
+        steps.run(lambda tile: kernel(tile * TILE, *refs), refs[before : before + len(sums)])
+
+    added = [jax.ShapeDtypeStruct((steps.cores, *shape), jnp.float32) for shape in sums]
+    moved = [*(array.value for array in (*arrays, *results)), *parameters, *added]
     call = pl.pallas_call(
-        kernel,
-        grid=(pl.cdiv(first.value.shape[first.axis], TILE),),
-        in_specs=[*(array.block for array in arrays), *map(whole, parameters)],
-        out_specs=[*(result.block for result in results), *map(whole, gradients)],
-        out_shape=[result_in_hbm(shape, interpret) for shape in (*(result.value for result in results), *gradients)],
-        scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
-        compiler_params=compiler_params(adds_up=sums),
+        body,
+        grid=steps.grid,
+        in_specs=[*(array.block(steps.of) for array in arrays), *map(whole, parameters)],
+        out_specs=[*(result.block(steps.of) for result in results), *map(of_core, sums)],
+        out_shape=[result_in_hbm(shape, machine) for shape in (*(result.value for result in results), *added)],
+        scratch_shapes=[pltpu.VMEM(each.shape, each.dtype) for each in scratch],
+        compiler_params=compiler_params(adds_up=bool(sums)),
         cost_estimate=pl.CostEstimate(
             flops=flops, transcendentals=0, bytes_accessed=sum(value.size * value.dtype.itemsize for value in moved)
         ),
-        interpret=interpret,
+        interpret=machine.interpret,
         name=name,
     )
-    returned = list(call(*(in_hbm(value, interpret) for value in (*(array.value for array in arrays), *parameters))))
-    for index, parameter in enumerate(parameters if sums else (), start=len(results)):
-        if parameter.shape[1] == 1:
-            returned[index] = returned[index].sum(1, keepdims=True)
-    return returned
+    returned = call(*(in_hbm(value, machine) for value in (*(array.value for array in arrays), *parameters)))
+    return [*returned[: len(results)], *(each.sum(0) for each in returned[len(results) :])]
 
 
-def is_sentence(sentences: int, axis: int = 1) -> Array:
-    """Which columns (axis 1) or rows (axis 0) of the tile at hand are sentences.
+def is_sentence(first: Array, sentences: int, axis: int = 1) -> Array:
+    """Which columns (axis 1) or rows (axis 0) of the tile that begins with this sentence are sentences.
 
     What lies beyond the last one is undefined, and would spoil sums.
     """
     shape = (1, TILE) if axis else (TILE, 1)
-    return lax.broadcasted_iota(jnp.int32, shape, axis) < sentences - pl.program_id(0) * TILE
-
-
-def start_sums(refs: Sequence) -> None:
-    """Zeroes at the first tile what is added up over all of them."""
-
-    @pl.when(pl.program_id(0) == 0)
-    def _():
-        for ref in refs:
-            ref[...] = jnp.zeros(ref.shape, ref.dtype)
+    return lax.broadcasted_iota(jnp.int32, shape, axis) < sentences - first
