@@ -59,7 +59,7 @@ class Registers:
 
 
 def _pitch(words: int) -> int:
-    """Rows from one channel to the next; odd, see above."""
+    """Rows from one channel to the next; odd, for which inner_block.py has the reason."""
     return words * SUBLANES + 1
 
 
