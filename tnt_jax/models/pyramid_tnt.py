@@ -375,7 +375,7 @@ class PyramidTNT(nnx.Module):
         """The mean of the normalised sentences, in a tuple of one, as mmpretrain's `extract_feat` returns it."""
         return (self.forward_features(images).astype(jnp.float32).mean(axis=1),)
 
-    def attention_maps(self, images: Images) -> tuple[list[Array], list[Array]]:
+    def attention_maps(self, images: Images) -> tuple[list[Array | None], list[Array]]:
         """What attends to what, in every block.
 
         Returns:

@@ -345,7 +345,7 @@ class TNT(nnx.Module):
         """The normalised class token, in a tuple of one, as mmpretrain's `extract_feat` returns it."""
         return (self.forward_features(images)[:, 0],)
 
-    def attention_maps(self, images: Images) -> tuple[list[Array], list[Array]]:
+    def attention_maps(self, images: Images) -> tuple[list[Array | None], list[Array]]:
         """What attends to what, in every block.
 
         Returns:

@@ -63,7 +63,10 @@ def obstacle(name: str, dtype: DTypeLike, count: int) -> str | None:
     return mesh_obstacle(count) or (None if compiled(name) else f"{name}.c could not be compiled")
 
 
-def call(function: str, like: Array | Sequence[Array], *arguments: Array, **attributes) -> Array | Sequence[Array]:
+Like = Array | jax.ShapeDtypeStruct
+
+
+def call(function: str, like: Like | Sequence[Like], *arguments: Array, **attributes) -> Array | Sequence[Array]:
     """What a function gives for these arguments: arrays like `like`."""
     shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), like)
     run = jax.ffi.ffi_call(f"tnt_jax_{function}", shapes, vmap_method="sequential")

@@ -146,7 +146,7 @@ def _bias_columns(bias: Float[Array, "outputs 1"], dtype: DTypeLike) -> Float[Ar
     return jnp.pad(columns, ((0, 0), (0, ONES - 2)))
 
 
-def _of_one_word(gradient: Float[Array, "inputs_and_ones outputs"]) -> Float[Array, "outputs inputs_and_bias"]:
+def _of_one_word(gradient: Float[Array, "two_inputs_and_ones two_outputs"]) -> Float[Array, "outputs inputs_and_bias"]:
     inputs, outputs = (gradient.shape[0] - ONES) // 2, gradient.shape[1] // 2
     words = [gradient[word * inputs : (word + 1) * inputs, word * outputs : (word + 1) * outputs] for word in (0, 1)]
     bias = gradient[2 * inputs, :outputs] + gradient[2 * inputs, outputs:]
