@@ -256,16 +256,6 @@ def with_words(words, sentences):
     return jnp.concatenate([words.reshape(words.shape[0], -1), sentences.reshape(words.shape[0], -1)], axis=1)
 
 
-@pytest.mark.parametrize(
-    ("sentences", "dtype", "use_bias"), [(1100, "float32", False), (2, "float32", True), (1100, "bfloat16", True)]
-)
-def test_the_projections_kernel_is_the_reference(monkeypatch, sentences, dtype, use_bias):
-    monkeypatch.setitem(devices.CORES, jax.devices()[0].device_kind, 2)
-    layer = make_projection(use_bias=use_bias, outer_dim=256, dtype=dtype)
-    x = random_words(sentences, 16, 24, dtype)
-    assert_equal(results(layer, x, project_by_kernel), results(layer, x, project), TOLERANCE[dtype])
-
-
 @pytest.mark.parametrize("scaled", [False, True])
 def test_the_kernels_gelu_is_within_its_bound(scaled):
     x = np.concatenate([np.linspace(-8, 8, 4001), [-1e4, -30, 30, 1e4]]).astype(np.float32)
@@ -365,25 +355,6 @@ def test_without_a_c_compiler_the_reference_is_run(monkeypatch, caplog):
     x = random_words(4, 16, 12, "float32")
     np.testing.assert_array_equal(layer(x), reference(x))
     assert "could not be compiled" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("asked", "platform", "fields", "kernel"),
-    [
-        ("auto", "tpu", {}, True),
-        ("auto", "cpu", {}, False),
-        ("feature_major", "tpu", {}, False),
-        ("pallas", "tpu", {"in_legacy_block": True}, False),
-        ("pallas", "tpu", {"inner_dim": 12, "outer_dim": 192}, False),  # TNT-Ti: no whole registers
-    ],
-)
-def test_which_projections_are_kernels(monkeypatch, caplog, asked, platform, fields, kernel):
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    say_once.cache_clear()
-    layer = make_projection(asked, **fields)
-    with caplog.at_level(logging.WARNING):
-        assert [sentences.runs_kernel(layer, 196) for _ in range(2)] == [kernel] * 2
-    assert len(caplog.records) == bool(fields), "a fallback is logged once, a plain choice never"
 
 
 @pytest.mark.parametrize("formulation", ["feature_major", "pallas"])

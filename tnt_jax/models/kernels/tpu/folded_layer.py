@@ -96,7 +96,7 @@ def forward_matrices(folded: Folded, dtype: DTypeLike, *, packed: bool) -> Forwa
 
 def backward_matrices(folded: Folded, dtype: DTypeLike, *, packed: bool) -> Backward:
     """`packed`: the gradient of what attention found has a channel of both words before the next one, and a product
-    with `qkv` takes two words, as `packed_dqkv` gives them."""
+    with `qkv` takes two words, as `dqkv_of_pair` gives them."""
     fc2, fc1, proj, qkv = (folded[index][:, :-1].T for index in (3, 2, 1, 0))
     channels = proj.shape[0]
     of_value = jnp.where(jnp.arange(3 * channels) < 2 * channels, 1, 1 / LN_2)

@@ -18,6 +18,7 @@ take two words at a time.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -189,12 +190,7 @@ def backward_kernel(sizes: Sizes, sentences: int, first: Array, *refs) -> None:
     activations = jnp.bfloat16 if packed else jnp.float32
     channels, dtype, norm = sizes.channels, sizes.dtype, Norm(sizes, matrices.sums)
 
-    @pl.when(first + TILE > sentences)
-    def _():
-        there = is_sentence(first, sentences)
-        for ref in (x_ref, keep_ref, attended_ref, dy_ref):
-            ref[...] = jnp.where(there, ref[...].astype(jnp.float32), 0).astype(ref.dtype)
-
+    clear_beyond(first, sentences, (x_ref, keep_ref, attended_ref, dy_ref))
     project_qkv(sizes, matrices, x_ref, norm1, query, key_value)
 
     def mlp(pair: Array, span: int) -> Stages:
@@ -228,13 +224,9 @@ def backward_kernel(sizes: Sizes, sentences: int, first: Array, *refs) -> None:
         gradients.proj[...] += dot(with_ones(attended, dtype), dout, (1, 1))
         of_attention = dot(transposed.proj[...], dout)
         yield
-        for word in (0, 1):
-            if not packed:
-                dattended.spread(0, 2 * pair + word, span, of_attention[word * channels : (word + 1) * channels])
-            if span == 0:
-                dkey_value.clear(2 * pair + word)
-        if packed:
-            dattended.spread(0, pair, span, pltpu.bitcast(of_attention.astype(jnp.bfloat16), jnp.uint32))
+        spread_pair(dattended, pair, span, of_attention)
+        for word in (0, 1) if span == 0 else ():
+            dkey_value.clear(2 * pair + word)
 
     for_pairs(sizes, mlp)
     attention_gradients(sizes, query, key_value, dattended, dkey_value)
@@ -242,10 +234,7 @@ def backward_kernel(sizes: Sizes, sentences: int, first: Array, *refs) -> None:
     def through_qkv(pair: Array, span: int) -> Stages:
         rows, lanes = rows_of_pair(sizes, pair), lanes_of(span)
         parts = norm1.again(x_ref[rows, lanes], pair, span)
-        if packed:
-            dqkv = [packed_dqkv(sizes, query, dkey_value, pair, span)]
-        else:
-            dqkv = [dqkv_of_word(sizes, query, dkey_value, 2 * pair + word, span) for word in (0, 1)]
+        dqkv = dqkv_of_pair(sizes, query, dkey_value, pair, span)
         yield
         gradients.qkv[...] += dot(with_ones(parts[0], dtype), jnp.concatenate(dqkv).astype(dtype), (1, 1))
         dh = jnp.concatenate([dot(transposed.qkv[...], each.astype(dtype)) for each in dqkv])
@@ -255,20 +244,36 @@ def backward_kernel(sizes: Sizes, sentences: int, first: Array, *refs) -> None:
     for_pairs(sizes, through_qkv)
 
 
-def dqkv_of_word(
-    sizes: Sizes, dquery: Registers, dkey_value: Registers, word: Array, span: int
-) -> Float[Array, "three_channels span"]:
-    parts = dquery.gather(0, sizes.channels, word, span), dkey_value.gather(0, 2 * sizes.channels, word, span)
-    return jnp.concatenate(parts)
+def clear_beyond(first: Array, sentences: int, refs: Sequence) -> None:
+    """Zeros where a tile has no more sentences."""
+
+    @pl.when(first + TILE > sentences)
+    def _():
+        there = is_sentence(first, sentences)
+        for ref in refs:
+            ref[...] = jnp.where(there, ref[...].astype(jnp.float32), 0).astype(ref.dtype)
 
 
-def packed_dqkv(
+def spread_pair(registers: Registers, pair: Array, span: int, values: Float[Array, "channels span"]) -> None:
+    """Writes the channels of two words; packed, a channel of both comes before the next channel."""
+    if registers.packed:
+        registers.spread(0, pair, span, pltpu.bitcast(values.astype(jnp.bfloat16), jnp.uint32))
+        return
+    for word, of_word in enumerate(jnp.split(values, 2)):
+        registers.spread(0, 2 * pair + word, span, of_word)
+
+
+def dqkv_of_pair(
     sizes: Sizes, dquery: Registers, dkey_value: Registers, pair: Array, span: int
-) -> Float[Array, "ten_channels span"]:
-    """q of two words, a channel of both before the next; then for each word k and v, every channel in two halves."""
-    parts = [dquery.gather(0, sizes.channels, pair, span)]
-    parts += [dkey_value.gather(0, 2 * sizes.channels, 2 * pair + word, span) for word in (0, 1)]
-    return pltpu.bitcast(jnp.concatenate(parts), jnp.bfloat16)
+) -> list[Float[Array, "rows span"]]:
+    """q, k and v of each of two words. Packed, one array: q of both words, a channel of both before the next; then for
+    each word k and v, every channel in two halves."""
+    of_words = [dkey_value.gather(0, 2 * sizes.channels, 2 * pair + word, span) for word in (0, 1)]
+    if dquery.packed:
+        of_query = dquery.gather(0, sizes.channels, pair, span)
+        return [pltpu.bitcast(jnp.concatenate([of_query, *of_words]), jnp.bfloat16)]
+    of_queries = [dquery.gather(0, sizes.channels, 2 * pair + word, span) for word in (0, 1)]
+    return [jnp.concatenate(parts) for parts in zip(of_queries, of_words, strict=True)]
 
 
 def inner_block(
