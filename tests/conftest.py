@@ -1,14 +1,24 @@
-"""For all tests: what is compiled here runs for a moment, so it is compiled quickly, and not kept."""
+"""For all tests: four devices, and one folder of compiled programs that worker processes and commands share."""
 
+import atexit
 import os
 import shutil
+import tempfile
 
 import pytest
 
+# Users run on several devices; DEVICES=3 is the second leg. What is compiled here runs for a moment: it is compiled
+# quickly.
 flags = os.environ.get("XLA_FLAGS", "")
 if "xla_backend_optimization_level" not in flags:
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0"
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    devices = os.environ.get("DEVICES", "4")
+    flags += f" --xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
+    os.environ["XLA_FLAGS"] = flags
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tnt_jax_tests_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 if os.environ.get("CHECK_SHAPES"):  # `make shapes`: every annotated shape is checked in every call
     from jaxtyping import install_import_hook

@@ -223,10 +223,13 @@ def test_the_command_refuses_what_it_cannot_draw(arguments, message, folder, tmp
 def test_why_has_a_row_for_each_class_and_a_map_of_each_method(tnt, tmp_path):
     tnt_jax.save_model(tnt, tmp_path / "m", class_names=["cat", "dog", "fish"])
     model = tnt_jax.load_model(tmp_path / "m")
-    figure = visualize.why(model, IMAGE, classes=["dog", 2], methods=("rollout", "smoothgrad"), samples=2)
+    figure = visualize.why(model, IMAGE, classes=["dog", 2], methods=("rollout", "integrated-gradients"), steps=2)
     assert [part.axes[0].get_title().partition(":")[0] for part in figure.subfigs] == ["dog", "fish"]
-    assert [axes.get_title() for axes in figure.subfigs[0].axes[1:3]] == ["gradient-weighted rollout", "SmoothGrad"]
-    assert [axes.get_ylabel() for axes in figure.subfigs[0].axes[3:]] == ["% of the whole", "% of the whole"]
+    assert [axes.get_title() for axes in figure.subfigs[0].axes[1:3]] == [
+        "gradient-weighted rollout",
+        "integrated gradients",
+    ]
+    assert [axes.get_ylabel() for axes in figure.subfigs[0].axes[3:]] == ["% of the whole", "logit, for and against"]
 
 
 @pytest.mark.parametrize(
@@ -234,7 +237,7 @@ def test_why_has_a_row_for_each_class_and_a_map_of_each_method(tnt, tmp_path):
     [
         (["--class", "dgo"], "the model has no class 'dgo'; did you mean 'dog'?"),
         (["--class", "7"], "the model has no class '7'; there are 3, counted from 0"),
-        (["--method", "cam"], "there is no method 'cam'; there are rollout, legrad"),
+        (["--method", "cam"], "there is no method 'cam'; there are rollout, grad-cam"),
         (["--block", "0"], "block was given, and rollout has no use for it"),
         (["--maps", "maps.txt"], "maps.txt"),
         (["--patch", "0", "0"], "--patch was given, and why has no use for it"),

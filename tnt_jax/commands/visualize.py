@@ -46,7 +46,7 @@ class Arguments:
     class_: Annotated[tuple[str, ...], tyro.conf.arg(name="class", metavar="NAME ...")] = ()
     """For why: classes by name or number, one row each; by default the predicted one."""
     method: tuple[str, ...] = ()
-    """For why: rollout, legrad, grad-cam, integrated-gradients, smoothgrad, one or several; by default rollout."""
+    """For why: rollout, grad-cam, integrated-gradients, one or several; by default rollout."""
     size: Literal["sentences", "words", "pixels"] | None = None
     """For why: of a place that has a number; by default words."""
     maps: str | None = None

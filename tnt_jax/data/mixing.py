@@ -39,7 +39,7 @@ def prepare_training(
     num_classes: int,
     key: PRNGKeyArray,
 ) -> tuple[Images, Float[Array, "batch classes"]]:
-    """What the network is fed and what it should prediction: mixed and erased images, and targets as `soft_targets` has
+    """What the network is fed and what it should predict: mixed and erased images, and targets as `soft_targets` has
     them, mixed in the same shares.
 
     Sources: mixup arXiv 1710.09412, cutmix arXiv 1905.04899, erasing arXiv 1708.04896, as timm's FastCollateMixup and

@@ -75,8 +75,7 @@ def attribute(
         classes: the class that is explained, of every image.
         method: one of `METHODS`.
         size: of a place: "sentences" (patches), "words", or "pixels", which the methods of pixels alone have.
-        options: of the method: `block` of grad-cam, `steps` of integrated-gradients, `samples` and `noise` of
-            smoothgrad.
+        options: of the method: `block` of grad-cam, `steps` of integrated-gradients.
 
     Returns:
         (batch, rows, columns), with a TNT-S of 224 pixels 14 x 14 sentences, 56 x 56 words or 224 x 224 pixels.
@@ -111,13 +110,13 @@ def input_gradient(model: Model, images: Images, classes: Classes) -> Float[np.n
 @functools.partial(jax.jit, static_argnums=0)
 def _input_gradient(graph: nnx.GraphDef, state: nnx.State, images: Array, classes: Array) -> Array:
     def score(images: Array) -> Array:
-        return of_class(nnx.merge(graph, state)(images), classes)
+        return _of_class(nnx.merge(graph, state)(images), classes)
 
     with jax.default_matmul_precision("highest"):
         return jax.grad(score)(images)
 
 
-def of_class(logits: Float[Array, "batch classes"], classes: Int[Array, " batch"]) -> Float[Array, ""]:
+def _of_class(logits: Float[Array, "batch classes"], classes: Int[Array, " batch"]) -> Float[Array, ""]:
     """The sum over the images of the logits of their classes."""
     return jnp.take_along_axis(logits, classes[:, None], axis=1).sum()
 
@@ -143,7 +142,7 @@ def grad_cam(model: Model, images: Array, classes: Array, size: Size, *, block: 
     if block not in possible:
         what = "no inner transformer" if size == "words" else "no patches that reach the class"
         raise InputError(f"block {block} has {what}; the blocks that do are {', '.join(map(str, possible))}")
-    values, gradients = _observe(model, images, classes, _score_of_logits, cut=False)
+    values, gradients = _observe(model, images, classes)
     place, batch = places[block], len(images)
     if size == "words":
         value, gradient = values[block].words, gradients[block].words
@@ -164,7 +163,7 @@ def rollout(model: Model, images: Array, classes: Array, size: Size) -> Array:
     Words: their own rollout inside every patch, from what each block's words add to the sentence.
     Source: Chefer et al., arXiv 2103.15679, equations 5 and 6.
     """
-    values, gradients = _observe(model, images, classes, _score_of_logits, cut=False)
+    values, gradients = _observe(model, images, classes)
     flows = [
         jax.nn.relu(gradient.outer * value.outer).mean(axis=1)
         for value, gradient in zip(values, gradients, strict=True)
@@ -186,52 +185,8 @@ def rollout(model: Model, images: Array, classes: Array, size: Size) -> Array:
     return _divided(sentences, words)
 
 
-def legrad(model: Model, images: Array, classes: Array, size: Size) -> Array:
-    """LeGrad: how sensitive the class is to each attention weight, layer by layer.
-
-    Every layer's own sentences are given to the norm and the head of the network, and the gradient of that logit by
-    the layer's attention, without what is negative, is averaged over heads, queries and layers. The head of a
-    PyramidTNT fits its last stage; for the blocks of earlier stages it is the gradient of the network's logit.
-    Source: Bousselham et al., arXiv 2404.03214, equations 4 to 9.
-    """
-    pyramid = model.config.architecture == "pyramid"
-    score = _score_of_logits if pyramid else _score_of_every_layer
-    values, gradients = _observe(model, images, classes, score, cut=not pyramid)
-    if pyramid:
-        last = places_of(model)[-1]
-        _, own = _observe(model, images, classes, _score_of_last_stage, cut=True)
-        gradients = [
-            each if place != last else exact
-            for each, exact, place in zip(gradients, own, places_of(model), strict=True)
-        ]
-    sentences = words = 0.0
-    for value, gradient, place in zip(values, gradients, places_of(model), strict=True):
-        of_keys = jax.nn.relu(gradient.outer).mean(axis=(1, 2))
-        of_keys = of_keys if pyramid else of_keys[:, 1:]
-        sentences += _on_patches(model, _over_squares(of_keys, place), place)
-        if value.inner is not None:
-            words += _on_words(model, jax.nn.relu(gradient.inner).mean(axis=(2, 3)), place)
-    sentences = sentences / len(values)
-    return sentences if size == "sentences" else _divided(sentences, words)
-
-
-def _score_of_logits(model: Model, logits: Array, seen: list[dict], classes: Array) -> Array:
-    return of_class(logits, classes)
-
-
-def _score_of_every_layer(model: Model, logits: Array, seen: list[dict], classes: Array) -> Array:
-    return sum(of_class(model.head(model.norm(block["sentences"])[:, 0]), classes) for block in seen)
-
-
-def _score_of_last_stage(model: Model, logits: Array, seen: list[dict], classes: Array) -> Array:
-    last = seen[-model.config.depth[-1] :]
-    return sum(of_class(model.head(model.norm(block["sentences"]).mean(axis=1)), classes) for block in last)
-
-
-def _observe(
-    model: Model, images: Array, classes: Array, score: Callable, *, cut: bool
-) -> tuple[list[Observed], list[Observed]]:
-    return observe(*nnx.split(model), images, score, cut, classes)
+def _observe(model: Model, images: Array, classes: Array) -> tuple[list[Observed], list[Observed]]:
+    return observe(*nnx.split(model), images, classes)
 
 
 def _per_patch(relevance: Array, flow: Array) -> Array:
@@ -310,60 +265,31 @@ def integrated_gradients(model: Model, images: Array, classes: Array, size: Size
         raise InputError(f"steps is {steps}, and must be at least 1")
     points, weights = np.polynomial.legendre.leggauss(steps)
     factors = jnp.asarray((points + 1) / 2, jnp.float32)
-    gradient = _mean_gradient(*nnx.split(model), images, classes, factors, jnp.asarray(weights / 2, jnp.float32), None)
+    gradient = _mean_gradient(*nnx.split(model), images, classes, factors, jnp.asarray(weights / 2, jnp.float32))
     return _by_size(model, (gradient * images).sum(-1), size)
 
 
-def smoothgrad(
-    model: Model, images: Array, classes: Array, size: Size, *, samples: int = 32, noise: float = 0.15, seed: int = 0
-) -> Array:
-    """SmoothGrad: the mean gradient of noisy copies of the image, its magnitude summed over channels.
-
-    Args:
-        noise: standard deviation, as a share of the range of the image's values.
-
-    Source: Smilkov et al., arXiv 1706.03825, with the noise that section 3.2 recommends.
-    """
-    if samples < 1 or not noise >= 0:
-        raise InputError(f"samples is {samples} and noise {noise}; at least 1 and 0 are wanted")
-    keys = jax.random.split(jax.random.key(seed), samples)
-    weights = jnp.full(samples, 1 / samples)
-    gradient = _mean_gradient(*nnx.split(model), images, classes, keys, weights, noise)
-    return _by_size(model, jnp.abs(gradient).sum(-1), size)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 6))
+@functools.partial(jax.jit, static_argnums=0)
 def _mean_gradient(
-    graph: nnx.GraphDef,
-    state: nnx.State,
-    images: Array,
-    classes: Array,
-    each: Array,
-    weights: Array,
-    noise: float | None,
+    graph: nnx.GraphDef, state: nnx.State, images: Array, classes: Array, factors: Array, weights: Array
 ) -> Array:
-    """The weighted mean of gradients by the input, at multiples of the images or, with `noise`, near them."""
-    spread = images.max(axis=(1, 2, 3), keepdims=True) - images.min(axis=(1, 2, 3), keepdims=True)
+    """The weighted mean of gradients by the input, at multiples of the images."""
     # Several points at a time, as far as that makes no batch larger than 8; the last ones are filled up without weight.
-    together = min(max(1, 8 // len(images)), len(each))
-    filled = -len(each) % together
-    each = jnp.concatenate([each, each[:filled]]).reshape(-1, together)
-    weights = jnp.pad(weights, (0, filled)).reshape(-1, together)
+    together = min(max(1, 8 // len(images)), len(factors))
+    filled = -len(factors) % together
+    factors, weights = (jnp.pad(each, (0, filled)).reshape(-1, together) for each in (factors, weights))
     repeated = jnp.tile(classes, together)
 
     def score(images: Array) -> Array:
-        return of_class(nnx.merge(graph, state)(images), repeated)
-
-    def point(one: Array) -> Array:
-        return one * images if noise is None else images + noise * spread * jax.random.normal(one, images.shape)
+        return _of_class(nnx.merge(graph, state)(images), repeated)
 
     def add(total: Array, several: tuple) -> tuple[Array, None]:
-        points = jax.vmap(point)(several[0])
+        points = several[0][:, None, None, None, None] * images
         gradients = jax.grad(score)(points.reshape(-1, *images.shape[1:])).reshape(points.shape)
         return total + jnp.tensordot(several[1], gradients, 1), None
 
     with jax.default_matmul_precision("highest"):
-        return jax.lax.scan(add, jnp.zeros_like(images), (each, weights))[0]
+        return jax.lax.scan(add, jnp.zeros_like(images), (factors, weights))[0]
 
 
 def _by_size(model: Model, pixels: Array, size: Size) -> Array:
@@ -386,8 +312,6 @@ class Method:
 OF_ATTENTION, OF_PIXELS = ("sentences", "words"), ("sentences", "words", "pixels")
 METHODS = {
     "rollout": Method(rollout, OF_ATTENTION, "gradient-weighted rollout"),
-    "legrad": Method(legrad, OF_ATTENTION, "LeGrad"),
     "grad-cam": Method(grad_cam, OF_ATTENTION, "Grad-CAM", ("block",)),
     "integrated-gradients": Method(integrated_gradients, OF_PIXELS, "integrated gradients", ("steps",)),
-    "smoothgrad": Method(smoothgrad, OF_PIXELS, "SmoothGrad", ("samples", "noise", "seed")),
 }

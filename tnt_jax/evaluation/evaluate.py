@@ -1,4 +1,4 @@
-"""Every image of a source exactly once: what a finished model predictions, and its features."""
+"""Every image of a source exactly once: the predictions of a finished model, and its features."""
 
 import dataclasses
 import logging
@@ -31,7 +31,7 @@ from tnt_jax.storage.description import Outputs, description_of
 from tnt_jax.storage.load import load_model
 from tnt_jax.storage.resolve import is_run
 from tnt_jax.storage.run import read_config
-from tnt_jax.training.mesh import check_batch_size, make_mesh, on_mesh, to_devices
+from tnt_jax.training.mesh import make_mesh, on_mesh, replicated, to_devices
 from tnt_jax.training.tasks import sigmoid
 
 _log = logging.getLogger(__name__)
@@ -46,10 +46,13 @@ class NonFinitePredictionsError(RuntimeError):
 def over_images(
     images: Source, data: DataConfig, models: Sequence[Model], batch_size: int, compute: Callable
 ) -> tuple[list[list], float]:
-    """What `compute(model, inputs, labels)` gives for every image once, and images per second.
+    """The results of `compute(model, inputs, labels)` for every image once, and images per second.
+
+    Parameters are copied to all devices, and the images of a batch are divided among them.
 
     Args:
         models: of the same sizes and preprocessing. Each image is decoded once for all of them.
+        batch_size: images that are computed together, rounded up to a multiple of the devices.
 
     Returns:
         For each model its arrays, joined over all images.
@@ -58,10 +61,12 @@ def over_images(
         NonFinitePredictionsError: a model gives infinite numbers or NaN.
     """
     config, preprocessing = models[0].config, description_of(models[0]).preprocessing
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}, and must be at least 1")
     mesh = make_mesh()
-    check_batch_size(batch_size, mesh)
     graphdef = nnx.split(models[0])[0]
-    params = [nnx.split(model)[1] for model in models]
+    # The model of a run lies on one device, wherever it was trained.
+    params = [jax.device_put(nnx.split(model)[1], replicated(mesh)) for model in models]
 
     def compute_batch(params: list, batch: dict):
         inputs = normalise(batch["image"], preprocessing)
@@ -74,7 +79,7 @@ def over_images(
         dataclasses.replace(data, crop=preprocessing.crop),
         image_size=config.image_size,
         channels=config.in_channels,
-        batch_size=batch_size,
+        batch_size=-(-batch_size // mesh.devices.size) * mesh.devices.size,
         interpolation=preprocessing.interpolation,
     )
     for batch in batches:
@@ -93,7 +98,7 @@ def over_images(
 def predictions_of(
     models: Sequence[Model], images: Source, data: DataConfig, *, batch_size: int = 64
 ) -> list[AnyPredictions]:
-    """What each of some models predictions for every image of a source, in its order, in the classes of the source.
+    """The predictions of each model for every image of a source, in its order, in the classes of the source.
 
     Classes, labels and targets are matched by name: another order is mapped, and of more classes only those of the
     source are looked at, as of an `ImageNetSource` those that it has. Either is said.
@@ -202,6 +207,7 @@ class Evaluation:
     model: str
     weights: str
     data: str
+    split: str
     images: Source
     predictions: AnyPredictions
     published: dict[str, float]
@@ -248,15 +254,15 @@ def evaluate_model(
 
     def evaluations() -> Iterator[Evaluation]:
         for data, images in opened:
-            known = published(models[0].config, _kind(data.source))
+            known, name = published(models[0].config, _kind(data.source)), split or split_of(data)
             for weights, predictions in zip(
                 names, predictions_of(models, images, data, batch_size=batch_size), strict=True
             ):
-                yield Evaluation(path, weights, data.source, images, predictions, known)
+                yield Evaluation(path, weights, data.source, name, images, predictions, known)
                 if data.source in accepted:
                     judged = predictions.rescored(accepted[data.source])
                     known_real = published(models[0].config, "imagenet-real")
-                    yield Evaluation(path, weights, f"{data.source} (ReaL)", images, judged, known_real)
+                    yield Evaluation(path, weights, f"{data.source} (ReaL)", name, images, judged, known_real)
 
     return evaluations()
 
@@ -288,6 +294,11 @@ def open_test(data: DataConfig, split: str | None = None) -> Source:
     """The test images, or another split; those of ImageNet's relatives have no other split."""
     relative = data.source.partition(":")[0] in RELATIVES
     return open_imagenet(data.source, Reading.of(data)) if relative else open_split(data, split or data.eval_split)
+
+
+def split_of(data: DataConfig) -> str:
+    """The name of the split that `open_test` opens."""
+    return "test" if data.source.partition(":")[0] in RELATIVES else data.eval_split
 
 
 def models_in(path: str, dtype: Literal["float32", "bfloat16"] | None = None) -> Iterator[tuple[str, Model]]:
@@ -346,6 +357,7 @@ def _probes(path: str, model: Model, opened: list, methods: Sequence[str], batch
             yield {
                 "model": path,
                 "data": data.source,
+                "split": split_of(data),
                 "method": {"knn": f"{NEIGHBOURS} nearest neighbours", "linear": "linear probe"}[method],
                 "training_images": len(train_labels),
                 "images": len(labels),

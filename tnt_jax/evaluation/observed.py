@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from tnt_jax.models.formulations.attention import attention_weights
 from tnt_jax.models.formulations.gradients import product
@@ -34,24 +34,23 @@ class ObservedAttention(nnx.Module):
 class ObservedWordsToSentence(nnx.Module):
     """Words to sentence that tells the words of a block, and once more the same words on their way to the sentence."""
 
-    def __init__(self, module: nnx.Module, tell: Tell, cut: bool):
-        self.module, self.tell, self.cut = module, tell, cut
+    def __init__(self, module: nnx.Module, tell: Tell):
+        self.module, self.tell = module, tell
 
     def __call__(self, words: Array, batch: int) -> tuple[Array, Array]:
         words = self.tell("words", words)
         _, from_words = self.module(self.tell("projected", words), batch)
-        return jax.lax.stop_gradient(words) if self.cut else words, from_words
+        return words, from_words
 
 
 class ObservedLayer(nnx.Module):
     """An outer transformer layer that tells the sentences that it returns."""
 
-    def __init__(self, layer: nnx.Module, tell: Tell, cut: bool):
-        self.layer, self.tell, self.cut = layer, tell, cut
+    def __init__(self, layer: nnx.Module, tell: Tell):
+        self.layer, self.tell = layer, tell
 
     def __call__(self, x: Array, key: None = None, bias: Array | None = None, added: Array | None = None) -> Array:
-        sentences = self.tell("sentences", self.layer(x, key, bias, added))
-        return jax.lax.stop_gradient(sentences) if self.cut else sentences
+        return self.tell("sentences", self.layer(x, key, bias, added))
 
 
 @jax.tree_util.register_dataclass
@@ -77,21 +76,17 @@ def blocks_of(model: Model) -> list[nnx.Module]:
     return list(model.blocks)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+@functools.partial(jax.jit, static_argnums=0)
 def observe(
     graph: nnx.GraphDef,
     state: nnx.State,
     images: Float[Array, "batch height width channels"],
-    score: Callable[[Model, Array, list[dict]], Array],
-    cut: bool,
-    *given: Array,
+    classes: Int[Array, " batch"],
 ) -> tuple[list[Observed], list[Observed]]:
-    """What every block computes for normalised images, and the gradient of a score by it.
+    """The values of every block for normalised images, and the gradient by them of the logit of each image's class.
 
     Args:
         graph, state: a model of the formulation `reference`.
-        score: of (model, logits, values of every block, *given) a number, the sum over the images.
-        cut: no gradient goes from a block to the one before it.
     """
     seen: list[dict] = []
 
@@ -109,11 +104,12 @@ def observe(
             of_block = functools.partial(tell, index)
             if block.inner is not None:
                 block.inner.attn = ObservedAttention(block.inner.attn, "inner", of_block)
-                block.words_to_sentence = ObservedWordsToSentence(block.words_to_sentence, of_block, cut)
+                block.words_to_sentence = ObservedWordsToSentence(block.words_to_sentence, of_block)
             block.outer.attn = ObservedAttention(block.outer.attn, "outer", of_block)
-            block.outer = ObservedLayer(block.outer, of_block, cut)
+            block.outer = ObservedLayer(block.outer, of_block)
         logits = model(images)
-        return score(model, logits, seen, *given), [dict(each) for each in seen]
+        score = jnp.take_along_axis(logits, classes[:, None], axis=1).sum()
+        return score, [dict(each) for each in seen]
 
     with jax.default_matmul_precision("highest"):
         _, shapes = jax.eval_shape(functools.partial(scored, None), images)

@@ -118,12 +118,11 @@ def confusion_counts(
 TITLES = {
     "top1": "top-1", "top5": "top-5", "ece": "ECE", "map": "mAP", "ap": "AP", "roc_auc": "ROC AUC", "f1": "F1",
     "macro_f1": "macro F1", "micro_f1": "micro F1", "r2": "R2", "rmse": "RMSE", "mae": "MAE",
-    "images_per_second": "images/s", "attacked_top1": "top-1 under attack",
+    "images_per_second": "images/s",
 }  # fmt: skip
 """What people call a metric; what is not here is called by its name, with spaces."""
 SHARES = (
     "top",
-    "attacked",
     "map",
     "ap",
     "roc",

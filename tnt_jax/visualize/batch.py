@@ -53,7 +53,7 @@ def batch(config: TrainConfig, *, step: int = 0, count: int = 16):
 
 
 def _caption(label: np.ndarray, target: np.ndarray, class_names: tuple[str, ...], task: Task) -> str:
-    """What is told of the image, and below it what the network should prediction."""
+    """What is told of the image, and below it what the network should predict."""
     if task == "regression":
         told, asked = (
             ", ".join(f"{name} {value:.4g}" for name, value in zip(class_names, values, strict=True))
