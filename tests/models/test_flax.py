@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,11 @@ import optax
 import pytest
 from commands import ROOT
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from small_models import small_model, small_pyramid
 
 import tnt_jax
+from tnt_jax.models.formulations import devices
 from tnt_jax.models.tnt import TNT
 from tnt_jax.models.variants import build_model, model_config
 
@@ -215,3 +218,90 @@ def test_in_both_modes_of_flax(graph_mode, graph_updates):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-m", "not slow", *tests]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | modes, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def parts_of(layer):
+    return {
+        "qkv": (layer.attn, "qkv"),
+        "proj": (layer.attn, "proj"),
+        "fc1": (layer.mlp, "fc1"),
+        "fc2": (layer.mlp, "fc2"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["tnt", "pyramid"])
+@pytest.mark.parametrize("part", ["qkv", "proj", "fc1", "fc2", "words"])
+@pytest.mark.parametrize("lora", ["LoRALinear", "LoRA"])
+def test_lora_is_computed_wherever_it_is_put_and_has_a_gradient(kind, part, lora, caplog):
+    """A kernel reads the parameters of the maps that it was made with, and would not call another."""
+    devices.say_once.cache_clear()
+    model = {"tnt": small_model, "pyramid": small_pyramid}[kind]()
+    block = model.blocks[0] if kind == "tnt" else model.stages[0].blocks[0]
+    before = model(IMAGES)
+    layers = [block.inner, block.outer]
+    places = [(block.words_to_sentence, "proj")] if part == "words" else [parts_of(layer)[part] for layer in layers]
+    for owner, name in places:
+        linear = getattr(owner, name)
+        rngs = nnx.Rngs(params=0)
+        if lora == "LoRA":
+            changed = nnx.LoRA(linear.in_features, 2, linear.out_features, base_module=linear, rngs=rngs)
+        else:
+            use_bias = linear.bias is not None
+            changed = nnx.LoRALinear(linear.in_features, linear.out_features, use_bias=use_bias, lora_rank=2, rngs=rngs)
+            changed.kernel[...] = linear.kernel[...]
+            if use_bias:
+                changed.bias[...] = linear.bias[...]
+        setattr(owner, name, changed)
+    # LoRA's second matrix is zero at first.
+    np.testing.assert_allclose(model(IMAGES), before, rtol=1e-4, atol=1e-4)
+    assert part == "words" or "no kernel knows" in caplog.text  # CPUs have no kernel for words to sentence
+    gradients = nnx.grad(loss_of, argnums=nnx.DiffState(0, nnx.LoRAParam))(model, IMAGES, LABELS)
+    second = [leaf for path, leaf in jax.tree.leaves_with_path(gradients) if "lora_b" in jax.tree_util.keystr(path)]
+    assert len(second) == len(places)
+    assert all(np.abs(leaf).max() > 0 for leaf in second)
+
+
+def test_a_norm_of_others_is_computed():
+    model = small_model()
+    norm = nnx.RMSNorm(4, rngs=nnx.Rngs(0))
+    before = model(IMAGES)
+    model.blocks[0].inner.norm1 = norm
+    assert not np.allclose(model(IMAGES), before)
+
+
+def test_the_program_says_the_platform_and_not_the_process():
+    """A mesh that names no device, and a default device, as on a host with an accelerator that is not used."""
+    model = small_model()
+    abstract = jax.sharding.AbstractMesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    with jax.sharding.use_abstract_mesh(abstract):
+        assert jax.eval_shape(model, IMAGES).shape == (4, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: "tpu")
+        patch.setattr(jax, "devices", lambda *_: [types.SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")])
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            assert (devices.platform(), devices.device_kind()) == ("cpu", "cpu")
+        with jax.default_device("cpu"):
+            assert devices.platform() == "cpu"
+        assert devices.platform() == "tpu"
+
+
+def test_images_of_an_explicit_mesh_are_refused_with_the_line_to_write():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:4])
+    images = jax.device_put(IMAGES, NamedSharding(mesh, PartitionSpec("data")))
+    with pytest.raises(tnt_jax.InputError, match=r"Explicit.*make it with jax.make_mesh\(shape, names, axis_types"):
+        nnx.jit(lambda model, images: model(images))(small_model(), images)
+
+
+def test_a_shard_map_over_some_axes_of_a_mesh():
+    model = small_model()
+    expected = model(IMAGES)
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        over_data = jax.shard_map(
+            lambda images: model(images),
+            in_specs=PartitionSpec("data"),
+            out_specs=PartitionSpec("data"),
+            axis_names={"data"},
+            check_vma=False,
+        )
+        np.testing.assert_allclose(jax.jit(over_data)(IMAGES), expected, rtol=1e-4, atol=1e-4)

@@ -26,7 +26,7 @@ def check_images(images: Images, config: ModelConfig) -> None:
         raise InputError(f"images have shape {images.shape}, and a batch has at least one image")
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise InputError(f"images are {images.dtype} pixels; normalise them, for example (pixels / 255 - 0.5) / 0.5")
-    if has_explicit_axes():
+    if has_explicit_axes(images):
         raise InputError(f"the mesh has axes of the type Explicit, JAX's default; make it with {AUTO_MESH}")
 
 

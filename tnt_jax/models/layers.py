@@ -167,6 +167,15 @@ def rematerialised(block: Callable, remat: str) -> Callable:
     return jax.checkpoint(block, policy=linear if remat == "linear" else None)
 
 
+def foreign_part(**parts: tuple[nnx.Module, type]) -> str | None:
+    """Says which part is not of its class, or None. Kernels read the parameters of the modules that this package makes,
+    and would not call another, such as `nnx.LoRALinear`."""
+    for name, (module, expected) in parts.items():
+        if type(module) is not expected:
+            return f"{name} is a {type(module).__name__}, which no kernel knows"
+    return None
+
+
 class Attention(nnx.Module):
     """Multi-head self-attention, softmax(q k^T / sqrt(head_dim)) v, without bias in q, k and v (equation 1).
 
@@ -197,6 +206,10 @@ class Attention(nnx.Module):
         """The heads side by side, projected."""
         batch, _, tokens, _ = attended.shape
         return self.proj(attended.swapaxes(1, 2).reshape(batch, tokens, -1))
+
+    def foreign_part(self) -> str | None:
+        """A linear map that was put in the place of the one made here, or None."""
+        return foreign_part(qkv=(self.qkv, Linear), proj=(self.proj, Linear))
 
     def weights(
         self, x: Float[Array, "batch tokens dim"], bias: Float[Array, "1 heads queries keys"] | None = None
@@ -270,6 +283,7 @@ class TransformerLayer(nnx.Module):
     ):
         self.drop_path_rate = drop_path_rate
         self.norms_each_token = norm is LayerNorm
+        self.norm_class = norm
         self.norm1 = norm(dim, config=config, rngs=rngs)
         self.attn = attention(dim, num_heads, config=config, rngs=rngs)
         self.norm2 = norm(dim, config=config, rngs=rngs)
@@ -298,6 +312,17 @@ class TransformerLayer(nnx.Module):
         change = self.mlp(self.norm2(x), mlp_key)
         change = change if self.se is None else change + self.se(change)
         return x + drop_path(change, self.drop_path_rate, mlp_path_key)
+
+    def foreign_part(self) -> str | None:
+        """Why no kernel can compute this layer: a part in the place of the one made here, or None."""
+        norm, mlp = self.norm_class, self.mlp
+        return (
+            foreign_part(
+                norm1=(self.norm1, norm), attn=(self.attn, Attention), norm2=(self.norm2, norm), mlp=(mlp, Mlp)
+            )
+            or self.attn.foreign_part()
+            or foreign_part(fc1=(mlp.fc1, Linear), fc2=(mlp.fc2, Linear))
+        )
 
     def attention_weights(
         self, x: Float[Array, "batch tokens dim"], bias: Float[Array, "1 heads queries keys"] | None = None

@@ -118,9 +118,13 @@ class ReducedAttention(Attention):
         maps = x.reshape(batch, *self.grid, dim)[:, : rows * self.reduction, : columns * self.reduction]
         means = maps.reshape(batch, rows, self.reduction, columns, self.reduction, dim).mean(axis=(2, 4))
         reduced = self.norm(self.linear(means.reshape(batch, -1, dim)))
-        of_query, of_rest = jnp.split(self.qkv.kernel[...], [dim], axis=1)
-        keys, value = jnp.split(parameter_einsum("bnd,de->bne", reduced, of_rest, plain=plain), 2, axis=-1)
-        query = parameter_einsum("bnd,de->bne", x, of_query, plain=plain)
+        if type(self.qkv) is Linear:
+            of_query, of_rest = jnp.split(self.qkv.kernel[...], [dim], axis=1)
+            query = parameter_einsum("bnd,de->bne", x, of_query, plain=plain)
+            of_reduced = parameter_einsum("bnd,de->bne", reduced, of_rest, plain=plain)
+        else:  # such as nnx.LoRALinear: it is called, though half of its results are not needed
+            query, of_reduced = self.qkv(x)[..., :dim], self.qkv(reduced)[..., dim:]
+        keys, value = jnp.split(of_reduced, 2, axis=-1)
         return tuple(
             part.reshape(batch, -1, self.num_heads, dim // self.num_heads).transpose(0, 2, 1, 3)
             for part in (query, keys, value)

@@ -26,6 +26,7 @@ from tnt_jax.models.layers import (
     Rngs,
     TransformerLayer,
     fan_in_uniform,
+    foreign_part,
     normal_init,
     rematerialised,
 )
@@ -159,6 +160,12 @@ class WordsToSentence(nnx.Module):
         Go on with the words that are returned: their two gradients then meet in the kernel.
         """
         return make_sentences(self, words, batch)
+
+    def foreign_part(self) -> str | None:
+        """As `TransformerLayer.foreign_part`."""
+        norms = {"norm1": (self.norm1, LayerNorm)}
+        norms |= {} if self.norm2 is None else {"norm2": (self.norm2, LayerNorm)}
+        return foreign_part(proj=(self.proj, Linear), **norms)
 
     def reference(
         self, words: Float[Array, "sentences words inner"], batch: int

@@ -43,7 +43,7 @@ def attend(
 
 def choose(layer: nnx.Module, batch: int, *, has_bias: bool, training: bool) -> str:
     """The formulation of an `Attention` for so many images. The fallback is silent: only speed differs."""
-    if layer.formulation == "reference":
+    if layer.formulation == "reference" or layer.foreign_part():
         return "reference"
     if platform() == "tpu":
         return "heads_first"

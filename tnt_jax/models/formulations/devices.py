@@ -1,10 +1,12 @@
-"""What is computed for: the platform, and kernels on several devices, which XLA cannot partition."""
+"""The platform that a program is traced for, and `shard_map` around kernels, which XLA cannot partition."""
 
 import functools
 import logging
+import math
 from collections.abc import Callable
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
 from tnt_jax.chips import GPUS
@@ -17,15 +19,24 @@ AUTO_MESH = "jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names
 
 
 def platform() -> str:
-    """What is being traced for: cpu, gpu or tpu."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+    """The platform that is being traced for: cpu, gpu or tpu."""
+    return _device().platform
 
 
 def device_kind() -> str:
     """The kind of device that is being traced for, as JAX calls it."""
+    return _device().device_kind
+
+
+def _device() -> jax.Device | jax.sharding.AbstractDevice:
+    """A device of the mesh that is being traced for; without one, or where it names none, the default device."""
     mesh = jax.sharding.get_abstract_mesh()
-    return jax.devices()[0].device_kind if mesh.empty else mesh.abstract_device.device_kind
+    if not mesh.empty and mesh.abstract_device is not None:
+        return mesh.abstract_device
+    default = jax.config.jax_default_device
+    if isinstance(default, str):
+        return jax.local_devices(backend=default)[0]
+    return jax.devices()[0] if default is None else default
 
 
 def tpu(*, interpret: bool) -> Machine:
@@ -36,51 +47,52 @@ def tpu(*, interpret: bool) -> Machine:
 def mesh_obstacle(count: int) -> str | None:
     """Why the devices cannot each compute their own part of `count` rows, or None."""
     mesh = jax.sharding.get_abstract_mesh()
-    if _is_manual(mesh):
-        return None
-    if mesh.empty and jax.device_count() > 1:
-        return f"kernels need to know the mesh of several devices: use jax.set_mesh({AUTO_MESH})"
-    if not mesh.empty and count % mesh.size:
-        return f"{count} rows cannot be divided among {mesh.size} devices"
-    return None
+    if mesh.empty:
+        alone = jax.device_count() == 1 or jax.config.jax_default_device is not None
+        return None if alone else f"kernels need to know the mesh of several devices: use jax.set_mesh({AUTO_MESH})"
+    devices = math.prod(mesh.shape[name] for name in _axes_to_cut(mesh))
+    return f"{count} rows cannot be divided among {devices} devices" if count % devices else None
 
 
 def on_each_device(kernel: Callable, axes: tuple[int | None, ...], out_axes: int | tuple[int, ...]) -> Callable:
-    """The kernel on each device's own rows. Inside of a shard_map it already is, and is returned as it is.
+    """The kernel on each device's own rows. Inside of a shard_map over all axes it already is, and stays as it is.
 
     Args:
         axes: of the rows in each of its arguments, None for what every device has whole.
         out_axes: of the rows in what it returns.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or _is_manual(mesh):
+    names = _axes_to_cut(jax.sharding.get_abstract_mesh())
+    if not names:
         return kernel
 
     def cut(axis: int | None) -> PartitionSpec:
-        return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, mesh.axis_names)
+        return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, names)
 
     outs = cut(out_axes) if isinstance(out_axes, int) else tuple(map(cut, out_axes))
-    return jax.shard_map(kernel, in_specs=tuple(map(cut, axes)), out_specs=outs, check_vma=False)
+    ins = tuple(map(cut, axes))
+    return jax.shard_map(kernel, in_specs=ins, out_specs=outs, axis_names=set(names), check_vma=False)
 
 
-def _is_manual(mesh: jax.sharding.AbstractMesh) -> bool:
-    """Whether a shard_map over all axes of the mesh is being traced."""
-    return not mesh.empty and all(kind == AxisType.Manual for kind in mesh.axis_types)
+def _axes_to_cut(mesh: jax.sharding.AbstractMesh) -> tuple[str, ...]:
+    """The axes that XLA would partition over: all but those of a shard_map that is being traced."""
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in kinds if kind != AxisType.Manual)
 
 
-def has_explicit_axes() -> bool:
-    """Whether the mesh has axes of JAX's default type, under which a reshape asks for a sharding."""
-    return AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+def has_explicit_axes(*arrays: jax.Array | np.ndarray) -> bool:
+    """Whether the mesh, or that of an array, has axes of JAX's default type, under which a reshape asks for a
+    sharding."""
+    meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(array).sharding.mesh for array in arrays)]
+    return any(AxisType.Explicit in mesh.axis_types for mesh in meshes)
 
 
 def gpu() -> tuple[float, int] | str:
     """Compute capability and multiprocessors of the GPUs that are being traced for, or why they are not known."""
-    mesh = jax.sharding.get_abstract_mesh()
     here = [device for device in jax.devices() if device.platform == "gpu"]
     kinds = sorted({device.device_kind for device in here})
     if len({(device.device_kind, device.compute_capability, device.core_count) for device in here}) > 1:
         return f"the processes have different cards: {', '.join(kinds)}"
-    kind = jax.devices()[0].device_kind if mesh.empty else mesh.abstract_device.device_kind
+    kind = device_kind()
     if kind in kinds:
         return float(here[0].compute_capability), here[0].core_count
     for each in GPUS.values():  # of a program that is compiled for a card that is not here

@@ -63,6 +63,9 @@ def preferred(asked: str) -> str:
 def choose(layer: nnx.Module, sentences: int, num_words: int, *, training: bool) -> str:
     """The formulation that a layer runs: the one that was asked for, if platform and sizes allow it."""
     asked = preferred(layer.formulation)
+    if asked != "reference" and (foreign := layer.foreign_part()):
+        say_once(f"inner transformers are computed as reference, the equations in XLA: {foreign}")
+        return "reference"
     if asked == "pallas" and (obstacle := pallas_obstacle(sentences) or _size_obstacle(layer, num_words)):
         say_once(f"inner transformers are computed as feature_major: {obstacle}")
         asked = "feature_major"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from tnt_jax.models.formulations.devices import on_each_device, tpu
+from tnt_jax.models.formulations.devices import on_each_device, say_once, tpu
 from tnt_jax.models.formulations.inner import pallas_obstacle, preferred
 from tnt_jax.models.functions import NORM_EPSILON, split_key, survivors
 from tnt_jax.models.kernels.parameters import LayerParameters
@@ -40,10 +40,12 @@ def add_to_patches(
 
 
 def runs_kernel(layer: nnx.Module, shape: tuple[int, int, int], *, has_bias: bool, training: bool) -> bool:
-    """Whether a `TransformerLayer` runs its kernel for tokens of this shape. The fallback is silent: only speed
-    differs."""
+    """Whether a `TransformerLayer` runs its kernel for tokens of this shape."""
     attn, mlp = layer.attn, layer.mlp
-    if preferred(attn.formulation) != "pallas" or pallas_obstacle(shape[0]):
+    if preferred(getattr(attn, "formulation", "reference")) != "pallas" or pallas_obstacle(shape[0]):
+        return False
+    if foreign := layer.foreign_part():
+        say_once(f"a layer over sentences is computed by the equations in XLA: {foreign}")
         return False
     if has_bias or not attn.one_input or layer.se is not None or not layer.norms_each_token:
         return False

@@ -40,6 +40,8 @@ def runs_folded(layer: nnx.Module, sentences: int) -> bool:
     """Whether a WordsToSentence runs `folded`. The fallback is silent: the inner layer says the reason."""
     if layer.formulation != "cuda" or platform() != "gpu" or layer.norm_each_word or layer.norm2 is None:
         return False
+    if layer.foreign_part():
+        return False
     from tnt_jax.models.kernels.gpu import call
 
     sizes = row_sizes(layer)
@@ -54,10 +56,9 @@ def runs_kernel(layer: nnx.Module, sentences: int) -> bool:
     from tnt_jax.models.kernels.tpu import words_to_sentence
     from tnt_jax.models.kernels.tpu.tile import LANES
 
-    proj = layer.proj
-    obstacle = pallas_obstacle(sentences)
-    if not words_to_sentence.covers_projection(proj.in_features, proj.out_features):
-        obstacle = obstacle or f"the Pallas kernel takes widths in multiples of {LANES}"
+    obstacle = pallas_obstacle(sentences) or layer.foreign_part()
+    if not obstacle and not words_to_sentence.covers_projection(layer.proj.in_features, layer.proj.out_features):
+        obstacle = f"the Pallas kernel takes widths in multiples of {LANES}"
     if layer.norm_each_word or layer.norm2 is None:
         obstacle = obstacle or "the Pallas kernel normalises whole patches"
     if obstacle:

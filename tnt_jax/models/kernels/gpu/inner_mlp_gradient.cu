@@ -101,8 +101,8 @@ KERNEL inner_mlp_gradient(const pair *__restrict__ words, const float *__restric
                           const int *__restrict__ count, pair *__restrict__ out,
                           float *__restrict__ of_weights AFTER_ATTENTION) {
     int sentences = *count, first = blockIdx.x * WARPS + threadIdx.x / 32;
+    copy_to_shared(tiles, TILES);
     if (PARTS > 1) {
-        copy_to_shared(tiles, TILES);
 #pragma unroll 1
         for (int s = first; s < sentences; s += gridDim.x * WARPS) {
             Words x;
@@ -112,7 +112,7 @@ KERNEL inner_mlp_gradient(const pair *__restrict__ words, const float *__restric
     }
 #pragma unroll 1
     for (int part = 0; part < PARTS; part++) {
-        copy_to_shared(tiles, TILES);
+        if (part) copy_to_shared(tiles, TILES); /* the sums took its place */
         Sums sums = {};
 #pragma unroll 1
         for (int s = first; s < sentences; s += gridDim.x * WARPS)

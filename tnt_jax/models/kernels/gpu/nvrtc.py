@@ -33,6 +33,8 @@ def _library() -> ctypes.CDLL | None:
     names = [str(path) for path in sorted(found)] + [ctypes.util.find_library("nvrtc")]
     for name in filter(None, names):
         with contextlib.suppress(OSError):
+            for builtins in pathlib.Path(name).parent.glob("libnvrtc-builtins.so.*"):  # NVRTC 13.0 has no RPATH to it
+                ctypes.CDLL(str(builtins))
             return ctypes.CDLL(name)
     return None
 

@@ -285,7 +285,7 @@ def _over_images(name: str, kernel, epsilon: float, machine: Machine, tokens, ad
     results = [jax.ShapeDtypeStruct(result.shape, result.dtype) for result in results]
     sums = [] if gradient is None else [jax.ShapeDtypeStruct(value.shape, jnp.float32) for value in layer]
 
-    steps = Steps(pl.cdiv(batch, IMAGES), machine.cores)
+    steps = Steps.shared(pl.cdiv(batch, IMAGES), machine.cores)
     added_up = [jax.ShapeDtypeStruct((steps.cores, *each.shape), each.dtype) for each in sums]
 
     def of_step(array) -> pl.BlockSpec:

@@ -132,6 +132,11 @@ class Steps(NamedTuple):
     def grid(self) -> tuple[int, int]:
         return self.cores, pl.cdiv(self.count, self.cores)
 
+    @classmethod
+    def shared(cls, count: int, cores: int) -> "Steps":
+        """A core without a step would write a block that it never computed."""
+        return cls(count, min(cores, count))
+
     def of(self, core: Array, turn: Array) -> Array:
         """The step of a core's turn; one that has a step less stays at the last one."""
         return jnp.minimum(core * self.grid[1] + turn, self.count - 1)
@@ -203,7 +208,7 @@ def over_tiles(
         flops: of all sentences, for the compiler's account.
     """
     first = arrays[0]
-    steps = Steps(pl.cdiv(first.value.shape[first.axis], TILE), machine.cores)
+    steps = Steps.shared(pl.cdiv(first.value.shape[first.axis], TILE), machine.cores)
 
     def whole(value) -> pl.BlockSpec:
         return pl.BlockSpec(value.shape, lambda core, step: (0, 0))
