@@ -17,6 +17,7 @@ from tnt_jax.config import InputError
 from tnt_jax.storage.description import description_of
 from tnt_jax.storage.folder import model_parameters
 from tnt_jax.storage.load import open_model
+from tnt_jax.storage.torch.layouts import tensor_names
 from tnt_jax.storage.torch.read import read_file
 from tnt_jax.storage.torch.write import export
 
@@ -279,6 +280,23 @@ def test_every_variant_comes_back_from_every_layout_or_is_refused_when_written(k
 def test_layouts_refuse_modules_that_they_lack_by_name(tmp_path):
     with pytest.raises(InputError, match=r"timm has no place for blocks\.0\.outer\.se\."):
         export(small_model(squeeze_excitation=True), tmp_path / "a.safetensors", "timm")
+
+
+def test_a_parameter_at_the_top_that_a_layout_lacks_is_refused_by_name():
+    with pytest.raises(InputError, match="timm has no place for registers"):
+        tensor_names("registers", "timm")
+
+
+@pytest.mark.parametrize("name", ["tnt_ti_patch16_224", "ptnt_ti_patch16_192"])
+def test_squeeze_and_excitation_is_recognised_by_its_names(name, tmp_path):
+    tensors = state_dict("huawei", name, squeeze_excitation=True, num_classes=10)
+    torch.save(as_torch(tensors), tmp_path / "a.pth")
+    config = open_model(tmp_path / "a.pth").description.config
+    assert (config.squeeze_excitation, config.num_classes) == (True, 10)
+    tnt_jax.save_model(tnt_jax.load_model(tmp_path / "a.pth"), tmp_path / "model")
+    export(tnt_jax.load_model(tmp_path / "model"), tmp_path / "b.pth", "huawei")
+    for key, tensor in torch.load(tmp_path / "b.pth").items():
+        np.testing.assert_array_equal(tensor, tensors[key], err_msg=key)
 
 
 def test_what_we_write_is_what_torch_reads(tmp_path):

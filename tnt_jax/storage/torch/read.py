@@ -1,10 +1,11 @@
 """A PyTorch checkpoint to parameters of ours: what is in it, and whether all of it was understood."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -119,13 +120,17 @@ def _is_pyramid(names: Container[str]) -> bool:
 
 
 def recognise_config(
-    layout: str, shapes: Mapping[str, tuple[int, ...]], image_size: tuple[int, int] | None = None
+    layout: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    image_size: tuple[int, int] | None = None,
+    sizes: Mapping[str, Any] | None = None,
 ) -> ModelConfig:
     """The published model whose state dict this is, with its image size, channels and classes, from its shapes.
 
     Args:
         image_size: what the model is wanted for. A file does not say how many rows and columns its positions have: they
             are taken for a square, or if they cannot be one, for this.
+        sizes: the name of the published model, and sizes that differ from it; without any it is recognised.
 
     Raises:
         InputError: it has none of the published sizes.
@@ -144,8 +149,25 @@ def recognise_config(
     architecture = "pyramid" if pyramid else ARCHITECTURES[layout][0]
     if layout == "timm" and "blocks.0.norm2_proj.weight" not in shapes:
         architecture = "legacy"
-    outer_dim = shape("sentence_positions" if pyramid else "class_token", 3)[-1]
     sentences = shape("sentence_positions", 3)[1]
+    known = dict(sizes) if sizes and len(sizes) > 1 else {"name": _published_name(architecture, shape)}
+    with contextlib.suppress(InputError):  # timm and mmpretrain have no place for it
+        name = f"{'stages.0.' if pyramid else ''}blocks.0.outer.se.norm.scale"
+        known |= {"squeeze_excitation": True} if tensor_names(name, layout)[0] in shapes else {}
+    head = tensor_names("head.bias", layout)[0]
+    channels = shape("stem.common.conv.kernel" if pyramid else "word_embedding.conv.kernel", 4)[1]
+    patch_size = known.get("patch_size", VARIANTS[known["name"]].config.patch_size)
+    return model_config(
+        **known,
+        image_size=_image_size(sentences if pyramid else sentences - 1, patch_size, image_size),
+        in_channels=channels,
+        num_classes=shape("head.bias", 1)[0] if head in shapes else 0,
+    )
+
+
+def _published_name(architecture: str, shape: Callable[[str, int], tuple[int, ...]]) -> str:
+    """The published model of an architecture that has sentences of such a width."""
+    outer_dim = shape("sentence_positions" if architecture == "pyramid" else "class_token", 3)[-1]
     widths = {
         variant.config.name: np.atleast_1d(variant.config.outer_dim)[0]
         for variant in VARIANTS.values()
@@ -155,14 +177,7 @@ def recognise_config(
     if name is None:
         known = ", ".join(f"{width} ({name})" for name, width in widths.items())
         raise InputError(f"sentences of {outer_dim} channels are in no published model; known are {known}")
-    config = VARIANTS[name].config
-    head = tensor_names("head.bias", layout)[0]
-    return model_config(
-        name,
-        image_size=_image_size(sentences if pyramid else sentences - 1, config.patch_size, image_size),
-        in_channels=shape("stem.common.conv.kernel" if pyramid else "word_embedding.conv.kernel", 4)[1],
-        num_classes=shape("head.bias", 1)[0] if head in shapes else 0,
-    )
+    return name
 
 
 def _image_size(patches: int, patch_size: int, wanted: tuple[int, int] | None) -> tuple[int, int]:
