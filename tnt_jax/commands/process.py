@@ -11,6 +11,8 @@ import platform
 import sys
 from collections.abc import Iterator
 
+from tnt_jax.user_cache import UnsafeCacheError, cache_folder
+
 # <malloc.h> of glibc.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
@@ -43,8 +45,11 @@ def use_compilation_cache() -> None:
     import jax
 
     if not jax.config.jax_compilation_cache_dir:
-        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "tnt_jax", "compiled"))
+        try:
+            folder = cache_folder()
+        except (UnsafeCacheError, OSError):
+            return
+        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
     if jax.config.jax_compilation_cache_max_size < 0:
         jax.config.update("jax_compilation_cache_max_size", 4 * 2**30)  # bytes; JAX sets no limit
     _drop_half_entries(pathlib.Path(jax.config.jax_compilation_cache_dir))

@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from tnt_jax.config import InputError
-from tnt_jax.storage.files import write_text
+from tnt_jax.storage.files import first_line, write_text
 from tnt_jax.storage.packing import LEAST_ALONE, checksums, layout, pack
 from tnt_jax.storage.reading import (
     CHECKPOINTS,
@@ -27,7 +27,6 @@ from tnt_jax.storage.reading import (
     best_of,
     description_crc,
     files_file,
-    first_line,
     had_checkpoint,
     name_of,
     note_files,

@@ -17,7 +17,7 @@ import numpy as np
 from tnt_jax.config import InputError, ModelConfig
 from tnt_jax.models.variants import VARIANTS, Model
 from tnt_jax.storage.card import model_card
-from tnt_jax.storage.description import ModelDescription, write_description
+from tnt_jax.storage.description import DESCRIPTION, ModelDescription, write_description
 from tnt_jax.storage.files import write_whole
 from tnt_jax.storage.folder import check_destination, description_with, model_parameters
 from tnt_jax.storage.hub import push_folder
@@ -26,6 +26,9 @@ from tnt_jax.storage.torch.write import state_dict, write_safetensors
 
 TIMM = ("tnt_s_patch16_224", "tnt_b_patch16_224", "tnt_s_legacy_patch16_224")
 """timm's architectures."""
+FILES = (NAMES[0], CONFIG, DESCRIPTION, "README.md")
+"""What a published folder holds."""
+
 PROBLEM_TYPES = {"multi_label": "multi_label_classification", "regression": "regression"}
 """What transformers calls tasks other than one class, for which its pipeline takes a sigmoid, or nothing."""
 
@@ -62,7 +65,7 @@ def publish(
     Raises:
         InputError: the folder exists, the model is in no form that can come back, or it cannot be pushed.
     """
-    check_destination(folder, overwrite=overwrite)
+    check_destination(folder, overwrite=overwrite, names=FILES)
     description = description_with(model)
     arguments = timm_arguments(description.config)
     parameters = {name: np.asarray(value) for name, value in model_parameters(model).items()}

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 import orbax.checkpoint as ocp
 
 from tnt_jax.config import LOWER_IS_BETTER, InputError
-from tnt_jax.storage.files import write_text
+from tnt_jax.storage.files import first_line, write_text
 from tnt_jax.storage.packing import Layout, checksums, layout, packed_shapes, unpack
 
 CHECKPOINTS = "checkpoints"
@@ -74,7 +74,7 @@ def had_checkpoint(run_dir: str | os.PathLike) -> bool:
     """Whether a run has ever had a checkpoint, whatever has become of it."""
     run_dir = pathlib.Path(run_dir)
     folder = run_dir / CHECKPOINTS
-    left = [name for name in os.listdir(folder) if "tmp" not in name] if folder.is_dir() else []
+    left = [name for name in os.listdir(folder) if "tmp" not in name and name[0] != "."] if folder.is_dir() else []
     return bool(left) or (run_dir / LAST_CHECKPOINT).exists()
 
 
@@ -229,7 +229,3 @@ def quiet_orbax() -> None:
             others(unraisable)
 
     sys.unraisablehook = hook
-
-
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -8,7 +8,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 
@@ -25,13 +24,15 @@ from tnt_jax.storage.description import (
     describe,
     write_description,
 )
-from tnt_jax.storage.files import write_text
+from tnt_jax.storage.files import UNFINISHED, free_space, write_text
+from tnt_jax.storage.lock import HOLDER_FILE, LOCK_FILE
 from tnt_jax.storage.reading import steps_of
 
 CONFIG_FILE = "config.json"
 DATA_FILE = "data.json"
 STARTS_FILE = "starts.jsonl"
-LOCK_FILES = ("run.lock", "run.lock.json")
+LOCK_FILES = (LOCK_FILE, HOLDER_FILE)
+RUN_FILES = ("checkpoints", "metrics.jsonl", STARTS_FILE, "tensorboard")  # of which a run has some, a model none
 
 
 def read_config(run_dir: str | os.PathLike) -> TrainConfig:
@@ -51,9 +52,21 @@ def read_config(run_dir: str | os.PathLike) -> TrainConfig:
         raise InputError(f"{path} cannot be read as the configuration of a run: {error}") from error
 
 
-def is_run(path: str | os.PathLike) -> bool:
-    """Whether a training run lies in this folder."""
-    return (pathlib.Path(path) / CONFIG_FILE).is_file()
+def is_run(folder: str | os.PathLike) -> bool:
+    """Whether a training run, or something of one, lies in a folder. A hub repository has a `config.json` as well."""
+    folder = pathlib.Path(folder)
+    if any((folder / name).exists() for name in RUN_FILES):
+        return True
+    return (folder / CONFIG_FILE).is_file() and not is_hub_folder(folder)
+
+
+def is_hub_folder(folder: str | os.PathLike) -> bool:
+    """Whether a folder is a repository as timm's hub has it: its `config.json` names an architecture."""
+    try:
+        fields = json.loads((pathlib.Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(fields, dict) and "architecture" in fields
 
 
 def compare(config: TrainConfig, content: Mapping[str, str]) -> dict[str, list] | None:
@@ -109,7 +122,7 @@ def _is_unclaimed(folder: pathlib.Path) -> bool:
     left = {DESCRIPTION, DATA_FILE, STARTS_FILE, *LOCK_FILES}
     empty = (folder / CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).stat().st_size
     left |= {CONFIG_FILE} if empty else set()
-    return all(path.name in left or ".unfinished-" in path.name for path in folder.iterdir())
+    return all(path.name in left or UNFINISHED in path.name for path in folder.iterdir())
 
 
 def by_role(config, prefix: str = "") -> dict[str, tuple]:
@@ -179,12 +192,10 @@ def check_space(config: TrainConfig, state_bytes: int) -> None:
 
     These are the latest, the best, and the one that is being written.
     """
-    folder = pathlib.Path(config.run_dir)
-    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    missing = max(config.keep_checkpoints + 2 - len(steps_of(folder)), 1)
-    free, needed = shutil.disk_usage(place).free, missing * state_bytes
+    missing = max(config.keep_checkpoints + 2 - len(steps_of(config.run_dir)), 1)
+    free, needed = free_space(config.run_dir), missing * state_bytes
     if free < needed:
         raise InputError(
-            f"{place} has {free / 1e9:.2f} GB free, and the checkpoints to come need {needed / 1e9:.2f} GB: "
-            f"{missing} of {state_bytes / 1e9:.2f} GB. Make room, or take another --run-dir"
+            f"the disk of {config.run_dir} has {free / 1e9:.2f} GB free, and the checkpoints to come need "
+            f"{needed / 1e9:.2f} GB: {missing} of {state_bytes / 1e9:.2f} GB. Make room, or take another --run-dir"
         )

@@ -1,7 +1,6 @@
-"""Checkpoints as trainers leave them: wrapped, prefixed, averaged, sharded, under any name."""
+"""Checkpoints as trainers leave them: wrapped, prefixed, averaged, under any name."""
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -203,26 +202,6 @@ def test_a_strange_tensor_beside_the_network_is_named(raw, tmp_path):
     torch.save({"state_dict": under("model.", raw) | {"criterion.weight": torch.ones(3)}}, tmp_path / "a.pth")
     with pytest.raises(InputError, match=r"criterion\.weight \(3,\) is not in this model"):
         open_model(tmp_path / "a.pth")
-
-
-def test_an_index_of_shards_is_read_and_its_faults_are_named(raw, tmp_path):
-    names = list(raw)
-    index = tmp_path / "model.safetensors.index.json"
-    parts = {"model-1.safetensors": names[:40], "model-2.safetensors": names[40:]}
-    for file, part in parts.items():
-        safetensors.torch.save_file({name: raw[name] for name in part}, tmp_path / file)
-    places = {name: file for file, part in parts.items() for name in part}
-    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    np.testing.assert_array_equal(open_model(index).parameters["class_token"], raw["cls_token"])
-    assert open_model(tmp_path).layout == "timm"  # the folder of a downloaded repository
-    for change, message in (
-        ({"norm.bias": "../elsewhere"}, r"names '\.\./elsewhere', which is no file beside it"),
-        ({"norm.bias": "model-1.safetensors"}, r"model-1\.safetensors lacks norm\.bias"),
-        ({"norm.bias": "model-3.safetensors"}, r"there is no file .*model-3\.safetensors"),
-    ):
-        index.write_text(json.dumps({"weight_map": places | change}))
-        with pytest.raises(InputError, match=message):
-            open_model(index)
 
 
 @pytest.mark.parametrize("kind", ["mmengine", "mmcv"])
