@@ -251,7 +251,7 @@ def test_names_of_classes_from_a_file(text, expected, tmp_path):
 @pytest.mark.parametrize(
     ("feeding", "message"),
     [
-        ({"std": [0, 0, 0]}, "std is .*, and each should lie between above 0 and 1"),
+        ({"std": [0, 0, 0]}, "std is .*, and each should be above 0 and at most 1"),
         ({"mean": [127.5] * 3}, "pixels lie between 0 and 1, so divide it by 255"),
         ({"mean": [0.5, 0.5]}, "mean is .*, and should be one number for each of 3 channels"),
         ({"mean": [math.nan] * 3}, "mean is"),

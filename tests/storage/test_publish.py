@@ -186,7 +186,7 @@ def test_the_folder_is_a_model_wherever_one_is_taken(photo, tmp_path):
         ),
         (
             lambda config: config["pretrained_cfg"].update(std=[0.2, 0, 0.2]),
-            "std is .* should lie between above 0 and 1",
+            "std is .* should be above 0 and at most 1",
         ),
         (lambda config: config["pretrained_cfg"].update(mean=[127.5] * 3), "divide it by 255"),
         (lambda config: config["pretrained_cfg"].update(crop_mode="squash"), "crop_mode is squash"),

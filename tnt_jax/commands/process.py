@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import importlib.metadata
 import importlib.util
 import logging
@@ -68,6 +69,21 @@ def _drop_half_entries(folder: pathlib.Path) -> None:
         for program in folder.glob("*-cache"):
             if not program.with_name(program.name.removesuffix("cache") + "atime").exists():
                 program.unlink()
+
+
+@functools.cache
+def quiet_orbax() -> None:
+    """Keeps Orbax from printing pages, in threads and of what it left half read, on what becomes one message here."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    others = sys.unraisablehook
+
+    def hook(unraisable) -> None:
+        code = getattr(unraisable.object, "cr_code", None)
+        left = (code and "orbax" in code.co_filename) or str(unraisable.exc_value) == "Event loop is closed"
+        if not left:
+            others(unraisable)
+
+    sys.unraisablehook = hook
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Files and folders that appear when they are complete, or not at all."""
 
+import glob
 import os
 import shutil
 import tempfile
@@ -76,6 +77,14 @@ def check_space(path: str | os.PathLike, size: int) -> None:
     """Raises InputError if there is no room for as many bytes where a file or folder is to be."""
     if (free := free_space(path)) < size:
         raise InputError(f"{path} cannot be written: it takes {size:,} bytes, and {free:,} are free on the disk")
+
+
+def may_merge(folder: Path) -> bool:
+    """Whether Orbax may write what processes merge into one file: it looks for the parts with the path as a pattern.
+
+    Source: orbax/checkpoint/_src/serialization/ocdbt_utils.py, merge_ocdbt_per_process_files.
+    """
+    return not glob.has_magic(str(folder))
 
 
 def first_line(error: BaseException) -> str:

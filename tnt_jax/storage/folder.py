@@ -28,7 +28,7 @@ from tnt_jax.storage.description import (
     description_of,
     write_description,
 )
-from tnt_jax.storage.files import check_space, first_line, write_whole
+from tnt_jax.storage.files import check_space, first_line, may_merge, write_whole
 from tnt_jax.storage.run import is_run
 
 PARAMETERS = "parameters"
@@ -168,7 +168,8 @@ def save_parameters(
         write_description(folder, dataclasses.replace(description, checksums=tensor_checksums(arrays)))
         at_a_time = 2 * max(array.nbytes for array in arrays.values())
         try:
-            with ocp.Checkpointer(ocp.StandardCheckpointHandler(save_concurrent_gb=at_a_time / 1e9)) as checkpointer:
+            handler = ocp.StandardCheckpointHandler(save_concurrent_gb=at_a_time / 1e9, use_ocdbt=may_merge(folder))
+            with ocp.Checkpointer(handler) as checkpointer:
                 checkpointer.save(folder.absolute() / PARAMETERS, unflatten_dict(arrays, sep="."))
         except (ValueError, RuntimeError) as error:  # as which TensorStore raises what the system says
             raise InputError(f"{folder} cannot be written: {first_line(error)}") from error

@@ -25,8 +25,8 @@ from tnt_jax.storage.description import (
     write_description,
 )
 from tnt_jax.storage.files import UNFINISHED, free_space, write_text
-from tnt_jax.storage.lock import HOLDER_FILE, LOCK_FILE
-from tnt_jax.storage.reading import steps_of
+from tnt_jax.storage.lock import HOLDER_FILE, LOCK_FILE, RunningError
+from tnt_jax.storage.reading import readable, steps_of
 
 CONFIG_FILE = "config.json"
 DATA_FILE = "data.json"
@@ -43,12 +43,14 @@ def read_config(run_dir: str | os.PathLike) -> TrainConfig:
     """
     path = pathlib.Path(run_dir) / CONFIG_FILE
     try:
-        return from_json(json.loads(path.read_text()))
+        with readable(path):
+            text = path.read_text()
+        return from_json(json.loads(text))
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{run_dir} is not the folder of a run: it has no {CONFIG_FILE}") from None
     except InputError:
         raise
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as the configuration of a run: {error}") from error
 
 
@@ -83,6 +85,7 @@ def compare(config: TrainConfig, content: Mapping[str, str]) -> dict[str, list] 
 
     Raises:
         InputError: something else lies there, or a run of another identity; or it cannot be written.
+        UnreadableError: it cannot be read now.
     """
     folder = pathlib.Path(config.run_dir)
     try:
@@ -138,8 +141,9 @@ def by_role(config, prefix: str = "") -> dict[str, tuple]:
 
 def _content(folder: pathlib.Path) -> dict[str, str]:
     try:
-        return json.loads((folder / DATA_FILE).read_text())
-    except (OSError, ValueError):
+        with readable(folder):
+            return json.loads((folder / DATA_FILE).read_text())
+    except (FileNotFoundError, ValueError):
         return {}
 
 
@@ -159,8 +163,11 @@ def claim(
 
     Raises:
         InputError: it cannot be written.
+        RunningError: another start has claimed the folder since.
     """
     folder = pathlib.Path(config.run_dir)
+    if compare(config, content) != changed:  # between the two nobody held the lock
+        raise RunningError(f"{folder} was claimed by another start of the run meanwhile; start this one again")
     try:
         if changed is None:
             write_description(folder, _description(config, class_names, outputs))
