@@ -346,6 +346,14 @@ def test_what_is_written_has_the_mode_that_the_umask_gives(model, tmp_path):
         assert stat.S_IMODE(path.stat().st_mode) == (0o750 if path.is_dir() else 0o640), path
 
 
+@pytest.mark.parametrize("name", ["w[0]", "[2026]/w", "a*b/w", "lr=[1e-3]?"])
+def test_a_path_may_look_like_a_pattern(name, model, tmp_path):
+    saving.save_model(model, tmp_path / name)
+    shutil.move(tmp_path / name, tmp_path / "plain")
+    for folder in (tmp_path / "plain", shutil.copytree(tmp_path / "plain", tmp_path / "x[y]" / "copy")):
+        np.testing.assert_array_equal(tnt_jax.load_model(folder).head.kernel[...], model.head.kernel[...])
+
+
 def test_an_address_is_no_destination(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for destination in ("gs://bucket/model", "az://a/b"):
