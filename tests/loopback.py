@@ -110,10 +110,22 @@ class Files(Server):
         request.close_connection = True
 
 
+def rerouted(open_request, server):
+    """`open_request` of tnt_jax, by which every address is fetched from a server here that has /HOST/PATH of it."""
+
+    def opened(request):
+        if not request.full_url.startswith(server):
+            request.full_url = f"{server}/{request.full_url.partition('://')[2]}"
+        return open_request(request)
+
+    return opened
+
+
 class Hub(Server):
     """Repositories by name, each with its files; new ones are pushed with the token `hf_loopback`."""
 
     COMMIT = "c" * 40
+    REVISIONS = ("main", "v1", COMMIT)
 
     def __init__(self, repositories=()):
         super().__init__()
@@ -130,14 +142,18 @@ class Hub(Server):
         elif (found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/[^/]+)?", path)) and (
             found[1] in self.repositories
         ):
-            request.reply_json({"id": found[1], "modelId": found[1], "sha": self.COMMIT, "siblings": []})
+            revision = (found[2] or "/revision/main").rpartition("/")[2]
+            if revision in self.REVISIONS:
+                request.reply_json({"id": found[1], "modelId": found[1], "sha": self.COMMIT, "siblings": []})
+            else:
+                request.reply_json({"error": "Invalid rev"}, 404, X_Error_Code="RevisionNotFound")
         else:
             request.reply_json({"error": "no such thing"}, 404, X_Error_Code="RepoNotFound")
 
     def give(self, request, name, revision, file):
         if name not in self.repositories:
             request.reply_json({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
-        elif revision not in ("main", self.COMMIT, "v1"):
+        elif revision not in self.REVISIONS:
             request.reply_json({"error": "Invalid rev"}, 404, X_Error_Code="RevisionNotFound")
         elif file not in self.repositories[name]:
             request.reply(404, X_Error_Code="EntryNotFound", X_Repo_Commit=self.COMMIT)

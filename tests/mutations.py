@@ -34,7 +34,7 @@ def mutated(seed, files):
     rng = np.random.default_rng(seed)
     kind = list(files)[seed % len(files)]
     names = {
-        "zip": ("flip", "cut", "grow", "pickle", "bomb", "names", "cycle", "shape"),
+        "zip": ("flip", "cut", "grow", "pickle", "bomb", "names", "cycle", "shape", "shared", "deep", "long"),
         "legacy": ("flip", "cut", "grow", "pickle"),
     }
     what = rng.choice(names.get(kind, ("flip", "cut", "grow", "header")))
@@ -99,6 +99,37 @@ def _cycle(rng, content):
     return _archive(_entries(content) | {"archive/data.pkl": text})
 
 
+def _shared(rng, content):
+    """A tuple of the same tuple twice, and so on: a few hundred bytes that would be printed as 2**60 brackets."""
+    inner = pickle.EMPTY_TUPLE
+    for level in range(60):
+        inner += pickle.BINPUT + bytes([level]) + pickle.BINGET + bytes([level]) + pickle.TUPLE2
+    return _instead_of_a_tensor(rng, content, inner)
+
+
+def _deep(rng, content):
+    return _instead_of_a_tensor(rng, content, pickle.EMPTY_TUPLE + pickle.TUPLE1 * int(rng.integers(1, 200_000)))
+
+
+def _long(rng, content):
+    """An integer of thousands of digits, as a key or as a value."""
+    number = pickle.LONG4 + struct.pack("<I", 3000) + b"\x7f" * 3000
+    if rng.random() < 0.5:
+        return _archive({"archive/data.pkl": b"\x80\x02}" + number + b"}s."})
+    return _instead_of_a_tensor(rng, content, number)
+
+
+def _instead_of_a_tensor(rng, content, value):
+    """A state dict whose only tensor is a value, or is made of it by a function."""
+    name = "blocks.0.attn_out.qk.weight"
+    if rng.random() < 0.5:
+        made = pickle.GLOBAL + b"torch._tensor\n_rebuild_from_type_v2\n"
+        value = made + value + pickle.NONE * 2 + pickle.TUPLE3 + pickle.REDUCE
+    key = pickle.BINUNICODE + struct.pack("<I", len(name)) + name.encode()
+    text = b"\x80\x02" + pickle.EMPTY_DICT + key + value + pickle.SETITEM + pickle.STOP
+    return _archive(_entries(content) | {"archive/data.pkl": text})
+
+
 def _shape(rng, content):
     """A tensor that says it is much larger than it is."""
     entries = _entries(content)
@@ -131,6 +162,9 @@ _MUTATIONS = {
     "names": _names,
     "cycle": _cycle,
     "shape": _shape,
+    "shared": _shared,
+    "deep": _deep,
+    "long": _long,
     "header": _header,
 }
 

@@ -4,10 +4,12 @@ import ctypes
 import os
 import pathlib
 import stat
+import subprocess
+import sys
 
 import pytest
 
-from tnt_jax import c_compiler
+from tnt_jax import c_compiler, user_cache
 
 
 @pytest.fixture
@@ -110,7 +112,7 @@ def test_what_others_could_have_written_is_not_loaded(source, compilations, monk
     assert compilations() == 2
     assert stat.S_IMODE(cached(source)[0].stat().st_mode) == 0o700
     user = os.getuid()
-    monkeypatch.setattr(c_compiler.os, "getuid", lambda: user + 1)
+    monkeypatch.setattr(user_cache.os, "getuid", lambda: user + 1)
     assert load(source).answer() == 42
     assert compilations() == 3
     assert "answer.c is compiled for this process alone" in caplog.text
@@ -136,3 +138,25 @@ def test_what_does_not_compile_is_said_with_the_compilers_words(source, caplog):
     assert load(source) is None
     assert "forty_two" in caplog.text
     assert cached(source) == []
+
+
+def test_a_user_without_a_home_has_a_cache_of_its_own_and_it_is_said(tmp_path):
+    """As a container has it: a number that passwd does not know, and no HOME."""
+    code = (
+        "import logging, sys; logging.basicConfig(); from tnt_jax.user_cache import cache_folder; print(cache_folder())"
+    )
+    code = "import pwd; pwd.getpwuid = lambda _: (_ for _ in ()).throw(KeyError()); " + code
+    variables = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}
+    paths = os.pathsep.join(path for path in sys.path if path)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=variables | {"TMPDIR": str(tmp_path), "PYTHONPATH": paths},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    folder = tmp_path / f"tnt_jax-{os.getuid()}"
+    assert done.stdout.strip() == str(folder), done.stderr
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert done.stderr.count("this user has no home folder") == 1
+    assert list(tmp_path.iterdir()) == [folder]

@@ -11,13 +11,14 @@ import published
 import pytest
 import safetensors.torch
 import torch
-from loopback import Files, Hub
+from loopback import Files, Hub, rerouted
 from others import timm
 from PIL import Image
 from state_dicts import as_torch
 
 import tnt_jax
 from tnt_jax.data.classes import imagenet_names
+from tnt_jax.storage import download
 from tnt_jax.storage.publish import publish
 
 HUAWEI = "/github.com/huawei-noah/Efficient-AI-Backbones/releases/download/tnt/tnt_s_81.5.pth.tar"
@@ -91,7 +92,7 @@ def world(here, tmp_path_factory):
         }.items():
             patch.setattr(huggingface_hub.constants, name, value)
         patch.setenv("XDG_CACHE_HOME", str(cache))
-        patch.setenv("TNT_JAX_MIRROR", files.address)
+        patch.setattr(download, "open_request", rerouted(download.open_request, files.address))
         patch.setenv("HF_TOKEN", "hf_loopback")
         patch.chdir(here)
         yield hub

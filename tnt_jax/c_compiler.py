@@ -1,4 +1,4 @@
-"""C, compiled once on the machine that it runs on, when it is first needed, into `~/.cache/tnt_jax`.
+"""C, compiled once on the machine that it runs on, when it is first needed, into the user's cache.
 
 A compiled library is code that this process will run, so what lies in the cache is loaded only if nobody else can have
 written it, and only if it is whole: its name has the checksum of its content.
@@ -13,14 +13,13 @@ import os
 import pathlib
 import platform
 import shlex
-import stat
 import subprocess
 import tempfile
 from collections.abc import Sequence
 
-log = logging.getLogger(__name__)
+from tnt_jax.user_cache import UnsafeCacheError, cache_folder, ours_alone
 
-OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+log = logging.getLogger(__name__)
 
 # Lines of /proc/cpuinfo that say what a processor can do: of x86, of ARM, of RISC-V and of POWER.
 PROCESSOR_LINES = (
@@ -28,10 +27,6 @@ PROCESSOR_LINES = (
     "Features", "CPU implementer", "CPU architecture", "CPU variant", "CPU part", "CPU revision",
     "isa", "uarch", "cpu",
 )  # fmt: skip
-
-
-class UnsafeCacheError(RuntimeError):
-    """The folder of the cache belongs to another user."""
 
 
 @functools.cache
@@ -77,26 +72,6 @@ def _from_cache(source: pathlib.Path, flags: Sequence[str], folder: pathlib.Path
                 return ctypes.CDLL(str(path))
         path.unlink(missing_ok=True)
     return ctypes.CDLL(str(_compiled(source, flags, folder, name)))
-
-
-def cache_folder() -> pathlib.Path:
-    """The folder of the cache, made if need be, which only this user can write."""
-    folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tnt_jax"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not _is_ours(folder):
-        raise UnsafeCacheError(f"{folder} belongs to user {folder.stat().st_uid}, not to user {os.getuid()}")
-    if not ours_alone(folder):
-        folder.chmod(stat.S_IMODE(folder.stat().st_mode) & ~OTHERS_WRITE)
-    return folder
-
-
-def _is_ours(path: pathlib.Path) -> bool:
-    return not hasattr(os, "getuid") or path.stat().st_uid == os.getuid()
-
-
-def ours_alone(path: pathlib.Path) -> bool:
-    """Whether no other user but root can have written a file or folder."""
-    return _is_ours(path) and not path.stat().st_mode & OTHERS_WRITE
 
 
 def checksum(path: pathlib.Path) -> str:

@@ -217,3 +217,18 @@ def test_what_a_batch_costs_to_order_does_not_grow_with_its_square():
         seconds[batch_size] = time.process_time() - began
     assert seconds[16384] < 3 * 16 * seconds[1024]
     assert seconds[16384] < 1
+
+
+def test_a_worker_runs_no_code_of_the_current_folder(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "mmap.py").write_text("raise SystemExit('code of the current folder')\n")
+    (tmp_path / "run.py").write_text(SCRIPT % (1, "batches.close()"))
+    done = subprocess.run(
+        [sys.executable, tmp_path / "run.py"],
+        cwd=tmp_path / "photos",
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "running\n", "")

@@ -1,6 +1,7 @@
 """What a checkpoint gives back, on which devices, and that no damage goes unseen."""
 
 import contextlib
+import errno
 import os
 import pathlib
 import random
@@ -17,7 +18,7 @@ from jax.sharding import SingleDeviceSharding
 
 from tnt_jax.config import InputError
 from tnt_jax.storage import packing, reading
-from tnt_jax.storage.checkpoint import Checkpoints, NonFiniteError
+from tnt_jax.storage.checkpoint import Checkpoints, NonFiniteError, WriteError
 from tnt_jax.storage.packing import LEAST_ALONE, pack
 from tnt_jax.storage.reading import DamagedError, LayoutError, UnreadableError, best_of, restore, scores_of, steps_of
 from tnt_jax.training.mesh import make_mesh, shardings_of
@@ -108,6 +109,72 @@ def test_latest_and_best_are_kept_and_their_scores(tmp_path):
     with contextlib.closing(Checkpoints(tmp_path, keep=1)) as checkpoints:
         checkpoints.save(6, saved_trees(state_of(6)))
     assert steps_of(tmp_path) == [2, 6]
+
+
+@pytest.mark.parametrize("name", ["lr=[1e-3]", "[2026]/run", "a*?"])
+def test_the_path_of_a_run_may_look_like_a_pattern(name, saved, tmp_path):
+    _, states = saved
+    wanted = {"params": on_one_device(states[2].params)}
+    with contextlib.closing(Checkpoints(tmp_path / name, keep=2)) as checkpoints:
+        checkpoints.save(1, saved_trees(states[1]))
+        checkpoints.save(2, saved_trees(states[2]))
+    assert_equal(restore(tmp_path / name, 2, wanted)["params"], states[2].params)
+    shutil.move(tmp_path / name, tmp_path / "plain")
+    with contextlib.closing(Checkpoints(tmp_path / "plain", keep=2)) as checkpoints:
+        assert_equal(checkpoints.restore_latest(wanted)[1]["params"], states[2].params)
+        checkpoints.save(3, saved_trees(states[1]))
+    assert_equal(restore(tmp_path / "plain", 3, wanted)["params"], states[1].params)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_checksum_sees_numbers_that_are_exchanged(seed):
+    numbers = np.random.default_rng(seed).normal(size=(32, 8)).astype(np.float32)
+    exchanged = numbers.copy()
+    exchanged[3, 1], exchanged[20, 5] = numbers[20, 5], numbers[3, 1]
+    reordered, expected = numbers[::-1].copy(), packing.checksums({"a": jnp.asarray(numbers)})
+    assert packing.checksums({"a": jnp.asarray(exchanged)}) != expected
+    assert packing.checksums({"a": jnp.asarray(reordered)}) != expected
+    assert packing.checksums({"a": jnp.asarray(numbers.copy())}) == expected
+
+
+@pytest.mark.parametrize("place", ["listing", "scores"])
+def test_a_stutter_of_the_disk_anywhere_in_reading_is_another_try(place, saved, tmp_path, monkeypatch):
+    folder, _ = saved
+
+    def stale(*_, **__):
+        raise OSError(116, "Stale file handle")
+
+    if place == "listing":
+        monkeypatch.setattr(reading.os, "listdir", stale)
+    else:
+        monkeypatch.setattr(pathlib.Path, "read_text", stale)
+    reads = {"listing": (steps_of, reading.had_checkpoint), "scores": (scores_of, Checkpoints)}
+    for read in reads[place]:
+        with pytest.raises(UnreadableError, match=r"cannot be read now .*Stale file handle") as raised:
+            read(folder)
+        assert raised.value.exit_code == 75
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 1),
+        (ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device"), 1),
+        (PermissionError(errno.EACCES, "Permission denied"), 1),
+        (OSError(errno.EROFS, "Read-only file system"), 1),
+        (OSError(errno.ESTALE, "Stale file handle"), 75),
+        (ValueError("UNAVAILABLE: connection reset"), 75),
+    ],
+)
+def test_what_cannot_be_written_is_tried_again_unless_it_would_come_again(error, code, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "save", fail)
+        with pytest.raises(WriteError) as raised:
+            checkpoints.save(1, saved_trees(state_of(1)))
+    assert raised.value.exit_code == code
 
 
 def changed(states):

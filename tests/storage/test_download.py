@@ -2,6 +2,7 @@
 
 import hashlib
 import multiprocessing
+import urllib.request
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from loopback import Files
 
 from tnt_jax.config import InputError
 from tnt_jax.storage import cache, download
+from tnt_jax.user_cache import cache_path, process_folder
 
 CONTENT = np.random.default_rng(0).bytes(3_000_000)
 DIGITS = hashlib.sha256(CONTENT).hexdigest()[:8]
@@ -18,12 +20,11 @@ PATH = f"/models/tnt-{DIGITS}.pth"
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for name in ("HF_HUB_OFFLINE", "TNT_JAX_MIRROR"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
 
 
 def files_in_cache():
-    return sorted(path.name for path in cache.cache_root().rglob("*") if path.is_file() and path.name != ".lock")
+    return sorted(path.name for path in cache_path().rglob("*") if path.is_file() and path.name != ".lock")
 
 
 def test_a_file_is_fetched_once_and_kept():
@@ -44,7 +45,7 @@ def test_what_broke_off_goes_on_where_it_was():
 def test_another_process_goes_on_where_one_ended(monkeypatch):
     monkeypatch.setattr(download, "TRIES", 1)
     with Files({PATH: CONTENT}, breaks=[1_000_000, 0]) as server:
-        with pytest.raises(InputError, match=r"cannot be reached \(it broke off after 1,000,000 of 3,000,000 bytes"):
+        with pytest.raises(InputError, match=r"cannot be fetched: it broke off after 1,000,000 of 3,000,000 bytes"):
             download.download(server.address + PATH)
         assert [kept.kind for kept in cache.kept()] == ["unfinished"]
         assert download.download(server.address + PATH).read_bytes() == CONTENT
@@ -54,7 +55,7 @@ def test_another_process_goes_on_where_one_ended(monkeypatch):
 def test_a_server_that_falls_silent_is_given_up(monkeypatch):
     monkeypatch.setattr(download, "TIMEOUT", 0.2)
     monkeypatch.setattr(download, "TRIES", 2)
-    with Files({PATH: CONTENT}, pause=3) as server, pytest.raises(InputError, match=r"cannot be reached \(.*timed out"):
+    with Files({PATH: CONTENT}, pause=3) as server, pytest.raises(InputError, match=r"cannot be fetched: .*timed out"):
         download.download(server.address + PATH)
 
 
@@ -82,12 +83,20 @@ def test_a_redirect_is_followed():
         assert download.download(server.address + PATH).read_bytes() == CONTENT
 
 
-def test_a_wrong_hash_names_both_and_leaves_nothing():
+def test_a_wrong_hash_names_both_and_leaves_nothing(monkeypatch):
+    monkeypatch.setattr(download, "HASHED_HOSTS", ("127.0.0.1",))
     with Files({PATH: CONTENT[:-1] + b"x"}) as server:
         wrong = hashlib.sha256(CONTENT[:-1] + b"x").hexdigest()[:8]
-        with pytest.raises(InputError, match=f"begins with {wrong}, and should with {DIGITS}"):
+        with pytest.raises(InputError, match=f"should begin with {DIGITS}, as its name says, and begins with {wrong}"):
             download.download(server.address + PATH)
     assert files_in_cache() == []
+
+
+def test_digits_in_a_name_are_a_hash_only_where_that_is_the_custom():
+    path = "/tnt_s-20240131.safetensors"
+    with Files({path: CONTENT}) as server:
+        assert download.download(server.address + path).read_bytes() == CONTENT
+    assert "download.openmmlab.com" in download.HASHED_HOSTS
 
 
 @pytest.mark.parametrize(
@@ -104,27 +113,64 @@ def test_what_is_no_file_is_said(served, message):
     assert files_in_cache() == []
 
 
-def test_a_mirror_is_asked_first_and_the_address_itself_next(monkeypatch):
-    with Files({PATH: CONTENT}) as server, Files() as mirror:
-        address, place = server.address + PATH, server.address.partition("://")[2] + PATH
-        monkeypatch.setenv("TNT_JAX_MIRROR", mirror.address + "/all/")
-        assert download.download(address).read_bytes() == CONTENT
-        assert mirror.requests[0][1] == f"/all/{place}"
-        cache.clear()
-        mirror.files[f"/all/{place}"] = CONTENT
-        assert download.download(address).read_bytes() == CONTENT
-    assert len(server.requests) == 1
+@pytest.mark.parametrize("code", [408, 429, 503])
+def test_a_server_that_is_busy_is_asked_again_when_it_says(code, monkeypatch):
+    waited = []
+    monkeypatch.setattr(download.time, "sleep", waited.append)
+    with Files({PATH: CONTENT}) as server:
+        serve, answers = server.serve, iter([lambda request: request.reply(code, Retry_After="7")])
+        server.serve = lambda request: next(answers, serve)(request)
+        assert download.download(server.address + PATH).read_bytes() == CONTENT
+    assert [seconds for seconds in waited if seconds] == [7.0]  # the server sleeps as well, for no time
 
 
-def test_offline_says_what_there_is_and_the_command_for_elsewhere(monkeypatch):
+@pytest.mark.parametrize(
+    ("given", "asked"), [("/é/a b.pth", "/%C3%A9/a%20b.pth"), ("/%C3%A9/a%20b.pth", "/%C3%A9/a%20b.pth")]
+)
+def test_letters_of_every_kind_are_asked_for_as_a_server_has_them(given, asked):
+    with Files({asked: CONTENT}) as server:
+        path = download.download(server.address + given)
+    assert (path.name, path.read_bytes()) == ("a b.pth", CONTENT)
+
+
+@pytest.mark.parametrize("address", ["https://", "https://host/a%00.pth", "https://me:secret@host/a", "https://[/a"])
+def test_what_is_no_address_is_refused(address):
+    with pytest.raises(InputError, match="is no address that is fetched") as error:
+        download.download(address)
+    assert "secret" not in str(error.value)
+
+
+def test_https_is_not_left_by_a_redirect():
+    follow = download._Redirects().redirect_request
+    secure, plain = (urllib.request.Request(f"{scheme}://host/a") for scheme in ("https", "http"))
+    for request, to in ((secure, "http://host/b"), (secure, "ftp://host/b"), (plain, "ftp://host/b")):
+        with pytest.raises(InputError, match="which is not https"):
+            follow(request, None, 302, "Found", {}, to)
+    for request, to in ((secure, "https://other/b"), (plain, "http://other/b"), (plain, "https://other/b")):
+        assert follow(request, None, 302, "Found", {}, to).full_url == to
+
+
+def test_what_is_secret_in_an_address_is_sent_and_goes_nowhere_else(tmp_path, capsys):
+    path = "/tnt.pth?X-Signature=SECRET"
+    with Files({path: CONTENT}) as server:
+        download.download(server.address + path + "#SECRET")
+        with pytest.raises(InputError) as error:
+            download.download(server.address + "/other.pth?token=SECRET")
+    told = str(error.value) + capsys.readouterr().err + str([kept.name for kept in cache.kept()])
+    told += "".join(f"{path} {path.read_bytes()}" for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    assert "SECRET" not in told
+    assert f"{server.address}/tnt.pth" in told
+
+
+def test_offline_says_so_and_the_command_for_elsewhere(monkeypatch):
     with Files({PATH: CONTENT}) as server:
         download.download(server.address + PATH)
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         assert download.download(server.address + PATH).read_bytes() == CONTENT
         with pytest.raises(InputError) as error:
             download.download(server.address + "/other.pth")
-    assert f"HF_HUB_OFFLINE is set, so nothing is fetched. In {cache.cache_root()}" in str(error.value)
-    assert f"there are {server.address}{PATH}" in str(error.value)
+    assert "HF_HUB_OFFLINE is set, so nothing is fetched" in str(error.value)
+    assert str(error.value).count(server.address) == 2
     assert f"curl -LO {server.address}/other.pth" in str(error.value)
 
 
@@ -134,8 +180,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_does_without(tmp_path, capsy
         path = download.download(server.address + PATH)
     assert path.read_bytes() == CONTENT
     assert "cannot be written" in capsys.readouterr().err
-    cache.forget_temporary(path)
-    assert not path.parent.exists()
+    assert process_folder() in path.parents
 
 
 def test_a_full_disk_leaves_nothing(monkeypatch):
@@ -177,8 +222,3 @@ def test_what_is_cleared_is_gone():
             cache.clear("nothing")
     assert len(cache.clear()) == 1
     assert cache.kept() == []
-
-
-def test_what_is_no_address_is_refused():
-    with pytest.raises(InputError, match="is no address"):
-        download.download("https://")

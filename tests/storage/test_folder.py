@@ -1,7 +1,9 @@
 import dataclasses
 import json
 import math
+import os
 import shutil
+import stat
 from pathlib import Path
 
 import jax
@@ -17,6 +19,9 @@ from tnt_jax.data.classes import read_class_names
 from tnt_jax.models.variants import create_model
 from tnt_jax.storage import description as described
 from tnt_jax.storage import folder as saving
+from tnt_jax.storage.files import write_whole
+from tnt_jax.storage.publish import publish
+from tnt_jax.storage.torch.write import export
 
 NAMES = ("ant", "bee", "cat")
 SMALL = {"depth": 1, "inner_dim": 4, "inner_heads": 2, "outer_dim": 12, "outer_heads": 3}
@@ -34,7 +39,7 @@ def folder(model, tmp_path):
 
 
 def test_a_saved_model_comes_back_bit_for_bit_with_its_description(model, folder):
-    loaded = saving.load_folder(folder)
+    loaded = tnt_jax.load_model(folder)
     before, after = saving.model_parameters(model), saving.model_parameters(loaded)
     assert before.keys() == after.keys()
     for path in before:
@@ -49,7 +54,7 @@ def test_a_saved_model_comes_back_bit_for_bit_with_its_description(model, folder
 def test_a_bfloat16_model_of_grey_images_comes_back(tmp_path):
     model = small_model(in_channels=1, param_dtype="bfloat16")
     saving.save_model(model, tmp_path / "model")
-    loaded = saving.load_folder(tmp_path / "model")
+    loaded = tnt_jax.load_model(tmp_path / "model")
     assert loaded.head.kernel[...].dtype == jnp.bfloat16
     np.testing.assert_array_equal(loaded.head.kernel[...], model.head.kernel[...])
     assert described.description_of(loaded).preprocessing.mean == (0.5,)
@@ -65,8 +70,8 @@ def test_a_model_is_computed_in_the_dtype_that_is_asked_for(folder):
 
 
 def test_saving_a_loaded_model_keeps_its_class_names(folder, tmp_path):
-    saving.save_model(saving.load_folder(folder), tmp_path / "again")
-    assert saving.read_description(tmp_path / "again").class_names == NAMES
+    saving.save_model(tnt_jax.load_model(folder), tmp_path / "again")
+    assert described.read_description(tmp_path / "again").class_names == NAMES
 
 
 def test_a_flipped_bit_is_found_and_its_parameter_named(folder):
@@ -77,18 +82,18 @@ def test_a_flipped_bit_is_found_and_its_parameter_named(folder):
     description["checksums"][name] = "00000000"
     (folder / "model.json").write_text(json.dumps(description))
     with pytest.raises(InputError, match=rf"parameters is damaged: the checksum is wrong of {name}$"):
-        saving.load_folder(folder)
+        tnt_jax.load_model(folder)
     damaged[len(damaged) // 2] ^= 1
     largest.write_bytes(damaged)
     with pytest.raises(InputError, match=r"is damaged|cannot be read"):
-        saving.load_folder(folder)
+        tnt_jax.load_model(folder)
 
 
 def test_a_truncated_file_is_an_input_error(folder):
     largest = max((folder / "parameters").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
     largest.write_bytes(largest.read_bytes()[:100])
     with pytest.raises(InputError, match="cannot be read"):
-        saving.load_folder(folder)
+        tnt_jax.load_model(folder)
 
 
 @pytest.mark.parametrize(
@@ -106,12 +111,10 @@ def test_a_wrong_description_is_an_input_error(folder, change, message):
     change(fields)
     (folder / "model.json").write_text(json.dumps(fields))
     with pytest.raises(InputError, match=message):
-        saving.load_folder(folder)
+        tnt_jax.load_model(folder)
 
 
 def test_what_is_no_model_is_not_loaded_and_not_overwritten(model, folder, tmp_path):
-    with pytest.raises(InputError, match=r"nowhere is not a model: it has no model\.json"):
-        saving.load_folder(tmp_path / "nowhere")
     with pytest.raises(InputError, match="model exists"):
         saving.save_model(model, folder)
     saving.save_model(model, folder, overwrite=True)
@@ -140,14 +143,14 @@ def test_as_many_class_names_as_classes(model, tmp_path):
 def test_a_description_without_parameters_is_written_and_read_alone(model, tmp_path):
     preprocessing = described.Preprocessing((32, 32), 1.0, (0.1,) * 3, (0.3,) * 3)
     description = described.describe(model.config, class_names=NAMES, preprocessing=preprocessing)
-    saving.write_description(tmp_path, description)
-    assert saving.read_description(tmp_path) == dataclasses.replace(description)
+    described.write_description(tmp_path, description)
+    assert described.read_description(tmp_path) == dataclasses.replace(description)
 
 
 def again(model, folder, **options):
     """Saved and loaded."""
     saving.save_model(model, folder, **options)
-    return saving.load_folder(folder)
+    return tnt_jax.load_model(folder)
 
 
 def test_parameters_that_were_cast_come_back_as_they_are(tmp_path):
@@ -167,7 +170,7 @@ def test_numpys_numbers_in_a_configuration_come_back_as_pythons(tmp_path):
 
 
 def test_another_head_is_saved_with_its_own_classes(folder, tmp_path):
-    model = saving.load_folder(folder)
+    model = tnt_jax.load_model(folder)
     model.head = nnx.Linear(12, 7, rngs=nnx.Rngs(0))
     assert described.description_of(model).class_names is None
     assert again(model, tmp_path / "nameless").config.num_classes == 7
@@ -248,7 +251,7 @@ def test_names_of_classes_from_a_file(text, expected, tmp_path):
 @pytest.mark.parametrize(
     ("feeding", "message"),
     [
-        ({"std": [0, 0, 0]}, "std is .*, and each should lie between above 0 and 1"),
+        ({"std": [0, 0, 0]}, "std is .*, and each should be above 0 and at most 1"),
         ({"mean": [127.5] * 3}, "pixels lie between 0 and 1, so divide it by 255"),
         ({"mean": [0.5, 0.5]}, "mean is .*, and should be one number for each of 3 channels"),
         ({"mean": [math.nan] * 3}, "mean is"),
@@ -264,7 +267,7 @@ def test_preprocessing_that_cannot_be_is_refused_on_writing_and_on_reading(feedi
     fields["preprocessing"] |= feeding
     (folder / "model.json").write_text(json.dumps(fields))
     with pytest.raises(InputError, match=rf"model\.json: .*{message}"):
-        saving.load_folder(folder)
+        tnt_jax.load_model(folder)
 
 
 def test_what_json_cannot_hold_is_refused_and_numpys_numbers_are_taken(model, tmp_path):
@@ -284,19 +287,93 @@ def test_a_run_is_never_overwritten(of_run, folder, model):
 
 
 def test_the_old_model_stays_where_the_new_one_cannot_take_its_place(folder, model, monkeypatch):
-    before = saving.read_description(folder)
-    rename = Path.rename
+    before = described.read_description(folder)
+    replace = Path.replace
 
     def fail(path, target):
-        if "unfinished" in path.name:
+        if "unfinished" in str(path):
             raise OSError(5, "Input/output error")
-        return rename(path, target)
+        return replace(path, target)
 
-    monkeypatch.setattr(Path, "rename", fail)
+    monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(InputError, match="cannot be written"):
         saving.save_model(model, folder, overwrite=True, class_names=("x", "y", "z"))
-    assert saving.read_description(folder) == before
+    assert described.read_description(folder) == before
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_overwriting_touches_nothing_that_is_not_ours(model, folder, tmp_path):
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"model also holds notes\.txt, which would be lost"):
+        saving.save_model(model, folder, overwrite=True)
+    assert (folder / "notes.txt").read_text() == "mine"
+    (folder / "notes.txt").unlink()
+    (tmp_path / "link").symlink_to(folder)
+    saving.save_model(model, tmp_path / "link", overwrite=True, class_names=("x", "y", "z"))
+    assert (tmp_path / "link").is_symlink()
+    assert described.read_description(folder).class_names == ("x", "y", "z")
+
+
+def test_two_writers_of_one_number_do_not_meet_and_a_link_laid_there_is_not_followed(tmp_path, monkeypatch):
+    """In containers on one disk every process has the number 1."""
+    monkeypatch.setattr("os.getpid", lambda: 1)
+
+    def first(path):
+        path.mkdir()
+        (path / "one").write_text("first")
+        write_whole(tmp_path / "shared", second)
+        (path / "two").write_text("first")
+
+    def second(path):
+        path.mkdir()
+        (path / "one").write_text("second")
+
+    write_whole(tmp_path / "shared", first)
+    assert sorted(path.name for path in (tmp_path / "shared").iterdir()) == ["one", "two"]
+    assert [path.name for path in tmp_path.iterdir()] == ["shared"]
+
+
+def test_what_is_written_has_the_mode_that_the_umask_gives(model, tmp_path):
+    before = os.umask(0o027)
+    try:
+        saving.save_model(model, tmp_path / "model")
+        publish(model, tmp_path / "hub")
+        export(model, tmp_path / "a.safetensors", "timm")
+        export(model, tmp_path / "a.pth", "timm")
+    finally:
+        os.umask(before)
+    for path in tmp_path.rglob("*"):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o750 if path.is_dir() else 0o640), path
+
+
+@pytest.mark.parametrize("name", ["w[0]", "[2026]/w", "a*b/w", "lr=[1e-3]?"])
+def test_a_path_may_look_like_a_pattern(name, model, tmp_path):
+    saving.save_model(model, tmp_path / name)
+    shutil.move(tmp_path / name, tmp_path / "plain")
+    for folder in (tmp_path / "plain", shutil.copytree(tmp_path / "plain", tmp_path / "x[y]" / "copy")):
+        np.testing.assert_array_equal(tnt_jax.load_model(folder).head.kernel[...], model.head.kernel[...])
+
+
+def test_an_address_is_no_destination(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for destination in ("gs://bucket/model", "az://a/b"):
+        with pytest.raises(InputError, match="is an address, and what is written lies on a disk"):
+            saving.save_model(model, destination)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_raw_weights_are_asked_of_what_has_two_alone(folder):
+    with pytest.raises(InputError, match=r"raw weights were asked for, and .* is a model folder"):
+        tnt_jax.load_model(folder, weights="raw")
+
+
+def test_an_error_without_a_text_is_a_message_too(folder, monkeypatch):
+    def fail(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(saving.ocp.Checkpointer, "restore", fail)
+    with pytest.raises(InputError, match="cannot be read: MemoryError"):
+        tnt_jax.load_model(folder)
 
 
 def test_a_full_disk_is_one_message_and_leaves_nothing(model, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import time
 
 import numpy as np
@@ -24,12 +25,9 @@ def tensors():
 
 @pytest.fixture
 def filled(hub, tensors):
-    """`me/new` in safetensors with a configuration, `me/old` of torch.save, `me/shards`, `me/empty`, `me/other`."""
+    """`me/new` in safetensors with a configuration, `me/old` of torch.save, `me/empty`, `me/other`."""
     pickled = io.BytesIO()
     torch.save(as_torch(tensors), pickled)
-    names = list(tensors)
-    halves = {"a.safetensors": names[:50], "b.safetensors": names[50:]}
-    index = {"weight_map": {name: file for file, part in halves.items() for name in part}}
     feeding = {"mean": [0.1] * 3, "std": [0.2] * 3, "crop_pct": 0.8, "interpolation": "bilinear"}
     labels = [f"class {number}" for number in range(10)]
     config = {"architecture": "tnt_ti_patch16_224", "num_classes": 10, "label_names": labels, "pretrained_cfg": feeding}
@@ -38,17 +36,14 @@ def filled(hub, tensors):
     hub.repositories |= {
         "me/new": {"model.safetensors": whole, "config.json": json.dumps(config).encode()},
         "me/old": {"pytorch_model.bin": pickled.getvalue()},
-        "me/shards": {"model.safetensors.index.json": json.dumps(index).encode()},
         "me/empty": {"README.md": b""},
         "me/resnet": {"model.safetensors": whole, "config.json": resnet},
         "me/bert": {"model.safetensors": whole, "config.json": b'{"model_type": "bert"}'},
     }
-    for file, part in halves.items():
-        hub.repositories["me/shards"][file] = safetensors.numpy.save({name: tensors[name] for name in part})
     return hub
 
 
-@pytest.mark.parametrize("name", ["me/new", "me/old", "me/shards", "hf-hub:me/new", "me/new@v1", "hf_hub:me/new@main"])
+@pytest.mark.parametrize("name", ["me/new", "me/old", "hf-hub:me/new", "me/new@v1", "hf_hub:me/new@main"])
 def test_a_name_on_the_hub_is_a_model(name, filled, tensors):
     model = load_model(name)
     np.testing.assert_array_equal(model.class_token[...], tensors["cls_token"])
@@ -67,15 +62,46 @@ def test_timms_configuration_says_how_to_feed_it_and_what_its_classes_are(filled
     assert (described.preprocessing.crop, described.preprocessing.interpolation) == (0.8, "bilinear")
 
 
-def test_the_second_call_reads_only_the_converted_model(filled, tmp_path, monkeypatch):
-    load_model("me/old")
-    for path in (tmp_path / "hub").rglob("blobs/*"):
-        path.unlink()
-    assert load_model("me/old").config.num_classes == 10
-    (folder,) = cache.models_folder().glob("[!.]*")
-    largest = max(folder.rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
-    largest.write_bytes(b"damaged")
-    assert load_model("me/old").config.num_classes == 10  # fetched and made again
+@pytest.mark.parametrize("name", ["me/new", "me/old"])
+def test_a_hub_that_breaks_off_at_any_request_leaves_nothing_wrong(name, filled, tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # between the library's further tries
+    expected, serve = load_model(name).description, filled.serve
+    needed = len(filled.requests)
+    assert needed > 3
+    for at in range(needed):
+        shutil.rmtree(tmp_path / "hub")
+        filled.requests.clear()
+        breaks = lambda request, at=at: (  # noqa: E731
+            serve(request) if len(filled.requests) <= at else setattr(request, "close_connection", True)
+        )
+        filled.serve = breaks
+        with pytest.raises(InputError, match=f"{name} cannot be fetched: the Hugging Face hub is out of reach"):
+            load_model(name)
+        with pytest.raises(InputError, match=f"{name} cannot be fetched"):  # nor is what is there taken for the whole
+            load_model(name)
+        filled.serve = serve
+        assert load_model(name).description == expected
+
+
+def test_weights_that_another_program_left_without_a_configuration_are_not_taken_for_the_whole(filled, monkeypatch):
+    import huggingface_hub
+
+    huggingface_hub.hf_hub_download("me/new", "model.safetensors")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="HF_HUB_OFFLINE is set"):
+        load_model("me/new")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    assert load_model("me/new").description.class_names[0] == "class 0"
+
+
+def test_raw_and_averaged_weights_of_one_fetched_file_differ(hub, tensors):
+    raw = as_torch(tensors)
+    saved = io.BytesIO()
+    torch.save({"state_dict": raw, "state_dict_ema": {name: tensor + 1 for name, tensor in raw.items()}}, saved)
+    hub.repositories["me/both"] = {"pytorch_model.bin": saved.getvalue()}
+    for weights, more in (("raw", 0), ("ema", 1), (None, 1), ("raw", 0)):
+        token = load_model("me/both", weights=weights).class_token[...]
+        np.testing.assert_array_equal(token, tensors["cls_token"] + more)
 
 
 def test_create_model_takes_it_with_another_head_and_image_size_and_says_so_once(filled, caplog):
@@ -92,8 +118,8 @@ def test_create_model_takes_it_with_another_head_and_image_size_and_says_so_once
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("me/none", "me/none is neither a file here nor a model on the Hugging Face hub"),
-        ("me/new@v2", "me/new on the Hugging Face hub has no revision v2"),
+        ("me/none", "me/none cannot be fetched: it is neither a file here nor a model on the Hugging Face hub"),
+        ("me/new@v2", "on the Hugging Face hub it has no revision v2"),
         ("me/empty", r"me/empty on the Hugging Face hub has none of model\.safetensors"),
         ("me/resnet", "holds a model of another architecture: resnet50; this package has tnt_ti_patch16_224"),
         ("me/bert", "holds a model of another architecture: bert; this package has TNT and PyramidTNT"),

@@ -59,7 +59,12 @@ def folder(record, tmp_path):
 
 
 def run(folder, script, **environment):
-    environment = {**os.environ, "PYTHONPATH": str(commands.ROOT), "JAX_PLATFORMS": "cpu", **environment}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{commands.ROOT}:{commands.ROOT / 'tests'}",
+        "JAX_PLATFORMS": "cpu",
+        **environment,
+    }
     environment |= {"XDG_CACHE_HOME": str(folder / "cache"), "HF_HOME": str(folder / "hub")}
     environment.pop("XLA_FLAGS", None)
     command = [sys.executable, "-c", script]
@@ -70,10 +75,12 @@ def run(folder, script, **environment):
 def test_the_page_runs_and_answers_as_mmpretrain_does_and_again_without_a_network(record, folder):
     arrays, _ = record
     script = PREFIX + PAGE + "IMAGES = numpy.load('images.npy')\n" + AFTER
-    # mmpretrain's own file cannot be made again, since its name has the digits of its hash: the mirror has another of
+    # mmpretrain's own file cannot be made again, since its name has the digits of its hash: the server has another of
     # the published addresses, the hub and the first address have nothing.
     with Files({CONTRASTIVE: (folder / "a.pth").read_bytes()}) as files, Hub() as hub:
-        first = run(folder, script, TNT_JAX_MIRROR=files.address, HF_ENDPOINT=hub.address)
+        reroute = "import loopback; from tnt_jax.storage import download\n"
+        reroute += f"download.open_request = loopback.rerouted(download.open_request, {files.address!r})\n"
+        first = run(folder, reroute + script, HF_ENDPOINT=hub.address)
         assert first.returncode == 0, first.stderr
         assert OPENMMLAB in [path for _, path, _ in files.requests]
     lines = first.stdout.splitlines()

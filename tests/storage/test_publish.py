@@ -14,7 +14,7 @@ from small_models import small_model, small_pyramid
 
 import tnt_jax
 from tnt_jax.config import InputError
-from tnt_jax.storage.description import description_of
+from tnt_jax.storage.description import Preprocessing, describe, description_of
 from tnt_jax.storage.folder import model_parameters
 from tnt_jax.storage.hub_folder import open_hub_folder
 from tnt_jax.storage.publish import publish
@@ -59,6 +59,57 @@ def test_timm_gives_the_same_answer_from_the_same_file(changes, photo, tmp_path)
     np.testing.assert_allclose(timms(folder, photo), ours(folder, photo), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"num_heads_outer": 12},
+        {"num_heads_outer": 3, "num_heads_inner": 2, "depth": 2, "img_size": (32, 64), "in_chans": 1},
+        {"embed_dim": 24, "inner_dim": 8, "num_heads_outer": 4, "patch_size": 8, "first_stride": 2},
+    ],
+)
+def test_what_timm_saves_has_timms_logits_whatever_its_arguments_were(arguments, tmp_path):
+    arguments = {"num_classes": 5, "depth": 1, "img_size": 32, **arguments}
+    torch.manual_seed(0)
+    theirs = timm.create_model("tnt_s_patch16_224", **arguments).eval()
+    timm.models.save_for_hf(theirs, tmp_path / "hub")
+    model = tnt_jax.load_model(tmp_path / "hub")
+    images = np.random.default_rng(0).normal(size=(2, *model.config.image_size, model.config.in_channels))
+    with torch.no_grad():
+        expected = theirs(torch.tensor(images, dtype=torch.float32).permute(0, 3, 1, 2)).numpy()
+    np.testing.assert_allclose(model(images.astype(np.float32)), expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"global_pool": "avg"}, "global_pool=avg, and this package has token alone"),
+        ({"model_args": {"global_pool": "avg"}}, "global_pool=avg, and this package has token alone"),
+        ({"pretrained_cfg": {"global_pool": "avg"}}, "global_pool=avg, and this package has token alone"),
+        ({"model_args": {"qkv_bias": True}}, "qkv_bias=True, and this package has False alone"),
+        ({"model_args": {"mlp_ratio": 2.0}}, "mlp_ratio=2.0, and this package has 4.0 alone"),
+        ({"model_args": {"legacy": True}}, "legacy=True, and this package has False alone"),
+        ({"model_args": {"norm_layer": "rms"}}, "norm_layer=rms, which this package has not"),
+        ({"model_args": [1]}, "model_args is no JSON object"),
+    ],
+)
+def test_an_argument_of_timm_that_makes_another_network_is_refused_by_name(change, message, tmp_path):
+    folder = saved(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config |= change | {"pretrained_cfg": config["pretrained_cfg"] | change.get("pretrained_cfg", {})}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=message):
+        tnt_jax.load_model(folder)
+
+
+def test_a_model_of_12_bits_is_published(tmp_path):
+    model = small_model(num_classes=7)
+    feeding = Preprocessing((32, 32), 0.9, (0.5,) * 3, (0.2,) * 3, white=4095.0)
+    model.description = describe(model.config, preprocessing=feeding)
+    publish(model, tmp_path / "hub")
+    assert description_of(tnt_jax.load_model(tmp_path / "hub")).preprocessing == feeding
+
+
 def test_transformers_pipeline_gives_the_same_five_classes(photo, tmp_path):
     folder = saved(tmp_path)
     classify = transformers.pipeline("image-classification", str(folder))
@@ -93,10 +144,11 @@ def test_published_sizes_give_the_same_logits_in_timm_and_transformers(name, pho
     [
         lambda: small_pyramid(),
         lambda: small_model(squeeze_excitation=True),
+        lambda: small_model(mlp_ratio=2.0),
         lambda: small_model(word_positions=False, sentence_positions=False),
         lambda: small_model(depth=2, inner_blocks=(1,)),
     ],
-    ids=["pyramid", "squeeze_excitation", "no_positions", "inner_blocks"],
+    ids=["pyramid", "squeeze_excitation", "mlp_ratio", "no_positions", "inner_blocks"],
 )
 def test_what_timm_has_no_architecture_for_comes_back_to_us_and_the_card_says_so(make, tmp_path):
     model = make()
@@ -134,7 +186,7 @@ def test_the_folder_is_a_model_wherever_one_is_taken(photo, tmp_path):
         ),
         (
             lambda config: config["pretrained_cfg"].update(std=[0.2, 0, 0.2]),
-            "std is .* should lie between above 0 and 1",
+            "std is .* should be above 0 and at most 1",
         ),
         (lambda config: config["pretrained_cfg"].update(mean=[127.5] * 3), "divide it by 255"),
         (lambda config: config["pretrained_cfg"].update(crop_mode="squash"), "crop_mode is squash"),

@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 
 import tnt_jax
-from tnt_jax.commands.process import notes_on_stderr, use_cpu_where_there_is_nothing_else
+from tnt_jax.commands.process import notes_on_stderr, quiet_orbax, use_cpu_where_there_is_nothing_else
 from tnt_jax.config import InputError, LossConfig, ModelChanges, TrainConfig
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
@@ -148,6 +148,7 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
     @functools.wraps(main)
     def run() -> None:
         use_cpu_where_there_is_nothing_else()
+        quiet_orbax()
         try:
             with notes_on_stderr():
                 main()

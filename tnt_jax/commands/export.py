@@ -93,7 +93,7 @@ def _images(arguments: Arguments, model) -> tuple:
     from tnt_jax.evaluation.evaluate import test_data
     from tnt_jax.export.quantize import Judged
     from tnt_jax.storage.description import description_of
-    from tnt_jax.storage.resolve import is_run
+    from tnt_jax.storage.run import is_run
 
     described = description_of(model)
     if not arguments.source and not is_run(arguments.model):
@@ -170,9 +170,9 @@ def _to_hub(arguments: Arguments, out: str) -> None:
     from tnt_jax.storage.folder import check_destination
     from tnt_jax.storage.hub import check_push
     from tnt_jax.storage.load import load_model
-    from tnt_jax.storage.publish import publish
+    from tnt_jax.storage.publish import FILES, publish
 
-    check_destination(out, overwrite=arguments.overwrite)
+    check_destination(out, overwrite=arguments.overwrite, names=FILES)
     if arguments.push:
         check_push(arguments.push)
     results = _rows(arguments.results) if arguments.results else ()

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import importlib.metadata
 import importlib.util
 import logging
@@ -10,6 +11,8 @@ import pathlib
 import platform
 import sys
 from collections.abc import Iterator
+
+from tnt_jax.user_cache import UnsafeCacheError, cache_folder
 
 # <malloc.h> of glibc.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -43,8 +46,11 @@ def use_compilation_cache() -> None:
     import jax
 
     if not jax.config.jax_compilation_cache_dir:
-        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "tnt_jax", "compiled"))
+        try:
+            folder = cache_folder()
+        except (UnsafeCacheError, OSError):
+            return
+        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
     if jax.config.jax_compilation_cache_max_size < 0:
         jax.config.update("jax_compilation_cache_max_size", 4 * 2**30)  # bytes; JAX sets no limit
     _drop_half_entries(pathlib.Path(jax.config.jax_compilation_cache_dir))
@@ -63,6 +69,21 @@ def _drop_half_entries(folder: pathlib.Path) -> None:
         for program in folder.glob("*-cache"):
             if not program.with_name(program.name.removesuffix("cache") + "atime").exists():
                 program.unlink()
+
+
+@functools.cache
+def quiet_orbax() -> None:
+    """Keeps Orbax from printing pages, in threads and of what it left half read, on what becomes one message here."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    others = sys.unraisablehook
+
+    def hook(unraisable) -> None:
+        code = getattr(unraisable.object, "cr_code", None)
+        left = (code and "orbax" in code.co_filename) or str(unraisable.exc_value) == "Event loop is closed"
+        if not left:
+            others(unraisable)
+
+    sys.unraisablehook = hook
 
 
 @contextlib.contextmanager

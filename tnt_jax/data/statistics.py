@@ -20,10 +20,10 @@ from tnt_jax.data.crop import resized_to_fit
 from tnt_jax.data.opening import open_split
 from tnt_jax.data.samples import full_scale_of
 from tnt_jax.data.sources import Source
+from tnt_jax.user_cache import cache_path
 
 SIDE = 256
 """Pixels: larger images are reduced to it first, which changes a deviation by what is finer than that."""
-KEPT_IN = Path("~/.cache/tnt_jax/statistics")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +110,7 @@ def _measured(source: Source, key: str, progress) -> Statistics:
 
 
 def _folder() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return Path(cache) / "tnt_jax" / "statistics" if cache else KEPT_IN.expanduser()
+    return cache_path() / "statistics"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -164,15 +164,16 @@ class Worker:
 
     def __init__(self, shared: _Shared, rows: range, steps: range, num_threads: int):
         self._socket, theirs = socket.socketpair()
-        # The package as it is imported here, wherever the worker would look for it.
+        # The package, and a user's own modules, as they are imported here. -P: Python would look into the current
+        # folder by itself, before its own library.
         parent = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
         code = (
-            f"import sys; sys.path.insert(0, {parent!r})\n"
+            f"import sys; sys.path[:] = {[*sys.path, parent]!r}\n"
             f"from tnt_jax.data.workers import run_worker; run_worker({theirs.fileno()}, {shared.descriptor})"
         )
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", code],
+                [sys.executable, "-P", "-c", code],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno(), shared.descriptor],
                 process_group=0,

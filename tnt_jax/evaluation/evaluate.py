@@ -29,8 +29,7 @@ from tnt_jax.evaluation.scores import Predictions, wilson
 from tnt_jax.models.variants import Model
 from tnt_jax.storage.description import Outputs, description_of
 from tnt_jax.storage.load import load_model
-from tnt_jax.storage.resolve import is_run
-from tnt_jax.storage.run import read_config
+from tnt_jax.storage.run import is_run, read_config
 from tnt_jax.training.mesh import make_mesh, on_mesh, replicated, to_devices
 from tnt_jax.training.tasks import sigmoid
 

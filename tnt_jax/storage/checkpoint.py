@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from tnt_jax.config import InputError
-from tnt_jax.storage.files import write_text
+from tnt_jax.storage.files import first_line, may_merge, write_text
 from tnt_jax.storage.packing import LEAST_ALONE, checksums, layout, pack
 from tnt_jax.storage.reading import (
     CHECKPOINTS,
@@ -24,14 +25,14 @@ from tnt_jax.storage.reading import (
     LayoutError,
     Trees,
     UnreadableError,
+    VersionError,
     best_of,
+    chain_of,
     description_crc,
     files_file,
-    first_line,
     had_checkpoint,
     name_of,
     note_files,
-    quiet_orbax,
     restore,
     scores_of,
     steps_of,
@@ -41,12 +42,16 @@ LONGEST_WRITE = 1800
 """Seconds after which a checkpoint counts as one that cannot be written."""
 MOST_STEPS = 256
 """So many steps are looked at when a run starts again."""
+STAYS = re.compile("No space left|Read-only file system|Permission denied|Operation not permitted|quota exceeded")
 
 
 class WriteError(RuntimeError):
     """The run's folder cannot be written any more. What was written to its end is still there."""
 
-    exit_code = 1
+    @property
+    def exit_code(self) -> int:
+        """1 where another start would meet the same, which TensorStore tells in words; or else 75: start again."""
+        return 1 if any(STAYS.search(str(error)) for error in chain_of(self)) else 75
 
 
 class NonFiniteError(RuntimeError):
@@ -75,7 +80,6 @@ class Checkpoints:
         best_by: str = "top1",
         warn: Callable[[str], None] = print,
     ):
-        quiet_orbax()
         self._best_by = best_by
         self._run_dir = pathlib.Path(run_dir).resolve()
         self._folder = self._run_dir / CHECKPOINTS
@@ -87,6 +91,7 @@ class Checkpoints:
         several = jax.process_count() > 1
         self._manager = ocp.CheckpointManager(
             self._folder,
+            item_handlers=ocp.PyTreeCheckpointHandler(use_ocdbt=may_merge(self._folder)),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self,
                 enable_async_checkpointing=True,
@@ -198,7 +203,7 @@ class Checkpoints:
 
         Raises:
             InputError: there have been checkpoints, and none is sound.
-            LayoutError, UnreadableError: as `restore`; nothing was touched.
+            LayoutError, VersionError, UnreadableError: as `restore`; nothing was touched.
         """
         steps, had = self._listed()
         for step in reversed(steps):
@@ -282,7 +287,7 @@ class Checkpoints:
             self._manager.close()
 
 
-OUTCOMES = (None, DamagedError, LayoutError, UnreadableError)
+OUTCOMES = (None, DamagedError, LayoutError, VersionError, UnreadableError)
 """Of reading a step, from the best to that which decides for all processes."""
 
 

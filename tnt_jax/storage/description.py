@@ -13,6 +13,8 @@ from tnt_jax.config import TASKS, InputError, ModelConfig, Task
 from tnt_jax.data.classes import named_classes
 from tnt_jax.fields import plain
 from tnt_jax.models.variants import check_sizes
+from tnt_jax.storage.config_json import from_json
+from tnt_jax.storage.files import first_line
 
 FORMAT = 1
 DESCRIPTION = "model.json"
@@ -112,13 +114,13 @@ def check_preprocessing(preprocessing: Preprocessing, config: ModelConfig) -> No
         values = getattr(preprocessing, name)
         if not isinstance(values, tuple) or len(values) != config.in_channels:
             raise InputError(f"{name} is {values}, and should be one number for each of {config.in_channels} channels")
-        low = "0" if name == "mean" else "above 0"
+        low = "at least 0" if name == "mean" else "above 0"
         for value in values:
             if preprocessing.white and _is_number(value) and (name == "mean" or value > 0):
                 continue  # samples of any range
             if not _is_number(value) or not 0 <= value <= 1 or (name == "std" and value == 0):
                 hint = "; pixels lie between 0 and 1, so divide it by 255" if _is_number(value) and value > 1 else ""
-                raise InputError(f"{name} is {values}, and each should lie between {low} and 1{hint}")
+                raise InputError(f"{name} is {values}, and each should be {low} and at most 1{hint}")
     if preprocessing.white is not None and (not _is_number(preprocessing.white) or preprocessing.white <= 0):
         raise InputError(f"white is {preprocessing.white!r}, and should be a number above 0, or null")
     if not _is_number(preprocessing.crop) or not 0 < preprocessing.crop <= 1:
@@ -234,8 +236,10 @@ def read_description(folder: str | Path) -> ModelDescription:
             return description_from_dict(fields)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path} is damaged: {type(error).__name__}: {first_line(error)[:200]}") from error
     raise InputError(f"{path} has format {version}, and this version of tnt_jax reads format {FORMAT}")
 
 
@@ -246,10 +250,10 @@ def description_from_dict(fields: Mapping[str, Any]) -> ModelDescription:
         InputError: it is not sound.
     """
     described = describe(
-        ModelConfig(**{name: plain(value) for name, value in fields["config"].items()}),
+        from_json(fields["config"], ModelConfig),
         class_names=fields["class_names"],
         source=fields["source"],
-        preprocessing=Preprocessing(**{name: plain(value) for name, value in fields["preprocessing"].items()}),
-        outputs=Outputs(**{name: plain(value) for name, value in fields.get("outputs", {}).items()}),
+        preprocessing=from_json(fields["preprocessing"], Preprocessing),
+        outputs=from_json(fields.get("outputs", {}), Outputs),
     )
     return dataclasses.replace(described, checksums=fields["checksums"])

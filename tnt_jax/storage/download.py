@@ -1,9 +1,7 @@
 """A file from an address: kept, resumed where it broke off, checked, and fetched once by several processes."""
 
-import errno
-import hashlib
+import contextlib
 import http.client
-import json
 import os
 import re
 import socket
@@ -13,134 +11,130 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import filelock
 
 from tnt_jax.config import InputError
-from tnt_jax.storage.cache import address_folder, cache_root, read_record, temporary_folder, write_record
+from tnt_jax.storage.cache import file_sha256, read_record, write_record
 from tnt_jax.storage.files import remove
 from tnt_jax.storage.torch.formats import what_it_is
+from tnt_jax.user_cache import UnsafeCacheError, cache_folder, process_folder
 
 CHUNK = 1 << 20
 TIMEOUT = 30.0  # seconds without a byte
 TRIES = 5  # in a row that bring nothing
-MIRROR = "TNT_JAX_MIRROR"
+LONGEST_WAIT = 30.0  # seconds between two tries, whatever the server asks for
 OFFLINE = "HF_HUB_OFFLINE"
+PART = ".unfinished"  # the file while it is fetched; what begins with a dot is ours
+HASHED_HOSTS = ("download.openmmlab.com", "download.pytorch.org")
+"""Whose files have the first digits of their SHA-256 at the end of their names. Elsewhere these may be a date."""
 _DIGITS = re.compile(r"-([0-9a-f]{8,64})(?:\.pth|\.pt|\.bin|\.tar|\.safetensors|\.ckpt)+$")
 
 
 class Unreachable(InputError):
-    """An address did not give its file. Another address may."""
+    """A place did not give its file. Another place may."""
+
+    def __init__(self, place: str, why: str, advice: str):
+        super().__init__(f"{place} cannot be fetched: {why}. {advice}")
+        self.why = why
 
 
-class WrongContent(Unreachable):
-    """An address gave something else than its file."""
+def without_secrets(address: str) -> str:
+    """An address without what may be secret in it: user, password, query and fragment."""
+    scheme, _, rest = re.split(r"[?#]", address, maxsplit=1)[0].partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 
 def download(address: str) -> Path:
     """The file at an address, from the cache if it is there.
 
-    The environment variable `TNT_JAX_MIRROR` names a server that has `HOST/PATH` of every address and is asked first.
-    Where the cache cannot be written the file goes to a temporary folder, which is said.
+    Where the cache cannot be written the file goes to a folder of this process, which is said.
 
     Raises:
-        Unreachable: nobody gives the file, or this is offline; the message has the command for another machine.
-        InputError: what came is a web page, or is not what the digits in its name say, or the disk is full.
+        Unreachable: it does not give the file, or this is offline; what came is a web page, or is not what the digits
+            in its name say. The message has the command for another machine.
+        InputError: it is no address, or the disk is full.
     """
-    if not urllib.parse.urlsplit(address).hostname:
-        raise InputError(f"{address} is no address; one is https://HOST/PATH/FILE")
-    folder = address_folder(address)
+    request, key = _request(address), sha256(address.encode()).hexdigest()[:16]
+    try:
+        folder = cache_folder() / "downloads" / key
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".lock").touch()
+    except (OSError, UnsafeCacheError) as error:
+        _say(f"the cache cannot be written ({error}): {without_secrets(address)} is fetched and not kept")
+        folder = process_folder() / key
+        folder.mkdir(exist_ok=True)
     if found := _complete(folder):
         return found
     if os.environ.get(OFFLINE, "").lower() in ("1", "true", "yes", "on"):
-        raise Unreachable(_missing(address, f"{OFFLINE} is set, so nothing is fetched"))
+        raise _unreachable(address, f"{OFFLINE} is set, so nothing is fetched")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / ".lock")
-        with _held(lock, address):
-            return _complete(folder) or _fetch_from_any(address, folder)
-    except (PermissionError, NotADirectoryError) as error:
-        return _without_keeping(address, error)
+        # Of several processes one fetches, and the others wait for it.
+        with filelock.FileLock(folder / ".lock"):
+            return _complete(folder) or _fetch(address, request, folder)
     except OSError as error:
-        if error.errno in (errno.EROFS, errno.EACCES, errno.ENOTDIR):
-            return _without_keeping(address, error)
-        raise InputError(f"{address} cannot be kept in {folder}: {error}") from error
+        with contextlib.suppress(OSError):
+            remove(folder / PART)
+        raise InputError(f"{without_secrets(address)} cannot be kept in {folder}: {error.strerror or error}") from error
 
 
-def _without_keeping(address: str, error: OSError) -> Path:
-    _say(f"{cache_root()} cannot be written ({error.strerror}): {address} is fetched and not kept")
-    return _fetch_from_any(address, temporary_folder())
+def _request(address: str) -> urllib.request.Request:
+    """Raises InputError if this is no address."""
+    try:
+        parts = urllib.parse.urlsplit(address)
+        if not parts.hostname or "@" in parts.netloc or re.search(r"[\x00-\x1f\x7f]", urllib.parse.unquote(address)):
+            raise ValueError
+        host = parts.netloc.encode("idna").decode()
+        path, query = (urllib.parse.quote(text, safe="%/:=&?~#+!$,;'@()*[]") for text in (parts.path, parts.query))
+        quoted = parts._replace(netloc=host, path=path, query=query, fragment="").geturl()
+        return urllib.request.Request(quoted, headers={"User-Agent": "tnt_jax", "Accept-Encoding": "identity"})
+    except ValueError:
+        raise InputError(
+            f"{without_secrets(address)!r} is no address that is fetched; one is https://HOST/PATH/FILE, without a user"
+        ) from None
+
+
+def _unreachable(address: str, why: str) -> Unreachable:
+    shown = without_secrets(address)
+    return Unreachable(shown, why, f"On a machine that reaches it: curl -LO {shown}, and then give the file itself")
 
 
 def _complete(folder: Path) -> Path | None:
     fields = read_record(folder / ".record.json")
-    path = folder / str((fields or {}).get("file", ""))
-    return path if fields and path.is_file() and path.stat().st_size == fields.get("size") else None
+    path = folder / Path(str(fields.get("file", ""))).name
+    return path if path.is_file() and path.stat().st_size == fields.get("size") else None
 
 
-def _held(lock: filelock.FileLock, address: str) -> filelock.FileLock:
-    try:
-        lock.acquire(timeout=0)
-        lock.release()
-    except filelock.Timeout:
-        _say(f"another process is fetching {address}; waiting for it")
-    return lock
-
-
-def _fetch_from_any(address: str, folder: Path) -> Path:
-    errors = []
-    for place in _places(address):
-        try:
-            return _fetch(address, place, folder)
-        except Unreachable as error:
-            errors.append(error)
-    if len(errors) == 1 and isinstance(errors[0], WrongContent):
-        raise errors[0]
-    raise Unreachable(_missing(address, "; ".join(map(str, errors))))
-
-
-def _places(address: str) -> Iterator[str]:
-    if mirror := os.environ.get(MIRROR):
-        yield mirror.rstrip("/") + "/" + address.partition("://")[2]
-    yield address
-
-
-def _fetch(address: str, place: str, folder: Path) -> Path:
+def _fetch(address: str, request: urllib.request.Request, folder: Path) -> Path:
     """Fetches a file into a folder, beginning where an earlier try ended."""
-    # What begins with a dot is ours.
-    name = Path(urllib.parse.unquote(urllib.parse.urlsplit(address).path)).name.lstrip(".") or "download"
-    part, notes = folder / ".unfinished", folder / ".unfinished.json"
+    part, notes = folder / PART, folder / f"{PART}.json"
     failures = 0
     while True:
-        before = part.stat().st_size if part.exists() else 0
+        before, wait = part.stat().st_size if part.exists() else 0, None
         try:
-            _receive(address, place, part, notes)
-            break
-        except (urllib.error.HTTPError, urllib.error.URLError) as error:
-            if isinstance(error, urllib.error.HTTPError) and error.code == 416 and before:
-                remove(part)  # it does not fit what is there now
+            _receive(address, request, part, notes)
+            return _finished(address, part, notes, folder)
+        except urllib.error.HTTPError as error:
+            if error.code == 416 and before:  # it does not fit what is there now
+                remove(part)
                 continue
-            if isinstance(error, urllib.error.HTTPError) and error.code < 500:
-                raise Unreachable(f"{place} answers {error.code} ({error.reason})") from error
-            reason = error
-        except (http.client.HTTPException, TimeoutError, ConnectionError, ssl.SSLError) as error:
+            if error.code < 500 and error.code not in (408, 425, 429):
+                raise _unreachable(address, f"it answers {error.code} ({error.reason})") from error
+            reason, wait = error, error.headers.get("Retry-After")
+        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError, ssl.SSLError) as error:
             reason = error
         except InputError:
             remove(part)
             remove(notes)
             raise
-        except OSError as error:
-            remove(part)
-            remove(notes)
-            raise InputError(f"{place} cannot be written to {folder}: {error.strerror or error}") from error
         failures = 0 if part.exists() and part.stat().st_size > before else failures + 1
         if failures == TRIES or _is_final(reason):
-            why = getattr(reason, "reason", None) or str(reason) or repr(reason)
-            raise Unreachable(f"{place} cannot be reached ({why})")
-        time.sleep(min(2.0**failures, 8.0) / 4)
-    return _finished(address, part, notes, folder / name)
+            raise _unreachable(address, str(getattr(reason, "reason", "") or reason) or type(reason).__name__)
+        asked = float(wait) if wait and wait.isdigit() else min(2.0**failures, 8.0) / 4
+        time.sleep(min(asked, LONGEST_WAIT))
 
 
 def _is_final(error: Exception) -> bool:
@@ -148,15 +142,32 @@ def _is_final(error: Exception) -> bool:
     return isinstance(getattr(error, "reason", None), socket.gaierror | ConnectionRefusedError)
 
 
-def _receive(address: str, place: str, part: Path, notes: Path) -> None:
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, but not from https to what anybody on the way can change."""
+
+    def redirect_request(self, request, answer, code, message, headers, address):
+        if not address.lower().startswith(("https://", "http://" if request.type == "http" else "https://")):
+            raise _unreachable(request.full_url, f"it leads to {without_secrets(address)}, which is not https")
+        return super().redirect_request(request, answer, code, message, headers, address)
+
+
+def open_request(request: urllib.request.Request):
+    """The answer to a request, a context."""
+    return urllib.request.build_opener(_Redirects).open(request, timeout=TIMEOUT)
+
+
+def _receive(address: str, request: urllib.request.Request, part: Path, notes: Path) -> None:
     """Adds to a part what it lacks, or writes it anew where the server has another file now or gives no ranges."""
-    known, start = read_record(notes) or {}, part.stat().st_size if part.exists() else 0
-    headers = {"User-Agent": "tnt_jax", "Accept-Encoding": "identity"}
-    if start and known.get("place") == place and known.get("version"):
-        headers |= {"Range": f"bytes={start}-", "If-Range": known["version"]}
+    known, start = read_record(notes), part.stat().st_size if part.exists() else 0
     if start and start == known.get("size"):
         return
-    with urllib.request.urlopen(urllib.request.Request(place, headers=headers), timeout=TIMEOUT) as answer:
+    for name in ("Range", "If-range"):  # of an earlier try
+        request.remove_header(name)
+    if start and known.get("version"):
+        request.add_header("Range", f"bytes={start}-")
+        request.add_header("If-Range", known["version"])
+    shown = without_secrets(address)
+    with open_request(request) as answer:
         resumed = answer.status == 206 and str(answer.headers.get("Content-Range", "")).startswith(f"bytes {start}-")
         start = start if resumed else 0
         length = answer.headers.get("Content-Length")
@@ -164,78 +175,39 @@ def _receive(address: str, place: str, part: Path, notes: Path) -> None:
         version = answer.headers.get("ETag") or answer.headers.get("Last-Modified")
         if version and version.startswith("W/"):
             version = answer.headers.get("Last-Modified")  # a weak tag says nothing of single bytes
-        fields = {"address": address, "place": place, "version": version, "size": total}
-        notes.write_text(json.dumps(fields), encoding="utf-8")
-        with part.open("ab" if resumed else "wb") as file, _Progress(Path(address).name, total, start) as advance:
+        write_record(notes, {"address": shown, "version": version, "size": total})
+        size = f" ({total / 1e6:,.0f} MB)" if total else ""
+        _say(f"fetching {shown.rpartition('/')[2]}{size}" + (f", from byte {start:,} on" if start else ""))
+        with part.open("ab" if resumed else "wb") as file:
             while chunk := answer.read1(CHUNK):
                 if not start and file.tell() == 0:
-                    _refuse_pages(place, answer.headers.get("Content-Type", ""), chunk)
+                    _refuse_pages(address, answer.headers.get("Content-Type", ""), chunk)
                 file.write(chunk)
-                advance(len(chunk))
             size = file.tell()
     if total is not None and size < total:
         raise ConnectionError(f"it broke off after {size:,} of {total:,} bytes")
 
 
-def _refuse_pages(place: str, kind: str, start: bytes) -> None:
+def _refuse_pages(address: str, kind: str, start: bytes) -> None:
     if kind.startswith("text/html") or "web page" in what_it_is(start[:1024]):
-        raise WrongContent(f"{place} gives a web page, not a checkpoint; look for the address of the file itself")
+        raise _unreachable(address, "it gives a web page, not a checkpoint; look for the address of the file itself")
 
 
-def _finished(address: str, part: Path, notes: Path, path: Path) -> Path:
+def _finished(address: str, part: Path, notes: Path, folder: Path) -> Path:
     """Checks what was fetched and gives it its name."""
-    with part.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    expected = _DIGITS.search(path.name)
+    parts, digest = urllib.parse.urlsplit(address), file_sha256(part)
+    name = Path(urllib.parse.unquote(parts.path)).name.lstrip(".")[-200:] or "download"
+    expected = _DIGITS.search(name) if parts.hostname in HASHED_HOSTS else None
     if expected and not digest.startswith(expected[1]):
-        remove(part)
-        remove(notes)
-        raise WrongContent(
-            f"{address} is not what its name says: its SHA-256 begins with {digest[: len(expected[1])]}, and should "
-            f"with {expected[1]}; what was fetched is removed"
+        wrong = digest[: len(expected[1])]
+        raise _unreachable(
+            address, f"its SHA-256 should begin with {expected[1]}, as its name says, and begins with {wrong}"
         )
-    part.replace(path)
-    size = path.stat().st_size
-    write_record(path.parent / ".record.json", {"address": address, "file": path.name, "size": size, "sha256": digest})
+    path = part.replace(folder / name)
+    size, shown = path.stat().st_size, without_secrets(address)
+    write_record(folder / ".record.json", {"address": shown, "file": path.name, "size": size, "sha256": digest})
     remove(notes)
     return path
-
-
-def _missing(address: str, why: str) -> str:
-    from tnt_jax.storage.cache import kept
-
-    there = [each.name for each in kept() if each.kind != "unfinished"]
-    return (
-        f"{address} cannot be fetched: {why}. In {cache_root()} "
-        + (f"there are {', '.join(there)}" if there else "there is nothing")
-        + f". On a machine that reaches it: curl -LO {address}, and then give the file itself"
-    )
-
-
-class _Progress:
-    """A bar with size and rate on a terminal, elsewhere one line; a context that gives the function to advance it."""
-
-    def __init__(self, name: str, total: int | None, done: int):
-        self.name, self.total, self.done, self.bar = name, total, done, None
-
-    def __enter__(self):
-        if not sys.stderr.isatty():
-            size = f" ({self.total / 1e6:,.0f} MB)" if self.total else ""
-            _say(f"fetching {self.name}{size}" + (f", from byte {self.done:,} on" if self.done else ""))
-            return lambda count: None
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-        from rich.progress import TransferSpeedColumn as Speed
-
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), Speed(), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=Console(stderr=True))
-        self.bar.start()
-        task = self.bar.add_task(self.name, total=self.total, completed=self.done)
-        return lambda count: self.bar.advance(task, count)
-
-    def __exit__(self, *_):
-        if self.bar:
-            self.bar.stop()
 
 
 def _say(text: str) -> None:

@@ -5,7 +5,6 @@
 
 import dataclasses
 import functools
-import json
 import os
 import zlib
 from collections.abc import Mapping, Sequence
@@ -27,13 +26,12 @@ from tnt_jax.storage.description import (
     ModelDescription,
     describe,
     description_of,
-    read_description,
     write_description,
 )
-from tnt_jax.storage.files import check_space, write_whole
+from tnt_jax.storage.files import check_space, first_line, may_merge, write_whole
+from tnt_jax.storage.run import is_run
 
 PARAMETERS = "parameters"
-RUN_FILES = ("checkpoints", "metrics.jsonl", "starts.jsonl", "tensorboard")  # of which a run has some, a model none
 
 
 def model_parameters(model: nnx.Module) -> dict[str, Any]:
@@ -170,43 +168,39 @@ def save_parameters(
         write_description(folder, dataclasses.replace(description, checksums=tensor_checksums(arrays)))
         at_a_time = 2 * max(array.nbytes for array in arrays.values())
         try:
-            with ocp.Checkpointer(ocp.StandardCheckpointHandler(save_concurrent_gb=at_a_time / 1e9)) as checkpointer:
+            handler = ocp.StandardCheckpointHandler(save_concurrent_gb=at_a_time / 1e9, use_ocdbt=may_merge(folder))
+            with ocp.Checkpointer(handler) as checkpointer:
                 checkpointer.save(folder.absolute() / PARAMETERS, unflatten_dict(arrays, sep="."))
         except (ValueError, RuntimeError) as error:  # as which TensorStore raises what the system says
-            raise InputError(f"{folder} cannot be written: {str(error).splitlines()[0]}") from error
+            raise InputError(f"{folder} cannot be written: {first_line(error)}") from error
 
     check_destination(folder, overwrite=overwrite)
     check_space(folder, sum(value.nbytes for value in parameters.values()))
     write_whole(folder, write)
 
 
-def check_destination(path: str | os.PathLike, *, overwrite: bool) -> None:
-    """Raises InputError if something is there that may not be overwritten, or that is not a model of ours."""
+def check_destination(
+    path: str | os.PathLike, *, overwrite: bool, names: Sequence[str] = (PARAMETERS, DESCRIPTION)
+) -> None:
+    """Raises InputError if something is there that may not be overwritten.
+
+    Args:
+        names: what is written into the folder. Nothing else in it is touched, so nothing else may be there.
+    """
+    if "://" in os.fspath(path):
+        raise InputError(f"{path} is an address, and what is written lies on a disk; a bucket can be mounted as one")
     path = Path(path)
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists; choose another destination, or overwrite it (--overwrite, overwrite=True)")
     if not path.is_dir() or not any(path.iterdir()):
         return
-    if holds_run(path):
+    if is_run(path):
         raise InputError(f"{path} holds a training run, and is not overwritten; choose another destination")
     if not (path / DESCRIPTION).is_file():
         raise InputError(f"{path} is a folder without {DESCRIPTION}; it is no model, and is not overwritten")
-
-
-def holds_run(folder: Path) -> bool:
-    """Whether a training run, or something of one, lies in a folder. A hub repository has a `config.json` as well."""
-    if any((folder / name).exists() for name in RUN_FILES):
-        return True
-    return (folder / "config.json").exists() and not is_hub_folder(folder)
-
-
-def is_hub_folder(folder: str | os.PathLike) -> bool:
-    """Whether a folder is a repository as timm's hub has it: its `config.json` names an architecture."""
-    try:
-        fields = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(fields, dict) and "architecture" in fields
+    if others := sorted(each.name for each in path.iterdir() if each.name not in names):
+        listed = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+        raise InputError(f"{path} also holds {listed}, which would be lost; move them, or choose another destination")
 
 
 def tensor_checksums(parameters: Mapping[str, Any]) -> dict[str, str]:
@@ -214,18 +208,6 @@ def tensor_checksums(parameters: Mapping[str, Any]) -> dict[str, str]:
     return {
         path: f"{zlib.crc32(np.ascontiguousarray(value).view(np.uint8).data):08x}" for path, value in parameters.items()
     }
-
-
-def load_folder(folder: str | os.PathLike) -> Model:
-    """The model in a folder that `save_model` wrote, every parameter verified by name, shape and checksum.
-
-    Raises:
-        InputError: it is not such a folder, or it is damaged; the message lists all parameters that are.
-    """
-    description = read_description(folder)
-    model = model_from_parameters(description.config, restore_parameters(folder, description))
-    model.description = description
-    return model
 
 
 def restore_parameters(folder: str | os.PathLike, description: ModelDescription) -> dict[str, np.ndarray]:
@@ -247,7 +229,7 @@ def restore_parameters(folder: str | os.PathLike, description: ModelDescription)
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
             nested = checkpointer.restore(path, unflatten_dict(target, sep="."))
     except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
-        raise InputError(f"{path} cannot be read: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{path} cannot be read: {type(error).__name__}: {first_line(error)}") from error
     parameters = flatten_dict(nested, sep=".")
     actual = tensor_checksums(parameters)
     if damaged := [name for name in actual if actual[name] != description.checksums[name]]:

@@ -2,18 +2,14 @@
 
 import errno
 import re
-import socket
 import sys
-import urllib.parse
-import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 
 from tnt_jax.config import InputError
-from tnt_jax.storage.cache import temporary_folder
 from tnt_jax.storage.download import Unreachable
+from tnt_jax.storage.files import first_line
 from tnt_jax.storage.hub_folder import CONFIG, NAMES
-from tnt_jax.storage.torch.formats import read_index
+from tnt_jax.user_cache import process_folder
 
 CONNECT = 10.0  # seconds to wait for a connection
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
@@ -29,126 +25,74 @@ def fetch_repository(name: str) -> Path:
 
     Raises:
         Unreachable: the hub cannot be reached or has no such repository; the message says what to do.
-        InputError: the repository has no weights.
+        InputError: the repository has no weights, or the cache cannot be written.
     """
+    import huggingface_hub
+    from huggingface_hub import errors
+
     repository, _, revision = name.partition("@")
-    if found := _cached(repository, revision or None, surely=True):
+    command = f"On a machine that reaches it: hf download {repository} --local-dir FOLDER, then give local-dir:FOLDER"
+    if found := _kept(repository, revision or None):
         return found
     try:
-        found = _fetch_weights(name, _fetcher(name, repository, revision or None))
-    except Unreachable:
-        if found := _cached(repository, revision or None, surely=False):
-            return found
-        raise
+        # This answers or fails at once, where a download tries for half a minute.
+        huggingface_hub.HfApi().model_info(repository, revision=revision or None, timeout=CONNECT)
+        found = _download(repository, revision or None)
+    except errors.GatedRepoError as error:
+        advice = "Ask for access on its page, and log in with `hf auth login`"
+        raise Unreachable(name, "on the Hugging Face hub it is gated", advice) from error
+    except errors.RevisionNotFoundError as error:
+        raise Unreachable(name, f"on the Hugging Face hub it has no revision {revision}", "Leave it out") from error
+    except errors.RepositoryNotFoundError as error:
+        advice = "A private one needs `hf auth login`"
+        raise Unreachable(name, "it is neither a file here nor a model on the Hugging Face hub", advice) from error
+    except errors.HFValidationError as error:
+        raise InputError(f"{name} is no name on the Hugging Face hub: {first_line(error)}") from error
+    except errors.OfflineModeIsEnabled as error:
+        raise Unreachable(name, "HF_HUB_OFFLINE is set, so nothing is fetched", command) from error
+    except OSError as error:
+        if not isinstance(error, ConnectionError | errors.LocalEntryNotFoundError):
+            raise InputError(f"{name} cannot be kept in the hub's cache (HF_HOME): {error}") from error
+        raise Unreachable(name, f"the Hugging Face hub is out of reach ({first_line(error)})", command) from error
+    except Exception as error:  # the HTTP client's own errors, which differ between versions of it
+        raise Unreachable(name, f"the Hugging Face hub is out of reach ({first_line(error)})", command) from error
     if found is None:
         raise InputError(f"{name} on the Hugging Face hub has none of {', '.join(NAMES)}")
     return found
 
 
-def _cached(repository: str, revision: str | None, *, surely: bool) -> Path | None:
-    """The folder of a repository in the hub's cache, if its weights are there.
-
-    Args:
-        surely: only if it is known of everything before them, and of what describes them, whether there is such a file.
-    """
+def _kept(repository: str, revision: str | None) -> Path | None:
+    """The folder of a repository in the hub's cache, if its weights are there, and its config or that it has none."""
     import huggingface_hub
 
-    def here(file: str) -> str | object | None:
-        return huggingface_hub.try_to_load_from_cache(repository, file, revision=revision)
-
-    for weights in NAMES:
-        found = here(weights)
-        if isinstance(found, str):
-            shards = list(read_index(Path(found))) if weights.endswith(".index.json") else []
-            whole = all(isinstance(here(shard), str) for shard in shards)
-            return Path(found).parent if whole and (here(CONFIG) is not None or not surely) else None
-        if found is None and surely:
-            return None
-    return None
+    here = [huggingface_hub.try_to_load_from_cache(repository, each, revision=revision) for each in (CONFIG, *NAMES)]
+    weights = [Path(path) for path in here[1:] if isinstance(path, str)]
+    return weights[0].parent if weights and here[0] is not None else None
 
 
-def _fetch_weights(name: str, fetch: Callable[[str], Path | None]) -> Path | None:
-    for weights in NAMES:
-        if found := fetch(weights):
-            for shard in read_index(found) if weights.endswith(".index.json") else ():
-                if fetch(shard) is None:
-                    raise InputError(f"{name} on the Hugging Face hub lacks {shard}, which {weights} names")
-            fetch(CONFIG)
-            return found.parent
-    return None
-
-
-def _fetcher(name: str, repository: str, revision: str | None) -> Callable[[str], Path | None]:
-    """The function that fetches a file of a repository, or gives None where there is none.
-
-    Raises:
-        Unreachable: nobody answers; the function raises it as well.
-    """
+def _download(repository: str, revision: str | None, cache: Path | None = None) -> Path | None:
+    """The folder with the weights of a repository, None if it has none."""
     import huggingface_hub
     from huggingface_hub import errors
 
-    if why := _why_unreachable():  # the library would try for half a minute
-        raise Unreachable(_out_of_reach(name, why))
-    elsewhere: dict[str, Path] = {}  # where the hub's cache cannot be written
-
     def fetch(file: str) -> Path | None:
         try:
-            return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision, **elsewhere))
-        except errors.LocalEntryNotFoundError as error:
-            raise Unreachable(_out_of_reach(name, error)) from error
-        except errors.GatedRepoError as error:
-            raise Unreachable(
-                f"{name} on the Hugging Face hub is gated: ask for access on its page, and log in with `hf auth login`"
-            ) from error
-        except errors.RevisionNotFoundError as error:
-            raise Unreachable(f"{repository} on the Hugging Face hub has no revision {revision}") from error
-        except errors.RepositoryNotFoundError as error:
-            raise Unreachable(
-                f"{name} is neither a file here nor a model on the Hugging Face hub (a private one needs "
-                "`hf auth login`)"
-            ) from error
-        except errors.EntryNotFoundError:
+            return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision, cache_dir=cache))
+        except errors.RemoteEntryNotFoundError:
             return None
-        except errors.HFValidationError as error:
-            raise InputError(f"{name} is no name on the Hugging Face hub: {error}") from error
-        except OSError as error:
-            if elsewhere or error.errno == errno.ENOSPC:
-                raise InputError(f"{name} cannot be kept in the hub's cache (HF_HOME): {error}") from error
-            print(f"the hub's cache cannot be written ({error}): {name} is fetched and not kept", file=sys.stderr)
-            elsewhere["local_dir"] = temporary_folder()
-            return fetch(file)
-        except Exception as error:  # the HTTP client's own errors, which differ between versions of it
-            raise Unreachable(_out_of_reach(name, error)) from error
 
-    return fetch
-
-
-def _why_unreachable() -> str | None:
-    """Why nobody can be connected to where the hub is, if so. Behind a proxy this cannot be told."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set"
-    if urllib.request.getproxies():
-        return None
-    address = urllib.parse.urlsplit(constants.ENDPOINT)
     try:
-        port = address.port or (443 if address.scheme == "https" else 80)
-        socket.create_connection((address.hostname, port), timeout=CONNECT).close()
+        # First: weights without it would be fed and named as if there were none.
+        config = fetch(CONFIG)
+        found = next(filter(None, map(fetch, NAMES)), None)
     except OSError as error:
-        return f"{address.hostname}: {error.strerror or error}"
-    return None
-
-
-def _out_of_reach(name: str, error: Exception | str) -> str:
-    from huggingface_hub import constants
-
-    first = next(iter(str(error).splitlines()), repr(error))
-    command = f"hf download {name.partition('@')[0]} --local-dir FOLDER"
-    return (
-        f"{name} is no file or folder here and not in {constants.HF_HUB_CACHE}, and the Hugging Face hub is out of "
-        f"reach: {first}. On a machine that reaches it: {command}, and then give local-dir:FOLDER"
-    )
+        if cache is not None or error.errno not in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise
+        print(f"the hub's cache cannot be written ({error}): {repository} is fetched and not kept", file=sys.stderr)
+        return _download(repository, revision, process_folder() / "hub")
+    if found and config and config.parent != found.parent:
+        raise ConnectionError("it changed while it was fetched; try again")
+    return found and found.parent
 
 
 def check_push(name: str) -> None:
@@ -177,6 +121,5 @@ def push_folder(folder: Path, name: str) -> str:
         address = hub.create_repo(name, exist_ok=True)
         hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Model of tnt_jax")
     except Exception as error:  # the HTTP client's own errors, which differ between versions of it
-        first = next(iter(str(error).splitlines()), repr(error))
-        raise InputError(f"{name} cannot be pushed to the Hugging Face hub: {first}") from error
+        raise InputError(f"{name} cannot be pushed to the Hugging Face hub: {first_line(error)}") from error
     return str(address)

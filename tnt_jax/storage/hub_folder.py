@@ -10,12 +10,28 @@ from tnt_jax.config import InputError
 from tnt_jax.data.classes import named_classes
 from tnt_jax.fields import plain
 from tnt_jax.models.variants import VARIANTS
-from tnt_jax.storage.description import ModelDescription, Preprocessing, describe
+from tnt_jax.storage.description import ModelDescription, describe
 from tnt_jax.storage.torch.checkpoint import Opened, open_checkpoint
 
 CONFIG = "config.json"
-NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+NAMES = ("model.safetensors", "pytorch_model.bin")
 SUFFIXES = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin", ".ckpt")
+# The name of timm's argument for each size of ours that it can be told.
+TIMM_ARGUMENTS = {
+    "image_size": "img_size",
+    "in_channels": "in_chans",
+    "patch_size": "patch_size",
+    "word_stride": "first_stride",
+    "depth": "depth",
+    "inner_dim": "inner_dim",
+    "inner_heads": "num_heads_inner",
+    "outer_dim": "embed_dim",
+    "outer_heads": "num_heads_outer",
+}
+# What its other arguments have to be; those that only training asks are left alone.
+# Its mlp_ratio is that of the outer MLP alone.
+_TIMM_FIXED = {"global_pool": "token", "qkv_bias": False, "mlp_ratio": 4.0}
+_TIMM_TRAINING = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate", "num_classes")
 
 
 def weights_file(folder: Path) -> Path | None:
@@ -27,7 +43,7 @@ def weights_file(folder: Path) -> Path | None:
     return found[0] if len(found) == 1 else None
 
 
-def read_config(folder: Path) -> dict[str, Any] | None:
+def read_timm_config(folder: Path) -> dict[str, Any] | None:
     """timm's `config.json`, with what older releases put at its top moved to `pretrained_cfg`; None if there is none.
 
     Raises:
@@ -70,17 +86,48 @@ def open_hub_folder(
         InputError: there are no weights, they are of another architecture than `config.json` says, or one of both
             is damaged.
     """
-    fields, path = read_config(folder), weights_file(folder)
+    fields, path = read_timm_config(folder), weights_file(folder)
     if path is None:
         raise InputError(f"{folder} has no weights: none of {', '.join(NAMES)}, and not exactly one other checkpoint")
-    size = _input_size(fields)
-    opened = open_checkpoint(path, weights=weights, image_size=size, source=source, published=published)
+    size, sizes = _input_size(fields), {} if fields is None else timm_sizes(fields, folder)
+    opened = open_checkpoint(path, weights=weights, image_size=size, sizes=sizes, source=source, published=published)
     if fields is None:
         return opened
     said, config = VARIANTS[fields["architecture"]].config, opened.description.config
-    if said.architecture != config.architecture or (said.name != config.name and not opened.described):
+    same = said.name == config.name or opened.described or len(sizes) > 1
+    if said.architecture != config.architecture or not same:
         raise InputError(f"{path} holds {config.name}, and {folder / CONFIG} says {said.name}")
     return dataclasses.replace(opened, description=_described(opened.description, fields, folder))
+
+
+def timm_sizes(fields: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The name of the architecture and the sizes that differ from it, from the arguments with which timm built it.
+
+    They are what `publish` writes. Neither heads nor pooling show in the shapes of tensors.
+
+    Raises:
+        InputError: an argument that changes the network in a way that this package does not have.
+    """
+    base = VARIANTS[fields["architecture"]].config
+    if base.architecture == "pyramid":  # which timm has not
+        return {}
+    pools = [part["global_pool"] for part in (fields, fields["pretrained_cfg"]) if part.get("global_pool") is not None]
+    arguments, ours = fields.get("model_args") or {}, {theirs: name for name, theirs in TIMM_ARGUMENTS.items()}
+    if not isinstance(arguments, Mapping):
+        raise InputError(f"{folder / CONFIG} is damaged: model_args is no JSON object")
+    fixed = _TIMM_FIXED | {"legacy": base.architecture == "legacy"}
+    sizes: dict[str, Any] = {"name": base.name}
+    for name, value in [*(("global_pool", pool) for pool in pools), *arguments.items()]:
+        value = plain(value)
+        if name in ours:
+            square = name != "img_size" and isinstance(value, tuple) and len(set(value)) == 1
+            value = value[0] if square else value
+            sizes |= {ours[name]: value} if value != getattr(base, ours[name]) else {}
+        elif name not in _TIMM_TRAINING and (name not in fixed or value != fixed[name]):
+            right = f", and this package has {fixed[name]} alone" if name in fixed else ", which this package has not"
+            raise InputError(f"{folder / CONFIG}: timm built this model with {name}={value}{right}")
+    # Shapes say these two, and an image size of two numbers is read above.
+    return {name: value for name, value in sizes.items() if name not in ("image_size", "in_channels")}
 
 
 def _input_size(fields: Mapping[str, Any] | None) -> tuple[int, int] | None:
@@ -95,8 +142,8 @@ def _described(known: ModelDescription, fields: Mapping[str, Any], folder: Path)
         raise InputError(
             f"{folder / CONFIG}: crop_mode is {feeding['crop_mode']}, and this package cuts out the centre"
         )
-    preprocessing = Preprocessing(
-        image_size=known.config.image_size,
+    preprocessing = dataclasses.replace(
+        known.preprocessing,
         crop=plain(feeding.get("crop_pct", known.preprocessing.crop)),
         mean=plain(feeding.get("mean", known.preprocessing.mean)),
         std=plain(feeding.get("std", known.preprocessing.std)),

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import filelock
 import numpy as np
 
 from tnt_jax.config import InputError, ModelConfig
@@ -15,11 +14,9 @@ from tnt_jax.data.classes import match_classes
 from tnt_jax.models import variants
 from tnt_jax.models.adapting import adapt, select_classes
 from tnt_jax.models.variants import Model, changed, get_variant
-from tnt_jax.storage import cache
-from tnt_jax.storage.description import Outputs, describe, description_of, description_text, read_description
-from tnt_jax.storage.download import Unreachable, download
-from tnt_jax.storage.files import remove
-from tnt_jax.storage.folder import model_from_parameters, model_parameters, restore_parameters, save_parameters
+from tnt_jax.storage.description import Outputs, describe, description_of, read_description
+from tnt_jax.storage.download import Unreachable, download, without_secrets
+from tnt_jax.storage.folder import model_from_parameters, model_parameters, restore_parameters
 from tnt_jax.storage.hub import fetch_repository, is_hub_name
 from tnt_jax.storage.hub_folder import open_hub_folder
 from tnt_jax.storage.resolve import locate, published_places
@@ -38,7 +35,7 @@ def load_model(
 ) -> Model:
     """A model from wherever it lies.
 
-    What has to be fetched is kept in the user's cache, converted: the next call needs no network.
+    What has to be fetched is kept in the user's cache: the next call needs no network.
 
     Args:
         model: a model folder, the folder of a training run, a published name (ours, mmpretrain's or timm's),
@@ -121,6 +118,8 @@ def open_model(
     if place.kind == "run":
         loaded = load_run(place.path, weights=weights or "ema", step=step)
         return Opened(model_parameters(loaded), description_of(loaded))
+    if place.kind == "folder" and weights is not None:
+        raise InputError(f"{weights} weights were asked for, and {model} is a model folder, which holds one model")
     if place.kind == "folder":
         return _open_folder(place.path)
     if place.kind == "hub folder":
@@ -129,15 +128,20 @@ def open_model(
         return open_checkpoint(place.path, weights=weights, image_size=image_size)
     if place.kind != "published":
         return _fetched(place.where, weights, image_size, is_published(place.where))
-    reasons = []
-    for where in published_places(place.where):
+    reasons, places = [], published_places(place.where)
+    for where in places:
         try:
             opened = _fetched(where, weights, image_size, published=True)
             check_published(opened.description.config, place.where, where)
             return opened
         except Unreachable as error:
-            reasons.append(str(error))
-    raise InputError(f"the published weights of {model} cannot be fetched:\n  " + "\n  ".join(reasons))
+            reasons.append(error.why)
+    pages = [f"https://huggingface.co/{where}" if is_hub_name(where) else where for where in places]
+    raise InputError(
+        f"the published weights of {model} cannot be fetched: {'; '.join(dict.fromkeys(reasons))}\n"
+        f"put one of these files beside you: {', '.join(pages)}\n"
+        "and give it instead of the name: load_model('FILE')"
+    )
 
 
 def open_for(
@@ -218,35 +222,8 @@ def _open_folder(folder: Path) -> Opened:
 def _fetched(
     where: str, weights: Literal["ema", "raw"] | None, image_size: tuple[int, int] | None, published: bool
 ) -> Opened:
-    """The model at an address or in a repository of the hub: as it was kept, or fetched, converted and kept."""
-    key = " ".join(map(str, filter(None, (where, weights, image_size))))
-    known = cache.recorded(key)
-    folder = cache.models_folder() / str((known or {}).get("model", ""))
-    if known and folder.is_dir():
-        try:
-            return _open_folder(folder)
-        except InputError as error:
-            _log.warning("%s; it is removed and made again", error)
-            remove(folder)
+    """The model at an address or in a repository of the hub, whose files are kept."""
     if is_hub_name(where):
-        path, found = fetch_repository(where), {"hub": where}
-        opened = open_hub_folder(path, weights=weights, source=found, published=published)
-    else:
-        path, found = download(where), {"address": where}
-        opened = open_checkpoint(path, weights=weights, image_size=image_size, source=found, published=published)
-    _keep(opened, key)
-    cache.forget_temporary(path)
-    return opened
-
-
-def _keep(opened: Opened, key: str) -> None:
-    """Puts a converted model into the cache, once. Where that fails the model works all the same."""
-    try:
-        folder = cache.model_folder(opened.description.source["sha256"], description_text(opened.description))
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(folder.with_name(f".{folder.name}.lock")):
-            if not folder.is_dir():
-                save_parameters(opened.parameters, opened.description, folder)
-        cache.record(key, {"model": folder.name})
-    except (InputError, OSError, ValueError, RuntimeError) as error:
-        _log.warning("the converted model is not kept: %s", error)
+        return open_hub_folder(fetch_repository(where), weights=weights, source={"hub": where}, published=published)
+    path, source = download(where), {"address": without_secrets(where)}
+    return open_checkpoint(path, weights=weights, image_size=image_size, source=source, published=published)

@@ -24,7 +24,7 @@ LOCK_FILE, HOLDER_FILE = "run.lock", "run.lock.json"
 
 
 class RunningError(RuntimeError):
-    """Another start of the run lives."""
+    """Another process holds the folder of a run."""
 
     exit_code = 75
 

@@ -17,27 +17,17 @@ import numpy as np
 from tnt_jax.config import InputError, ModelConfig
 from tnt_jax.models.variants import VARIANTS, Model
 from tnt_jax.storage.card import model_card
-from tnt_jax.storage.description import ModelDescription, write_description
+from tnt_jax.storage.description import DESCRIPTION, ModelDescription, write_description
 from tnt_jax.storage.files import write_whole
 from tnt_jax.storage.folder import check_destination, description_with, model_parameters
 from tnt_jax.storage.hub import push_folder
-from tnt_jax.storage.hub_folder import CONFIG, NAMES, open_hub_folder
+from tnt_jax.storage.hub_folder import CONFIG, NAMES, TIMM_ARGUMENTS, open_hub_folder
 from tnt_jax.storage.torch.write import state_dict, write_safetensors
 
-# timm's architectures, and the name of its argument for each size of ours that it can be told.
 TIMM = ("tnt_s_patch16_224", "tnt_b_patch16_224", "tnt_s_legacy_patch16_224")
-TIMM_ARGUMENTS = {
-    "image_size": "img_size",
-    "in_channels": "in_chans",
-    "patch_size": "patch_size",
-    "word_stride": "first_stride",
-    "depth": "depth",
-    "inner_dim": "inner_dim",
-    "inner_heads": "num_heads_inner",
-    "outer_dim": "embed_dim",
-    "outer_heads": "num_heads_outer",
-    "mlp_ratio": "mlp_ratio",
-}
+"""timm's architectures."""
+FILES = (NAMES[0], CONFIG, DESCRIPTION, "README.md")
+"""What a published folder holds."""
 
 PROBLEM_TYPES = {"multi_label": "multi_label_classification", "regression": "regression"}
 """What transformers calls tasks other than one class, for which its pipeline takes a sigmoid, or nothing."""
@@ -75,7 +65,7 @@ def publish(
     Raises:
         InputError: the folder exists, the model is in no form that can come back, or it cannot be pushed.
     """
-    check_destination(folder, overwrite=overwrite)
+    check_destination(folder, overwrite=overwrite, names=FILES)
     description = description_with(model)
     arguments = timm_arguments(description.config)
     parameters = {name: np.asarray(value) for name, value in model_parameters(model).items()}
@@ -102,12 +92,12 @@ def _compare(folder: Path, parameters: dict[str, np.ndarray], description: Model
     back = open_hub_folder(folder)
     differ = [name for name, value in parameters.items() if not np.array_equal(back.parameters[name], value)]
     if differ or back.description != description:
-        raise InputError(f"the model does not come back as it was: {', '.join(differ) or back.description}")
+        raise InputError(f"the model does not come back as it was: {', '.join(differ) or 'its description differs'}")
 
 
 def timm_arguments(config: ModelConfig) -> dict[str, Any] | None:
     """What to tell timm's `create_model` beside the architecture; None if timm has nothing of this form."""
-    if config.architecture == "pyramid" or config.squeeze_excitation:
+    if config.architecture == "pyramid" or config.squeeze_excitation or config.mlp_ratio != 4:
         return None
     if not (config.word_positions and config.sentence_positions and config.inner_blocks == tuple(range(config.depth))):
         return None

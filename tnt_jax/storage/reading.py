@@ -4,30 +4,34 @@ A run's folder has in `checkpoints/`: a folder for each step that is kept, as Or
 checksums of its files in `STEP.files.json`; the scores of the steps in `scores.json`; what was found damaged, as
 `damaged-STEP`.
 
-Reading ends in one of three ways, and changes nothing: what was saved; DamagedError, where what is on the disk is
-proven to be something else; UnreadableError, where it cannot be read at the moment. A checkpoint of another model, or
-of another optimizer, is a LayoutError.
+Reading ends in one of four ways, and changes nothing: what was saved; DamagedError, where what is on the disk is
+proven to be something else; VersionError, where another version of this package wrote it in a form that this one does
+not know; UnreadableError, where it cannot be read at the moment. A checkpoint of another model, or of another
+optimizer, is a LayoutError.
 """
 
-import functools
+import contextlib
 import json
-import logging
 import os
 import pathlib
 import re
-import sys
 import zlib
 from collections.abc import Iterator
 
 import orbax.checkpoint as ocp
 
 from tnt_jax.config import LOWER_IS_BETTER, InputError
-from tnt_jax.storage.files import write_text
+from tnt_jax.storage.files import first_line, write_text
 from tnt_jax.storage.packing import Layout, checksums, layout, packed_shapes, unpack
 
 CHECKPOINTS = "checkpoints"
 SCORES_FILE = "scores.json"
 LAST_CHECKPOINT = "last_checkpoint.json"
+FORMAT = 1
+FIELDS = {"layouts", "checksums", "least_alone", "crc32"}
+"""What is saved beside the arrays of a step. `format` came later, and is there where it is not 1."""
+FIRST_FIELDS = {"layouts", "checksums", "scores"}
+"""The same in the first versions."""
 
 Trees = dict[str, dict]
 """Trees of arrays, or of their shapes and shardings, by name."""
@@ -41,23 +45,40 @@ class LayoutError(InputError):
     """A checkpoint holds other arrays than are wanted."""
 
 
+class VersionError(InputError):
+    """A checkpoint was written by another version of this package."""
+
+
 class UnreadableError(RuntimeError):
     """A checkpoint cannot be read now, and nothing says that it is damaged: another try may succeed."""
 
     exit_code = 75
 
 
+@contextlib.contextmanager
+def readable(place: str | os.PathLike) -> Iterator[None]:
+    """Raises UnreadableError where the system cannot say now what lies in a place. That nothing lies there is known."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise UnreadableError(f"{place} cannot be read now ({error}). Nothing was touched; try again") from error
+
+
 def steps_of(run_dir: str | os.PathLike) -> list[int]:
     """The steps whose checkpoints were written to their end, ascending."""
     folder = pathlib.Path(run_dir) / CHECKPOINTS
-    names = os.listdir(folder) if folder.is_dir() else ()
+    with readable(folder):
+        names = os.listdir(folder) if folder.is_dir() else ()
     return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
 
 
 def scores_of(run_dir: str | os.PathLike) -> dict[int, dict[str, float]]:
     """The scores of the steps that were evaluated; none where the file is missing or damaged."""
     try:
-        found = json.loads((pathlib.Path(run_dir) / CHECKPOINTS / SCORES_FILE).read_text())
+        with readable(run_dir):
+            found = json.loads((pathlib.Path(run_dir) / CHECKPOINTS / SCORES_FILE).read_text())
         return {int(step): scores for step, scores in found.items() if isinstance(scores, dict)}
     except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError, TypeError):
         return {}
@@ -74,8 +95,10 @@ def had_checkpoint(run_dir: str | os.PathLike) -> bool:
     """Whether a run has ever had a checkpoint, whatever has become of it."""
     run_dir = pathlib.Path(run_dir)
     folder = run_dir / CHECKPOINTS
-    left = [name for name in os.listdir(folder) if "tmp" not in name] if folder.is_dir() else []
-    return bool(left) or (run_dir / LAST_CHECKPOINT).exists()
+    with readable(folder):
+        names = os.listdir(folder) if folder.is_dir() else []
+        left = [name for name in names if "tmp" not in name and not name.startswith(".")]
+        return bool(left) or (run_dir / LAST_CHECKPOINT).exists()
 
 
 def restore(run_dir: str | os.PathLike, step: int, like: Trees) -> Trees:
@@ -85,14 +108,13 @@ def restore(run_dir: str | os.PathLike, step: int, like: Trees) -> Trees:
         InputError: there is no checkpoint of this step.
         DamagedError, LayoutError, UnreadableError: as this module says.
     """
-    quiet_orbax()
     folder = pathlib.Path(run_dir).resolve() / CHECKPOINTS / str(step)
     if not folder.is_dir():
         raise InputError(f"the run in {run_dir} has no checkpoint of step {step}; {kept(run_dir)}")
     try:
         saved = _description(folder)
         for name, tree in like.items():
-            if differ := _differences(saved["layouts"].get(name, []), layout(tree)):
+            if differ := _differences(saved["layouts"].get(name, []), layout(tree), saved["least_alone"]):
                 raise LayoutError(f"{name_of(folder)} has another layout: in {name}, {differ}. Nothing was touched")
         least = saved["least_alone"]
         shapes = {name: packed_shapes(tree, least) for name, tree in like.items()}
@@ -127,9 +149,15 @@ def name_of(folder: pathlib.Path) -> str:
 def _description(folder: pathlib.Path) -> dict:
     """What was saved beside the arrays of a step. Raises ValueError if it is damaged."""
     # Orbax's own reader hides why it could not read the file.
-    text = (folder / "_CHECKPOINT_METADATA").read_text()
-    description = json.loads(text)["custom_metadata"]
-    if description.pop("crc32", None) != description_crc(description):
+    description = json.loads((folder / "_CHECKPOINT_METADATA").read_text()).get("custom_metadata")
+    fields = set(description) if isinstance(description, dict) else set()
+    if fields == FIRST_FIELDS:
+        return {**description, "least_alone": 2**16}
+    if not fields >= FIELDS or description.get("format", FORMAT) != FORMAT:
+        if wrong := _wrong_files(folder):
+            raise ValueError(f"{wrong[0]} is not as it was written")
+        raise VersionError(f"{name_of(folder)} was written by another version of tnt_jax. Nothing was touched")
+    if description.pop("crc32") != description_crc(description):
         raise ValueError("wrong checksum in its description")
     return description
 
@@ -138,10 +166,13 @@ def description_crc(description: dict) -> int:
     return zlib.crc32(json.dumps(description, sort_keys=True).encode())
 
 
-def _differences(saved: Layout, wanted: Layout) -> str | None:
+def _differences(saved: Layout | int, wanted: Layout, least_alone: int) -> str | None:
     """How two layouts differ, in words; None where they do not."""
     if saved == wanted:
         return None
+    if isinstance(saved, int):  # the first versions kept a checksum
+        leaves = [(path, tuple(shape), dtype) for path, shape, dtype in wanted]
+        return None if saved == zlib.crc32(str((least_alone, leaves)).encode()) else "other arrays"
     there, here = ({path: f"{dtype} {tuple(shape)}" for path, shape, dtype in each} for each in (saved, wanted))
     differ = [
         f"{path} is {there.get(path, 'missing')} there and {here.get(path, 'missing')} here"
@@ -162,7 +193,7 @@ def _explained(folder: pathlib.Path, error: Exception) -> DamagedError | Unreada
     """What an error in reading a step means: damage only where the files prove it."""
     reason = f"{type(error).__name__}: {first_line(error)}"
     unreadable = UnreadableError(f"{name_of(folder)} cannot be read now ({reason}). Nothing was touched; try again")
-    causes = list(_chain(error))
+    causes = list(chain_of(error))
     if any(isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError) for cause in causes):
         return unreadable
     if any(isinstance(cause, MemoryError) or NOT_NOW.search(str(cause)) for cause in causes):
@@ -176,7 +207,8 @@ def _explained(folder: pathlib.Path, error: Exception) -> DamagedError | Unreada
     return DamagedError(f"{name_of(folder)} is damaged ({wrong[0]}: {reason})") if wrong else unreadable
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def chain_of(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it came from."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
@@ -214,22 +246,3 @@ def _crc_of(path: pathlib.Path) -> int:
         while chunk := file.read(2**20):
             crc = zlib.crc32(chunk, crc)
     return crc
-
-
-@functools.cache
-def quiet_orbax() -> None:
-    """Keeps Orbax from printing pages, in threads and of what it left half read, on what becomes one message here."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    others = sys.unraisablehook
-
-    def hook(unraisable) -> None:
-        code = getattr(unraisable.object, "cr_code", None)
-        left = (code and "orbax" in code.co_filename) or str(unraisable.exc_value) == "Event loop is closed"
-        if not left:
-            others(unraisable)
-
-    sys.unraisablehook = hook
-
-
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

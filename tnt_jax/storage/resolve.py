@@ -14,9 +14,10 @@ from typing import Literal
 from tnt_jax.config import InputError
 from tnt_jax.models.variants import ALIASES, get_variant
 from tnt_jax.storage.description import DESCRIPTION
-from tnt_jax.storage.folder import PARAMETERS, holds_run, is_hub_folder
+from tnt_jax.storage.folder import PARAMETERS
 from tnt_jax.storage.hub import is_hub_name
 from tnt_jax.storage.hub_folder import weights_file
+from tnt_jax.storage.run import is_hub_folder, is_run
 
 Kind = Literal["folder", "run", "hub folder", "file", "published", "hub", "address"]
 
@@ -74,16 +75,11 @@ def locate(model: str | os.PathLike) -> Place:
 def _kind_of_folder(folder: Path) -> Kind:
     if is_hub_folder(folder) and not (folder / PARAMETERS).is_dir():
         return "hub folder"
-    if holds_run(folder):
+    if is_run(folder):
         return "run"
     if (folder / DESCRIPTION).exists() or weights_file(folder) is None:
         return "folder"
     return "hub folder"
-
-
-def is_run(model: str | os.PathLike) -> bool:
-    """Whether a MODEL is the folder of a training run."""
-    return Path(model).is_dir() and _kind_of_folder(Path(model)) == "run"
 
 
 def published_places(name: str) -> tuple[str, ...]:

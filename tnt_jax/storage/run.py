@@ -8,7 +8,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 
@@ -25,13 +24,15 @@ from tnt_jax.storage.description import (
     describe,
     write_description,
 )
-from tnt_jax.storage.files import write_text
-from tnt_jax.storage.reading import steps_of
+from tnt_jax.storage.files import UNFINISHED, free_space, write_text
+from tnt_jax.storage.lock import HOLDER_FILE, LOCK_FILE, RunningError
+from tnt_jax.storage.reading import readable, steps_of
 
 CONFIG_FILE = "config.json"
 DATA_FILE = "data.json"
 STARTS_FILE = "starts.jsonl"
-LOCK_FILES = ("run.lock", "run.lock.json")
+LOCK_FILES = (LOCK_FILE, HOLDER_FILE)
+RUN_FILES = ("checkpoints", "metrics.jsonl", STARTS_FILE, "tensorboard")  # of which a run has some, a model none
 
 
 def read_config(run_dir: str | os.PathLike) -> TrainConfig:
@@ -42,18 +43,32 @@ def read_config(run_dir: str | os.PathLike) -> TrainConfig:
     """
     path = pathlib.Path(run_dir) / CONFIG_FILE
     try:
-        return from_json(json.loads(path.read_text()))
+        with readable(path):
+            text = path.read_text()
+        return from_json(json.loads(text))
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{run_dir} is not the folder of a run: it has no {CONFIG_FILE}") from None
     except InputError:
         raise
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as the configuration of a run: {error}") from error
 
 
-def is_run(path: str | os.PathLike) -> bool:
-    """Whether a training run lies in this folder."""
-    return (pathlib.Path(path) / CONFIG_FILE).is_file()
+def is_run(folder: str | os.PathLike) -> bool:
+    """Whether a training run, or something of one, lies in a folder. A hub repository has a `config.json` as well."""
+    folder = pathlib.Path(folder)
+    if any((folder / name).exists() for name in RUN_FILES):
+        return True
+    return (folder / CONFIG_FILE).is_file() and not is_hub_folder(folder)
+
+
+def is_hub_folder(folder: str | os.PathLike) -> bool:
+    """Whether a folder is a repository as timm's hub has it: its `config.json` names an architecture."""
+    try:
+        fields = json.loads((pathlib.Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(fields, dict) and "architecture" in fields
 
 
 def compare(config: TrainConfig, content: Mapping[str, str]) -> dict[str, list] | None:
@@ -70,6 +85,7 @@ def compare(config: TrainConfig, content: Mapping[str, str]) -> dict[str, list] 
 
     Raises:
         InputError: something else lies there, or a run of another identity; or it cannot be written.
+        UnreadableError: it cannot be read now.
     """
     folder = pathlib.Path(config.run_dir)
     try:
@@ -109,7 +125,7 @@ def _is_unclaimed(folder: pathlib.Path) -> bool:
     left = {DESCRIPTION, DATA_FILE, STARTS_FILE, *LOCK_FILES}
     empty = (folder / CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).stat().st_size
     left |= {CONFIG_FILE} if empty else set()
-    return all(path.name in left or ".unfinished-" in path.name for path in folder.iterdir())
+    return all(path.name in left or UNFINISHED in path.name for path in folder.iterdir())
 
 
 def by_role(config, prefix: str = "") -> dict[str, tuple]:
@@ -125,8 +141,9 @@ def by_role(config, prefix: str = "") -> dict[str, tuple]:
 
 def _content(folder: pathlib.Path) -> dict[str, str]:
     try:
-        return json.loads((folder / DATA_FILE).read_text())
-    except (OSError, ValueError):
+        with readable(folder):
+            return json.loads((folder / DATA_FILE).read_text())
+    except (FileNotFoundError, ValueError):
         return {}
 
 
@@ -146,8 +163,11 @@ def claim(
 
     Raises:
         InputError: it cannot be written.
+        RunningError: another start has claimed the folder since.
     """
     folder = pathlib.Path(config.run_dir)
+    if compare(config, content) != changed:  # between the two nobody held the lock
+        raise RunningError(f"{folder} was claimed by another start of the run meanwhile; start this one again")
     try:
         if changed is None:
             write_description(folder, _description(config, class_names, outputs))
@@ -179,12 +199,10 @@ def check_space(config: TrainConfig, state_bytes: int) -> None:
 
     These are the latest, the best, and the one that is being written.
     """
-    folder = pathlib.Path(config.run_dir)
-    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    missing = max(config.keep_checkpoints + 2 - len(steps_of(folder)), 1)
-    free, needed = shutil.disk_usage(place).free, missing * state_bytes
+    missing = max(config.keep_checkpoints + 2 - len(steps_of(config.run_dir)), 1)
+    free, needed = free_space(config.run_dir), missing * state_bytes
     if free < needed:
         raise InputError(
-            f"{place} has {free / 1e9:.2f} GB free, and the checkpoints to come need {needed / 1e9:.2f} GB: "
-            f"{missing} of {state_bytes / 1e9:.2f} GB. Make room, or take another --run-dir"
+            f"the disk of {config.run_dir} has {free / 1e9:.2f} GB free, and the checkpoints to come need "
+            f"{needed / 1e9:.2f} GB: {missing} of {state_bytes / 1e9:.2f} GB. Make room, or take another --run-dir"
         )

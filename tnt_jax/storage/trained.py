@@ -2,16 +2,15 @@
 
 import dataclasses
 import os
-import pathlib
 
 import jax
 from flax import nnx
 
-from tnt_jax.config import InputError, best_metric
+from tnt_jax.config import TASKS, InputError, best_metric
 from tnt_jax.models.variants import Model, abstract_model
 from tnt_jax.storage.description import read_description
 from tnt_jax.storage.reading import DamagedError, best_of, kept, restore, scores_of, steps_of
-from tnt_jax.storage.run import CONFIG_FILE, read_config
+from tnt_jax.storage.run import read_config
 
 TREES = {"ema": "ema", "raw": "params"}
 ATTEMPTS = 3
@@ -34,7 +33,13 @@ def load_run(run_dir: str | os.PathLike, *, weights: str = "ema", step: int | No
     step, trees = _restored(run_dir, step, {TREES[weights]: like})
     params = trees[TREES[weights]]
     model = nnx.merge(graphdef, jax.tree.map(lambda leaf, to: leaf.astype(to.dtype), params, own))
-    origin = {**(description.source or {}), "step": step, "weights": weights, "scores": scores_of(run_dir).get(step)}
+    origin = {
+        **(description.source or {}),
+        "run": os.fspath(run_dir),
+        "step": step,
+        "weights": weights,
+        "scores": scores_of(run_dir).get(step),
+    }
     model.description = dataclasses.replace(description, source=origin)
     return model
 
@@ -69,6 +74,9 @@ def _restored(run_dir: str | os.PathLike, asked: int | None, like: dict) -> tupl
 
 
 def _best(run_dir: str | os.PathLike, steps: list[int]) -> int | None:
-    """The best of some steps by the metric that the run's configuration says."""
-    known = (pathlib.Path(run_dir) / CONFIG_FILE).is_file()
-    return best_of(steps, scores_of(run_dir), best_metric(read_config(run_dir)) if known else "top1")
+    """The best of some steps by the metric that the run's configuration says, or that of its task."""
+    try:
+        metric = best_metric(read_config(run_dir))
+    except InputError:  # it is not there, or of another version
+        metric = TASKS[read_description(run_dir).outputs.task][0]
+    return best_of(steps, scores_of(run_dir), metric)

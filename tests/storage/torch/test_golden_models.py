@@ -20,6 +20,7 @@ from tnt_jax.storage.torch.read import recognise_config, recognise_layout, to_pa
 
 RECORDS = {
     "huawei_tnt_s": ("huawei", "tnt_s_patch16_224"),
+    "huawei_tnt_ti_se": ("huawei", "tnt_custom_patch16_224"),
     "timm_tnt_s": ("timm", "tnt_s_patch16_224"),
     "timm_tnt_s_legacy": ("timm", "tnt_s_legacy_patch16_224"),
     "mmpretrain_tnt_s": ("mmpretrain", "tnt_s_legacy_patch16_224"),

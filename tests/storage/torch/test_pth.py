@@ -108,7 +108,7 @@ def test_nothing_is_run_and_what_would_be_is_inert(tmp_path, monkeypatch):
     read = read_pth(Path("a.pth"))
     assert read.pop("epoch") == 3
     assert all(isinstance(value, Inert) for value in read.values())
-    assert repr(read["code"]) in ("<posix.system>", "<nt.system>")
+    assert read["code"].name in ("posix.system", "nt.system")
     assert read["strange"].state == {"deep": [1]}
     assert os.listdir() == ["a.pth"]
 

@@ -45,6 +45,7 @@ def open_checkpoint(
     *,
     weights: Literal["raw", "ema"] | None = None,
     image_size: tuple[int, int] | None = None,
+    sizes: Mapping[str, Any] | None = None,
     source: Mapping[str, Any] | None = None,
     published: bool = False,
 ) -> Opened:
@@ -53,6 +54,7 @@ def open_checkpoint(
     Args:
         weights: the raw or the averaged ones of a checkpoint that has both; by default averaged, as timm does.
         image_size: height and width that the file's positions were made for, where they are no square.
+        sizes: the name of the published model and the sizes that differ from it, where they are known.
         source: where the file came from, beside what is found in it.
         published: whether it is known to hold the weights that were published for ImageNet-1k.
 
@@ -63,7 +65,7 @@ def open_checkpoint(
     shapes = shapes_of(found.tensors)
     layout = recognise_layout(shapes)
     known = found.description
-    config = known.config if known else recognise_config(layout, shapes, image_size)
+    config = known.config if known else recognise_config(layout, shapes, image_size, sizes)
     count = sum(map(is_array, found.tensors.values()))
     notes = [f"{name} was left out: no forward pass uses it" for name in sorted(filter(is_unused, found.tensors))]
     parameters = to_parameters(found.tensors, layout, config)

@@ -1,8 +1,6 @@
 """The tensors in a checkpoint file, whatever its name is: files are known by what they begin with."""
 
 import dataclasses
-import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,6 @@ from tnt_jax.config import InputError
 from tnt_jax.storage.torch.pth import NoTensor, Tensor, is_legacy, is_zip, read_pth
 from tnt_jax.storage.torch.unpickle import Damaged
 
-INDEX_SUFFIX = ".index.json"
 _SAFETENSORS_DTYPES = {  # safetensors' names of what NumPy and ml_dtypes have
     "F64": "float64",
     "F32": "float32",
@@ -37,11 +34,7 @@ _OTHERS = {
     b"\x89HDF": "an HDF5 file (Keras, TensorFlow); weights of TNT are read from PyTorch and safetensors files",
     b"\x1f\x8b": "compressed with gzip: unpack it first, with gunzip or tar",
     b"BZh": "compressed with bzip2: unpack it first",
-    b"\xfd7zXZ": "compressed with xz: unpack it first",
-    b"7z\xbc\xaf": "a 7z archive: unpack it first",
-    b"Rar!": "a rar archive: unpack it first",
     b"\x93NUMPY": "a NumPy array",
-    b"%PDF": "a PDF",
 }
 
 
@@ -65,7 +58,7 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Reads a .safetensors file, an index of several, or a file of `torch.save`. Tensors are read when asked for.
+    """Reads a .safetensors file, or a file of `torch.save`. Tensors are read when asked for.
 
     Raises:
         InputError: the file is missing or damaged, or is something else; the message says what it is.
@@ -77,8 +70,6 @@ def read_checkpoint(path: Path) -> Checkpoint:
             start = file.read(1024)
         if is_zip(start) or is_legacy(start):
             return Checkpoint(read_pth(path), {})
-        if start.lstrip()[:1] == b"{" and path.name.endswith(INDEX_SUFFIX):
-            return _read_shards(path)
         if start[8:9] == b"{":
             return _read_safetensors(path)
     except Damaged as error:
@@ -103,7 +94,7 @@ def what_it_is(start: bytes) -> str:
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         return "a web page, not a checkpoint: the address or the login was wrong when it was downloaded"
     if text.startswith(b"{"):
-        return f"JSON, not a checkpoint; an index of sharded safetensors ends in {INDEX_SUFFIX}"
+        return "JSON, not a checkpoint; weights in several files with an index have to be joined into one first"
     if start[:1] == b"\x80":
         return "a pickle that torch.save did not write; save it with torch.save(model.state_dict(), FILE)"
     return "no checkpoint: neither safetensors nor a file that torch.save wrote"
@@ -134,35 +125,6 @@ def _file_tensor(path: Path, file: Any, name: str) -> FileTensor | NoTensor:
             return again.get_tensor(name)
 
     return FileTensor(tuple(known.get_shape()), np.dtype(_SAFETENSORS_DTYPES[dtype]), read)
-
-
-def _read_shards(path: Path) -> Checkpoint:
-    tensors: dict[str, Any] = {}
-    for file, names in read_index(path).items():
-        shard = read_checkpoint(path.with_name(file)).content
-        missing = [name for name in names if not isinstance(shard, Mapping) or name not in shard]
-        if missing:
-            raise InputError(f"{path.with_name(file)} lacks {', '.join(missing)}, which {path.name} says it has")
-        tensors |= {name: shard[name] for name in names}
-    return Checkpoint(tensors, {})
-
-
-def read_index(path: Path) -> dict[str, list[str]]:
-    """`model.safetensors.index.json`: the files beside it, and the names of the tensors in each.
-
-    Raises:
-        InputError: it is damaged, or names a file that would not lie beside it.
-    """
-    try:
-        places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        files: dict[str, list[str]] = {}
-        for name, file in places.items():
-            files.setdefault(str(file), []).append(str(name))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path} is damaged or no index of sharded weights: {error!r}") from error
-    if strange := [file for file in files if os.path.basename(file) != file or file in ("", ".", "..", path.name)]:
-        raise InputError(f"{path} names {strange[0]!r}, which is no file beside it")
-    return files
 
 
 def is_tensor(value: Any) -> bool:

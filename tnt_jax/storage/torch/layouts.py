@@ -139,7 +139,7 @@ def tensor_names(path: str, layout: str) -> tuple[str, ...]:
     if pattern in names:
         name = names[pattern]
     else:
-        module, leaf = pattern.rsplit(".", 1)
+        module, _, leaf = pattern.rpartition(".")
         if module not in names:
             raise InputError(f"{layout} has no place for {path}")
         name = f"{names[module]}.{_LEAVES[leaf]}"

@@ -307,7 +307,7 @@ def _encoded(text: Any, encoding: Any = "latin1") -> Any:
 
 def _rebuilt(function: Any, arguments: Any) -> Any:
     if not callable(function) or not isinstance(arguments, tuple):
-        return NoTensor(f"made by {function!r}, which is not run")
+        return NoTensor(f"made by {kind_of(function)}, which is not run")
     return function(*arguments)
 
 
@@ -321,7 +321,9 @@ class _Rebuild:
         if isinstance(storage, NoTensor):
             return storage
         if not isinstance(storage, Storage):
-            return NoTensor(f"made from {storage!r}, which is not run" if isinstance(storage, Inert) else "damaged")
+            return NoTensor(
+                f"made from {kind_of(storage)}, which is not run" if isinstance(storage, Inert) else "damaged"
+            )
         metadata = rest[2] if len(rest) > 2 else None
         return self._tensor(storage, storage.dtype, storage.numel, offset, shape, strides, metadata)
 
@@ -355,6 +357,11 @@ class _Rebuild:
         if isinstance(metadata, dict) and (metadata.get("conj") or metadata.get("neg")):
             return NoTensor("conjugated or negated when it is read")
         return Tensor(storage, dtype, offset, shape, strides)
+
+
+def kind_of(value: Any) -> str:
+    """What a value is. What it holds may be as large as a file likes."""
+    return f"<{value.name[:100]}>" if isinstance(value, Inert) else f"a {type(value).__name__}"
 
 
 def _sizes(shape: tuple[int, ...]) -> str:

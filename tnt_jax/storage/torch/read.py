@@ -1,10 +1,11 @@
 """A PyTorch checkpoint to parameters of ours: what is in it, and whether all of it was understood."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from tnt_jax.storage.description import ModelDescription, description_from_dict
 from tnt_jax.storage.folder import parameter_shapes
 from tnt_jax.storage.torch.formats import is_tensor, read_checkpoint
 from tnt_jax.storage.torch.layouts import ARCHITECTURES, OURS, UNUSED, from_layout, layout_shapes, tensor_names
-from tnt_jax.storage.torch.pth import NoTensor, Tensor
+from tnt_jax.storage.torch.pth import NoTensor, Tensor, kind_of
 from tnt_jax.storage.torch.unpickle import Damaged
 from tnt_jax.storage.torch.wrappings import StateDict, find_state_dict
 
@@ -119,13 +120,17 @@ def _is_pyramid(names: Container[str]) -> bool:
 
 
 def recognise_config(
-    layout: str, shapes: Mapping[str, tuple[int, ...]], image_size: tuple[int, int] | None = None
+    layout: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    image_size: tuple[int, int] | None = None,
+    sizes: Mapping[str, Any] | None = None,
 ) -> ModelConfig:
     """The published model whose state dict this is, with its image size, channels and classes, from its shapes.
 
     Args:
         image_size: what the model is wanted for. A file does not say how many rows and columns its positions have: they
             are taken for a square, or if they cannot be one, for this.
+        sizes: the name of the published model, and sizes that differ from it; without any it is recognised.
 
     Raises:
         InputError: it has none of the published sizes.
@@ -144,8 +149,25 @@ def recognise_config(
     architecture = "pyramid" if pyramid else ARCHITECTURES[layout][0]
     if layout == "timm" and "blocks.0.norm2_proj.weight" not in shapes:
         architecture = "legacy"
-    outer_dim = shape("sentence_positions" if pyramid else "class_token", 3)[-1]
     sentences = shape("sentence_positions", 3)[1]
+    known = dict(sizes) if sizes and len(sizes) > 1 else {"name": _published_name(architecture, shape)}
+    with contextlib.suppress(InputError):  # timm and mmpretrain have no place for it
+        name = f"{'stages.0.' if pyramid else ''}blocks.0.outer.se.norm.scale"
+        known |= {"squeeze_excitation": True} if tensor_names(name, layout)[0] in shapes else {}
+    head = tensor_names("head.bias", layout)[0]
+    channels = shape("stem.common.conv.kernel" if pyramid else "word_embedding.conv.kernel", 4)[1]
+    patch_size = known.get("patch_size", VARIANTS[known["name"]].config.patch_size)
+    return model_config(
+        **known,
+        image_size=_image_size(sentences if pyramid else sentences - 1, patch_size, image_size),
+        in_channels=channels,
+        num_classes=shape("head.bias", 1)[0] if head in shapes else 0,
+    )
+
+
+def _published_name(architecture: str, shape: Callable[[str, int], tuple[int, ...]]) -> str:
+    """The published model of an architecture that has sentences of such a width."""
+    outer_dim = shape("sentence_positions" if architecture == "pyramid" else "class_token", 3)[-1]
     widths = {
         variant.config.name: np.atleast_1d(variant.config.outer_dim)[0]
         for variant in VARIANTS.values()
@@ -155,14 +177,7 @@ def recognise_config(
     if name is None:
         known = ", ".join(f"{width} ({name})" for name, width in widths.items())
         raise InputError(f"sentences of {outer_dim} channels are in no published model; known are {known}")
-    config = VARIANTS[name].config
-    head = tensor_names("head.bias", layout)[0]
-    return model_config(
-        name,
-        image_size=_image_size(sentences if pyramid else sentences - 1, config.patch_size, image_size),
-        in_channels=shape("stem.common.conv.kernel" if pyramid else "word_embedding.conv.kernel", 4)[1],
-        num_classes=shape("head.bias", 1)[0] if head in shapes else 0,
-    )
+    return name
 
 
 def _image_size(patches: int, patch_size: int, wanted: tuple[int, int] | None) -> tuple[int, int]:
@@ -242,15 +257,17 @@ def _fault(tensors: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> str
     if isinstance(tensor, NoTensor):
         return f"{name} is {tensor.why}, and should be a plain tensor of {shape}"
     if not is_array(tensor):
-        return f"{name} is {tensor!r:.100}, and should be a tensor of {shape}"
+        return f"{name} is {kind_of(tensor)}, and should be a tensor of {shape}"
     if tuple(tensor.shape) != shape:
         return f"{name} is {tuple(tensor.shape)}, and should be {shape}"
     if tensor.dtype.name not in FLOATING:
         return f"{name} is {tensor.dtype.name}, and should be of floating point: {', '.join(FLOATING)}"
     try:
-        finite = np.isfinite(tensor if isinstance(tensor, np.ndarray) else tensor.numpy()).all()
+        array = tensor if isinstance(tensor, np.ndarray) else tensor.numpy()
+        with np.errstate(over="ignore"):  # a float64 may be beyond what a parameter holds
+            finite = np.isfinite(array.astype(np.float32) if array.dtype == np.float64 else array).all()
     except Damaged as error:
         return f"{name} is damaged: {error}"
     if isinstance(tensor, Tensor):
         tensor.forget()
-    return None if finite else f"{name} has values that are NaN or infinite"
+    return None if finite else f"{name} has values that are not finite in float32"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 LARGEST_KEY = 64  # entries of a tuple that is a key
+LARGEST_NUMBER = 16  # bytes of an integer; the magic number of PyTorch has 10
 
 
 class Damaged(ValueError):
@@ -24,9 +25,6 @@ class Inert:
         self.name = name
         self.state: Any = None
         """What the pickle would have given to the object's `__setstate__`."""
-
-    def __repr__(self) -> str:
-        return f"<{self.name}>"
 
 
 class OrderedDict(dict):
@@ -149,6 +147,8 @@ class _Machine:
 
     def text(self, form: str, kind: str) -> Any:
         size = self.number(form)
+        if kind == "number" and size > LARGEST_NUMBER:
+            raise Damaged(f"the pickle has an integer of {size} bytes")
         raw = bytes(self.data[self.at : self.at + size])
         if len(raw) < size:
             raise Damaged("the pickle is cut off in a text")

@@ -5,6 +5,7 @@ mmengine/hooks/ema_hook.py, before_save_checkpoint.
 """
 
 import dataclasses
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
@@ -13,10 +14,12 @@ from tnt_jax.config import InputError
 from tnt_jax.storage.torch.formats import is_tensor
 from tnt_jax.storage.torch.unpickle import Inert, OrderedDict
 
-DEEPEST = 8  # dictionaries in dictionaries that are looked into
-MOST = 100_000  # dictionaries
-FIRST = ("state_dict_ema", "model_ema", "state_dict", "model")  # timm's order; others come behind, in the file's order
-_AVERAGED = re.compile(r"(^|[._])ema([._]|$)|teacher|averaged|swa", re.IGNORECASE)
+_log = logging.getLogger(__name__)
+
+MAX_DEPTH = 8  # dictionaries in dictionaries that are looked into
+MAX_DICTS = 100_000
+PREFERRED_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")  # timm's order; the rest in file order
+_AVERAGED = re.compile(r"(^|[._])(ema|teacher|averaged|swa)([._]|$)", re.IGNORECASE)
 
 # One tensor that each kind of network has in a layout, whatever its sizes and options are.
 _ANCHORS = {
@@ -61,13 +64,17 @@ def find_state_dict(name: str, content: Any, weights: Literal["raw", "ema"] | No
             f"{name} has no {'averaged' if weights == 'ema' else 'raw'} weights, only {other} ones: "
             + ", ".join(each.place for each in found)
         )
-    averaged = [each for each in wanted if each.averaged]
-    return min(averaged or wanted, key=lambda each: _rank(each.place))
+    candidates = [each for each in wanted if each.averaged] or wanted
+    chosen = min(candidates, key=lambda each: _rank(each.place))
+    if others := ", ".join(each.place for each in wanted if each is not chosen):
+        read = f"{chosen.place}, which is averaged," if chosen.averaged else chosen.place
+        _log.warning("%s holds several networks: %s is read, and not %s", name, read, others)
+    return chosen
 
 
 def _rank(place: str) -> int:
     first = place.partition("/")[0]
-    return FIRST.index(first) if first in FIRST else len(FIRST)
+    return PREFERRED_KEYS.index(first) if first in PREFERRED_KEYS else len(PREFERRED_KEYS)
 
 
 def _state_dicts(content: Any) -> Iterator[StateDict]:
@@ -84,15 +91,22 @@ def _state_dicts(content: Any) -> Iterator[StateDict]:
 
 def _mappings(content: Any) -> Iterator[tuple[tuple[str, ...], Mapping]]:
     """Every dictionary in a checkpoint once, with the keys that lead to it, the outer ones first."""
-    seen, waiting = set(), [((), content)]
+    # By identity, and kept alive: the number of a dictionary that is gone may be that of the next one.
+    seen: dict[int, Any] = {}
+    waiting = [((), content)]
     for keys, value in waiting:
-        if isinstance(value, Inert):
-            value = _of_module(value)
-        if not isinstance(value, Mapping) or id(value) in seen or len(keys) > DEEPEST or len(seen) > MOST:
+        if id(value) in seen or len(keys) > MAX_DEPTH or len(seen) > MAX_DICTS:
             continue
-        seen.add(id(value))
-        yield keys, value
-        waiting += [((*keys, str(key)), inner) for key, inner in value.items() if not is_tensor(inner)]
+        seen[id(value)] = value
+        mapping = _of_module(value) if isinstance(value, Inert) else value
+        if isinstance(mapping, Mapping):
+            yield keys, mapping
+            waiting += [((*keys, _text(key)), inner) for key, inner in mapping.items() if not is_tensor(inner)]
+
+
+def _text(key: Any) -> str:
+    """A key for people. Of one that is no text or number only its type: nothing that a file holds is printed whole."""
+    return str(key)[:100] if isinstance(key, str | int | float) else f"<{type(key).__name__}>"
 
 
 def _of_module(module: Inert) -> Mapping | None:
@@ -151,9 +165,9 @@ def _what_there_is(name: str, content: Any) -> str:
     tensors = [key for key, value in largest.items() if is_tensor(value)]
     if not tensors:
         kinds = ", ".join(f"{key} ({type(value).__name__})" for key, value in _some(content))
-        return f"{name} has no tensors; it holds {kinds or repr(content)[:100]}"
+        return f"{name} has no tensors; it holds {kinds or f'an empty {type(content).__name__}'}"
     if not all(isinstance(key, str) for key in tensors):
-        return f"{name} names its tensors {', '.join(map(repr, tensors[:4]))}, and a state dict names them with texts"
+        return f"{name} names its tensors {', '.join(map(_text, tensors[:4]))}, and a state dict names them with texts"
     return (
         f"this is the state dict of another network ({len(tensors)} tensors: {', '.join(tensors[:4])} ...); a TNT has "
         + ", ".join(f"{anchor} ({kind})" for kind, anchor in _ANCHORS.items())
@@ -161,4 +175,6 @@ def _what_there_is(name: str, content: Any) -> str:
 
 
 def _some(content: Any) -> list[tuple[str, Any]]:
-    return [(str(key)[:50], value) for key, value in list(content.items())[:8]] if isinstance(content, Mapping) else []
+    return (
+        [(_text(key)[:50], value) for key, value in list(content.items())[:8]] if isinstance(content, Mapping) else []
+    )

@@ -66,7 +66,10 @@ def write_safetensors(tensors: Mapping[str, np.ndarray], description: ModelDescr
     from safetensors.numpy import save_file
 
     # timm and mmpretrain ask for the format of the tensors in the metadata, as PyTorch's own writer gives it.
+    path.touch()
+    mode = path.stat().st_mode
     save_file(dict(tensors), path, metadata={"format": "pt", METADATA_KEY: description_text(description)})
+    path.chmod(mode)  # its writer gives the file to its owner alone
 
 
 def write_pth(tensors: Mapping[str, np.ndarray], description: ModelDescription, path: Path) -> None:
