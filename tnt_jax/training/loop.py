@@ -210,7 +210,9 @@ def _evaluate(
     if scores is None:
         return stopped[0]
     try:
-        check_finite(f"an evaluation after step {step}", scores)
+        # Only what the network gives can show that it is broken: a metric may be undefined for these images.
+        losses = {name: value for name, value in scores.items() if name.endswith("loss")}
+        check_finite(f"an evaluation after step {step}", losses)
     except NonFiniteError as error:
         checkpoints.discard(step, str(error))
         raise
@@ -228,13 +230,13 @@ def _stopped(step: int, run: Run, number: int) -> StoppedError:
 def _conclude(checkpoints: Checkpoints, run: Run, console: rich.console.Console) -> dict[str, float]:
     scores, best = checkpoints.scores(run.total_steps), checkpoints.best_step
     metric = best_metric(run.config)
-    ema, raw, best_of_all = (
-        printed(metric, value)
-        for value in (scores[f"ema_{metric}"], scores[f"raw_{metric}"], checkpoints.scores(best)[f"ema_{metric}"])
-    )
+    ema, raw = (printed(metric, scores[f"{weights}_{metric}"]) for weights in ("ema", "raw"))
+    of_best = ""
+    if best is not None:
+        value = printed(metric, checkpoints.scores(best)[f"ema_{metric}"])
+        of_best = f" (best: {value} after epoch {best / run.steps_per_epoch:.4g})"
     console.print(
-        f"test {spoken(metric)} {ema} with averaged weights, {raw} with raw ones, over "
-        f"{scores['count']:,} images (best: {best_of_all} after epoch {best / run.steps_per_epoch:.4g})\n"
-        f"The run lies in {run.config.run_dir}."
+        f"test {spoken(metric)} {ema} with averaged weights, {raw} with raw ones, over {scores['count']:,} images"
+        f"{of_best}\nThe run lies in {run.config.run_dir}."
     )
     return scores

@@ -203,7 +203,7 @@ class _TensorBoard:
         self._writer.write_event(Event(**start, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        for name in sorted(values.keys() - {"epoch"}):
+        for name in sorted(name for name in values.keys() - {"epoch"} if values[name] is not None):
             summary = self._scalar(f"{kind}/{name}", values[name])
             self._writer.write_event(self._event(step=step, wall_time=time.time(), summary=summary))
         self._writer.flush()
@@ -231,7 +231,7 @@ class _WeightsAndBiases:
         )
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        self._run.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+        self._run.log({f"{kind}/{name}": value for name, value in values.items() if value is not None}, step=step)
 
     def close(self) -> None:
         self._run.finish()

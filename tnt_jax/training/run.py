@@ -146,8 +146,23 @@ class Run:
             f"{parameters:,} parameters, on {jax.device_count()} {device.device_kind} device(s), "
             f"from step {start} to {self.total_steps}. {len(self.train_source):,} training and "
             f"{len(self.test_source):,} test images of {len(self.train_source.class_names)} {outputs}. "
-            f"Everything of the run lies in {self.config.run_dir}{self._moved_targets()}"
+            f"Everything of the run lies in {self.config.run_dir}{self._nothing_to_learn()}{self._moved_targets()}"
         )
+
+    def _nothing_to_learn(self) -> str:
+        """Notes where the run cannot be what was meant."""
+        epochs, optimizer = self.config.epochs, self.config.optimizer
+        notes = []
+        if self.config.data.task == "single_label" and len(self.train_source.class_names) == 1:
+            notes.append(
+                f"all images are of one class, {self.train_source.class_names[0]!r}: there is nothing to learn"
+            )
+        if optimizer.warmup_epochs >= epochs:
+            notes.append(
+                f"the warm-up of {optimizer.warmup_epochs:g} epochs is not over when the run ends after {epochs}: its "
+                f"learning rate never reaches {optimizer.learning_rate:g}; see --optimizer.warmup-epochs"
+            )
+        return "".join(f"\nnote: {note}" for note in notes)
 
     def _moved_targets(self) -> str:
         """A note where augmentation changes what may be told of an image, and not its target."""
