@@ -77,7 +77,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"]
     """What is computed in. Statistics of norms, softmax and logits are float32 in any case."""
     param_dtype: Literal["float32", "bfloat16"]
-    """What parameters are stored in."""
+    """What parameters are computed with and exported in. Training keeps them, their average and Adam's in float32."""
     remat: Literal["none", "linear", "all"] = setting(role="execution")
     """What the backward pass computes again instead of keeping it, for less memory and more time: nothing; all of a
     block but what its linear maps return; or all of it."""
@@ -303,7 +303,8 @@ class TrainConfig(Generic[Model]):
     batch_size: int = setting(64, least=1)
     """Images of a step over all devices."""
     accumulation_steps: int = setting(1, role="execution", least=1)
-    """Parts that a step's batch is computed in, one after the other: less memory, the same result."""
+    """Parts that a step's batch is computed in, one after the other: less memory, and the same result but where there
+    is batch norm, as in a PyramidTNT, which sees a part at a time."""
     fsdp: int = setting(1, role="execution", least=1)
     """Devices that share one copy of parameters and optimizer state; 1 keeps a copy on each."""
     epochs: int = setting(20, least=1)
