@@ -15,7 +15,7 @@ from tnt_jax.models.variants import abstract_model, build_model, complete, resol
 from tnt_jax.storage.checkpoint import Checkpoints
 from tnt_jax.storage.folder import model_from_parameters
 from tnt_jax.storage.load import open_for
-from tnt_jax.training.mesh import check_batch_size, make_mesh, to_devices
+from tnt_jax.training.mesh import check_batch_size, make_mesh, rows_of_process, to_devices
 from tnt_jax.training.optimizer import learning_rate_schedule
 from tnt_jax.training.program import Program
 from tnt_jax.training.report import check_wandb
@@ -55,8 +55,7 @@ class Run:
             "image_size": self.config.model.image_size,
             "channels": self.config.model.in_channels,
             "batch_size": config.batch_size,
-            "process_index": jax.process_index(),
-            "process_count": jax.process_count(),
+            "rows": rows_of_process(config.batch_size, self.mesh),
         }
 
     def _objective(self) -> Objective:
