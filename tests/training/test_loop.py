@@ -298,7 +298,9 @@ def stand_in_for_wandb() -> types.ModuleType:
     def init(**arguments):
         module.calls.append(arguments)
         return types.SimpleNamespace(
-            log=lambda values, step: module.calls.append((step, values)), finish=lambda: module.calls.append("finish")
+            define_metric=lambda name, step_metric: module.calls.append((name, step_metric)),
+            log=module.calls.append,
+            finish=lambda: module.calls.append("finish"),
         )
 
     module.init = init
@@ -311,17 +313,31 @@ def test_what_is_watched_when_asked_for(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(CHIPS, "cpu", Chip("abacus", GIB, 1e12, 1e9))
     config = tiny_run(tmp_path / "run", epochs=2, wandb=True, profile=True)
     train(config)
-    begun, *logged, finished = wandb.calls
+    begun, metric, *logged, finished = wandb.calls
     assert begun["project"] == "tnt_jax"
     assert begun["id"] == (tmp_path / "run/wandb_id.txt").read_text()
     assert finished == "finish"
-    assert [step for step, values in logged if "test/ema_top1" in values] == [11, 22]
+    # Its own steps must rise: an evaluation that is done again would be dropped.
+    assert metric == ("*", "step")
+    assert [values["step"] for values in logged if "test/ema_top1" in values] == [11, 22]
     assert any((tmp_path / "run/profile").rglob("*.xplane.pb"))
     out = capsys.readouterr().out
     assert "% of the chips' peak" in out
     assert "of it compiling" in out
     # How it is watched is no part of what the run is.
     assert train(dataclasses.replace(config, wandb=False, profile=False))["count"] == 360
+
+
+def test_weights_and_biases_that_does_not_answer_ends_no_run(tmp_path, monkeypatch, capsys):
+    wandb = stand_in_for_wandb()
+
+    def no_key(**arguments):
+        raise RuntimeError("No API key configured")
+
+    wandb.init = no_key
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    assert train(tiny_run(tmp_path / "run", epochs=1, wandb=True))["count"] == 360
+    assert "note: Weights & Biases: No API key configured. Nothing more is logged there" in capsys.readouterr().out
 
 
 def test_weights_and_biases_that_is_not_installed(tmp_path, monkeypatch):

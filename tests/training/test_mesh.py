@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from commands import ROOT
-from test_meeting import free_port
+from small_runs import free_port
 
 from tnt_jax.config import InputError
 from tnt_jax.planning.plan import environment_for

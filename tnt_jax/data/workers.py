@@ -49,6 +49,12 @@ class WorkerError(RuntimeError):
     """A worker process died or raised something that is not the user's mistake."""
 
 
+class KilledWorkerError(WorkerError):
+    """A worker process was killed by a signal, which another start may not be."""
+
+    exit_code = 75
+
+
 Filled = tuple[np.ndarray, np.ndarray, list[Any]]  # images, targets, reports
 ROWS_PER_TASK = 4
 STEPS_AHEAD = 2
@@ -199,17 +205,18 @@ class Worker:
                 _receive_into(self._socket, targets)
                 return message
         except (EOFError, ConnectionResetError):
-            raise WorkerError(f"a data worker {self._how_it_died()}") from None
+            raise self._how_it_died() from None
         raise message
 
-    def _how_it_died(self) -> str:
+    def _how_it_died(self) -> WorkerError:
         try:
             code = self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
-            return "closed its connection"
+            return WorkerError("a data worker closed its connection")
         if code < 0:
-            return f"was killed by {signal.Signals(-code).name}; if that was SIGKILL, memory may have run out"
-        return f"ended with exit status {code}; what it printed stands above"
+            memory = "; memory may have run out" if code == -signal.SIGKILL else ""
+            return KilledWorkerError(f"a data worker was killed by {signal.Signals(-code).name}{memory}")
+        return WorkerError(f"a data worker ended with exit status {code}; what it printed stands above")
 
 
 def _end(connection: socket.socket, process: subprocess.Popen) -> None:

@@ -99,7 +99,7 @@ class Run:
         drawn = {"seed": self.config.seed, "start_step": start, "dtype": self._dtypes[0]}
         return train_batches(self.train_source, self.config.data, **self._feed, **drawn)
 
-    def evaluate(self, state: TrainState, stop: Callable[[], int | None]) -> dict[str, float] | None:
+    def evaluate(self, state: TrainState, stop: Callable[[], bool]) -> dict[str, float | None] | None:
         """Scores on every test image, of the averaged and of the raw weights; None if it was stopped in between."""
         batches = eval_batches(self.test_source, self.config.data, **self._feed, dtype=self._dtypes[1])
         weights = {"ema": state.ema, "raw": state.params}

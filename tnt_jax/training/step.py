@@ -169,7 +169,7 @@ def evaluate(
     weights: dict[str, dict],
     batches: Iterable[dict],
     mesh: Mesh,
-    stop: Callable[[], int | None],
+    stop: Callable[[], bool],
 ) -> dict[str, float] | None:
     """Scores of several parameters by their names, each image prepared once.
 
