@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import socket
 
 import jax
 from flax import nnx
@@ -56,6 +57,11 @@ def config_file(folder) -> str:
         f"get_config = lambda: from_json({to_json(tiny_run('unused'))!r}, TrainConfig[ModelChanges])\n"
     )
     return str(path)
+
+
+def free_port() -> int:
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
 
 
 def contents(folder, *but):

@@ -81,3 +81,32 @@ def test_a_process_killed_while_it_wrote_to_the_cache_does_not_spoil_it(monkeypa
     environment = os.environ | {"JAX_RAISE_PERSISTENT_CACHE_ERRORS": "1", "JAX_ENABLE_COMPILATION_CACHE": "true"}
     subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert [path.name[:10] for path in cache.glob("*-cache")] == ["jit__lambd"]
+
+
+# A command that looks for devices.
+LOOKS = """
+from tnt_jax.commands.cli import command
+@command
+def main():
+    import jax
+    jax.devices()
+main()
+"""
+
+
+def test_an_accelerator_that_does_not_answer_is_one_message():
+    environment = os.environ | {"JAX_PLATFORMS": "cuda", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", LOOKS], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "error: JAX cannot use JAX_PLATFORMS=cuda here" in done.stderr
+    assert "JAX_PLATFORMS=cpu computes on the processor" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_memory_that_runs_out_says_what_needs_less():
+    message = process.of_accelerator(RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore"))
+    assert message.startswith(
+        "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nA smaller --batch-size needs less"
+    )
+    assert "--accumulation-steps" in message
+    assert process.of_accelerator(ValueError("a bug")) is None

@@ -77,7 +77,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"]
     """What is computed in. Statistics of norms, softmax and logits are float32 in any case."""
     param_dtype: Literal["float32", "bfloat16"]
-    """What parameters are stored in."""
+    """What parameters are computed with and exported in. Training keeps them, their average and Adam's in float32."""
     remat: Literal["none", "linear", "all"] = setting(role="execution")
     """What the backward pass computes again instead of keeping it, for less memory and more time: nothing; all of a
     block but what its linear maps return; or all of it."""
@@ -229,7 +229,7 @@ class LossConfig:
     over the classes of the images: scikit-learn's formula."""
     positive_weights: Literal["none", "balanced"] | tuple[float, ...] = setting("none", least=0)
     """multi_label: weight of each label where an image has it. balanced is how many training images are without it,
-    over how many have it."""
+    over how many have it; 1 where all have it."""
     focal_gamma: float = setting(0.0, least=0)
     """Focal loss (arXiv 1708.02002): what is predicted well already counts less, by (1 - p) to this power; 0 is
     cross-entropy."""
@@ -303,12 +303,13 @@ class TrainConfig(Generic[Model]):
     batch_size: int = setting(64, least=1)
     """Images of a step over all devices."""
     accumulation_steps: int = setting(1, role="execution", least=1)
-    """Parts that a step's batch is computed in, one after the other: less memory, the same result."""
+    """Parts that a step's batch is computed in, one after the other: less memory, and the same result but where there
+    is batch norm, as in a PyramidTNT, which sees a part at a time."""
     fsdp: int = setting(1, role="execution", least=1)
     """Devices that share one copy of parameters and optimizer state; 1 keeps a copy on each."""
     epochs: int = setting(20, least=1)
     """Passes over the training images; the last incomplete batch of each is left out."""
-    eval_every_epochs: int = setting(1, least=1)
+    eval_every_epochs: int = setting(1, role="observation", least=1)
     """Epochs between evaluations; a checkpoint comes before each, and the last step always has both."""
     checkpoint_every_minutes: float = setting(10, role="observation", above=0)
     """Minutes between checkpoints, beside those before evaluations: what a killed run loses at most. They are rarer
@@ -344,6 +345,12 @@ def check(config: TrainConfig) -> None:
         raise InputError(fault)
     check_data(config.data)
     check_task(config)
+    peak, end = config.optimizer.learning_rate, config.optimizer.min_learning_rate
+    if peak < end:
+        raise InputError(
+            f"optimizer.learning_rate is {peak:g}, and must be at least optimizer.min_learning_rate, {end:g}: the "
+            "cosine falls from the one to the other"
+        )
     count, index = config.distributed.num_processes, config.distributed.process_id
     if count is not None and index is not None and index >= count:
         raise InputError(f"distributed.process_id is {index}, and must be below distributed.num_processes, {count}")

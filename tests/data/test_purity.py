@@ -70,7 +70,8 @@ def test_batches_do_not_depend_on_processes_and_workers(name, sources):
     assert whole[0]["label"].shape == ((8, 3) if name == "several" else (8,))
     for processes, workers in ((1, 1), (1, 3), (2, 0), (4, 0), (2, 1)):
         again = dataclasses.replace(data, num_workers=workers)
-        shares = [feed | {"process_index": index, "process_count": processes} for index in range(processes)]
+        size = feed["batch_size"] // processes
+        shares = [feed | {"rows": range(index * size, (index + 1) * size)} for index in range(processes)]
         parts = [read(train_batches(train, again, **share, seed=3), 4) for share in shares]
         tests = [read(eval_batches(test, again, **share), 1) for share in shares]
         for expected, found in ((whole, parts), (evaluated, tests)):

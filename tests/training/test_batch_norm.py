@@ -75,7 +75,8 @@ def state_and_step(model, **changes):
     )
     graphdef, params = nnx.split(model)
     optimizer = make_optimizer(config.optimizer, lambda step: 1e-3)
-    return init_state(nnx.to_pure_dict(params), optimizer), make_train_step(graphdef, optimizer, lambda _: 1e-3, config)
+    params = nnx.to_pure_dict(params)
+    return init_state(params, optimizer), make_train_step(graphdef, params, optimizer, lambda _: 1e-3, config)
 
 
 def _flat(tree):

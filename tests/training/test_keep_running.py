@@ -4,12 +4,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from commands import ROOT
-from small_runs import config_file, metrics_of
-from test_meeting import free_port
+from small_runs import config_file, free_port, metrics_of
 
 SCRIPT = [sys.executable, str(ROOT / "launch/keep_running.py")]
 # Ends with the next code of a list each time that it is started.
@@ -32,21 +30,21 @@ def keep(tmp_path, codes, *options):
 
 @pytest.mark.parametrize("final", [0, 1, 2, 130])
 def test_it_starts_again_after_everything_but_these(final, tmp_path):
-    done = keep(tmp_path, f"75 -9 143 139 3 255 {final} 75")
+    done = keep(tmp_path, f"75 -9 143 139 134 3 255 {final} 75")
     assert done.returncode == final
     assert (tmp_path / "codes").read_text() == "75"
     assert [line.split(";")[0] for line in done.stderr.splitlines()] == [
-        f"keep_running: exit code {code}" for code in (75, 137, 143, 139, 3, 255)
+        f"keep_running: exit code {code}" for code in (75, 137, 143, 139, 134, 3, 255)
     ]
 
 
 def test_its_starts_are_bounded_and_each_waits_twice_as_long(tmp_path):
-    began = time.monotonic()
-    done = keep(tmp_path, "75 75 75 75 75", "--starts", "4", "--wait", "0.2")
+    done = keep(tmp_path, "75 75 75 75 75", "--starts", "4", "--wait", "1")
     assert done.returncode == 75
     assert (tmp_path / "codes").read_text() == "75"
+    waits = [line.rpartition(" in ")[2] for line in done.stderr.splitlines()]
+    assert waits[:3] == ["1 s", "2 s", "4 s"]
     assert "this was start 4 of 4" in done.stderr
-    assert 0.2 + 0.4 + 0.8 < time.monotonic() - began < 15
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -110,5 +108,5 @@ def test_machines_whose_neighbour_was_killed_by_the_kernel_go_on_with_it(victim,
     errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     assert "exit code 137" in errors[victim]
-    assert "exit code 75" in errors[1 - victim]
+    assert any(f"exit code {code}" in errors[1 - victim] for code in (75, 134))
     assert metrics_of(tmp_path / "run")[-1]["step"] == 33

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from commands import ROOT
-from test_processes import free_port
+from small_runs import free_port
 
 # One of two processes, without what it is told to lack; it says what it goes by and what it chooses on an H100.
 PROCESS = """

@@ -13,20 +13,26 @@ import jax
 import numpy as np
 import pytest
 from commands import ROOT, run
+from PIL import Image
 from small_runs import config_file, metrics_of, parameters, tiny_run
 
 import tnt_jax
 from tnt_jax.chips import CHIPS, GIB, Chip
+from tnt_jax.config import DataConfig, OptimizerConfig
+from tnt_jax.data.sources import ArraySource
 from tnt_jax.evaluation import predictions as scoring
 from tnt_jax.evaluation.evaluate import evaluate_model
 from tnt_jax.storage.checkpoint import NonFiniteError
+from tnt_jax.storage.reading import scores_of
 from tnt_jax.training.loop import train
+from tnt_jax.training.run import Run
+from tnt_jax.visualize.runs import curves
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    config = tiny_run(tmp_path_factory.mktemp("runs") / "finished")
-    return config, train(config)
+@pytest.fixture
+def finished(finished):
+    """The finished run of the session and its scores."""
+    return finished, scores_of(finished.run_dir)[33]
 
 
 def test_scores_are_those_of_the_weights_that_are_kept(finished):
@@ -175,6 +181,7 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoin
         (["--config", "configs/nothing.py"], "there is no configuration configs/nothing.py"),
         (["--optimizer.learning-rte", "1"], "--optimizer.learning-r"),
         (["--epochs", "many"], "many"),
+        (["--optimizer.learning-rate", "5e-6"], "optimizer.learning_rate is 5e-06, and must be at least"),
     ],
 )
 def test_wrong_arguments_are_one_message_and_nothing_is_written(arguments, message, tmp_path):
@@ -193,6 +200,64 @@ def test_folder_of_another_run_is_refused_and_left_alone(finished, tmp_path):
     with pytest.raises(tnt_jax.InputError, match="is not the folder of a run"):
         train(tiny_run(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_what_no_step_depends_on_may_change_between_starts(finished, tmp_path, capsys):
+    config, _ = finished
+    shutil.copytree(config.run_dir, tmp_path / "run")
+    train(dataclasses.replace(config, run_dir=str(tmp_path / "run"), eval_every_epochs=2))
+    assert "eval_every_epochs was 1 and is now 2" in capsys.readouterr().out
+
+
+def write_targets(folder, columns, values) -> str:
+    """A table of 16 training images and as many validation images as there are values."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    rows = [(*rng.normal(size=len(columns)), "train") for _ in range(16)] + [(*value, "val") for value in values]
+    for number, _ in enumerate(rows):
+        Image.fromarray(rng.integers(0, 256, (16, 16), np.uint8)).save(folder / f"{number}.png")
+    lines = [",".join(map(str, (f"{number}.png", *row))) for number, row in enumerate(rows)]
+    (folder / "table.csv").write_text("\n".join([f"image,{','.join(columns)},split", *lines]) + "\n")
+    return f"csv:{folder}/table.csv"
+
+
+@pytest.mark.parametrize(
+    ("columns", "values", "r2"), [("x", [[0.5]], None), ("xy", [[0.5, 1], [0.2, 1], [0.3, 1]], float)]
+)
+def test_a_metric_that_is_undefined_condemns_no_checkpoint(columns, values, r2, tmp_path, capsys):
+    """R2 of one image, and of a target that is constant in the validation images."""
+    source = write_targets(tmp_path / "data", columns, values)
+    data = DataConfig.plain(source, task="regression")
+    config = tiny_run(tmp_path / "run", data=data, batch_size=8, epochs=2)
+    scores = train(config)
+    assert scores["ema_rmse"] > 0
+    assert (scores["ema_r2"] is None) == (r2 is None)
+    assert [line["ema_r2"] for line in metrics_of(config.run_dir) if line["kind"] == "test"][-1] == scores["ema_r2"]
+    assert not any("damaged" in path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert ("test R2 - with averaged weights" in capsys.readouterr().out) == (r2 is None)
+    assert train(config) == scores
+    curves(config.run_dir)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"optimizer": OptimizerConfig(learning_rate=5e-3, warmup_epochs=5)}, "the warm-up of 5 epochs is not over"),
+        ({"data": DataConfig.plain("one")}, "all images are of one class, 'a': there is nothing to learn"),
+    ],
+)
+def test_a_run_that_cannot_be_what_was_meant_says_so(changes, words, tmp_path, monkeypatch):
+    if "data" in changes:
+        from tnt_jax.training import run as run_module
+
+        one = ArraySource(np.zeros((8, 16, 16, 1), np.uint8), np.zeros(8, np.int32), ("a",))
+        monkeypatch.setattr(run_module, "open_split", lambda data, split: one)
+    assert words in Run(tiny_run(tmp_path / "run", batch_size=8, **changes)).describe(0)
+
+
+def test_a_run_lasts_as_long_as_its_epochs_and_its_cooldown(tmp_path):
+    optimizer = OptimizerConfig(cooldown_epochs=2)
+    assert Run(tiny_run(tmp_path / "run", optimizer=optimizer)).total_steps == (3 + 2) * 11
 
 
 def test_run_folder_that_cannot_be_written(tmp_path):
@@ -233,7 +298,9 @@ def stand_in_for_wandb() -> types.ModuleType:
     def init(**arguments):
         module.calls.append(arguments)
         return types.SimpleNamespace(
-            log=lambda values, step: module.calls.append((step, values)), finish=lambda: module.calls.append("finish")
+            define_metric=lambda name, step_metric: module.calls.append((name, step_metric)),
+            log=module.calls.append,
+            finish=lambda: module.calls.append("finish"),
         )
 
     module.init = init
@@ -246,17 +313,31 @@ def test_what_is_watched_when_asked_for(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(CHIPS, "cpu", Chip("abacus", GIB, 1e12, 1e9))
     config = tiny_run(tmp_path / "run", epochs=2, wandb=True, profile=True)
     train(config)
-    begun, *logged, finished = wandb.calls
+    begun, metric, *logged, finished = wandb.calls
     assert begun["project"] == "tnt_jax"
     assert begun["id"] == (tmp_path / "run/wandb_id.txt").read_text()
     assert finished == "finish"
-    assert [step for step, values in logged if "test/ema_top1" in values] == [11, 22]
+    # Its own steps must rise: an evaluation that is done again would be dropped.
+    assert metric == ("*", "step")
+    assert [values["step"] for values in logged if "test/ema_top1" in values] == [11, 22]
     assert any((tmp_path / "run/profile").rglob("*.xplane.pb"))
     out = capsys.readouterr().out
     assert "% of the chips' peak" in out
     assert "of it compiling" in out
     # How it is watched is no part of what the run is.
     assert train(dataclasses.replace(config, wandb=False, profile=False))["count"] == 360
+
+
+def test_weights_and_biases_that_does_not_answer_ends_no_run(tmp_path, monkeypatch, capsys):
+    wandb = stand_in_for_wandb()
+
+    def no_key(**arguments):
+        raise RuntimeError("No API key configured")
+
+    wandb.init = no_key
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    assert train(tiny_run(tmp_path / "run", epochs=1, wandb=True))["count"] == 360
+    assert "note: Weights & Biases: No API key configured. Nothing more is logged there" in capsys.readouterr().out
 
 
 def test_weights_and_biases_that_is_not_installed(tmp_path, monkeypatch):

@@ -9,7 +9,9 @@ from sklearn import metrics as theirs
 from tnt_jax.training.metrics import (
     class_metrics,
     confusion_counts,
+    mean_of_defined,
     multi_label_metrics,
+    printed,
     ranking,
     regression_metrics,
 )
@@ -83,3 +85,23 @@ def test_regression_metrics_are_scikit_learns_with_and_without_weights():
         }
         for name, value in expected.items():
             np.testing.assert_allclose(ours[name][0], value, rtol=1e-9)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e9 / 3])
+def test_r2_of_one_value_is_undefined_and_no_metric_else(value):
+    targets = np.column_stack([np.full(7, value), np.arange(7.0)])
+    ours = regression_metrics(targets, targets + 0.5, np.stack([np.ones(7), np.arange(7.0)]))
+    assert np.isnan(ours["r2"][:, 0]).all()
+    assert np.isfinite(ours["r2"][:, 1]).all()
+    assert np.isfinite(ours["rmse"]).all()
+    assert (mean_of_defined(ours["r2"][0]), mean_of_defined(ours["r2"][:, 0])) == (
+        ours["r2"][0, 1],
+        pytest.approx(np.nan, nan_ok=True),
+    )
+    assert (printed("r2", np.nan), printed("map", None), printed("map", 0.5)) == ("-", "-", "50.00%")
+
+
+def test_rankings_are_undefined_where_no_label_has_both_kinds_of_images():
+    ours = multi_label_metrics(np.ones((4, 2)), np.full((4, 2), 0.7))
+    assert np.isnan([ours["map"], ours["roc_auc"]]).all()
+    assert ours["macro_f1"] == 1

@@ -105,6 +105,10 @@ def test_only_matrices_decay():
         "sentence_embedding.proj.kernel",
         "word_embedding.conv.kernel",
     }
+    # huawei's no_weight_decay names the positions of a PyramidTNT alone: the bias of pairs decays there.
+    pyramid = decay_mask(nnx.to_pure_dict(nnx.state(abstract_model(model_config("ptnt_ti_patch16_192")))))
+    assert all(stage["position_bias"] for stage in pyramid["stages"].values())
+    assert not pyramid["sentence_positions"]
 
 
 def test_average_of_a_short_run_follows_its_weights():

@@ -1,15 +1,21 @@
 """Logs that are written while the machine misbehaves."""
 
+import io
+import json
 import struct
 import subprocess
 import sys
 import time
 
 import pytest
+import rich.console
 from commands import ROOT
+from small_runs import metrics_of, tiny_run
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from tnt_jax.training.report import _TensorBoard
+from tnt_jax.models.variants import complete
+from tnt_jax.training import report as report_module
+from tnt_jax.training.report import METRICS_FILE, Report, _TensorBoard
 
 
 def events_in(folder):
@@ -67,3 +73,29 @@ importlib.util.find_spec("torch")
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_images_per_second_are_those_of_a_clock(tmp_path, monkeypatch):
+    """The first step is compiled and is left out; then 128 images take a quarter of a second."""
+    clock = [100.0]
+    monkeypatch.setattr(report_module.time, "perf_counter", lambda: clock[0])
+    config = complete(tiny_run(tmp_path, log_every_steps=2), 10)
+    console = rich.console.Console(file=io.StringIO())
+    with Report(config, console, 0, 8, 8, 0.0) as report:
+        for step in range(1, 9):
+            clock[0] += 40 if step == 1 else 0.25
+            report.train(step, {"loss": 1.0, "accuracy": 0.5})
+            report.flush()
+    rates = {line["step"]: line["images_per_second"] for line in metrics_of(tmp_path) if line["kind"] == "train"}
+    assert rates == pytest.approx({2: 512, 4: 512, 6: 512, 8: 512})
+
+
+def test_lines_of_a_long_history_are_looked_at_once_each(tmp_path, monkeypatch):
+    lines = [json.dumps({"kind": kind, "step": step}) for step in range(1, 501) for kind in ("train", "test")]
+    (tmp_path / METRICS_FILE).write_text("\n".join(lines) + '\n{"kind": "tra')
+    looked, place_of = [], report_module._place_of
+    monkeypatch.setattr(report_module, "_place_of", lambda line: looked.append(line) or place_of(line))
+    report_module._reopen(tmp_path / METRICS_FILE, 400, evaluates_first=True).close()
+    assert len(looked) == 1001
+    assert (tmp_path / METRICS_FILE).read_text().splitlines() == lines[:799]
+    assert (tmp_path / report_module.DROPPED_FILE).read_text().splitlines() == [*lines[799:], '{"kind": "tra']

@@ -53,12 +53,24 @@ def test_focal_losses_are_those_of_their_papers_and_cross_entropy_at_gamma_0():
     assert float(ours) == pytest.approx((-np.log(p) * (1 - p) ** 1.5).mean(), 1e-4)
 
 
-def test_gradients_are_finite_where_the_answer_is_certain():
-    logits = jnp.array([[200.0, -200.0]])
-    for task in ("single_label", "multi_label"):
-        objective = Objective(task, focal_gamma=2.0)
-        for targets in ([[1.0, 0.0]], [[0.0, 1.0]]):
-            assert np.isfinite(jax.grad(objective.loss)(logits, jnp.array(targets))).all()
+@pytest.mark.parametrize("gamma", [0.25, 0.5, 1.0, 2.0])
+def test_gradients_are_finite_where_the_answer_is_certain(gamma):
+    for logits in ([[200.0, -200.0]], [[30.0, -30.0]], [[20.0, 0.0]], [[5.0, 5.0]]):
+        for task in ("single_label", "multi_label"):
+            objective = Objective(task, focal_gamma=gamma)
+            for targets in ([[1.0, 0.0]], [[0.0, 1.0]]):
+                assert np.isfinite(jax.grad(objective.loss)(jnp.array(logits), jnp.array(targets))).all()
+    alone = jax.value_and_grad(Objective("single_label", focal_gamma=gamma).loss)(jnp.ones((1, 1)), jnp.ones((1, 1)))
+    assert alone == (0, 0)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 2.0])
+def test_gradients_of_focal_loss_are_pytorchs_in_float64(gamma):
+    logits = torch.tensor(LOGITS, dtype=torch.float64, requires_grad=True)
+    p = torch.softmax(logits, 1)
+    (-torch.tensor(SOFT) * (1 - p) ** gamma * p.log()).sum(1).mean().backward()
+    ours = jax.grad(Objective("single_label", focal_gamma=gamma).loss)(jnp.asarray(LOGITS), jnp.asarray(SOFT))
+    np.testing.assert_allclose(ours, logits.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_targets_of_a_regression_are_standardised_and_their_scores_are_in_units():
@@ -84,7 +96,8 @@ def test_balanced_weights_are_scikit_learns_and_those_of_labels_without_over_wit
     data, loss = DataConfig("any", task="multi_label"), LossConfig(positive_weights="balanced")
     many = np.array([[1, 0, 1], [0, 0, 1], [0, 0, 1], [1, 0, 1], [0, 0, 1]], np.float32)
     objective = objective_of(complete(TrainConfig(data=data, loss=loss), 3), many)
-    np.testing.assert_allclose(objective.positive_weights, [3 / 2, 1, 0])
+    # A weight of 0 for what all have would teach that it is never there.
+    np.testing.assert_allclose(objective.positive_weights, [3 / 2, 1, 1])
 
 
 @pytest.mark.parametrize(
@@ -122,4 +135,26 @@ def test_scores_of_classes_count_the_images_of_the_mask_alone():
     scores = objective.scores([jax.device_get(batch)] * 2)
     assert (scores["count"], scores["top1"]) == (6, pytest.approx(2 / 3))
     assert scores["balanced_accuracy"] == pytest.approx((1 + 1 / 2) / 2)
+    expected = functional.cross_entropy(torch.tensor(np.asarray(logits[:3])), torch.tensor([0, 1, 1]))
+    assert scores["loss"] == pytest.approx(float(expected), 1e-6)
     assert dataclasses.asdict(objective)["task"] == "single_label"
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "undefined"),
+    [("regression", [[1.0, 2.0]], {"r2"}), ("multi_label", [[1.0, 1.0], [1.0, 1.0]], {"map", "roc_auc"})],
+)
+def test_a_metric_that_is_undefined_is_none_and_the_loss_shows_what_is_not_finite(task, labels, undefined):
+    labels = np.array(labels, np.float32)
+    batch = {"outputs": np.ones_like(labels), "labels": labels, "mask": np.ones(len(labels), bool)}
+    scores = Objective(task).scores([batch])
+    assert {name for name, value in scores.items() if value is None} == undefined
+    assert np.isfinite([value for value in scores.values() if value is not None]).all()
+    broken = Objective(task).scores([batch | {"outputs": batch["outputs"] * np.inf}])
+    assert np.isnan(broken["loss"])
+
+
+def test_a_class_whose_logit_is_not_finite_is_seen_also_where_it_does_not_win():
+    outputs = jnp.array([[1.0, -jnp.inf], [0.0, 2.0]])
+    batch = Objective("single_label").evaluated(outputs, jnp.array([0, 1]), jnp.array([True, True]))
+    assert np.isnan(batch["loss"])

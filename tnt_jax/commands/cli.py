@@ -11,7 +11,12 @@ from typing import Annotated
 import tyro
 
 import tnt_jax
-from tnt_jax.commands.process import notes_on_stderr, quiet_orbax, use_cpu_where_there_is_nothing_else
+from tnt_jax.commands.process import (
+    notes_on_stderr,
+    of_accelerator,
+    quiet_orbax,
+    use_cpu_where_there_is_nothing_else,
+)
 from tnt_jax.config import InputError, LossConfig, ModelChanges, TrainConfig
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
@@ -156,9 +161,10 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
             print("error: stopped by Ctrl-C", file=sys.stderr)
             sys.exit(130)
         except Exception as error:
-            if not hasattr(error, "exit_code"):
+            message = error if hasattr(error, "exit_code") else of_accelerator(error)
+            if message is None:
                 raise
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(error.exit_code)
+            print(f"error: {message}", file=sys.stderr)
+            sys.exit(getattr(error, "exit_code", 1))
 
     return run

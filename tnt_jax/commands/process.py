@@ -10,6 +10,7 @@ import os
 import pathlib
 import platform
 import sys
+import traceback
 from collections.abc import Iterator
 
 from tnt_jax.user_cache import UnsafeCacheError, cache_folder
@@ -22,6 +23,25 @@ def use_cpu_where_there_is_nothing_else() -> None:
     """Keeps JAX from looking for a TPU on a machine that has none, for which libtpu prints a page of warnings."""
     if not os.environ.get("JAX_PLATFORMS") and _on_cpu_alone():
         os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def of_accelerator(error: Exception) -> str | None:
+    """What JAX means where an accelerator does not answer or is full, and what helps; None for other errors."""
+    first = next(iter(str(error).splitlines()), "")
+    if first.startswith("RESOURCE_EXHAUSTED"):
+        return (
+            f"{first}\nA smaller --batch-size needs less memory; so do, in training, --accumulation-steps, "
+            "--model.remat all and --fsdp, and train.py --plan says what fits"
+        )
+    frames = traceback.extract_tb(error.__traceback__)
+    if frames and pathlib.Path(frames[-1].filename).name == "xla_bridge.py":  # where JAX looks for devices
+        asked = os.environ.get("JAX_PLATFORMS")
+        why = f": {first}" if first else ", and does not say why; its driver, or JAX's package for it, may be missing"
+        return (
+            f"JAX cannot use {f'JAX_PLATFORMS={asked}' if asked else 'the accelerator'} here{why}. "
+            "JAX_PLATFORMS=cpu computes on the processor"
+        )
+    return None
 
 
 def keep_memory() -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import sys
 
 from tnt_jax.commands.cli import Chosen, command, parse_with_config, typed
-from tnt_jax.training.stopping import signals
+from tnt_jax.training.signals import signals
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ import functools
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -81,7 +81,7 @@ class TrainRecipe:
     def target_shape(self) -> tuple[int, ...]:
         return target_shape(self.source, self.data)
 
-    def fill(self, step: int, rows: range, images: np.ndarray, targets: np.ndarray) -> list[tuple[int, str]]:
+    def fill(self, step: int, rows: Sequence[int], images: np.ndarray, targets: np.ndarray) -> list[tuple[int, str]]:
         """Writes rows of the batch: images (rows, height, width, channels) of `dtype`, and their targets.
 
         Returns:
@@ -93,12 +93,12 @@ class TrainRecipe:
             images[at], targets[at] = self._image(order, int(places[at]), (self.seed, 1, step, row), unreadable)
         return unreadable
 
-    def places(self, step: int, rows: range) -> tuple[np.ndarray, np.ndarray]:
+    def places(self, step: int, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """The images of the epoch in their order, and where in it these rows of the batch stand."""
         epoch, step_of_epoch = divmod(step, steps_per_epoch(len(self.source), self.data, self.batch_size))
         first, copies = divmod(step_of_epoch * self.batch_size, self.data.repeats)
         places = places_of_batch(copies, self.batch_size, self.data.repeats)
-        return epoch_order(len(self.source), self.seed, epoch, self.shares), first + places[rows.start : rows.stop]
+        return epoch_order(len(self.source), self.seed, epoch, self.shares), first + places[np.asarray(rows)]
 
     def _image(
         self, order: np.ndarray, place: int, seed: tuple[int, ...], unreadable: list[tuple[int, str]]
@@ -205,7 +205,7 @@ class EvalRecipe:
     def target_shape(self) -> tuple[int, ...]:
         return target_shape(self.source, self.data)
 
-    def fill(self, step: int, rows: range, images: np.ndarray, targets: np.ndarray) -> list:
+    def fill(self, step: int, rows: Sequence[int], images: np.ndarray, targets: np.ndarray) -> list:
         for at, row in enumerate(rows):
             index = step * self.batch_size + row
             if index >= len(self.source):
@@ -245,16 +245,15 @@ def train_batches(
     batch_size: int,
     seed: int,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     dtype: str | None = None,
 ) -> Iterator[Batch]:
     """Batches without end, beginning with that of `start_step`.
 
     Each is {"image": (rows, height, width, channels), "label": int32 (rows,) or float32 (rows, outputs)}.
     Images are of `dtype`; by default of `data.depth`, or of the type of the first, which is read for it. `batch_size`
-    counts the images of a step over all processes; process p gets the p-th of `process_count` equal stretches of its
-    rows. The workers end when the iterator is closed or the process ends.
+    counts the images of a step over all processes; `rows` are those of them that this one wants, by default all. The
+    workers end when the iterator is closed or the process ends.
 
     Raises:
         InputError: an image is unreadable, and more than `data.skip_unreadable` of them are. At once, when the sizes
@@ -265,16 +264,12 @@ def train_batches(
     steps_per_epoch(len(source), data, batch_size)
     sizes = {"image_size": image_size, "channels": channels, "batch_size": batch_size}
     recipe = train_recipe(source, data, **sizes, seed=seed, dtype=dtype)
-    filled = _prepare(recipe, range(start_step, sys.maxsize), process_index, process_count)
+    filled = _prepare(recipe, range(start_step, sys.maxsize), range(batch_size) if rows is None else rows)
     return _without_unreadable(filled, recipe)
 
 
-def _prepare(recipe, steps: range, process_index: int, process_count: int) -> Iterator[Filled]:
+def _prepare(recipe, steps: range, rows: Sequence[int]) -> Iterator[Filled]:
     check_data(recipe.data)
-    if recipe.batch_size < 1 or recipe.batch_size % process_count:
-        raise InputError(f"batch_size {recipe.batch_size} cannot be divided among {process_count} processes")
-    share = recipe.batch_size // process_count
-    rows = range(process_index * share, (process_index + 1) * share)
     return prepare(recipe, rows, steps, num_workers=recipe.data.num_workers, num_threads=recipe.data.num_threads)
 
 
@@ -299,8 +294,7 @@ def eval_batches(
     image_size: tuple[int, int],
     channels: int,
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     interpolation: str = "bicubic",
     dtype: str | None = None,
 ) -> Iterator[Batch]:
@@ -312,11 +306,11 @@ def eval_batches(
     dtype = dtype or dtype_of(source, dataclasses.replace(data, skip_unreadable=0.0), channels)
     recipe = EvalRecipe(source, data, (*image_size, channels), batch_size, interpolation, dtype)
     steps = range(-(-len(source) // batch_size))
-    filled = _prepare(recipe, steps, process_index, process_count)
-    return _with_mask(filled, recipe, process_index * (batch_size // process_count))
+    rows = range(batch_size) if rows is None else rows
+    return _with_mask(_prepare(recipe, steps, rows), recipe, rows)
 
 
-def _with_mask(filled: Iterator[Filled], recipe: EvalRecipe, first_row: int) -> Iterator[Batch]:
+def _with_mask(filled: Iterator[Filled], recipe: EvalRecipe, rows: Sequence[int]) -> Iterator[Batch]:
     for step, (images, targets, _) in enumerate(filled):
-        index = step * recipe.batch_size + first_row + np.arange(len(targets))
+        index = step * recipe.batch_size + np.asarray(rows)
         yield {"image": images, "label": targets, "mask": index < len(recipe.source)}

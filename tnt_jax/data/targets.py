@@ -82,9 +82,10 @@ def balanced_class_weights(targets: Targets, classes: int) -> Float[np.ndarray, 
 
 
 def balanced_positive_weights(targets: Targets, classes: int) -> Float[np.ndarray, " classes"]:
-    """How many images are without a label over how many have it; 1 for a label that none has."""
+    """How many images are without a label over how many have it; 1 for a label that none has, or all have."""
     counts = class_counts(targets, classes)
-    return np.divide(len(targets) - counts, counts, out=np.ones(classes), where=counts > 0)
+    varies = (counts > 0) & (counts < len(targets))
+    return np.divide(len(targets) - counts, counts, out=np.ones(classes), where=varies)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -21,7 +21,7 @@ import tempfile
 import threading
 import traceback
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, runtime_checkable
 
@@ -41,7 +41,7 @@ class Recipe(Protocol):
     target_shape: tuple[int, ...]
     """() for a class, (outputs,) for what is float32."""
 
-    def fill(self, step: int, rows: range, images: np.ndarray, targets: np.ndarray) -> list[Any]:
+    def fill(self, step: int, rows: Sequence[int], images: np.ndarray, targets: np.ndarray) -> list[Any]:
         """Writes images and targets of these rows of the batch, and returns what there is to report."""
 
 
@@ -49,12 +49,20 @@ class WorkerError(RuntimeError):
     """A worker process died or raised something that is not the user's mistake."""
 
 
+class KilledWorkerError(WorkerError):
+    """A worker process was killed by a signal, which another start may not be."""
+
+    exit_code = 75
+
+
 Filled = tuple[np.ndarray, np.ndarray, list[Any]]  # images, targets, reports
 ROWS_PER_TASK = 4
 STEPS_AHEAD = 2
 
 
-def prepare(recipe: Recipe, rows: range, steps: range, *, num_workers: int, num_threads: int) -> Iterator[Filled]:
+def prepare(
+    recipe: Recipe, rows: Sequence[int], steps: range, *, num_workers: int, num_threads: int
+) -> Iterator[Filled]:
     """These rows of the batch of each step: images, targets (int32 classes, or float32 outputs), reports.
 
     Raises:
@@ -71,7 +79,7 @@ def _empty(recipe: Recipe, count: int) -> tuple[np.ndarray, np.ndarray]:
     return np.empty((count, *recipe.row_shape), recipe.dtype), targets
 
 
-def _in_threads(recipe: Recipe, rows: range, steps: range, num_threads: int) -> Iterator[Filled]:
+def _in_threads(recipe: Recipe, rows: Sequence[int], steps: range, num_threads: int) -> Iterator[Filled]:
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="data")
     pending = collections.deque()
     is_finalizing = sys.is_finalizing  # bound here, since modules are emptied before the last iterators are closed
@@ -97,7 +105,9 @@ def _in_threads(recipe: Recipe, rows: range, steps: range, num_threads: int) -> 
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _in_processes(recipe: Recipe, rows: range, steps: range, num_workers: int, num_threads: int) -> Iterator[Filled]:
+def _in_processes(
+    recipe: Recipe, rows: Sequence[int], steps: range, num_workers: int, num_threads: int
+) -> Iterator[Filled]:
     bounds = [round(worker * len(rows) / num_workers) for worker in range(num_workers + 1)]
     shares = [slice(*pair) for pair in itertools.pairwise(bounds) if pair[0] < pair[1]]
     workers = []
@@ -162,7 +172,7 @@ HEADER = struct.Struct("?Q")  # whether a message or an exception follows, and i
 class Worker:
     """A worker process, as the training process sees it."""
 
-    def __init__(self, shared: _Shared, rows: range, steps: range, num_threads: int):
+    def __init__(self, shared: _Shared, rows: Sequence[int], steps: range, num_threads: int):
         self._socket, theirs = socket.socketpair()
         # The package, and a user's own modules, as they are imported here. -P: Python would look into the current
         # folder by itself, before its own library.
@@ -196,17 +206,18 @@ class Worker:
                 _receive_into(self._socket, targets)
                 return message
         except (EOFError, ConnectionResetError):
-            raise WorkerError(f"a data worker {self._how_it_died()}") from None
+            raise self._how_it_died() from None
         raise message
 
-    def _how_it_died(self) -> str:
+    def _how_it_died(self) -> WorkerError:
         try:
             code = self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
-            return "closed its connection"
+            return WorkerError("a data worker closed its connection")
         if code < 0:
-            return f"was killed by {signal.Signals(-code).name}; if that was SIGKILL, memory may have run out"
-        return f"ended with exit status {code}; what it printed stands above"
+            memory = "; memory may have run out" if code == -signal.SIGKILL else ""
+            return KilledWorkerError(f"a data worker was killed by {signal.Signals(-code).name}{memory}")
+        return WorkerError(f"a data worker ended with exit status {code}; what it printed stands above")
 
 
 def _end(connection: socket.socket, process: subprocess.Popen) -> None:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from tnt_jax.evaluation.bootstrap import label_intervals, value_intervals
 from tnt_jax.evaluation.scores import Predictions, calibration_error, metrics_of_classes, per_class, wilson
-from tnt_jax.training.metrics import multi_label_metrics, ranking, regression_metrics
+from tnt_jax.training.metrics import mean_of_defined, multi_label_metrics, ranking, regression_metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +63,8 @@ def _(predictions: LabelPredictions) -> dict[str, float]:
 
 @metrics_of.register
 def _(predictions: ValuePredictions) -> dict[str, float]:
-    metrics = {
-        name: float(each.mean()) for name, each in regression_metrics(predictions.targets, predictions.values).items()
-    }
+    found = regression_metrics(predictions.targets, predictions.values)
+    metrics = {name: mean_of_defined(each) for name, each in found.items()}
     found = _with_intervals(metrics, value_intervals(predictions.targets, predictions.values, mean=True))
     return {"images": len(predictions.targets)} | found | _loss_and_rate(predictions)
 

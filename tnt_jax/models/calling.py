@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Num, PRNGKeyArray
+from jaxtyping import Array, Num
 
 from tnt_jax.config import InputError, ModelConfig
 from tnt_jax.models.formulations.devices import AUTO_MESH, has_explicit_axes
+from tnt_jax.models.functions import Keys
 
 Images = Num[Array | np.ndarray, "batch height width channels"]
 """Normalised images, in floating point; anything else is refused with a message."""
@@ -30,7 +31,7 @@ def check_images(images: Images, config: ModelConfig) -> None:
         raise InputError(f"the mesh has axes of the type Explicit, JAX's default; make it with {AUTO_MESH}")
 
 
-def training_key(model: nnx.Module, key: PRNGKeyArray | None, rngs: nnx.Rngs | None) -> PRNGKeyArray | None:
+def training_key(model: nnx.Module, key: Keys | None, rngs: nnx.Rngs | None) -> Keys | None:
     """The key that a call trains with, or None where it evaluates.
 
     `model.train()` and `model.eval()` set `model.deterministic`, as for every module of Flax. Before either is called

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
 from tnt_jax.config import InputError, ModelConfig
+from tnt_jax.models.functions import Keys
 from tnt_jax.models.layers import BatchNorm, Linear, Rngs
 from tnt_jax.models.stem import conv3x3
 
@@ -50,7 +51,7 @@ class FeaturePyramid(nnx.Module):
         self.down32 = conv3x3(dim, dim, 2, config=config, rngs=rngs)
 
     def __call__(
-        self, maps: Sequence[Float[Array, "batch rows columns dim"]], key: PRNGKeyArray | None = None
+        self, maps: Sequence[Float[Array, "batch rows columns dim"]], key: Keys | None = None
     ) -> list[Float[Array, "batch new_rows new_columns dim"]]:
         """The four maps, the finest first. With a key, as for the models, batch norm trains.
 

@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
 from tnt_jax.config import ModelConfig
 from tnt_jax.models.formulations.inner import transform_words
-from tnt_jax.models.functions import split_key, survivors
+from tnt_jax.models.functions import Keys, split_key, survivors
 from tnt_jax.models.layers import LayerNorm, Rngs, TransformerLayer
 
 
@@ -36,17 +36,17 @@ class InnerTransformer(TransformerLayer):
         self.has_dropout = bool(config.drop_rate or config.attn_drop_rate)
 
     def __call__(
-        self, words: Float[Array, "sentences words inner"], key: PRNGKeyArray | None = None
+        self, words: Float[Array, "sentences words inner"], key: Keys | None = None
     ) -> Float[Array, "sentences words inner"]:
         return transform_words(self, words, key)
 
     def reference(
-        self, words: Float[Array, "sentences words inner"], key: PRNGKeyArray | None = None
+        self, words: Float[Array, "sentences words inner"], key: Keys | None = None
     ) -> Float[Array, "sentences words inner"]:
         """The equations as the paper has them."""
         return super().reference(words, key)
 
-    def branch_survival(self, sentences: int, key: PRNGKeyArray | None) -> Float[Array, "2 sentences"]:
+    def branch_survival(self, sentences: int, key: Keys | None) -> Float[Array, "2 sentences"]:
         """What stochastic depth multiplies the two branches of each sentence by, drawn as `reference` draws it."""
         _, attn_key, _, mlp_key = split_key(key, 4)
         return jnp.stack([survivors(sentences, self.drop_path_rate, each) for each in (attn_key, mlp_key)])

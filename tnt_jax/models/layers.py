@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
 from tnt_jax.config import ModelConfig
 from tnt_jax.models.formulations.attention import attend, attention_weights
 from tnt_jax.models.formulations.gradients import LINEAR, gelu, layer_norm, parameter_add, parameter_einsum
 from tnt_jax.models.formulations.outer import transform_tokens
-from tnt_jax.models.functions import NORM_EPSILON, drop_path, dropout, split_key
+from tnt_jax.models.functions import NORM_EPSILON, Keys, drop_path, dropout, split_key
 
 BATCH_NORM_MOMENTUM = 0.1  # of the new value, as PyTorch counts it
 
@@ -54,7 +54,7 @@ def initializer(draw: Callable[[np.random.Generator, tuple[int, ...]], np.ndarra
     A key of JAX seeds the generator with its bits, also where the key is traced; without a key the result is `Undrawn`.
     """
 
-    def init(key: PRNGKeyArray | None, shape: tuple[int, ...], dtype: DTypeLike, **_):
+    def init(key: Keys | None, shape: tuple[int, ...], dtype: DTypeLike, **_):
         undrawn = Undrawn(shape, jnp.dtype(dtype), draw)
         if key is None:
             return undrawn
@@ -221,7 +221,7 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch tokens dim"],
-        key: PRNGKeyArray | None = None,
+        key: Keys | None = None,
         bias: Float[Array, "1 heads queries keys"] | None = None,
     ) -> Float[Array, "batch tokens dim"]:
         """Attention of `x` to itself; `bias` is added to the logits of the softmax."""
@@ -239,7 +239,7 @@ class Mlp(nnx.Module):
         self.fc2 = Linear(hidden, dim, config=config, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "batch tokens dim"], key: PRNGKeyArray | None = None
+        self, x: Float[Array, "batch tokens dim"], key: Keys | None = None
     ) -> Float[Array, "batch tokens dim"]:
         hidden_key, out_key = split_key(key, 2)
         hidden = dropout(gelu(self.fc1(x)), self.drop_rate, hidden_key)
@@ -293,7 +293,7 @@ class TransformerLayer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch tokens dim"],
-        key: PRNGKeyArray | None = None,
+        key: Keys | None = None,
         bias: Float[Array, "1 heads queries keys"] | None = None,
         added: Float[Array, "batch patches dim"] | None = None,
     ) -> Float[Array, "batch tokens dim"]:
@@ -303,7 +303,7 @@ class TransformerLayer(nnx.Module):
     def reference(
         self,
         x: Float[Array, "batch tokens dim"],
-        key: PRNGKeyArray | None = None,
+        key: Keys | None = None,
         bias: Float[Array, "1 heads queries keys"] | None = None,
     ) -> Float[Array, "batch tokens dim"]:
         """The equations as the paper has them."""

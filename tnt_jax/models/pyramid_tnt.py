@@ -13,12 +13,12 @@ import math
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
 from tnt_jax.config import InputError, ModelConfig
 from tnt_jax.models.calling import Images, block_indices, check_images, explains_forward_mode, training_key
 from tnt_jax.models.formulations.gradients import parameter_add, parameter_einsum
-from tnt_jax.models.functions import dropout, split_key
+from tnt_jax.models.functions import Keys, dropout, split_key
 from tnt_jax.models.inner import InnerTransformer
 from tnt_jax.models.layers import (
     Attention,
@@ -165,7 +165,7 @@ class Block(nnx.Module):
         self,
         words: Float[Array, "sentences words inner"],
         sentences: Float[Array, "batch patches outer"],
-        key: PRNGKeyArray | None = None,
+        key: Keys | None = None,
     ) -> tuple[Float[Array, "sentences words inner"], Float[Array, "batch patches outer"]]:
         """Words and sentences after the inner transformer, if the block has one: what the outer one works on."""
         if self.inner is None:
@@ -179,7 +179,7 @@ class Block(nnx.Module):
         words: Float[Array, "sentences words inner"],
         sentences: Float[Array, "batch patches outer"],
         position_bias: Float[Array, "1 heads patches keys"],
-        key: PRNGKeyArray | None = None,
+        key: Keys | None = None,
     ) -> tuple[Float[Array, "sentences words inner"], Float[Array, "batch patches outer"]]:
         inner_key, outer_key = split_key(key, 2)
         words, sentences = self.run_inner(words, sentences, inner_key)
@@ -233,7 +233,7 @@ class Stage(nnx.Module):
         self,
         words: Float[Array, "sentences words inner"],
         sentences: Float[Array, "batch patches outer"],
-        key: PRNGKeyArray | None = None,
+        key: Keys | None = None,
     ) -> list[tuple[Float[Array, "sentences words inner"], Float[Array, "batch patches outer"]]]:
         """What every block returns."""
         run = rematerialised(Block.__call__, self.remat)
@@ -287,7 +287,7 @@ class PyramidTNT(nnx.Module):
     def __call__(
         self,
         images: Images,
-        key: PRNGKeyArray | None = None,
+        key: Keys | None = None,
         *,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "batch classes"]:
@@ -304,7 +304,7 @@ class PyramidTNT(nnx.Module):
     def forward_features(
         self,
         images: Images,
-        key: PRNGKeyArray | None = None,
+        key: Keys | None = None,
         *,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "batch patches outer"]:
@@ -317,7 +317,7 @@ class PyramidTNT(nnx.Module):
         return self.norm(sentences)
 
     def embed(
-        self, images: Images, key: PRNGKeyArray | None = None
+        self, images: Images, key: Keys | None = None
     ) -> tuple[Float[Array, "sentences words inner"], Float[Array, "batch patches outer"]]:
         """The words and sentences that enter the first block, with their positions."""
         check_images(images, self.config)
@@ -326,7 +326,9 @@ class PyramidTNT(nnx.Module):
         if self.word_positions is not None:
             words = parameter_add(words, self.word_positions[...], plain=plain)
         if self.sentence_positions is not None:
-            places = dropout(self.sentence_positions[...], self.config.drop_rate, key)
+            places = self.sentence_positions[...]
+            if key is not None and self.config.drop_rate:  # also where each image has a key of its own
+                places = dropout(jnp.broadcast_to(places, sentences.shape), self.config.drop_rate, key)
             sentences = parameter_add(sentences, places, plain=plain)
         return words, sentences
 
@@ -335,7 +337,7 @@ class PyramidTNT(nnx.Module):
         return self.aggregations[index - 1](words, sentences) if index else (words, sentences)
 
     def stage_outputs(
-        self, index: int, words: Array, sentences: Array, key: PRNGKeyArray | None = None
+        self, index: int, words: Array, sentences: Array, key: Keys | None = None
     ) -> list[tuple[Array, Array]]:
         """What the blocks of a stage return, from what the stage before it returned."""
         return self.stages[index](*self.enter(index, words, sentences), key)

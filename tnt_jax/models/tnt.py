@@ -11,14 +11,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
 from tnt_jax.config import ModelConfig
 from tnt_jax.models.calling import Images, block_indices, check_images, explains_forward_mode, training_key
 from tnt_jax.models.formulations.gradients import parameter_add, parameter_einsum
 from tnt_jax.models.formulations.outer import add_to_patches
 from tnt_jax.models.formulations.sentences import make_sentences
-from tnt_jax.models.functions import dropout, split_key
+from tnt_jax.models.functions import Keys, dropout, split_key
 from tnt_jax.models.inner import InnerTransformer
 from tnt_jax.models.layers import (
     LayerNorm,
@@ -205,7 +205,7 @@ class Block(nnx.Module):
         self,
         words: Float[Array, "sentences words inner"],
         sentences: Float[Array, "batch tokens outer"],
-        key: PRNGKeyArray | None = None,
+        key: Keys | None = None,
     ) -> tuple[Float[Array, "sentences words inner"], Float[Array, "batch tokens outer"]]:
         inner_key, outer_key = split_key(key, 2)
         from_words = None
@@ -269,7 +269,7 @@ class TNT(nnx.Module):
     def __call__(
         self,
         images: Images,
-        key: PRNGKeyArray | None = None,
+        key: Keys | None = None,
         *,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "batch classes"]:
@@ -286,7 +286,7 @@ class TNT(nnx.Module):
     def forward_features(
         self,
         images: Images,
-        key: PRNGKeyArray | None = None,
+        key: Keys | None = None,
         *,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "batch tokens outer"]:
@@ -300,7 +300,7 @@ class TNT(nnx.Module):
         return self.norm(sentences)
 
     def embed(
-        self, images: Images, key: PRNGKeyArray | None = None
+        self, images: Images, key: Keys | None = None
     ) -> tuple[Float[Array, "sentences words inner"], Float[Array, "batch tokens outer"]]:
         """The words and sentences that enter the first block, with their positions."""
         check_images(images, self.config)

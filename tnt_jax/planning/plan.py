@@ -72,7 +72,7 @@ def print_plan(config: TrainConfig[ModelChanges], topology: str) -> None:
     Raises:
         InputError: the compiler does not know the topology, or the batch cannot be divided among its devices.
     """
-    console = rich.console.Console(highlight=False, soft_wrap=True)
+    console = rich.console.Console(highlight=False, markup=False, soft_wrap=True)
     config, note = _resolved(config)
     devices = _devices(topology)
     chip = _chip(topology, devices)

@@ -85,9 +85,9 @@ def scores_of(run_dir: str | os.PathLike) -> dict[int, dict[str, float]]:
 
 
 def best_of(steps: list[int], scores: dict[int, dict[str, float]], metric: str) -> int | None:
-    """The step whose averaged weights are best by a metric, the later one of equals; None where none was evaluated."""
+    """The step whose averaged weights are best by a metric, the later one of equals; None where none has it."""
     sign, name = -1 if metric in LOWER_IS_BETTER else 1, f"ema_{metric}"
-    scored = (step for step in steps if name in scores.get(step, ()))
+    scored = (step for step in steps if scores.get(step, {}).get(name) is not None)
     return max(scored, key=lambda step: (sign * scores[step][name], step), default=None)
 
 

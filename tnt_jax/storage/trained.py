@@ -28,8 +28,7 @@ def load_run(run_dir: str | os.PathLike, *, weights: str = "ema", step: int | No
     # Onto one device of this machine, wherever it was trained.
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     own = nnx.to_pure_dict(state)
-    like = average_like(own) if weights == "ema" else own
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), like)
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), average_like(own))
     step, trees = _restored(run_dir, step, {TREES[weights]: like})
     params = trees[TREES[weights]]
     model = nnx.merge(graphdef, jax.tree.map(lambda leaf, to: leaf.astype(to.dtype), params, own))
@@ -45,7 +44,8 @@ def load_run(run_dir: str | os.PathLike, *, weights: str = "ema", step: int | No
 
 
 def average_like(params: dict) -> dict:
-    """Shapes and dtypes of the average of parameters: float32 or more, for bfloat16 cannot hold so small changes."""
+    """Shapes and dtypes of what a run keeps of parameters, and of their average: float32 or more, for bfloat16 cannot
+    hold so small changes."""
 
     def average(leaf) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, jax.numpy.promote_types(leaf.dtype, "float32"))

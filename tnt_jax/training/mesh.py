@@ -24,7 +24,10 @@ def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mes
         raise InputError(f"fsdp is {fsdp}, and must divide the number of devices, {count}")
     # Auto, because JAX's default is Explicit, where the model's reshapes would need shardings of their own.
     shape = (count // fsdp, fsdp)
-    return jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    try:
+        return jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    except ValueError as error:
+        raise InputError(f"JAX makes no mesh of these {count} devices; a run trains on one slice: {error}") from error
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, accumulation_steps: int = 1) -> None:
@@ -88,7 +91,18 @@ def shardings_of(state, mesh: Mesh):
     return jax.tree.map(sharding, state)
 
 
+def rows_of_process(batch_size: int, mesh: Mesh, process: int | None = None) -> tuple[int, ...]:
+    """The rows of a batch that lie on the devices of a process (by default this one), ascending.
+
+    They need not follow each other: a mesh has the order of a TPU slice's wires, and not that of its hosts.
+    """
+    process = jax.process_index() if process is None else process
+    places = over_batch(mesh).devices_indices_map((batch_size,))
+    own = [range(batch_size)[rows] for device, (rows,) in places.items() if device.process_index == process]
+    return tuple(sorted(row for rows in own for row in rows))
+
+
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch to the global arrays of all processes."""
+    """The rows of a batch that `rows_of_process` says to the global arrays of all processes."""
     sharding = over_batch(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}

@@ -4,6 +4,8 @@ Shares are of 1, errors in the units of the targets. Equal to scikit-learn's whe
 host.
 """
 
+import math
+
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num
 from numpy.typing import ArrayLike
@@ -68,13 +70,13 @@ def multi_label_metrics(
     """map and roc_auc (means over the labels that some images have and others have not), and at the thresholds
     macro_precision, macro_recall, macro_f1, micro_f1 (means over all labels, or of all decisions) and exact_match.
 
-    map and roc_auc are 0 where no label is of that kind.
+    map and roc_auc are NaN where no label is of that kind.
     """
     truth, predicted = labels > 0.5, probabilities >= thresholds
     found = [ranking(truth[:, label], probabilities[:, label]) for label in range(truth.shape[1])]
     ranked = np.array([[float(each[0]) for each in pair] for pair in found])
     ranked = ranked[np.isfinite(ranked).all(axis=1)]
-    precision, area = ranked.mean(axis=0) if len(ranked) else (0.0, 0.0)
+    precision, area = ranked.mean(axis=0) if len(ranked) else (np.nan, np.nan)
     right, labelled, positive = (truth & predicted).sum(0), truth.sum(0), predicted.sum(0)
     means = {
         "macro_precision": _over(right, positive).mean(),
@@ -100,11 +102,18 @@ def regression_metrics(
     weights = np.ones((1, len(targets))) if weights is None else weights
     total = weights.sum(axis=1, keepdims=True)
     errors, centred = values - targets, targets - targets.mean(axis=0)
-    square = weights @ errors**2 / total
-    variance = weights @ centred**2 / total - (weights @ centred / total) ** 2
+    square, spread = weights @ errors**2 / total, weights @ centred**2 / total
+    variance = spread - (weights @ centred / total) ** 2
     with np.errstate(invalid="ignore", divide="ignore"):
-        r2 = np.where(variance > 0, 1 - square / variance, np.nan)
+        # Of one value alone the difference is what rounding leaves.
+        r2 = np.where(variance > 1e-12 * spread, 1 - square / variance, np.nan)
     return {"r2": r2, "rmse": np.sqrt(square), "mae": weights @ np.abs(errors) / total}
+
+
+def mean_of_defined(values: Float[np.ndarray, "*any"]) -> float:
+    """Mean of the numbers that are not NaN; NaN where all are."""
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if len(defined) else math.nan
 
 
 def confusion_counts(
@@ -149,6 +158,8 @@ def spoken(name: str) -> str:
     return "accuracy" if name == "top1" else title_of(name)
 
 
-def printed(name: str, value: float) -> str:
-    """A value of a metric for people: shares in percent, with the sign."""
+def printed(name: str, value: float | None) -> str:
+    """A value of a metric for people: shares in percent, with the sign; "-" where it is undefined."""
+    if value is None or math.isnan(value):
+        return "-"
     return f"{value:.2%}" if name.startswith(SHARES) else f"{value:.4g}"

@@ -44,7 +44,8 @@ class Program:
         schedule = learning_rate_schedule(config.optimizer, steps_per_epoch=steps_per_epoch, epochs=config.epochs)
         optimizer = make_optimizer(config.optimizer, schedule)
         graphdef, params = nnx.split(abstract_model(config.model))
-        abstract = jax.eval_shape(lambda params: init_state(params, optimizer), nnx.to_pure_dict(params))
+        own = nnx.to_pure_dict(params)
+        abstract = jax.eval_shape(lambda params: init_state(params, optimizer), own)
         shardings = shardings_of(abstract, mesh)
         self.abstract_state = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
@@ -58,11 +59,10 @@ class Program:
         }
         self.init = jax.jit(lambda params: init_state(params, optimizer), out_shardings=shardings)
         self.train_step = jax.jit(
-            on_mesh(mesh, make_train_step(graphdef, optimizer, schedule, config, objective), config.precision),
+            on_mesh(mesh, make_train_step(graphdef, own, optimizer, schedule, config, objective), config.precision),
             donate_argnums=0,
             out_shardings=(shardings, replicated(mesh)),
         )
-        own = nnx.to_pure_dict(params)
         # To every device, so that each process has the rows of all.
         self.eval_step = jax.jit(
             on_mesh(mesh, make_eval_step(graphdef, own, config.data, objective)), out_shardings=replicated(mesh)

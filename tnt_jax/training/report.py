@@ -64,7 +64,7 @@ class Report:
         flops = training_flops(sum(count_macs(config.model).values()))
         self._peak_rate = jax.device_count() * chip.flops / flops if chip else None
         self._trace = _Trace(pathlib.Path(config.run_dir) / "profile", start_step) if config.profile else None
-        self._logs = _open_logs(config, start_step, evaluates_first)
+        self._logs = _open_logs(config, start_step, evaluates_first, console.print)
         self._progress = rich.progress.Progress(
             rich.progress.TextColumn("epoch {task.fields[epoch]}"),
             rich.progress.BarColumn(),
@@ -203,7 +203,7 @@ class _TensorBoard:
         self._writer.write_event(Event(**start, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        for name in sorted(values.keys() - {"epoch"}):
+        for name in sorted(name for name in values.keys() - {"epoch"} if values[name] is not None):
             summary = self._scalar(f"{kind}/{name}", values[name])
             self._writer.write_event(self._event(step=step, wall_time=time.time(), summary=summary))
         self._writer.flush()
@@ -213,28 +213,50 @@ class _TensorBoard:
 
 
 class _WeightsAndBiases:
-    """A run there for the run here, also after it was stopped and started again."""
+    """A run there for the run here, also after it was stopped and started again.
 
-    def __init__(self, folder: pathlib.Path, config: TrainConfig):
+    Steps are a value of their own: its own steps must rise, and drop the scores of an evaluation that is done again.
+    What goes wrong there (no key, no network) is said, and the run goes on without it.
+    """
+
+    def __init__(self, folder: pathlib.Path, config: TrainConfig, say: Callable[[str], None]):
         import wandb
 
+        self._say, self._run = say, None
         identity = folder / "wandb_id.txt"
         if not identity.exists():
             identity.write_text(uuid.uuid4().hex[:12])
-        self._run = wandb.init(
-            project="tnt_jax",
-            name=folder.name,
-            id=identity.read_text(),
-            resume="allow",
-            dir=str(folder),
-            config=to_json(config),
-        )
+        with self._or_without():
+            self._run = wandb.init(
+                project="tnt_jax",
+                name=folder.name,
+                id=identity.read_text(),
+                resume="allow",
+                dir=str(folder),
+                config=to_json(config),
+                settings={"init_timeout": 30},
+            )
+            self._run.define_metric("*", step_metric="step")
 
-    def write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        self._run.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+    def write(self, kind: str, step: int, values: dict[str, float | None]) -> None:
+        if self._run is not None:
+            with self._or_without():
+                named = {f"{kind}/{name}": value for name, value in values.items() if value is not None}
+                self._run.log({"step": step, **named})
 
     def close(self) -> None:
-        self._run.finish()
+        if self._run is not None:
+            with self._or_without():
+                self._run.finish()
+
+    @contextlib.contextmanager
+    def _or_without(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # its own, of many types
+            self._run = None
+            first = next(iter(str(error).splitlines()), type(error).__name__)
+            self._say(f"note: Weights & Biases: {first}. Nothing more is logged there")
 
 
 def check_wandb(config: TrainConfig) -> None:
@@ -243,14 +265,14 @@ def check_wandb(config: TrainConfig) -> None:
         raise InputError("--wandb needs the package of Weights & Biases: pip install wandb")
 
 
-def _open_logs(config: TrainConfig, start_step: int, evaluates_first: bool) -> list:
+def _open_logs(config: TrainConfig, start_step: int, evaluates_first: bool, say: Callable[[str], None]) -> list:
     """Where metrics go. Only the first process writes."""
     if jax.process_index() > 0:
         return []
     folder = pathlib.Path(config.run_dir)
     try:
         logs = [_JsonLines(folder, start_step, evaluates_first), _TensorBoard(folder, start_step)]
-        return [*logs, _WeightsAndBiases(folder, config)] if config.wandb else logs
+        return [*logs, _WeightsAndBiases(folder, config, say)] if config.wandb else logs
     except OSError as error:
         raise WriteError(f"the logs in {folder} cannot be written: {error.strerror or error}") from error
 
@@ -301,14 +323,15 @@ def _reopen(path: pathlib.Path, start_step: int, evaluates_first: bool) -> io.Te
     Args:
         evaluates_first: whether the evaluation of that step is done again.
     """
-    lines = path.read_text().splitlines() if path.exists() else []
     end = (start_step, "test" if evaluates_first else "")
-    kept = [line for line in lines if _place_of(line)[0] <= start_step and _place_of(line) != end]
-    if dropped := [line for line in lines if line not in kept]:
-        with path.with_name(DROPPED_FILE).open("a") as file:
-            file.write("".join(f"{line}\n" for line in dropped))
+    kept, dropped = [], []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        place = _place_of(line)
+        (kept if place[0] <= start_step and place != end else dropped).append(f"{line}\n")
     if dropped:
-        write_text(path, "".join(f"{line}\n" for line in kept))
+        with path.with_name(DROPPED_FILE).open("a") as file:
+            file.writelines(dropped)
+        write_text(path, "".join(kept))
     return path.open("a")
 
 

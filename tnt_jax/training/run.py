@@ -15,7 +15,7 @@ from tnt_jax.models.variants import abstract_model, build_model, complete, resol
 from tnt_jax.storage.checkpoint import Checkpoints
 from tnt_jax.storage.folder import model_from_parameters
 from tnt_jax.storage.load import open_for
-from tnt_jax.training.mesh import check_batch_size, make_mesh, to_devices
+from tnt_jax.training.mesh import check_batch_size, make_mesh, rows_of_process, to_devices
 from tnt_jax.training.optimizer import learning_rate_schedule
 from tnt_jax.training.program import Program
 from tnt_jax.training.report import check_wandb
@@ -55,8 +55,7 @@ class Run:
             "image_size": self.config.model.image_size,
             "channels": self.config.model.in_channels,
             "batch_size": config.batch_size,
-            "process_index": jax.process_index(),
-            "process_count": jax.process_count(),
+            "rows": rows_of_process(config.batch_size, self.mesh),
         }
 
     def _objective(self) -> Objective:
@@ -100,7 +99,7 @@ class Run:
         drawn = {"seed": self.config.seed, "start_step": start, "dtype": self._dtypes[0]}
         return train_batches(self.train_source, self.config.data, **self._feed, **drawn)
 
-    def evaluate(self, state: TrainState, stop: Callable[[], int | None]) -> dict[str, float] | None:
+    def evaluate(self, state: TrainState, stop: Callable[[], bool]) -> dict[str, float | None] | None:
         """Scores on every test image, of the averaged and of the raw weights; None if it was stopped in between."""
         batches = eval_batches(self.test_source, self.config.data, **self._feed, dtype=self._dtypes[1])
         weights = {"ema": state.ema, "raw": state.params}
@@ -146,8 +145,23 @@ class Run:
             f"{parameters:,} parameters, on {jax.device_count()} {device.device_kind} device(s), "
             f"from step {start} to {self.total_steps}. {len(self.train_source):,} training and "
             f"{len(self.test_source):,} test images of {len(self.train_source.class_names)} {outputs}. "
-            f"Everything of the run lies in {self.config.run_dir}{self._moved_targets()}"
+            f"Everything of the run lies in {self.config.run_dir}{self._nothing_to_learn()}{self._moved_targets()}"
         )
+
+    def _nothing_to_learn(self) -> str:
+        """Notes where the run cannot be what was meant."""
+        epochs, optimizer = self.config.epochs, self.config.optimizer
+        notes = []
+        if self.config.data.task == "single_label" and len(self.train_source.class_names) == 1:
+            notes.append(
+                f"all images are of one class, {self.train_source.class_names[0]!r}: there is nothing to learn"
+            )
+        if optimizer.warmup_epochs >= epochs:
+            notes.append(
+                f"the warm-up of {optimizer.warmup_epochs:g} epochs is not over when the run ends after {epochs}: its "
+                f"learning rate never reaches {optimizer.learning_rate:g}; see --optimizer.warmup-epochs"
+            )
+        return "".join(f"\nnote: {note}" for note in notes)
 
     def _moved_targets(self) -> str:
         """A note where augmentation changes what may be told of an image, and not its target."""

@@ -26,20 +26,24 @@ class TrainState:
     step: Any
     """Steps done, int32 (). Like the leaves of the others: an array, or the shape or the sharding of one."""
     params: dict
-    """Parameters, and where the model has batch norm its running averages, which no optimizer moves."""
+    """Parameters in float32 or more, whatever the model's are, and where it has batch norm its running averages, which
+    no optimizer moves: what bfloat16 holds, a small step does not change."""
     ema: dict
     """Average of the parameters over the steps."""
     opt_state: optax.OptState
 
 
 def init_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step; the average starts at the initial parameters, in float32 or more."""
-    average = jax.tree.map(lambda leaf, like: jnp.array(leaf, like.dtype), params, average_like(params))
+    """The state before the first step, in float32 or more; the average starts at the initial parameters."""
+    params, average = (
+        jax.tree.map(lambda leaf, like: jnp.array(leaf, like.dtype), params, average_like(params)) for _ in range(2)
+    )
     return TrainState(jnp.int32(0), params, average, optimizer.init(params))
 
 
 def make_train_step(
     graphdef: nnx.GraphDef,
+    own: dict,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     config: TrainConfig,
@@ -52,13 +56,14 @@ def make_train_step(
     objective measures of the batch.
 
     Args:
+        own: the model's parameters, or their shapes: the step computes with their dtypes.
         objective: by default that of the configuration, without what the training targets say.
     """
     objective = objective or objective_of(config)
 
-    def loss_and_rest(params: dict, images: jax.Array, targets: jax.Array, key: jax.Array):
-        model = nnx.merge(graphdef, params)
-        logits = model(images, key)
+    def loss_and_rest(params: dict, images: jax.Array, targets: jax.Array, keys: jax.Array):
+        model = nnx.merge(graphdef, jax.tree.map(lambda leaf, to: leaf.astype(to.dtype), params, own))
+        logits = model(images, keys)
         measured = objective.measure(logits, targets)
         return objective.loss(logits, targets), (measured, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
 
@@ -70,9 +75,11 @@ def make_train_step(
         images, targets = prepare_training(
             batch["image"], labels, data=config.data, num_classes=config.model.num_classes, key=mix_key
         )
-        images, targets = kept_over_batch(images), kept_over_batch(targets)
+        # A key for each image, so that it draws the same whatever part of the batch it is computed in.
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(model_key, jnp.arange(len(images)))
+        images, targets, keys = kept_over_batch(images), kept_over_batch(targets), kept_over_batch(keys)
         grad = accumulated(value_and_grad, config.accumulation_steps)
-        (loss, (measured, statistics)), grads = grad(state.params, images, targets, model_key)
+        (loss, (measured, statistics)), grads = grad(state.params, images, targets, keys)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = overwritten(optax.apply_updates(state.params, updates), statistics)
         decay = ema_decay(config.optimizer, state.step + 1)
@@ -107,7 +114,8 @@ def _part_of(params: dict, like: dict) -> dict:
 def accumulated(value_and_grad: Callable, steps: int) -> Callable:
     """The same values and gradients, computed for a `steps`-th of the images at a time and averaged.
 
-    Running averages go from each part to the next. Batch norm sees a part at a time.
+    An image draws from its own key, so dropout and stochastic depth are those of the whole batch. Batch norm sees a
+    part at a time, and its running averages go from each part to the next.
     """
     if steps == 1:
         return value_and_grad
@@ -116,7 +124,7 @@ def accumulated(value_and_grad: Callable, steps: int) -> Callable:
         # Every part takes images from every device, so that none has to move.
         return x.reshape(-1, steps, *x.shape[1:]).swapaxes(0, 1)
 
-    def of_all_parts(params: dict, images: jax.Array, targets: jax.Array, key: jax.Array):
+    def of_all_parts(params: dict, images: jax.Array, targets: jax.Array, keys: jax.Array):
         def of_part(statistics: dict, part: tuple):
             (loss, (measured, statistics)), grads = value_and_grad(overwritten(params, statistics), *part)
             return statistics, (loss, measured, grads)
@@ -125,7 +133,7 @@ def accumulated(value_and_grad: Callable, steps: int) -> Callable:
             statistics, new = of_part(sums[0], part)
             return (statistics, jax.tree.map(jnp.add, sums[1], new)), None
 
-        each = (parts(images), parts(targets), jax.random.split(key, steps))
+        each = (parts(images), parts(targets), parts(keys))
         statistics, sums = jax.eval_shape(of_part, {}, jax.tree.map(lambda leaf: leaf[0], each))
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), sums)
         (statistics, sums), _ = jax.lax.scan(add, (_part_of(params, statistics), zeros), each)
@@ -161,7 +169,7 @@ def evaluate(
     weights: dict[str, dict],
     batches: Iterable[dict],
     mesh: Mesh,
-    stop: Callable[[], int | None],
+    stop: Callable[[], bool],
 ) -> dict[str, float] | None:
     """Scores of several parameters by their names, each image prepared once.
 

@@ -5,6 +5,7 @@ numbers, which are standardised: the network learns (target - mean) / std over t
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable
 
 import jax
@@ -16,7 +17,7 @@ from jaxtyping import Array, Float, Num
 from tnt_jax.config import TASKS, InputError, Task, TrainConfig
 from tnt_jax.data.targets import balanced_class_weights, balanced_positive_weights, in_units
 from tnt_jax.storage.description import Outputs
-from tnt_jax.training.metrics import class_metrics, multi_label_metrics, regression_metrics
+from tnt_jax.training.metrics import class_metrics, mean_of_defined, multi_label_metrics, regression_metrics
 
 Logits = Float[Array | np.ndarray, "batch outputs"]
 PerOutput = Float[np.ndarray, " outputs"]
@@ -68,6 +69,7 @@ class Objective:
         _, likeliest = jax.lax.top_k(outputs, min(5, classes))
         hit = likeliest == labels[:, None]
         loss = optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
+        loss = jnp.where(jnp.isfinite(outputs).all(-1), loss, jnp.nan)
         values = {"count": jnp.ones_like(loss), "top1": hit[:, 0], "top5": hit.any(-1), "loss": loss}
         sums = {name: jnp.where(mask, value, 0).sum() for name, value in values.items()}
         predictions = likeliest[:, 0]
@@ -77,8 +79,12 @@ class Objective:
             for name, (at, counts) in chosen.items()
         }
 
-    def scores(self, batches: Iterable[dict[str, np.ndarray]]) -> dict[str, float]:
-        """The metrics of `tnt_jax.config.TASKS` over all batches, and count, the number of images."""
+    def scores(self, batches: Iterable[dict[str, np.ndarray]]) -> dict[str, float | None]:
+        """The metrics of `tnt_jax.config.TASKS` over all batches, and count, the number of images.
+
+        A metric that is undefined for these images, as R2 of one image is, is None. The loss is NaN where an output is
+        not finite.
+        """
         batches = list(batches)
         if self.task == "single_label":
             sums = {name: sum(np.asarray(batch[name], np.float64) for batch in batches) for name in batches[0]}
@@ -91,15 +97,18 @@ class Objective:
                 np.concatenate([np.asarray(batch[name]) for batch in batches])[mask] for name in ("outputs", "labels")
             )
             count, found = len(outputs), self._scores_of_rows(outputs, labels)
-        return {"count": count} | {name: float(found[name]) for name in TASKS[self.task]}
+        undefined = {name for name in found if name != "loss" and math.isnan(found[name])}
+        return {"count": count} | {name: None if name in undefined else float(found[name]) for name in TASKS[self.task]}
 
     def _scores_of_rows(self, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        if not np.isfinite(outputs).all():
+            return dict.fromkeys(TASKS[self.task], math.nan)
         if self.task == "multi_label":
             loss = np.logaddexp(0, outputs.astype(np.float64)) - labels * outputs
             return multi_label_metrics(labels, sigmoid(outputs)) | {"loss": loss.mean()}
         errors = outputs - np.asarray(self.standardised(labels))
         metrics = regression_metrics(labels, in_units(outputs, self.target_mean, self.target_std))
-        return {name: value.mean() for name, value in metrics.items()} | {"loss": np.square(errors).mean()}
+        return {name: mean_of_defined(value) for name, value in metrics.items()} | {"loss": np.square(errors).mean()}
 
 
 def sigmoid(outputs: np.ndarray) -> np.ndarray:
@@ -112,8 +121,18 @@ def _cross_entropy(objective: Objective, logits: Logits, targets: Logits) -> Flo
     if objective.class_weights is not None:
         targets = targets * objective.class_weights.astype(np.float32)
     if objective.focal_gamma:
-        targets = targets * (1 - jax.nn.softmax(logits)) ** objective.focal_gamma
+        targets = targets * jnp.exp(objective.focal_gamma * _log_of_the_others(logits))
     return optax.softmax_cross_entropy(logits, targets)
+
+
+def _log_of_the_others(logits: Logits) -> Logits:
+    """log(1 - p), p = softmax(logits), also where p rounds to 1: a power below 1 has no derivative at 0."""
+    likeliest = jax.nn.one_hot(logits.argmax(-1), logits.shape[-1], dtype=bool)
+    others = jnp.where(likeliest, jnp.finfo(logits.dtype).min, logits)
+    of_likeliest = jax.nn.logsumexp(others, -1, keepdims=True) - jax.nn.logsumexp(logits, -1, keepdims=True)
+    # Of all others p is at most a half.
+    p = jnp.where(likeliest, 0.0, jax.nn.softmax(logits))
+    return jnp.where(likeliest, of_likeliest, jnp.log1p(-p))
 
 
 def _binary_cross_entropy(objective: Objective, logits: Logits, targets: Logits) -> Logits:

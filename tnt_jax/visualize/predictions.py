@@ -9,7 +9,7 @@ from tnt_jax.data.samples import visible
 from tnt_jax.data.sources import Source
 from tnt_jax.evaluation.predictions import AnyPredictions, LabelPredictions, ValuePredictions
 from tnt_jax.evaluation.scores import Predictions, confusion_matrix
-from tnt_jax.training.metrics import multi_label_metrics, regression_metrics
+from tnt_jax.training.metrics import multi_label_metrics, printed, regression_metrics
 from tnt_jax.visualize.canvas import new_figure, panels, show_image, title_of
 
 MOST_NUMBERS = 20
@@ -37,7 +37,9 @@ def _of_labels(predictions: LabelPredictions, class_names: Sequence[str]):
     truth, predicted = predictions.labels > 0.5, predictions.predicted
     rows = np.concatenate([truth, ~truth.any(axis=1, keepdims=True)], axis=1).astype(np.int64)
     metrics = multi_label_metrics(predictions.labels, predictions.scores, predictions.thresholds)
-    title = f"{len(truth):,} images, mAP {metrics['map']:.2%}, {metrics['exact_match']:.2%} without a mistake"
+    title = (
+        f"{len(truth):,} images, mAP {printed('map', metrics['map'])}, {metrics['exact_match']:.2%} without a mistake"
+    )
     return _matrix(rows.T @ predicted, rows.sum(axis=0), (*class_names, "(no label)"), class_names, title)
 
 

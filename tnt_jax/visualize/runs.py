@@ -1,6 +1,7 @@
 """How a run went: curves and schedule. Each returns a matplotlib figure."""
 
 import json
+import math
 import os
 import pathlib
 from collections.abc import Sequence
@@ -68,7 +69,7 @@ def _parsed(line: str) -> dict | None:
 
 def _line(axes, lines: Sequence[dict], field: str, label: str, scale: float = 1) -> None:
     colour, style = LINES[label]
-    values = [scale * line[field] for line in lines]
+    values = [math.nan if line[field] is None else scale * line[field] for line in lines]
     marker = "o" if len(values) == 1 else None  # a line of one point is not seen
     axes.plot([line["epoch"] for line in lines], values, color=colour, linestyle=style, label=label, marker=marker)
 

@@ -12,18 +12,18 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
 from tnt_jax.models.formulations.devices import gpu, on_each_device, platform
 from tnt_jax.models.formulations.gradients import parameter_add, parameter_einsum, product, softmax
-from tnt_jax.models.functions import dropout
+from tnt_jax.models.functions import Keys, dropout
 
 
 def attend(
     layer: nnx.Module,
     x: Float[Array, "batch tokens dim"],
     bias: Float[Array, "1 heads queries keys"] | None,
-    key: PRNGKeyArray | None,
+    key: Keys | None,
 ) -> Float[Array, "batch tokens dim"]:
     """What an `Attention` makes of tokens; `key` is for the dropout of the attention weights."""
     formulation = choose(layer, x.shape[0], has_bias=bias is not None, training=key is not None)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
 from tnt_jax.models.formulations.devices import (
     device_kind,
@@ -29,7 +29,7 @@ from tnt_jax.models.formulations.devices import (
     say_once,
     tpu,
 )
-from tnt_jax.models.functions import NORM_EPSILON, gelu
+from tnt_jax.models.functions import NORM_EPSILON, Keys, gelu
 from tnt_jax.models.kernels.gpu.sizes import LEAST_CAPABILITY, Sizes
 from tnt_jax.models.kernels.gpu.sizes import obstacle as sizes_obstacle
 from tnt_jax.models.kernels.parameters import LayerParameters
@@ -38,7 +38,7 @@ SMALL_VMEM = ("TPU v2", "TPU v3", "TPU v4")
 
 
 def transform_words(
-    layer: nnx.Module, words: Float[Array, "sentences words inner"], key: PRNGKeyArray | None
+    layer: nnx.Module, words: Float[Array, "sentences words inner"], key: Keys | None
 ) -> Float[Array, "sentences words inner"]:
     """What an `InnerTransformer` makes of words."""
     formulation = choose(layer, *words.shape[:2], training=key is not None)

@@ -8,18 +8,18 @@ import functools
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
 from tnt_jax.models.formulations.devices import on_each_device, say_once, tpu
 from tnt_jax.models.formulations.inner import pallas_obstacle, preferred
-from tnt_jax.models.functions import NORM_EPSILON, split_key, survivors
+from tnt_jax.models.functions import NORM_EPSILON, Keys, split_key, survivors
 from tnt_jax.models.kernels.parameters import LayerParameters
 
 
 def transform_tokens(
     layer: nnx.Module,
     x: Float[Array, "batch tokens dim"],
-    key: PRNGKeyArray | None,
+    key: Keys | None,
     bias: Float[Array, "1 heads queries keys"] | None,
     added: Float[Array, "batch patches dim"] | None,
 ) -> Float[Array, "batch tokens dim"]:
@@ -62,7 +62,7 @@ def runs_kernel(layer: nnx.Module, shape: tuple[int, int, int], *, has_bias: boo
 def pallas(
     layer: nnx.Module,
     x: Float[Array, "batch tokens dim"],
-    key: PRNGKeyArray | None,
+    key: Keys | None,
     added: Float[Array, "batch patches dim"] | None = None,
     *,
     interpret: bool = False,

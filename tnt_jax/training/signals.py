@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, from the first instant of a command to its end.
+"""Ctrl-C and SIGTERM, from the first instant of a command to its end, and when a run stops and saves.
 
 While a run starts and compiles there is nothing to lose, and a command ends at once.
 While it trains, all processes of the run stop after the same step, which is saved.
@@ -8,18 +8,22 @@ Nothing here imports JAX before it is needed.
 """
 
 import contextlib
-import ctypes
 import os
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 # What a command exits with when it was stopped: as shells have it for Ctrl-C, and for a scheduler's SIGTERM "try again
 # later" (EX_TEMPFAIL), which a restart policy can tell from a failure.
 STOP_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+MAX_COST = 0.05
+"""Proportion of the time that steps may wait for checkpoints that are saved by time."""
+SECONDS_BETWEEN_QUESTIONS = 5.0
+"""Several processes ask each other so often, all after the same step: their clocks differ, and so do their signals."""
 
 
 class StoppedError(RuntimeError):
@@ -33,7 +37,7 @@ class StoppedError(RuntimeError):
 
 
 class Signals:
-    """What has come, and what is to be done about it.
+    """The signals that a process has received, and what they do.
 
     Python runs a signal's handler between two of its own instructions, which compiling keeps it from for minutes. So
     the handlers do nothing, and a thread reads the numbers of the signals as they come.
@@ -45,10 +49,8 @@ class Signals:
         """What is kept if the process ends now, in words."""
         self.before_exit: Callable[[int, str], None] = lambda code, message: None
         """Is told the exit code and the reason before the process ends at once."""
-        self._received: list[int] = []
-        self._training, self._several = False, False
-        self._polls = 0
-        self._other_sigterm: ctypes.Array | None = None
+        self.received: list[int] = []
+        self._training = False
 
     @contextlib.contextmanager
     def installed(self) -> Iterator["Signals"]:
@@ -84,8 +86,8 @@ class Signals:
                         self._take(signal.Signals(number))
 
     def _take(self, number: signal.Signals) -> None:
-        again = number in self._received
-        self._received.append(number)
+        again = number in self.received
+        self.received.append(number)
         if self._ends_process and (not self._training or (again and number == signal.SIGINT)):
             message = f"stopped by {NAMES[number]}; {self.kept()}"
             self.before_exit(STOP_CODES[number], message)
@@ -94,50 +96,16 @@ class Signals:
             os._exit(STOP_CODES[number])
         if not again:
             print("Stopping after this step; Ctrl-C again ends at once, without saving.", flush=True)
-        if self._several:
-            os.kill(os.getpid(), signal.SIGTERM)  # which is how JAX's service learns of it
-
-    def take_back(self) -> None:
-        """SIGTERM ends this process at once again; JAX's service, which has just been started, has taken it."""
-        if self._installed:
-            self._other_sigterm = _action(signal.SIGTERM)
-            signal.signal(signal.SIGTERM, self._handle)
 
     @contextlib.contextmanager
-    def training(self, several: bool) -> Iterator[Callable[[], int | None]]:
-        """From here on a step is finished and saved first.
-
-        Args:
-            several: whether other processes train too. SIGTERM is JAX's service's then, which has them agree on a step.
-
-        Yields:
-            What says, each time that all processes ask, with which signal the run was asked to stop, or None.
-        """
+    def training(self) -> Iterator[None]:
+        """From here on a step is finished and saved first."""
         with contextlib.nullcontext() if self._installed else self.installed():
-            if self._other_sigterm is not None:
-                _action(signal.SIGTERM, self._other_sigterm)
-            self._training, self._several = True, several
+            self._training = True
             try:
-                yield self._agreed if several else lambda: self._received[0] if self._received else None
+                yield
             finally:
                 self._training = False
-
-    def _agreed(self) -> int | None:
-        import numpy as np
-        from jax.experimental import multihost_utils
-
-        self._polls += 1
-        if not multihost_utils.reached_preemption_sync_point(self._polls):
-            return None
-        interrupted = multihost_utils.process_allgather(np.bool_(signal.SIGINT in self._received)).any()
-        return signal.SIGINT if interrupted else signal.SIGTERM
-
-
-def _action(number: int, new: ctypes.Array | None = None) -> ctypes.Array:
-    """What the kernel does about a signal, as `sigaction` has it; `new` takes its place."""
-    old = ctypes.create_string_buffer(1024)  # more than any system's struct sigaction has
-    ctypes.CDLL(None).sigaction(number, new, old)
-    return old
 
 
 _active: list[Signals] = []
@@ -157,3 +125,62 @@ def signals() -> Iterator[None]:
 def current_signals() -> Signals:
     """Those that a command listens to, or those of a call that no command has made."""
     return _active[-1] if _active else Signals(ends_process=False)
+
+
+class Pauses:
+    """When a run stops and when it saves, the same in all of its processes.
+
+    Args:
+        received: the signals of this process, as they come.
+        minutes: between checkpoints. They are rarer where the steps would wait for them too long.
+        steps: between checkpoints, or None.
+        processes: of the run.
+    """
+
+    def __init__(self, received: list[int], minutes: float, steps: int | None, processes: int = 1):
+        self._received, self._seconds, self._steps, self._processes = received, 60 * minutes, steps, processes
+        self._last_save = self._last_question = time.monotonic()
+        self._waited, self._saves = 0.0, False
+        self._signal: int | None = None
+        self._asked = self._asked_last = 0
+        self._next_question = 1
+
+    def stop(self) -> int | None:
+        """The signal that ends the run, or None. All processes ask after each step and each batch of an evaluation."""
+        if self._processes == 1:
+            self._signal, self._saves = next(iter(self._received), None), self._is_time(0.0)
+            return self._signal
+        self._asked += 1
+        if self._asked >= self._next_question:
+            self._ask_all()
+        return self._signal
+
+    def _ask_all(self) -> None:
+        import numpy as np
+        from jax.experimental import multihost_utils
+
+        now = time.monotonic()
+        seconds = (now - self._last_question) / (self._asked - self._asked_last)
+        more = int(np.clip(SECONDS_BETWEEN_QUESTIONS / max(seconds, 1e-6), 1, 10_000))
+        own = [min(self._received, default=0), self._is_time(2 * more * seconds), more]
+        rows = multihost_utils.process_allgather(np.array(own, np.int32)).reshape(self._processes, -1)
+        signals = rows[:, 0][rows[:, 0] > 0]  # Ctrl-C before SIGTERM
+        self._signal = int(signals.min()) if len(signals) else None
+        self._saves, more = bool(rows[0, 1]), int(rows[0, 2])
+        self._last_question, self._asked_last, self._next_question = now, self._asked, self._asked + more
+
+    def is_save_due(self, step: int) -> bool:
+        """Whether a checkpoint is due after this step, of which `stop` was asked."""
+        return self._saves or bool(self._steps and step % self._steps == 0)
+
+    def _is_time(self, until_next: float) -> bool:
+        seconds = max(self._seconds, self._waited / MAX_COST)
+        return time.monotonic() - self._last_save + until_next >= seconds
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """A checkpoint is saved inside, for whatever reason."""
+        began = time.monotonic()
+        yield
+        self._last_save = time.monotonic()
+        self._waited, self._saves = self._last_save - began, False
