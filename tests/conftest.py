@@ -26,6 +26,23 @@ if os.environ.get("CHECK_SHAPES"):  # `make shapes`: every annotated shape is ch
     install_import_hook(["tnt_jax.models", "tnt_jax.data", "tnt_jax.training"], "shapes.checked")
 
 
+OVER_DEVICES = (
+    "tests/evaluation/",
+    "tests/visualize/",
+    "tests/training/",
+    "tests/test_inference.py",
+    "tests/test_demo.py",
+)
+"""What runs on all devices without a word of the user's. The others are on one, where kernels need no mesh."""
+
+
+def pytest_runtest_setup(item):
+    import jax
+
+    alone = not item.nodeid.startswith(OVER_DEVICES)
+    jax.config.update("jax_default_device", jax.devices()[0] if alone else None)
+
+
 def pytest_collection_modifyitems(items):
     """The longest first: of two workers, none is left with a test of a minute at the end."""
     items.sort(key=lambda item: "tests/training" not in item.nodeid)

@@ -14,7 +14,7 @@ from tnt_jax.config import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Writes a model as others read it: a file that needs none of this code, or a repository of the hub."""
+    """Writes a model as others read it: a file that needs none of this code, a page, or a repository of the hub."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A folder of a run or a model, a published name, OWNER/NAME on the hub, an address, or a checkpoint file."""
@@ -29,10 +29,15 @@ class Arguments:
     """For hub: a .csv that `eval.py --table` wrote, for the model card."""
     license: str | None = None
     """For hub: the licence of the weights, such as apache-2.0, for the model card."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the file computes in, whatever the model was trained in; bfloat16 for stablehlo."""
+    opset: int | None = None
+    """For onnx: the version of the operators, by default 17, which runtimes read since 2022."""
     quantize: Literal["int8"] | None = None
     """For onnx: matrix products in 8 bits, calibrated on training images and measured on test images."""
     tolerance: float = 1.0
-    """For int8: points of top-1 that may be lost; layers that lose most stay in float32 until it fits."""
+    """For int8: percent of the calibration images whose prediction may change; layers that lose most stay in float32
+    until it fits."""
     source: str | None = None
     """Where images come from that the file is compared with and int8 is made with; a training run knows its own."""
     overwrite: Flag = False
@@ -49,10 +54,15 @@ def main() -> None:
     for option in ("push", "results", "license"):
         if getattr(arguments, option) is not None:
             raise InputError(f"--{option} is for --format hub, and --format is {arguments.format}")
-    from tnt_jax.export import SUFFIXES, export_model, export_web
+    from tnt_jax.export import FORMATS, export_model, export_web
     from tnt_jax.storage.load import load_model
 
-    out, model = arguments.out or name + SUFFIXES.get(arguments.format, "-web"), load_model(arguments.model)
+    if arguments.opset is not None and arguments.format != "onnx":
+        raise InputError(f"--opset is for --format onnx, and --format is {arguments.format}")
+    if arguments.dtype != "float32" and arguments.format != "stablehlo":
+        raise InputError(f"--dtype {arguments.dtype} is for --format stablehlo, and --format is {arguments.format}")
+    suffix = FORMATS[arguments.format].suffix if arguments.format in FORMATS else "-web"
+    out, model = arguments.out or name + suffix, load_model(arguments.model)
     if arguments.quantize and arguments.format != "onnx":
         raise InputError(f"--quantize is for --format onnx, and --format is {arguments.format}")
     if not 0 <= arguments.tolerance <= 100:
@@ -62,7 +72,9 @@ def main() -> None:
         done = export_web(model, out, images=images, overwrite=arguments.overwrite)
         print(f"{done.path}: {done.size:,} bytes; python -m http.server -d {done.path} serves it")
         return
-    done = export_model(model, out, arguments.format, images=images, int8=int8, overwrite=arguments.overwrite)
+    options = {"dtype": arguments.dtype} | ({} if arguments.opset is None else {"opset": arguments.opset})
+    options |= {"images": images, "int8": int8, "overwrite": arguments.overwrite}
+    done = export_model(model, out, arguments.format, **options)
     print(f"{done.path}: {done.size:,} bytes; its logits and the model's differ by {done.difference:.1e} at most")
     if done.quantization:
         _tell_int8(done.quantization)
@@ -114,8 +126,6 @@ def _images(arguments: Arguments, model) -> tuple:
     def cut_out(source, count: int) -> tuple:
         chosen = np.unique(np.linspace(0, len(source) - 1, count).astype(int)) if len(source) else ()
         read = [source[int(index)] for index in chosen]
-        if unlike := [image.dtype for image, _ in read if image.dtype != np.uint8]:
-            raise InputError(f"{data.source} has pixels of {unlike[0]}, and an exported file takes 8 bits")
         channels = model.config.in_channels
         images = [evaluation_crop(to_channels(image, channels), *cut) for image, _ in read]
         return np.stack(images) if images else np.zeros((0,), np.uint8), [target for _, target in read]
@@ -124,7 +134,7 @@ def _images(arguments: Arguments, model) -> tuple:
         try:
             return cut_out(_opened(data, data.eval_split), COMPARED)[0], None
         except InputError as error:
-            print(f"note: only noise is compared, and no test image: {error}")
+            print(f"note: only noise is compared, and no test image, and the file takes 8 bits: {error}")
             return None, None
     test, labels = cut_out(_opened(data, data.eval_split), JUDGED)
     calibration, _ = cut_out(_opened(data, data.train_split), CALIBRATED)

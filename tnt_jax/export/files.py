@@ -1,8 +1,9 @@
 """A model for those who do not have this code: StableHLO, and ONNX.
 
-Both take uint8 pixels as evaluation cuts them, any number of images, and give logits, or the values of a regression in
-the units of its targets: normalising is inside. Beside `FILE` lies `FILE.json`: how an image is cut, the task, the
-names of the classes, labels or targets, with which versions the file was made, and how long JAX promises to read it.
+Both take pixels as evaluation cuts them, any number of images, and give logits, or the values of a regression in the
+units of its targets: normalising is inside. Pixels are uint8, or float32 where the model was trained on others. Beside
+`FILE` lies `FILE.json`: how an image is cut, the task, the names of the classes, labels or targets, with which versions
+the file was made, and how long JAX promises to read it.
 """
 
 import dataclasses
@@ -16,20 +17,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Num
 
 import tnt_jax
 from tnt_jax.config import InputError
-from tnt_jax.export.formats import PLATFORMS, logits_of, of_equations, output_name, to_onnx, to_stablehlo
+from tnt_jax.export.formats import EIGHT_BITS, FORMATS, OPSET, OPSETS, Samples, logits_of, of_equations, output_name
 from tnt_jax.export.quantize import Judged, quantize
 from tnt_jax.models.variants import Model
 from tnt_jax.storage.description import description_of
 from tnt_jax.storage.files import write_whole
 from tnt_jax.storage.folder import model_parameters
 
-SUFFIXES = {"stablehlo": ".stablehlo", "onnx": ".onnx"}
 TOLERANCE = 1e-4  # of logits, beside their size where that is above 1
 MONTHS = 6
 """How long later releases of JAX promise to read an export, https://docs.jax.dev/en/latest/export/export.html."""
@@ -55,14 +54,19 @@ def export_model(
     path: str | os.PathLike,
     format: Literal["stablehlo", "onnx"],
     *,
-    images: UInt8[np.ndarray, "batch height width channels"] | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    opset: int = OPSET,
+    images: Num[np.ndarray, "batch height width channels"] | None = None,
     int8: Judged | None = None,
     overwrite: bool = False,
 ) -> Exported:
     """Writes a model as one file and its description beside it, after the file has given the model's logits.
 
     Args:
-        images: as evaluation cuts them; the logits of these are compared, beside those of noise.
+        dtype: what the file computes in, whatever the model was trained in.
+        opset: of ONNX.
+        images: as evaluation reads and cuts them; the logits of these are compared, beside those of noise. The file
+            takes pixels of their type; without images uint8, or what `DataConfig.white` says.
         int8: for ONNX, quantise with these images; what is compared is then the float32 form, and top-1 of both is
             measured.
 
@@ -71,9 +75,13 @@ def export_model(
             not installed, the logits differ by more than 1e-4, or int8 loses more than its tolerance. Nothing is
             written then.
     """
-    path, suffix = Path(path), SUFFIXES[format]
-    if path.suffix != suffix:
-        raise InputError(f"{path} should end in {suffix}")
+    path, kind = Path(path), FORMATS[format]
+    if path.suffix != kind.suffix:
+        raise InputError(f"{path} should end in {kind.suffix}")
+    if dtype not in kind.dtypes:
+        raise InputError(f"--dtype is {dtype}, and a file of {format} computes in {' or '.join(kind.dtypes)}")
+    if opset not in OPSETS or (opset != OPSET and format != "onnx"):
+        raise InputError(f"--opset is {opset}, and must lie between {OPSETS[0]} and {OPSETS[-1]}, for --format onnx")
     description = description_path(path)
     for each in (path, description):
         if each.exists() and not overwrite:
@@ -84,33 +92,27 @@ def export_model(
         raise InputError(f"int8 is judged by top-1, and the task of the model is {description_of(model).outputs.task}")
     if not path.parent.is_dir():
         raise InputError(f"{path}: there is no folder {path.parent}")
-    compute = logits_of(of_equations(model))
-    content, run = {"stablehlo": to_stablehlo, "onnx": to_onnx}[format](model, compute)
-    difference = check_difference(model, run, images, format)
-    about = describe(model, compute, format)
+    samples = Samples.of(model, images)
+    plain = of_equations(model, dtype)
+    compute = logits_of(plain, samples=samples)
+    options = {"opset": opset} if format == "onnx" else {}
+    content, run = kind.write(plain, compute, samples=samples, **options)
+    difference = check_difference(model, plain, run, images, format)
+    about = describe(plain, compute, format, samples) | options
     if int8 is not None:
+        int8 = dataclasses.replace(
+            int8, calibration=samples.of_read(int8.calibration), images=samples.of_read(int8.images)
+        )
         parameters = {name: np.asarray(value) for name, value in model_parameters(model).items()}
         quantized = quantize(content, int8, parameters)
         content, about["quantization"] = quantized.content, quantized.report
     write_whole(path, lambda unfinished: unfinished.write_bytes(content))
     text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
     write_whole(description, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
-    limits = LIMITS[format] if int8 is None else (*LIMITS[format][:-1], INT8_LIMIT)
+    limits = kind.limits if int8 is None else (*kind.limits[:-1], INT8_LIMIT)
     return Exported(str(path), len(content), difference, limits, about.get("quantization"))
 
 
-LIMITS = {
-    "stablehlo": (
-        "it evaluates and cannot be trained: there is no gradient in it",
-        "images have one size; the number of images is free",
-        "it runs where JAX or another runtime of StableHLO is, on " + ", ".join(PLATFORMS),
-    ),
-    "onnx": (
-        "it evaluates and cannot be trained",
-        "images have one size; the number of images is free",
-        "it is float32: ONNX Runtime has no bfloat16 on a CPU",
-    ),
-}
 INT8_LIMIT = "it is fast on processors with 8-bit products (AVX512-VNNI, AVX-VNNI, ARM dotprod)"
 
 
@@ -120,12 +122,18 @@ def description_path(path: str | os.PathLike) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
-def check_difference(model: Model, run: Callable, images: np.ndarray | None, format: str) -> float:
-    """How far the logits of a file are from the model's, of noise and of images. Raises InputError if it is too far."""
-    shape = (3, *model.config.image_size, model.config.in_channels)
-    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    pixels = pixels if images is None else np.concatenate([pixels, images])
-    expected = np.asarray(jax.jit(logits_of(model))(pixels), np.float64)
+def check_difference(model: Model, plain: Model, run: Callable, images: np.ndarray | None, format: str) -> float:
+    """How far the logits of a file are from the model's, of noise and of images. Raises InputError if it is too far.
+
+    Where the file computes in what the model computes in, in float32, it is compared with the model as it runs, kernels
+    included; else with the equations in the file's dtype, since rounding alone differs by more than the tolerance.
+    """
+    samples = Samples.of(model, images)
+    pixels = samples.noise((3, *model.config.image_size, model.config.in_channels))
+    pixels = pixels if images is None else np.concatenate([pixels, samples.of_read(images)])
+    as_it_runs = plain.config.dtype == model.config.dtype == "float32"
+    expected = jax.jit(logits_of(model if as_it_runs else plain, samples=samples))(pixels)
+    expected = np.asarray(expected, np.float64)
     difference = float(np.max(np.abs(run(pixels) - expected)) / max(1.0, np.abs(expected).max()))
     if not difference <= TOLERANCE:
         raise InputError(
@@ -134,11 +142,11 @@ def check_difference(model: Model, run: Callable, images: np.ndarray | None, for
     return difference
 
 
-def describe(model: Model, compute: Callable, format: str) -> dict[str, Any]:
-    """What `FILE.json` says."""
+def describe(model: Model, compute: Callable, format: str, samples: Samples = EIGHT_BITS) -> dict[str, Any]:
+    """The content of `FILE.json`."""
     known = description_of(model)
     channels, (height, width) = known.config.in_channels, known.preprocessing.image_size
-    one = jax.ShapeDtypeStruct((1, height, width, channels), jnp.uint8)
+    one = jax.ShapeDtypeStruct((1, height, width, channels), samples.dtype)
     width_of_output = jax.eval_shape(compute, one).shape[1]
     return {
         "model": known.config.name,
@@ -146,7 +154,8 @@ def describe(model: Model, compute: Callable, format: str) -> dict[str, Any]:
         "made": _made(format),
         "input": {
             "name": "pixels",
-            "dtype": "uint8",
+            "dtype": samples.dtype,
+            "white": 255 if samples.white is None else samples.white,
             "shape": ["batch", height, width, channels],
             "mode": {1: "L", 3: "RGB"}.get(channels),
             "resize_to_cover": [math.floor(side / known.preprocessing.crop) for side in (height, width)],
@@ -162,12 +171,11 @@ def describe(model: Model, compute: Callable, format: str) -> dict[str, Any]:
 
 def _made(format: str) -> dict[str, Any]:
     """When and with what a file was made, and how long it can be read."""
-    packages = {"stablehlo": ("jax", "jaxlib", "flax"), "onnx": ("jax", "flax", "jax2onnx", "onnx", "onnxruntime")}
     today = datetime.date.today()
     made: dict[str, Any] = {
         "date": today.isoformat(),
         "versions": {"tnt_jax": tnt_jax.__version__}
-        | {name: importlib.metadata.version(name) for name in packages[format]},
+        | {name: importlib.metadata.version(name) for name in FORMATS[format].packages},
     }
     if format == "stablehlo":
         month = today.month - 1 + MONTHS
@@ -181,7 +189,7 @@ def _made(format: str) -> dict[str, Any]:
 
 
 def load_export(path: str | os.PathLike) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]:
-    """A StableHLO file as a function from uint8 pixels to logits, and its description.
+    """A StableHLO file as a function from pixels to logits, and its description.
 
     Raises:
         InputError: the file or its description cannot be read. If the promise of JAX has run out, the message says
@@ -195,7 +203,7 @@ def load_export(path: str | os.PathLike) -> tuple[Callable[[np.ndarray], np.ndar
         raise InputError(f"{path} cannot be read as an export with its description beside it: {error}") from error
     try:
         exported = jax.export.deserialize(bytearray(content))
-        jax.jit(exported.call).lower(jax.ShapeDtypeStruct((1, *about["input"]["shape"][1:]), jnp.uint8))
+        jax.jit(exported.call).lower(jax.ShapeDtypeStruct((1, *about["input"]["shape"][1:]), about["input"]["dtype"]))
     except Exception as error:  # whatever an unknown version of the format leads to
         raise InputError(f"{path} cannot be read: {_reason(made)} ({error})") from error
     return lambda pixels: np.asarray(exported.call(pixels)), about

@@ -15,8 +15,8 @@ from jaxtyping import Array, UInt8
 from tnt_jax.config import InputError
 from tnt_jax.evaluation.attribution import places_of
 from tnt_jax.evaluation.observed import ObservedAttention, blocks_of
-from tnt_jax.export.files import LIMITS, Exported, check_difference, describe
-from tnt_jax.export.formats import logits_of, of_equations, output_name, to_onnx
+from tnt_jax.export.files import Exported, check_difference, describe
+from tnt_jax.export.formats import FORMATS, Samples, logits_of, of_equations, output_name, to_onnx
 from tnt_jax.models.variants import Model
 from tnt_jax.storage.files import write_whole
 
@@ -41,14 +41,16 @@ def export_web(
     folder, channels = Path(folder), model.config.in_channels
     if channels not in (1, 3):
         raise InputError(f"a page shows images of 1 or 3 channels, and the model takes {channels}")
+    if Samples.of(model, images).white is not None:
+        raise InputError("a page shows images of 8 bits, and the model was trained on others; export it as onnx")
     if folder.exists() and not (overwrite and (folder / "model.onnx").is_file()):
         raise InputError(f"{folder} exists; choose another folder, or overwrite a page (--overwrite, overwrite=True)")
     with tempfile.TemporaryDirectory() as downloaded:
         runtime = fetch_runtime(Path(downloaded))
-        plain = of_equations(model)
+        plain = of_equations(model, "float32")
         outputs = (output_name(model), "attention")
         content, run = to_onnx(plain, with_attention(plain), outputs)
-        difference = check_difference(model, run, images, "onnx")
+        difference = check_difference(model, plain, run, images, "onnx")
         about = describe(model, logits_of(plain), "onnx") | {"attention": _caption(model)}
 
         def write(unfinished: Path) -> None:
@@ -61,7 +63,7 @@ def export_web(
 
         write_whole(folder, write)
     size = sum(path.stat().st_size for path in folder.iterdir())
-    return Exported(str(folder), size, difference, LIMITS["onnx"])
+    return Exported(str(folder), size, difference, FORMATS["onnx"].limits)
 
 
 def with_attention(model: Model) -> Callable[[Array], tuple[Array, Array]]:
