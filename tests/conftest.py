@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+import types
 
 import pytest
 
@@ -41,6 +42,18 @@ def pytest_runtest_setup(item):
 
     alone = not item.nodeid.startswith(OVER_DEVICES)
     jax.config.update("jax_default_device", jax.devices()[0] if alone else None)
+
+
+@pytest.fixture
+def on_platform(monkeypatch):
+    """A function after which programs are traced for a device of another platform, which is not here."""
+    from tnt_jax.models.formulations import devices
+
+    def trace_for(platform, device_kind="a kind", **properties):
+        device = types.SimpleNamespace(platform=platform, device_kind=device_kind, **properties)
+        monkeypatch.setattr(devices, "traced_device", lambda: device)
+
+    return trace_for
 
 
 def pytest_collection_modifyitems(items):

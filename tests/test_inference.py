@@ -15,7 +15,7 @@ from small_models import small_model
 import tnt_jax
 from tnt_jax.config import InputError
 from tnt_jax.data.crop import evaluation_crop
-from tnt_jax.inference import predict_images, probabilities
+from tnt_jax.inference import predict_images, probabilities, result_of
 from tnt_jax.storage.description import Outputs, describe, description_of
 
 NAMES = ("ant", "bee", "cat [spotted]")
@@ -304,3 +304,10 @@ def test_a_card_says_what_outputs_mean():
     assert "3 targets, ant to cat [spotted]" in card
     assert "output * (10, 1, 1) + (2000, 0, 5)" in card
     assert "pipeline_tag" not in card
+
+
+def test_a_label_at_its_threshold_is_predicted():
+    described = describe(
+        small_model(num_classes=2).config, class_names=("a", "b"), outputs=Outputs("multi_label", (0.25, 0.75))
+    )
+    assert result_of(np.array([0.25, 0.7499]), described)["pred_labels"] == [0]

@@ -65,6 +65,7 @@ def test_a_machine_without_an_accelerator_hears_nothing_of_tpus(tmp_path):
 
 def test_what_is_compiled_is_kept_for_the_next_start(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     code = "import jax; from tnt_jax.commands.process import use_compilation_cache as use; use(); "
     code += "print(jax.config.jax_compilation_cache_dir, jax.config.jax_compilation_cache_max_size)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -73,12 +74,13 @@ def test_what_is_compiled_is_kept_for_the_next_start(monkeypatch, tmp_path):
 
 def test_a_process_killed_while_it_wrote_to_the_cache_does_not_spoil_it(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     (cache := tmp_path / "tnt_jax" / "compiled").mkdir(parents=True)
     (cache / "jit_half-0123-cache").write_bytes(b"killed before the time of last use was written")
     code = "import jax; from tnt_jax.commands.process import use_compilation_cache as use; use(); "
     code += "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0); jax.jit(lambda x: x + 1)(1)"
     command = [sys.executable, "-W", "error", "-c", code]
-    environment = os.environ | {"JAX_RAISE_PERSISTENT_CACHE_ERRORS": "1", "JAX_ENABLE_COMPILATION_CACHE": "true"}
+    environment = os.environ | {"JAX_RAISE_PERSISTENT_CACHE_ERRORS": "1"}
     subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert [path.name[:10] for path in cache.glob("*-cache")] == ["jit__lambd"]
 

@@ -15,7 +15,7 @@ from tnt_jax.config import DataConfig, InputError
 from tnt_jax.data.imagenet import open_imagenet, real_labels
 from tnt_jax.data.sources import ArraySource
 from tnt_jax.evaluation.evaluate import _kind, evaluate_model, features_of, predictions_of
-from tnt_jax.evaluation.probes import linear_probe, nearest_neighbours
+from tnt_jax.evaluation.probes import _vote, linear_probe, nearest_neighbours
 from tnt_jax.evaluation.published import published
 
 
@@ -58,6 +58,8 @@ def test_neighbours_and_probe_find_classes_in_features():
     theirs = KNeighborsClassifier(20, weights=weights).fit(unit[train], labels[train]).predict(unit[test])
     ours = nearest_neighbours(features[train], labels[train], features[test], classes=4)
     np.testing.assert_array_equal(ours, theirs)
+    lowered = _vote.lower(np.zeros((2, 8)), np.zeros((3, 8)), np.zeros(3, int), 1, 3).as_text()
+    assert "precision = [HIGHEST, HIGHEST]" in lowered  # a TPU would else multiply in bfloat16
     assert (linear_probe(features[train], labels[train], features[test]) == labels[test]).mean() > 0.9
 
 
@@ -104,9 +106,13 @@ def test_v2_names_its_classes_by_number_and_validation_images_by_a_list(tmp_path
     assert open_imagenet(f"imagenet:{tmp_path / 'val'}").targets.tolist() == list(range(1000))[::-1]
 
 
-def test_a_subset_of_the_classes_is_evaluated_as_such(imagenet_a, caplog):
+def test_a_subset_of_the_classes_is_evaluated_as_such(imagenet_a, caplog, thousand, monkeypatch):
     assert len(open_imagenet(f"imagenet:{imagenet_a}").classes) == 200
     assert "has 200 of the 1000 classes of imagenet" in caplog.text
+    monkeypatch.setattr("tnt_jax.evaluation.evaluate.published", lambda config, kind: {"top1": 0.815})
+    sources = [f"imagenet:{imagenet_a}", f"imagenet-a:{imagenet_a}"]
+    subset, whole = evaluate_model(str(thousand), sources)
+    assert (subset.published, whole.published) == ({}, {"top1": 0.815})
 
 
 def test_folders_that_are_not_the_dataset_are_refused(tmp_path):

@@ -2,13 +2,16 @@
 
 import numpy as np
 import pytest
+from PIL import Image
+from scipy.special import logit
+from scipy.stats import norm
 from sklearn import metrics as theirs
 from small_models import small_model
 
 from tnt_jax.config import DataConfig, InputError
 from tnt_jax.data.sources import ArraySource
 from tnt_jax.evaluation.bootstrap import class_intervals, label_intervals, value_intervals
-from tnt_jax.evaluation.calibration import best_threshold, calibrate, calibrated, fit_temperature
+from tnt_jax.evaluation.calibration import best_threshold, calibrate, calibrated, fit_temperature, validation_split
 from tnt_jax.evaluation.evaluate import predictions_of
 from tnt_jax.evaluation.predictions import LabelPredictions, ValuePredictions, metrics_of, per_output
 from tnt_jax.evaluation.scores import Predictions
@@ -16,8 +19,9 @@ from tnt_jax.storage.description import Outputs, describe
 
 RNG = np.random.default_rng(0)
 TRUTH = (RNG.random((200, 3)) < [0.5, 0.2, 0.05]).astype(np.float32)
-SCORES = np.clip(0.5 * TRUTH + 0.6 * RNG.random((200, 3)), 0, 1)
-LABELS = LabelPredictions(TRUTH, SCORES, np.zeros(200), np.array([0.5, 0.6, 0.5]), 10.0)
+SCORES = np.clip(0.5 * TRUTH + 0.6 * RNG.random((200, 3)), 0.01, 0.99)
+LOGITS = logit(SCORES)
+LABELS = LabelPredictions(TRUTH, LOGITS, np.zeros(200), np.array([0.5, 0.6, 0.5]), 10.0)
 
 
 def test_labels_have_a_row_each_as_scikit_learn_has_it():
@@ -33,7 +37,7 @@ def test_labels_have_a_row_each_as_scikit_learn_has_it():
 
 
 def test_a_label_that_no_image_has_has_no_recall():
-    row = per_output(LabelPredictions(TRUTH * [1, 1, 0], SCORES, np.zeros(200), np.full(3, 2.0), 1.0), "abc")[2]
+    row = per_output(LabelPredictions(TRUTH * [1, 1, 0], LOGITS, np.zeros(200), np.full(3, 2.0), 1.0), "abc")[2]
     assert (row["images"], row["ap"], row["roc_auc"], row["recall"], row["precision"]) == (0, None, None, None, None)
 
 
@@ -43,12 +47,12 @@ def resampled(compute, count, seed):
 
 
 def test_intervals_are_those_of_resampled_images_and_the_same_every_time():
-    found = label_intervals(TRUTH, SCORES, LABELS.thresholds)
+    found = label_intervals(TRUTH, LOGITS, LABELS.predicted)
     plain = resampled(lambda rows: theirs.average_precision_score(TRUTH[rows], SCORES[rows], average="macro"), 200, 5)
     np.testing.assert_allclose(found["map"], plain, atol=0.03)
     f1 = resampled(lambda rows: theirs.f1_score(TRUTH[rows], LABELS.predicted[rows], average="macro"), 200, 6)
     np.testing.assert_allclose(found["macro_f1"], f1, atol=0.03)
-    assert found == label_intervals(TRUTH, SCORES, LABELS.thresholds)
+    assert found == label_intervals(TRUTH, LOGITS, LABELS.predicted)
     labels, predictions = RNG.integers(0, 4, 300), RNG.integers(0, 4, 300)
     predictions = np.where(RNG.random(300) < 0.5, labels, predictions)
     found = class_intervals(labels, predictions, 4)
@@ -59,6 +63,31 @@ def test_intervals_are_those_of_resampled_images_and_the_same_every_time():
     found = value_intervals(targets, values, mean=True)
     plain = resampled(lambda rows: theirs.r2_score(targets[rows], values[rows]), 200, 8)
     np.testing.assert_allclose(found["r2"], plain, atol=0.12)
+
+
+def test_intervals_are_of_95_percent():
+    """A mean of many errors is normally distributed; 90% would be a sixth narrower."""
+    errors = RNG.exponential(size=(4000, 1))
+    low, high = value_intervals(np.zeros((4000, 1)), errors, mean=True)["mae"]
+    expected = 2 * norm.ppf(0.975) * errors.std() / 4000**0.5
+    assert high - low == pytest.approx(expected, rel=0.08)
+
+
+def test_images_are_drawn_within_each_class():
+    """A rare class that is never right stays so in every resample, and the interval lies around the value."""
+    labels = np.repeat([0, 1, 2, 3], [30, 22, 6, 2])
+    predictions = np.where(labels > 1, 0, labels)
+    found = class_intervals(labels, predictions, 4)
+    assert found["balanced_accuracy"] == (0.5, 0.5)
+    low, high = found["macro_f1"]
+    assert low <= theirs.f1_score(labels, predictions, average="macro") <= high < 0.6
+
+
+def test_saturated_probabilities_are_ranked_by_their_logits():
+    truth, logits = np.array([[0], [1], [1], [0]]), np.array([[40.0], [50], [60], [45]])
+    metrics = metrics_of(LabelPredictions(truth, logits, np.zeros(4), np.array([0.5]), 1.0))
+    assert metrics["map"] == theirs.average_precision_score(truth, logits) == 1
+    assert metrics["roc_auc"] == 1
 
 
 def test_numbers_are_scored_in_their_units():
@@ -126,6 +155,11 @@ def test_a_threshold_is_that_of_the_highest_f1():
 
 def test_a_calibrated_model_gives_logits_divided_by_the_temperature():
     model, labels = model_of("single_label"), np.arange(12) % 3
+    (predictions,) = predictions_of([model], source_of(labels), DataConfig("any"))
+    assert 0 < predictions.right(1).mean() < 1
+    model.head.kernel[...] /= 20
+    model.head.bias[...] /= 20
+    labels = np.where(np.arange(12) < 9, predictions.top[:, 0], labels)
     found = calibrate(model, source_of(labels), DataConfig("any"))
     assert found.after["loss"] <= found.before["loss"]
     again = calibrated(model, found, {"split": "val"})
@@ -134,3 +168,30 @@ def test_a_calibrated_model_gives_logits_divided_by_the_temperature():
     assert again.description.source == {"temperature": found.temperature, "split": "val"}
     with pytest.raises(InputError, match="the model is a regression: it has no probabilities"):
         calibrate(model_of("regression"), source_of(labels), DataConfig("any"))
+
+
+def test_a_split_without_a_mistake_is_refused():
+    model = model_of("single_label")
+    (predictions,) = predictions_of([model], source_of(np.arange(12) % 3), DataConfig("any"))
+    with pytest.raises(InputError, match="all 12 images of any are predicted without a mistake: no temp"):
+        calibrate(model, source_of(predictions.top[:, 0]), DataConfig("any"))
+
+
+def test_a_temperature_at_its_bound_is_refused():
+    model = model_of("multi_label")
+    with pytest.raises(InputError, match=r"lies at the bound of temperatures, 20: "):
+        calibrate(model, source_of(np.zeros((12, 3), np.float32)), DataConfig("any", task="multi_label"))
+
+
+def test_what_is_trained_on_or_reported_is_not_calibrated_on(tmp_path):
+    for split in ("train", "val"):
+        for name in "ab":
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("L", (8, 8)).save(tmp_path / split / name / "1.png")
+    data = DataConfig(f"folder:{tmp_path}")
+    with pytest.raises(InputError, match=r"has images that the model was trained on \(split train\)"):
+        validation_split(data, "train")
+    with pytest.raises(InputError, match=r"has images that eval.py reports \(split test\)"):
+        validation_split(data, "validation")
+    (tmp_path / "test").symlink_to("train")
+    assert len(validation_split(data, "validation")) == 2

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from scipy.stats import binomtest
+from sklearn.metrics import precision_recall_fscore_support
 
 from tnt_jax.evaluation.predictions import metrics_of
 from tnt_jax.evaluation.scores import Predictions, calibration_error, confusion_matrix, per_class, wilson
@@ -40,7 +41,9 @@ def test_classes_have_recall_and_precision():
     ant, bee = per_class(ANSWERS, ("ant", "bee", "cat"))
     assert (ant["class"], ant["images"], ant["recall"], ant["precision"]) == ("ant", 2, 0.5, 1.0)
     assert (bee["recall"], bee["precision"]) == (1.0, pytest.approx(2 / 3))
-    assert per_class(ANSWERS.rescored([frozenset({1})] * 4), "abc")[0]["precision"] is not None
+    precision, recall, f1, _ = precision_recall_fscore_support(ANSWERS.labels, ANSWERS.top[:, 0])
+    for row, *expected in zip((ant, bee), precision, recall, f1, strict=True):
+        assert [row["precision"], row["recall"], row["f1"]] == pytest.approx(expected)
     np.testing.assert_array_equal(confusion_matrix(ANSWERS, 3), [[1, 1, 0], [0, 2, 0], [0, 0, 0]])
 
 

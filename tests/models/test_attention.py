@@ -123,8 +123,8 @@ def test_padding_for_cudnn_changes_nothing(tokens):
         ("cuda", "bfloat16", 384, (9.0, 132), True, "reference"),
     ],
 )
-def test_where_cudnn_runs(monkeypatch, asked, dtype, dim, card, has_bias, chosen):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+def test_where_cudnn_runs(on_platform, monkeypatch, asked, dtype, dim, card, has_bias, chosen):
+    on_platform("gpu")
     monkeypatch.setattr(attention, "gpu", lambda: card)
     layer = make_attention(dim, 6, inner=asked, dtype=dtype)
     monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(platform="gpu")])

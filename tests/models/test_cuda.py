@@ -197,13 +197,14 @@ def test_what_nvrtc_refuses_is_one_line(tmp_path):
         ([], "cpu is no GPU that is known"),
     ],
 )
-def test_what_is_known_of_the_card(monkeypatch, kinds, known):
+def test_what_is_known_of_the_card(on_platform, monkeypatch, kinds, known):
     """`jax.devices()` are those of all processes, so all of them choose alike."""
     cards = [
         types.SimpleNamespace(platform="gpu", device_kind=kind, compute_capability="9.0", core_count=99)
         for kind in kinds
     ]
-    monkeypatch.setattr(jax, "devices", lambda: cards or [types.SimpleNamespace(platform="cpu", device_kind="cpu")])
+    on_platform(*(("gpu", kinds[0]) if kinds else ("cpu", "cpu")))
+    monkeypatch.setattr(jax, "devices", lambda: cards)
     assert gpu() == known
 
 
@@ -227,8 +228,10 @@ OTHER_CARDS = "the processes have different cards: A, B"
         (H100, {}, {"drop_rate": 0.1}, "cuda has no dropout"),
     ],
 )
-def test_what_it_does_not_cover_is_the_reference_and_is_said_once(monkeypatch, caplog, card, given, fields, reason):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+def test_what_it_does_not_cover_is_the_reference_and_is_said_once(
+    on_platform, monkeypatch, caplog, card, given, fields, reason
+):
+    on_platform("gpu")
     monkeypatch.setattr(inner, "gpu", lambda: card)
     say_once.cache_clear()
     given = {"channels": 24, "heads": 4, "norm": LayerNorm} | given
@@ -244,8 +247,8 @@ def test_what_it_does_not_cover_is_the_reference_and_is_said_once(monkeypatch, c
     ("platform", "message"),
     [("cpu", "runs on NVIDIA GPUs, and this is a cpu"), ("gpu", "NVRTC is not installed: pip install")],
 )
-def test_without_a_gpu_or_nvrtc_the_reference_is_run(monkeypatch, caplog, platform, message):
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+def test_without_a_gpu_or_nvrtc_the_reference_is_run(on_platform, monkeypatch, caplog, platform, message):
+    on_platform(platform)
     monkeypatch.setattr(inner, "gpu", lambda: H100)
     monkeypatch.setattr(nvrtc, "_library", lambda: None)
     monkeypatch.setattr(call, "ptx", call.ptx.__wrapped__)

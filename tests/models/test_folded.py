@@ -1,7 +1,6 @@
 """Words to sentence with the first norm folded into the linear map is the reference, with the same gradients."""
 
 import cuda_in_c
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -71,8 +70,8 @@ H100 = (9.0, 132)
         ("reference", "gpu", H100, {}, "reference"),
     ],
 )
-def test_what_is_run_where(monkeypatch, asked, platform, card, fields, chosen):
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+def test_what_is_run_where(on_platform, monkeypatch, asked, platform, card, fields, chosen):
+    on_platform(platform)
     for module in (inner, sentences):
         monkeypatch.setattr(module, "gpu", lambda: card)
     ran, run = [], sentences.folded

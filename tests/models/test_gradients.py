@@ -97,8 +97,8 @@ def test_attention_is_that_of_pytorch():
 @pytest.mark.parametrize(
     ("platform", "dtype", "own"), [("cpu", "float32", True), ("cpu", "bfloat16", False), ("tpu", "float32", False)]
 )
-def test_where_they_are_taken(monkeypatch, platform, dtype, own):
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+def test_where_they_are_taken(on_platform, monkeypatch, platform, dtype, own):
+    on_platform(platform)
     x = jnp.ones((2, 3, 3), dtype)
     for function in (softmax, lambda x: product(x, x)):
         # Not the trace of another case, which JAX remembers by the function.

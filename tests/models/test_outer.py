@@ -83,8 +83,8 @@ def test_pallas_is_the_reference(monkeypatch, batch, tokens, heads, dtype, with_
         ("pallas", "cpu", {}, False),
     ],
 )
-def test_what_is_run_where(monkeypatch, asked, platform, changes, kernel):
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+def test_what_is_run_where(on_platform, monkeypatch, asked, platform, changes, kernel):
+    on_platform(platform)
     usual = {"dim": 384, "heads": 6, "tokens": 197, "has_bias": False, "squeeze_excitation": False, "dtype": "bfloat16"}
     given = usual | changes
     dim, heads, tokens, has_bias, squeeze_excitation = (given.pop(name) for name in list(usual)[:5])
@@ -93,9 +93,9 @@ def test_what_is_run_where(monkeypatch, asked, platform, changes, kernel):
     assert outer.runs_kernel(layer, (4, tokens, dim), has_bias=has_bias, training=True) == kernel
 
 
-def test_a_tpu_program_is_made_of_it(monkeypatch):
+def test_a_tpu_program_is_made_of_it(on_platform, monkeypatch):
     """Lowered for a TPU without one, a block of TNT-S has two kernels for its tokens: forward and backward."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    on_platform("tpu")
     config = model_config("tnt_s_patch16_224", dtype="bfloat16")
     graphdef, params = nnx.split(Block(0.1, has_inner=True, config=config, rngs=ABSTRACT))
 

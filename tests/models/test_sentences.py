@@ -30,8 +30,8 @@ def test_the_projections_kernel_is_the_reference(monkeypatch, sentences, dtype, 
         ("pallas", "tpu", {"inner_dim": 12, "outer_dim": 192}, False),  # TNT-Ti: no whole registers
     ],
 )
-def test_which_projections_are_kernels(monkeypatch, caplog, asked, platform, fields, kernel):
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+def test_which_projections_are_kernels(on_platform, monkeypatch, caplog, asked, platform, fields, kernel):
+    on_platform(platform)
     say_once.cache_clear()
     layer = make_projection(asked, **fields)
     with caplog.at_level(logging.WARNING):

@@ -155,9 +155,9 @@ def test_summary_shows_the_totals_of_a_name_a_configuration_and_a_module():
     assert summary(model) == summary("tnt_ti_patch16_224", **changes) == summary(model.config)
 
 
-def test_summary_says_how_the_inner_transformers_are_computed(monkeypatch):
+def test_summary_says_how_the_inner_transformers_are_computed(on_platform, monkeypatch):
     assert "inner transformers: native" in summary("tnt_s_patch16_224")
     assert "inner transformers: reference" in summary("tnt_s_patch16_224", inner="reference")
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    on_platform("gpu")
     assert "inner transformers: reference" in summary("tnt_s_patch16_224")
     assert "inner transformers: none" in summary("tnt_s_patch16_224", inner_blocks=())

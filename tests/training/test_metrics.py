@@ -4,6 +4,7 @@ import warnings
 
 import numpy as np
 import pytest
+from scipy.special import logit
 from sklearn import metrics as theirs
 
 from tnt_jax.training.metrics import (
@@ -59,7 +60,7 @@ def test_multi_label_metrics_are_scikit_learns():
     labels = (rng.random((150, 5)) < [0.5, 0.1, 0.3, 0.7, 0.02]).astype(np.float32)
     scores = 0.7 * rng.random((150, 5)) + 0.3 * labels
     thresholds = np.array([0.5, 0.3, 0.6, 0.5, 0.99])
-    ours, predicted = multi_label_metrics(labels, scores, thresholds), scores >= thresholds
+    ours, predicted = multi_label_metrics(labels, logit(scores), thresholds), scores >= thresholds
     assert ours["map"] == pytest.approx(theirs.average_precision_score(labels, scores, average="macro"), **CLOSE)
     assert ours["roc_auc"] == pytest.approx(theirs.roc_auc_score(labels, scores, average="macro"), **CLOSE)
     for average in ("macro", "micro"):

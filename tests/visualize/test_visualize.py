@@ -16,7 +16,7 @@ from tnt_jax.models.variants import abstract_model, model_config
 from tnt_jax.storage.run import CONFIG_FILE
 from tnt_jax.visualize.attention import attention_of, outer_map, rollout
 from tnt_jax.visualize.canvas import preprocess
-from tnt_jax.visualize.tokens import tiled
+from tnt_jax.visualize.tokens import embed, tiled
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
 
@@ -263,3 +263,8 @@ def test_why_writes_its_maps(tnt, tmp_path):
     assert maps.shape == (2, 1, 8, 8)
     assert (maps >= 0).all()
     assert (tmp_path / "why.png").stat().st_size > 5000
+
+
+def test_equal_features_are_no_picture():
+    with pytest.raises(tnt_jax.InputError, match="the features of all 5 images are equal"):
+        embed(np.ones((5, 8), np.float32))

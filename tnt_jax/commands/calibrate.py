@@ -47,7 +47,8 @@ def main() -> None:
     found = calibrate(model, images, data)
     noted = {"calibrated on": f"{len(images)} images of {data.source}, {arguments.split}"}
     save_model(calibrated(model, found, noted), arguments.out, overwrite=arguments.overwrite)
-    print(f"temperature {found.temperature:.4g}, fitted to {found.images:,} images of {data.source}")
+    print(f"temperature {found.temperature:.4g}, fitted to {found.images:,} images of {data.source}, {arguments.split}")
+    print("before and after on the same images, so what is after is a little flattered:")
     for name, before in found.before.items():
         print(f"{title_of(name)}: {printed(name, before)} before, {printed(name, found.after[name])} after")
     if found.thresholds is not None:

@@ -6,7 +6,7 @@ The resamples are drawn with a fixed seed: the same predictions have the same in
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from tnt_jax.training.metrics import class_metrics, ranking, regression_metrics
 
@@ -47,19 +47,29 @@ def _intervals(
 def class_intervals(
     labels: Int[np.ndarray, " images"], predictions: Int[np.ndarray, " images"], classes: int
 ) -> dict[str, Interval]:
-    """Of balanced_accuracy and macro_f1."""
+    """Of balanced_accuracy and macro_f1.
+
+    Images are drawn within each class: a resample without any image of a rare class would be a mean over other classes.
+    """
     cells, counts = np.unique(labels.astype(np.int64) * classes + predictions, return_counts=True)
     label, prediction = np.divmod(cells, classes)
     rng = np.random.default_rng(0)
+    of_class = [np.flatnonzero(label == each) for each in np.unique(label)]
+
+    def draw() -> np.ndarray:
+        """How often each cell of the confusion matrix was drawn, (cells,)."""
+        drawn = np.empty(len(cells))
+        for places in of_class:
+            total = counts[places].sum()
+            drawn[places] = rng.multinomial(total, counts[places] / total)
+        return drawn
 
     def compute(drawn: np.ndarray) -> dict[str, np.ndarray]:
-        """From how often each cell of the confusion matrix was drawn, (cells,)."""
         right = np.bincount(label, drawn * (label == prediction), classes)
         return class_metrics(right, *(np.bincount(each, drawn, classes) for each in (label, prediction)))
 
     resamples = int(np.clip(MOST_WORK // max(len(cells) + classes, 1) // 10, FEWEST, RESAMPLES))
-    share = counts / counts.sum()
-    found = [compute(rng.multinomial(counts.sum(), share)) for _ in range(resamples)]
+    found = [compute(draw()) for _ in range(resamples)]
     return {
         name: _floats(_ends(np.array([each[name] for each in found]))) for name in ("balanced_accuracy", "macro_f1")
     }
@@ -67,16 +77,16 @@ def class_intervals(
 
 def label_intervals(
     labels: Float[np.ndarray, "images labels"],
-    scores: Float[np.ndarray, "images labels"],
-    thresholds: Float[np.ndarray, " labels"],
+    logits: Float[np.ndarray, "images labels"],
+    predicted: Bool[np.ndarray, "images labels"],
 ) -> dict[str, Interval]:
     """Of map, roc_auc, macro_f1 and exact_match."""
-    truth, predicted = labels > 0.5, scores >= thresholds
+    truth = labels > 0.5
     right = (truth & predicted).astype(np.float64)
     exact = (truth == predicted).all(axis=1).astype(np.float64)
 
     def compute(weights: np.ndarray) -> dict[str, np.ndarray]:
-        ranked = np.array([ranking(truth[:, label], scores[:, label], weights) for label in range(truth.shape[1])])
+        ranked = np.array([ranking(truth[:, label], logits[:, label], weights) for label in range(truth.shape[1])])
         both = weights @ truth.astype(np.float64) + weights @ predicted.astype(np.float64)
         f1 = np.divide(2 * (weights @ right), both, out=np.zeros_like(both), where=both > 0)
         total = weights.sum(axis=1)

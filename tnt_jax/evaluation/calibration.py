@@ -1,6 +1,7 @@
-"""Probabilities that are right as often as they say, and thresholds of labels, from images that were not trained on."""
+"""Temperature scaling and label thresholds, from images that were neither trained on nor are reported."""
 
 import dataclasses
+import os
 
 import numpy as np
 from jaxtyping import Bool, Float, Num
@@ -12,13 +13,14 @@ from tnt_jax.evaluation.evaluate import outputs_of
 from tnt_jax.evaluation.scores import calibration_error
 from tnt_jax.models.variants import Model
 from tnt_jax.storage.description import description_of
-from tnt_jax.training.metrics import multi_label_metrics
-from tnt_jax.training.tasks import sigmoid
+from tnt_jax.training.metrics import multi_label_metrics, sigmoid
+
+MAX_TEMPERATURE = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """What was found, before and after it."""
+    """The temperature and thresholds, and metrics before and after."""
 
     temperature: float
     """What logits are divided by."""
@@ -38,14 +40,21 @@ def calibrate(model: Model, images: Source, data: DataConfig, *, batch_size: int
     highest F1.
 
     Raises:
-        InputError: the model is a regression, or the images are of another task or classes.
+        InputError: the model is a regression, the images are of another task or classes, or no temperature is best: all
+            are predicted right, or it lies at the end of the range that is searched.
     """
     task = description_of(model).outputs.task
     if task == "regression":
         raise InputError("the model is a regression: it has no probabilities to calibrate")
     labels, (logits,), _ = outputs_of([model], images, data, batch_size=batch_size)
     logits = logits.astype(np.float64)
+    _check_mistakes(logits, labels, task, data.source)
     temperature = fit_temperature(logits, labels, task)
+    if not max(temperature, 1 / temperature) * 1.001 < MAX_TEMPERATURE:
+        raise InputError(
+            f"the least loss on the {len(labels)} images of {data.source} lies at the bound of temperatures, "
+            f"{temperature:.3g}: they do not say how sure the model should be; calibrate on other images, or on more"
+        )
     if task == "single_label":
         before, after = (_of_classes(each, labels) for each in (logits, logits / temperature))
         return Calibration(temperature, None, len(labels), before, after)
@@ -60,16 +69,26 @@ def calibrate(model: Model, images: Source, data: DataConfig, *, batch_size: int
     )
 
 
+def _check_mistakes(logits: np.ndarray, labels: np.ndarray, task: Task, source: str) -> None:
+    """Without a mistake the loss falls with the temperature for ever, and probabilities become 100% of anything."""
+    right = logits.argmax(axis=1) == labels if task == "single_label" else (logits > 0) == (labels > 0.5)
+    if right.all():
+        raise InputError(
+            f"all {len(labels)} images of {source} are predicted without a mistake: no temperature is best, since the "
+            "loss falls to 0 with it; calibrate on other images, or on more"
+        )
+
+
 def fit_temperature(
     logits: Float[np.ndarray, "images outputs"], labels: Num[np.ndarray, "images ..."], task: Task
 ) -> float:
-    """The temperature of the least cross-entropy, between 1/20 and 20."""
+    """The temperature of the least cross-entropy, between 1 / MAX_TEMPERATURE and MAX_TEMPERATURE."""
     from scipy.optimize import minimize_scalar
 
     loss = _cross_entropy if task == "single_label" else _binary_cross_entropy
     found = minimize_scalar(
         lambda log: loss(logits / np.exp(log), labels).mean(),
-        bounds=(-np.log(20), np.log(20)),
+        bounds=(-np.log(MAX_TEMPERATURE), np.log(MAX_TEMPERATURE)),
         method="bounded",
         options={"xatol": 1e-6},
     )
@@ -110,11 +129,10 @@ def _of_classes(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def _of_labels(logits: np.ndarray, labels: np.ndarray, thresholds: float | np.ndarray) -> dict[str, float]:
-    probabilities = sigmoid(logits)
     return {
-        "ece": calibration_error(probabilities.ravel(), labels.ravel() > 0.5),
+        "ece": calibration_error(sigmoid(logits).ravel(), labels.ravel() > 0.5),
         "loss": float(_binary_cross_entropy(logits, labels).mean()),
-        "macro_f1": multi_label_metrics(labels, probabilities, thresholds)["macro_f1"],
+        "macro_f1": multi_label_metrics(labels, logits, thresholds)["macro_f1"],
     }
 
 
@@ -143,10 +161,32 @@ def calibrated(model: Model, found: Calibration, source: dict) -> Model:
 
 
 def validation_split(data: DataConfig, split: str) -> Source:
-    """The images to calibrate on. Raises InputError if the split is not there, or is the one that is trained on."""
-    if split == data.train_split:
-        raise InputError(f"--split is {split!r}, which the model was trained on: its probabilities are too sure there")
+    """The images to calibrate on.
+
+    Raises:
+        InputError: the split is not there, or it has images that the model was trained on, where its probabilities are
+            too sure, or those that evaluation reports, which would then be chosen and reported on the same images.
+    """
     try:
-        return open_split(data, split)
+        images = open_split(data, split)
     except NoSplitError as error:
         raise InputError(f"{error}; name another with --split, one that was not trained on") from error
+    for other, what in ((data.train_split, "the model was trained on"), (data.eval_split, "eval.py reports")):
+        if _overlaps(data, images, split, other):
+            raise InputError(
+                f"--split {split} of {data.source} has images that {what} (split {other}): calibrate on others, such "
+                "as a part of the training images that was left out with --data.holdout"
+            )
+    return images
+
+
+def _overlaps(data: DataConfig, images: Source, split: str, other: str) -> bool:
+    """Whether two splits share an image: by the paths of files, and else by the names of the splits, slices aside."""
+    if (files := getattr(images, "files", None)) is None:
+        return split.partition("[")[0] == other.partition("[")[0] and not ("[" in split and "[" in other)
+    try:
+        others = open_split(data, other)
+    except InputError:
+        return False
+    paths = {os.path.normpath(os.path.join(others.folder, name)) for name in others.files}
+    return any(os.path.normpath(os.path.join(images.folder, name)) in paths for name in files)

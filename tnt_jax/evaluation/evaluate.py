@@ -31,7 +31,6 @@ from tnt_jax.storage.description import Outputs, description_of
 from tnt_jax.storage.load import load_model
 from tnt_jax.storage.run import is_run, read_config
 from tnt_jax.training.mesh import make_mesh, on_mesh, replicated, to_devices
-from tnt_jax.training.tasks import sigmoid
 
 _log = logging.getLogger(__name__)
 
@@ -157,7 +156,7 @@ def _predictions(labels: np.ndarray, logits: np.ndarray, match: Match, outputs: 
         half = np.full(len(match.of_model), 0.5)
         thresholds = half if outputs.thresholds is None else np.array(outputs.thresholds)[match.of_model]
         loss = (np.logaddexp(0, logits.astype(np.float64)) - labels * logits).mean(axis=1)
-        return LabelPredictions(labels, sigmoid(logits), loss, thresholds, rate)
+        return LabelPredictions(labels, logits.astype(np.float64), loss, thresholds, rate)
     mean, std = (
         None if each is None else np.asarray(each)[match.of_model] for each in (outputs.target_mean, outputs.target_std)
     )
@@ -253,14 +252,18 @@ def evaluate_model(
 
     def evaluations() -> Iterator[Evaluation]:
         for data, images in opened:
-            known, name = published(models[0].config, _kind(data.source)), split or split_of(data)
+            kind, name = _kind(data.source), split or split_of(data)
+            # What others published is of all classes.
+            classes = getattr(images, "classes", None)
+            whole = classes is None or len(classes) == RELATIVES[kind]
+            known = published(models[0].config, kind) if whole else {}
             for weights, predictions in zip(
                 names, predictions_of(models, images, data, batch_size=batch_size), strict=True
             ):
                 yield Evaluation(path, weights, data.source, name, images, predictions, known)
                 if data.source in accepted:
                     judged = predictions.rescored(accepted[data.source])
-                    known_real = published(models[0].config, "imagenet-real")
+                    known_real = published(models[0].config, "imagenet-real") if whole else {}
                     yield Evaluation(path, weights, f"{data.source} (ReaL)", name, images, judged, known_real)
 
     return evaluations()

@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from tnt_jax.evaluation.bootstrap import label_intervals, value_intervals
 from tnt_jax.evaluation.scores import Predictions, calibration_error, metrics_of_classes, per_class, wilson
-from tnt_jax.training.metrics import mean_of_defined, multi_label_metrics, ranking, regression_metrics
+from tnt_jax.training.metrics import mean_of_defined, multi_label_metrics, ranking, regression_metrics, sigmoid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,13 +18,17 @@ class LabelPredictions:
 
     labels: Float[np.ndarray, "images labels"]
     """0 or 1."""
-    scores: Float[np.ndarray, "images labels"]
-    """Their probabilities."""
+    logits: Float[np.ndarray, "images labels"]
     loss: Float[np.ndarray, " images"]
     """Binary cross-entropy in nats, the mean over the labels."""
     thresholds: Float[np.ndarray, " labels"]
     """The probability from which on a label is predicted."""
     images_per_second: float
+
+    @property
+    def scores(self) -> np.ndarray:
+        """The probabilities of the labels, float64 (images, labels)."""
+        return sigmoid(self.logits)
 
     @property
     def predicted(self) -> np.ndarray:
@@ -54,8 +58,8 @@ def metrics_of(predictions: AnyPredictions) -> dict[str, float]:
 
 @metrics_of.register
 def _(predictions: LabelPredictions) -> dict[str, float]:
-    metrics = multi_label_metrics(predictions.labels, predictions.scores, predictions.thresholds)
-    intervals = label_intervals(predictions.labels, predictions.scores, predictions.thresholds)
+    metrics = multi_label_metrics(predictions.labels, predictions.logits, predictions.thresholds)
+    intervals = label_intervals(predictions.labels, predictions.logits, predictions.predicted)
     decisions = predictions.scores.ravel(), predictions.labels.ravel() > 0.5
     found = _with_intervals(metrics, intervals) | {"ece": calibration_error(*decisions)}
     return {"images": len(predictions.labels)} | found | _loss_and_rate(predictions)
@@ -94,7 +98,7 @@ def _(predictions: LabelPredictions, names: Sequence[str]) -> list[dict]:
     rows = []
     for label, name in enumerate(names):
         truth, predicted = predictions.labels[:, label] > 0.5, predictions.predicted[:, label]
-        (precision,), (area,) = ranking(truth, predictions.scores[:, label])
+        (precision,), (area,) = ranking(truth, predictions.logits[:, label])
         right, images, positive = int((truth & predicted).sum()), int(truth.sum()), int(predicted.sum())
         low, high = wilson(right, images)
         rows.append(

@@ -32,7 +32,9 @@ def _unit(features: Array) -> Array:
 
 @jax.jit(static_argnums=(3, 4))
 def _vote(test: Array, train: Array, labels: Array, neighbours: int, classes: int) -> Array:
-    similarity, nearest = jax.lax.top_k(test @ train.T, neighbours)
+    # On TPUs the default would be one pass in bfloat16.
+    similarities = jnp.matmul(test, train.T, precision=jax.lax.Precision.HIGHEST)
+    similarity, nearest = jax.lax.top_k(similarities, neighbours)
     votes = jax.nn.one_hot(labels[nearest], classes) * jnp.exp(similarity / TEMPERATURE)[..., None]
     return votes.sum(axis=1).argmax(axis=-1)
 

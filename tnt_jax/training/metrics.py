@@ -38,6 +38,11 @@ def _over(numerator: ArrayLike, denominator: ArrayLike) -> np.ndarray:
     return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 0)
 
 
+def sigmoid(outputs: np.ndarray) -> np.ndarray:
+    """Probabilities of labels, in float64."""
+    return np.exp(-np.logaddexp(0, -outputs.astype(np.float64)))
+
+
 def ranking(
     truth: Bool[np.ndarray, " images"], scores: Float[np.ndarray, " images"], weights: Weights | None = None
 ) -> tuple[Float[np.ndarray, " resamples"], Float[np.ndarray, " resamples"]]:
@@ -64,16 +69,18 @@ def ranking(
 
 def multi_label_metrics(
     labels: Num[np.ndarray, "images labels"],
-    probabilities: Float[np.ndarray, "images labels"],
+    logits: Float[np.ndarray, "images labels"],
     thresholds: float | Float[np.ndarray, " labels"] = 0.5,
 ) -> dict[str, float]:
     """map and roc_auc (means over the labels that some images have and others have not), and at the thresholds
     macro_precision, macro_recall, macro_f1, micro_f1 (means over all labels, or of all decisions) and exact_match.
 
+    Logits are ranked, because probabilities are all 1 from 37 on; thresholds are probabilities.
+
     map and roc_auc are NaN where no label is of that kind.
     """
-    truth, predicted = labels > 0.5, probabilities >= thresholds
-    found = [ranking(truth[:, label], probabilities[:, label]) for label in range(truth.shape[1])]
+    truth, predicted = labels > 0.5, sigmoid(logits) >= thresholds
+    found = [ranking(truth[:, label], logits[:, label]) for label in range(truth.shape[1])]
     ranked = np.array([[float(each[0]) for each in pair] for pair in found])
     ranked = ranked[np.isfinite(ranked).all(axis=1)]
     precision, area = ranked.mean(axis=0) if len(ranked) else (np.nan, np.nan)

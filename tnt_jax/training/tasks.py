@@ -105,15 +105,10 @@ class Objective:
             return dict.fromkeys(TASKS[self.task], math.nan)
         if self.task == "multi_label":
             loss = np.logaddexp(0, outputs.astype(np.float64)) - labels * outputs
-            return multi_label_metrics(labels, sigmoid(outputs)) | {"loss": loss.mean()}
+            return multi_label_metrics(labels, outputs) | {"loss": loss.mean()}
         errors = outputs - np.asarray(self.standardised(labels))
         metrics = regression_metrics(labels, in_units(outputs, self.target_mean, self.target_std))
         return {name: mean_of_defined(value) for name, value in metrics.items()} | {"loss": np.square(errors).mean()}
-
-
-def sigmoid(outputs: np.ndarray) -> np.ndarray:
-    """Probabilities of labels, in float64."""
-    return np.exp(-np.logaddexp(0, -outputs.astype(np.float64)))
 
 
 def _cross_entropy(objective: Objective, logits: Logits, targets: Logits) -> Float[Array, " batch"]:

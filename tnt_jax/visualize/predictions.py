@@ -36,7 +36,7 @@ def confusion(predictions: AnyPredictions, class_names: Sequence[str]):
 def _of_labels(predictions: LabelPredictions, class_names: Sequence[str]):
     truth, predicted = predictions.labels > 0.5, predictions.predicted
     rows = np.concatenate([truth, ~truth.any(axis=1, keepdims=True)], axis=1).astype(np.int64)
-    metrics = multi_label_metrics(predictions.labels, predictions.scores, predictions.thresholds)
+    metrics = multi_label_metrics(predictions.labels, predictions.logits, predictions.thresholds)
     title = (
         f"{len(truth):,} images, mAP {printed('map', metrics['map'])}, {metrics['exact_match']:.2%} without a mistake"
     )

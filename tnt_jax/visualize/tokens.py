@@ -173,12 +173,14 @@ def embed(points: Float[np.ndarray, "points dim"]) -> Float[np.ndarray, "points 
     """t-SNE, the same for the same points.
 
     Raises:
-        InputError: there are fewer than two points.
+        InputError: there are fewer than two points, or all are equal.
     """
     from sklearn.manifold import TSNE
 
     if len(points) < 2:
         raise InputError(f"t-SNE of {len(points)} point(s) shows nothing")
+    if np.ptp(points, axis=0).max() == 0:  # scikit-learn's C code would read beyond its arrays
+        raise InputError(f"t-SNE shows nothing: the features of all {len(points)} images are equal")
     return TSNE(perplexity=min(30, (len(points) - 1) / 3 + 0.5), init="pca", random_state=0).fit_transform(points)
 
 

@@ -20,15 +20,15 @@ AUTO_MESH = "jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names
 
 def platform() -> str:
     """The platform that is being traced for: cpu, gpu or tpu."""
-    return _device().platform
+    return traced_device().platform
 
 
 def device_kind() -> str:
     """The kind of device that is being traced for, as JAX calls it."""
-    return _device().device_kind
+    return traced_device().device_kind
 
 
-def _device() -> jax.Device | jax.sharding.AbstractDevice:
+def traced_device() -> jax.Device | jax.sharding.AbstractDevice:
     """A device of the mesh that is being traced for; without one, or where it names none, the default device."""
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.abstract_device is not None:
