@@ -342,6 +342,8 @@ def check(config: TrainConfig) -> None:
     """
     for fault in faults(config):
         raise InputError(fault)
+    if "://" in config.run_dir:
+        raise InputError(f"run_dir is {config.run_dir}, and a run lies on a disk; a bucket can be mounted as one")
     check_data(config.data)
     check_task(config)
     count, index = config.distributed.num_processes, config.distributed.process_id
