@@ -1,4 +1,4 @@
-"""Everything of a model but its numbers, as `model.json` says it: sizes, how images become inputs, names of classes."""
+"""A model's metadata, as `model.json` holds it: sizes, preprocessing, class names; everything but the parameters."""
 
 import dataclasses
 import json
@@ -64,7 +64,7 @@ class Outputs:
 
 @dataclasses.dataclass(frozen=True)
 class ModelDescription:
-    """Everything of a model but its numbers. A loaded model carries its own as `model.description`."""
+    """The metadata of a model. A loaded model carries its own as `model.description`."""
 
     config: ModelConfig
     preprocessing: Preprocessing
