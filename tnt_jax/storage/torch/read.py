@@ -17,7 +17,7 @@ from tnt_jax.config import InputError, ModelConfig
 from tnt_jax.data.classes import named_classes
 from tnt_jax.models.variants import VARIANTS, model_config
 from tnt_jax.storage.description import ModelDescription, description_from_dict
-from tnt_jax.storage.folder import parameter_shapes
+from tnt_jax.storage.folder import check_count, parameter_shapes
 from tnt_jax.storage.torch.formats import is_tensor, read_checkpoint
 from tnt_jax.storage.torch.layouts import ARCHITECTURES, OURS, UNUSED, from_layout, layout_shapes, tensor_names
 from tnt_jax.storage.torch.pth import Tensor, UnsupportedTensor, kind_of
@@ -206,6 +206,7 @@ def to_parameters(tensors: dict[str, Any], layout: str, config: ModelConfig) -> 
     family, wanted = ("PyramidTNT" if pyramid else "TNT" for pyramid in pyramids)
     if family != wanted:
         raise InputError(f"these are the weights of a {family}, and {config.name} is a {wanted}")
+    check_count(config, tensors)
     shapes = parameter_shapes(config)
     expected = layout_shapes({path: of.shape for path, of in shapes.items()}, layout)
     strangers = [
