@@ -13,7 +13,7 @@ import tnt_jax
 from tnt_jax.config import InputError
 from tnt_jax.models import variants
 from tnt_jax.models.variants import build_model, resolve
-from tnt_jax.storage import load
+from tnt_jax.storage import download, load
 from tnt_jax.storage.publish import publish
 from tnt_jax.storage.resolve import locate, published_places
 from tnt_jax.storage.torch.write import export
@@ -137,6 +137,15 @@ def test_a_home_folder_is_found_as_a_shell_finds_it(made, monkeypatch):
     monkeypatch.setenv("HOME", str(made))
     assert tnt_jax.load_model("~/folder").config.num_classes == 10
     assert tnt_jax.load_model("local-dir:~/hub").config.num_classes == 10
+
+
+def test_of_a_published_name_what_is_kept_comes_first(everywhere, monkeypatch):
+    name, address = "tnt_ti_legacy_patch16_224", everywhere("ADDRESS/tnt.pth")
+    variant = dataclasses.replace(variants.VARIANTS[name], weights=(everywhere("ADDRESS/none.pth"), address))
+    monkeypatch.setitem(variants.VARIANTS, name, variant)
+    tnt_jax.create_model(name, pretrained=True)
+    monkeypatch.setattr(download, "open_request", lambda _: pytest.fail("the network was asked"))
+    tnt_jax.create_model(name, pretrained=True)
 
 
 def test_without_a_network_a_published_name_says_what_to_fetch_in_three_lines(hub, monkeypatch):
