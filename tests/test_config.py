@@ -93,6 +93,12 @@ def test_the_message_says_what_would_be_right(path, value, message):
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize("run_dir", ["gs://bucket/run", "az://container/run"])
+def test_an_address_is_no_folder_of_a_run(run_dir):
+    with pytest.raises(InputError, match=f"run_dir is {run_dir}, and a run lies on a disk"):
+        check(dataclasses.replace(CONFIG, run_dir=run_dir))
+
+
 def test_a_process_has_a_number_below_their_count():
     with pytest.raises(InputError, match="process_id is 2, and must be below"):
         check(replaced(replaced(CONFIG, ("distributed", "num_processes"), 2), ("distributed", "process_id"), 2))

@@ -343,6 +343,8 @@ def check(config: TrainConfig) -> None:
     """
     for fault in faults(config):
         raise InputError(fault)
+    if "://" in config.run_dir:
+        raise InputError(f"run_dir is {config.run_dir}, and a run lies on a disk; a bucket can be mounted as one")
     check_data(config.data)
     check_task(config)
     peak, end = config.optimizer.learning_rate, config.optimizer.min_learning_rate

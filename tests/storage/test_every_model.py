@@ -13,9 +13,9 @@ import tnt_jax
 from tnt_jax.config import InputError
 from tnt_jax.models import variants
 from tnt_jax.models.variants import build_model, resolve
-from tnt_jax.storage import load
+from tnt_jax.storage import download, load
 from tnt_jax.storage.publish import publish
-from tnt_jax.storage.resolve import locate
+from tnt_jax.storage.resolve import locate, published_places
 from tnt_jax.storage.torch.write import export
 from tnt_jax.training.loop import train
 
@@ -116,6 +116,7 @@ def test_every_command_takes_it(kind, everywhere, made, tmp_path, monkeypatch):
         ("tnt_s_patch16", "the nearest names are tnt_s_patch16_224"),
         ("local-dir:nowhere", "there is no folder nowhere, which local-dir:nowhere names"),
         ("ftp://host/a.pth", r"ftp://host/a\.pth is no https:// address"),
+        ("x" * 5000, "there is no model 'xxx.*of 5000 letters"),
         ("tnt_ti_patch16_224", "nobody has published weights of tnt_ti_patch16_224"),
         ("ptnt_s_patch16_256", "behind the passwords on https://github.com/huawei-noah"),
         ("weights/tnt_s", "there is no folder weights/tnt_s and no file"),
@@ -130,6 +131,35 @@ def test_what_is_no_model_is_refused_with_what_to_do(given, message, tmp_path, m
     assert (code, out, err.count("\n")) == (2, "", 1)
     with pytest.raises(InputError):
         tnt_jax.create_model(given, pretrained=True)
+
+
+def test_a_home_folder_is_found_as_a_shell_finds_it(made, monkeypatch):
+    monkeypatch.setenv("HOME", str(made))
+    assert tnt_jax.load_model("~/folder").config.num_classes == 10
+    assert tnt_jax.load_model("local-dir:~/hub").config.num_classes == 10
+
+
+def test_of_a_published_name_what_is_kept_comes_first(everywhere, monkeypatch):
+    name, address = "tnt_ti_legacy_patch16_224", everywhere("ADDRESS/tnt.pth")
+    variant = dataclasses.replace(variants.VARIANTS[name], weights=(everywhere("ADDRESS/none.pth"), address))
+    monkeypatch.setitem(variants.VARIANTS, name, variant)
+    tnt_jax.create_model(name, pretrained=True)
+    monkeypatch.setattr(download, "open_request", lambda _: pytest.fail("the network was asked"))
+    tnt_jax.create_model(name, pretrained=True)
+
+
+def test_without_a_network_a_published_name_says_what_to_fetch_in_three_lines(hub, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError) as error:
+        tnt_jax.create_model("tnt-small-p16_3rdparty_in1k", pretrained=True)
+    first, second, third = str(error.value).splitlines()
+    assert first.endswith("cannot be fetched: HF_HUB_OFFLINE is set, so nothing is fetched")
+    assert third == "and give it instead of the name: load_model('FILE')"
+    for place in published_places("tnt-small-p16_3rdparty_in1k"):
+        assert second.count(place) == 1
 
 
 def test_a_step_is_for_runs_alone_and_a_folder_says_what_it_lacks(made, tmp_path):

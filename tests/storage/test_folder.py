@@ -367,6 +367,15 @@ def test_raw_weights_are_asked_of_what_has_two_alone(folder):
         tnt_jax.load_model(folder, weights="raw")
 
 
+def test_a_description_of_more_blocks_than_tensors_is_refused_before_a_model_is_built(folder, monkeypatch):
+    fields = json.loads((folder / "model.json").read_text())
+    fields["config"]["depth"] = 3000
+    (folder / "model.json").write_text(json.dumps(fields))
+    monkeypatch.setattr(saving, "abstract_model", lambda _: pytest.fail("it was built"))
+    with pytest.raises(InputError, match="a model of 3,000 blocks is described, and there are 42 tensors"):
+        tnt_jax.load_model(folder)
+
+
 def test_an_error_without_a_text_is_a_message_too(folder, monkeypatch):
     def fail(*_, **__):
         raise MemoryError

@@ -15,6 +15,7 @@ from small_models import small_model, small_pyramid
 import tnt_jax
 from tnt_jax.config import InputError
 from tnt_jax.storage.description import Preprocessing, describe, description_of
+from tnt_jax.storage.files import write_whole
 from tnt_jax.storage.folder import model_parameters
 from tnt_jax.storage.hub_folder import open_hub_folder
 from tnt_jax.storage.publish import publish
@@ -201,6 +202,21 @@ def test_a_configuration_that_cannot_be_is_an_input_error(change, message, tmp_p
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=message):
         tnt_jax.load_model(folder)
+
+
+def test_nothing_that_is_pushed_says_where_it_lay(tmp_path):
+    run = tmp_path / "PRIVATE" / "run"
+    source = f"csv:{tmp_path / 'PRIVATE' / 'birds.csv'}"
+    write_whole(run / "config.json", lambda path: path.write_text(json.dumps({"data": {"source": source}, "seed": 3})))
+    model = small_model(num_classes=7)
+    model.description = describe(model.config, source={"run": str(run), "data": source, "step": 5})
+    publish(model, tmp_path / "hub")
+    for path in (tmp_path / "hub").iterdir():
+        assert b"PRIVATE" not in path.read_bytes(), path
+    card = (tmp_path / "hub" / "README.md").read_text()
+    for text in ("Trained by tnt_jax on `csv:birds.csv`", '"source": "csv:birds.csv"', '"seed": 3'):
+        assert text in card
+    assert description_of(tnt_jax.load_model(tmp_path / "hub")).source["file"] == "model.safetensors"
 
 
 def test_the_command_writes_a_card_with_results_and_pushes(hub, photo, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tnt_jax.models.variants import VARIANTS
-from tnt_jax.storage.description import ModelDescription
+from tnt_jax.storage.description import ModelDescription, without_places
 
 PAPERS = {False: "arXiv 2103.00112", True: "arXiv 2201.00978"}
 KINDS = {
@@ -101,9 +101,11 @@ def _training(description: ModelDescription) -> list[str]:
     if "run" in source:
         step = f" at step {source['step']}" if "step" in source else ""
         weights = {"ema": "averaged ", "raw": "raw "}.get(source.get("weights"), "")
-        lines.append(f"Trained by tnt_jax on `{source.get('data')}`; these are the {weights}weights{step}.")
+        lines.append(
+            f"Trained by tnt_jax on `{without_places(source.get('data'))}`; these are the {weights}weights{step}."
+        )
         configuration = Path(str(source["run"])) / "config.json"
-        if configuration.is_file():
+        if configuration.is_absolute() and configuration.is_file():
             lines += ["", "The configuration of the run:", "", "```json", _shortened(configuration), "```"]
     elif "hub" in source or "address" in source:
         lines.append(f"Converted from {source.get('hub') or source.get('address')}, not trained by tnt_jax.")
@@ -115,8 +117,8 @@ def _training(description: ModelDescription) -> list[str]:
 
 
 def _shortened(configuration: Path) -> str:
-    """The configuration without where on somebody's disk the run lay."""
-    fields = json.loads(configuration.read_text(encoding="utf-8"))
+    """The configuration without where on somebody's disk the run and its data lay."""
+    fields = without_places(json.loads(configuration.read_text(encoding="utf-8")))
     return json.dumps({name: value for name, value in fields.items() if name != "run_dir"}, indent=1)
 
 

@@ -1,4 +1,4 @@
-"""Everything of a model but its numbers, as `model.json` says it: sizes, how images become inputs, names of classes."""
+"""A model's metadata, as `model.json` holds it: sizes, preprocessing, class names; everything but the parameters."""
 
 import dataclasses
 import json
@@ -64,7 +64,7 @@ class Outputs:
 
 @dataclasses.dataclass(frozen=True)
 class ModelDescription:
-    """Everything of a model but its numbers. A loaded model carries its own as `model.description`."""
+    """The metadata of a model. A loaded model carries its own as `model.description`."""
 
     config: ModelConfig
     preprocessing: Preprocessing
@@ -184,7 +184,10 @@ def description_text(description: ModelDescription) -> str:
         InputError: its `source` has something that JSON cannot hold.
     """
     try:
-        fields = {"format": FORMAT, **dataclasses.asdict(description), "source": _finite(description.source)}
+        known = description.source or {}
+        own = {name: without_places(known[name]) for name in ("run", "data") if name in known}
+        source = None if description.source is None else _finite({**known, **own})
+        fields = {"format": FORMAT, **dataclasses.asdict(description), "source": source}
         text = json.dumps(fields, indent=1, ensure_ascii=False, default=_for_json, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise InputError(f"the description of the model cannot be written as JSON: {error}") from error
@@ -192,6 +195,18 @@ def description_text(description: ModelDescription) -> str:
     if back != description:
         raise InputError(f"the description of the model would come back from {DESCRIPTION} as another: {back}")
     return text + "\n"
+
+
+def without_places(value: Any) -> Any:
+    """A value without where on somebody's disk something lay: of an absolute path, its name is left."""
+    if isinstance(value, Mapping):
+        return {name: without_places(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_places(each) for each in value]
+    if not isinstance(value, str | Path):
+        return value
+    kind, colon, place = str(value).rpartition(":")  # as sources of data have it: csv:/home/me/birds.csv
+    return f"{kind}{colon}{Path(place).name}" if place.startswith(("/", "~")) and "://" not in str(value) else value
 
 
 def _finite(value: Any) -> Any:

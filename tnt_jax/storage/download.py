@@ -20,7 +20,7 @@ from tnt_jax.config import InputError
 from tnt_jax.storage.cache import file_sha256, read_record, write_record
 from tnt_jax.storage.files import remove
 from tnt_jax.storage.torch.formats import what_it_is
-from tnt_jax.user_cache import UnsafeCacheError, cache_folder, process_folder
+from tnt_jax.user_cache import UnsafeCacheError, cache_folder, cache_path, process_folder
 
 CHUNK = 1 << 20
 TIMEOUT = 30.0  # seconds without a byte
@@ -58,7 +58,7 @@ def download(address: str) -> Path:
             in its name say. The message has the command for another machine.
         InputError: it is no address, or the disk is full.
     """
-    request, key = _request(address), sha256(address.encode()).hexdigest()[:16]
+    request, key = _request(address), _key(address)
     try:
         folder = cache_folder() / "downloads" / key
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,6 +79,15 @@ def download(address: str) -> Path:
         with contextlib.suppress(OSError):
             remove(folder / PART)
         raise InputError(f"{without_secrets(address)} cannot be kept in {folder}: {error.strerror or error}") from error
+
+
+def kept_file(address: str) -> Path | None:
+    """The file of an address in the cache, if it is there."""
+    return _complete(cache_path() / "downloads" / _key(address))
+
+
+def _key(address: str) -> str:
+    return sha256(address.encode()).hexdigest()[:16]
 
 
 def _request(address: str) -> urllib.request.Request:

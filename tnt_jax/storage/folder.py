@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,12 @@ def parameter_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Path, shape and dtype of every parameter that the model of a configuration has. Nothing is computed."""
     _, flat = _structure(config)
     return {".".join(map(str, path)): variable.get_value() for path, variable in flat}
+
+
+def check_count(config: ModelConfig, tensors: Collection) -> None:
+    """Raises InputError, before a model is built, if its blocks are more than all tensors that are to fill it."""
+    if (blocks := np.sum(config.depth)) > len(tensors):
+        raise InputError(f"a model of {blocks:,} blocks is described, and there are {len(tensors):,} tensors")
 
 
 def model_from_parameters(config: ModelConfig, parameters: Mapping[str, Any]) -> Model:
@@ -217,9 +223,10 @@ def restore_parameters(folder: str | os.PathLike, description: ModelDescription)
         InputError: they cannot be read, or are not those that were saved.
     """
     path = Path(folder).absolute() / PARAMETERS
-    shapes = parameter_shapes(description.config)
     if description.checksums is None or not path.is_dir():
         raise InputError(f"{folder} has no parameters, only the description of a model")
+    check_count(description.config, description.checksums)
+    shapes = parameter_shapes(description.config)
     if differ := sorted(set(shapes) ^ set(description.checksums)):
         raise InputError(
             f"{folder}/{DESCRIPTION} is damaged: its checksums and its model differ in {', '.join(differ)}"

@@ -32,7 +32,7 @@ def fetch_repository(name: str) -> Path:
 
     repository, _, revision = name.partition("@")
     command = f"On a machine that reaches it: hf download {repository} --local-dir FOLDER, then give local-dir:FOLDER"
-    if found := _kept(repository, revision or None):
+    if found := kept_repository(name):
         return found
     try:
         # This answers or fails at once, where a download tries for half a minute.
@@ -61,10 +61,12 @@ def fetch_repository(name: str) -> Path:
     return found
 
 
-def _kept(repository: str, revision: str | None) -> Path | None:
+def kept_repository(name: str) -> Path | None:
     """The folder of a repository in the hub's cache, if its weights are there, and its config or that it has none."""
     import huggingface_hub
 
+    repository, _, revision = name.partition("@")
+    revision = revision or None
     here = [huggingface_hub.try_to_load_from_cache(repository, each, revision=revision) for each in (CONFIG, *NAMES)]
     weights = [Path(path) for path in here[1:] if isinstance(path, str)]
     return weights[0].parent if weights and here[0] is not None else None

@@ -15,9 +15,9 @@ from tnt_jax.models import variants
 from tnt_jax.models.adapting import adapt, select_classes
 from tnt_jax.models.variants import Model, changed, get_variant
 from tnt_jax.storage.description import Outputs, describe, description_of, read_description
-from tnt_jax.storage.download import Unreachable, download, without_secrets
+from tnt_jax.storage.download import Unreachable, download, kept_file, without_secrets
 from tnt_jax.storage.folder import model_from_parameters, model_parameters, restore_parameters
-from tnt_jax.storage.hub import fetch_repository, is_hub_name
+from tnt_jax.storage.hub import fetch_repository, is_hub_name, kept_repository
 from tnt_jax.storage.hub_folder import open_hub_folder
 from tnt_jax.storage.resolve import locate, published_places
 from tnt_jax.storage.torch.checkpoint import Opened, is_published, open_checkpoint
@@ -129,7 +129,7 @@ def open_model(
     if place.kind != "published":
         return _fetched(place.where, weights, image_size, is_published(place.where))
     reasons, places = [], published_places(place.where)
-    for where in places:
+    for where in sorted(places, key=lambda where: not _is_kept(where)):
         try:
             opened = _fetched(where, weights, image_size, published=True)
             check_published(opened.description.config, place.where, where)
@@ -217,6 +217,11 @@ def check_published(config: ModelConfig, name: str, where: str) -> None:
 def _open_folder(folder: Path) -> Opened:
     description = read_description(folder)
     return Opened(restore_parameters(folder, description), description)
+
+
+def _is_kept(where: str) -> bool:
+    """Whether a place need not be asked."""
+    return bool(kept_repository(where) if is_hub_name(where) else kept_file(where))
 
 
 def _fetched(

@@ -1,8 +1,8 @@
 """One run at a time in a folder, on one machine and on a disk that machines share.
 
 The kernel's lock on `run.lock` ends with its process, however that ends. Not every shared disk has such locks, so the
-holder also writes a line into `run.lock.json` every ten seconds: who finds that of another machine watches it for a
-while, and takes its place if it does not change.
+holder also writes a heartbeat into `run.lock.json` every ten seconds. A process that finds the heartbeat of another
+machine waits 25 seconds, and takes over if it has not changed.
 """
 
 import contextlib

@@ -11,7 +11,7 @@ LEAST_ALONE = 2**16
 
 
 def pack(tree, least_alone: int = LEAST_ALONE) -> dict[str, jax.Array]:
-    """The small arrays of each dtype one after another in one, by the name of the dtype; the others by their path."""
+    """Concatenates the small arrays of each dtype, by its name; the large ones keep their path as key."""
     large, small = _by_size(tree, least_alone)
     return large | {dtype: _joined(leaves) for dtype, leaves in small.items()}
 
@@ -70,8 +70,8 @@ def _parted(joined: jax.Array, like: list[jax.ShapeDtypeStruct]) -> list[jax.Arr
 def checksums(packed: dict[str, jax.Array]) -> tuple[dict[str, int], bool]:
     """A 32-bit checksum of each array, the same on any number of devices, and whether all numbers are finite.
 
-    The bits of each element times an odd number of its own, summed modulo 2^32: no change of one element goes unseen.
-    All is computed where the arrays lie.
+    It is the sum of the bit patterns modulo 2^32, each weighted by its position. The weights are odd, so any single
+    changed element changes it. All is computed where the arrays lie.
     """
     sums, finite = jax.device_get(_checksums(packed))
     return {name: int(value) for name, value in sums.items()}, all(finite.values())

@@ -14,11 +14,13 @@ from typing import Literal
 from tnt_jax.config import InputError
 from tnt_jax.models.variants import ALIASES, get_variant
 from tnt_jax.storage.description import DESCRIPTION
+from tnt_jax.storage.download import without_secrets
 from tnt_jax.storage.folder import PARAMETERS
 from tnt_jax.storage.hub import is_hub_name
 from tnt_jax.storage.hub_folder import weights_file
 from tnt_jax.storage.run import is_hub_folder, is_run
 
+LONGEST = 1024  # letters of a MODEL; no system has longer paths
 Kind = Literal["folder", "run", "hub folder", "file", "published", "hub", "address"]
 
 
@@ -29,8 +31,6 @@ class Place:
     kind: Kind
     where: str
     """A path; a name on the hub; an address; or the published name as it was given."""
-    model: str
-    """What was given."""
 
     @property
     def path(self) -> Path:
@@ -48,27 +48,31 @@ def locate(model: str | os.PathLike) -> Place:
     prefix, colon, rest = given.partition(":")
     if colon and prefix.lower() in ("hf-hub", "hf_hub", "local-dir"):
         if prefix.lower() == "local-dir":
-            if not Path(rest).is_dir():
+            folder = Path(rest).expanduser()
+            if not folder.is_dir():
                 raise InputError(f"there is no folder {rest}, which {given} names")
-            return Place("hub folder", rest, given)
+            return Place("hub folder", str(folder))
         if not is_hub_name(rest):
             raise InputError(f"{given} should be hf-hub:OWNER/NAME or hf-hub:OWNER/NAME@REVISION")
-        return Place("hub", rest, given)
+        return Place("hub", rest)
     if re.match(r"[a-z][a-z0-9+.-]*://", given, re.IGNORECASE):
         if not given.lower().startswith(("https://", "http://")):
-            raise InputError(f"{given} is no https:// address, and no other kind of address is fetched")
-        return Place("address", given, given)
-    path = Path(given)
+            shown = without_secrets(given)
+            raise InputError(f"{shown} is no https:// address, and no other kind of address is fetched")
+        return Place("address", given)
+    path = Path(os.path.expanduser(given))
+    if len(given) > LONGEST or "\0" in given:
+        raise InputError(f"there is no model {given[:60]!r}... of {len(given)} letters")
     if path.is_dir():
-        return Place(_kind_of_folder(path), given, given)
+        return Place(_kind_of_folder(path), str(path))
     if path.exists():
-        return Place("file", given, given)
+        return Place("file", str(path))
     try:
         get_variant(given)
-        return Place("published", given, given)
+        return Place("published", given)
     except InputError as error:
         if is_hub_name(given) and not path.parent.exists():
-            return Place("hub", given, given)
+            return Place("hub", given)
         raise InputError(f"there is no folder {given} and no file, and {error}") from error
 
 

@@ -34,7 +34,7 @@ def load_run(run_dir: str | os.PathLike, *, weights: str = "ema", step: int | No
     model = nnx.merge(graphdef, jax.tree.map(lambda leaf, to: leaf.astype(to.dtype), params, own))
     origin = {
         **(description.source or {}),
-        "run": os.fspath(run_dir),
+        "run": os.path.abspath(run_dir),
         "step": step,
         "weights": weights,
         "scores": scores_of(run_dir).get(step),

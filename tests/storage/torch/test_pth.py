@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch_files
 
-from tnt_jax.storage.torch.pth import NoTensor, Tensor, read_pth
+from tnt_jax.storage.torch.pth import Tensor, UnsupportedTensor, read_pth
 from tnt_jax.storage.torch.unpickle import Damaged, Inert, unpickle
 
 FILES = Path(__file__).parent / "files"
@@ -78,7 +78,7 @@ def test_what_has_no_plain_array_is_named(tmp_path):
         tmp_path / "a.pth",
     )
     read = read_pth(tmp_path / "a.pth")
-    assert all(isinstance(value, NoTensor) for value in read.values())
+    assert all(isinstance(value, UnsupportedTensor) for value in read.values())
     assert [value.why.split()[0] for value in read.values()] == ["without", "sparse", "conjugated"]
 
 
@@ -132,11 +132,11 @@ def test_a_dictionary_in_itself_and_one_that_is_very_deep_are_read(tmp_path):
         (b"\x80\x02h\x07.", "refers to object 7 of itself"),
         (b"\x80\x02X\xff\xff\xff\x7fa.", "cut off in a text"),
         (b"\x80\x02}]K\x01s.", "has a key that is no plain value"),
-        (b"\x80\x02K\x01K\x02K\x03s.", "gives entries to what is no dictionary"),
-        (b"\x80\x02K\x01)R.", "calls what is no function"),
+        (b"\x80\x02K\x01K\x02K\x03s.", "sets items on something that is not a dictionary"),
+        (b"\x80\x02K\x01)R.", "calls something that is not a function"),
         (b"\x80\x02I1\n.", "is no opcode of protocols 2 to 5"),
         (b"\x80\x02K\x01K\x01.", "ends in the middle"),
-        (b"\x80\x02(t(.", "takes a mark for an object"),
+        (b"\x80\x02(t(.", "has a mark where an object should be"),
     ],
 )
 def test_a_pickle_that_contradicts_itself_is_damaged(text, message):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tnt_jax.config import InputError
-from tnt_jax.storage.torch.pth import NoTensor, Tensor, is_legacy, is_zip, read_pth
+from tnt_jax.storage.torch.pth import Tensor, UnsupportedTensor, is_legacy, is_zip, read_pth
 from tnt_jax.storage.torch.unpickle import Damaged
 
 _SAFETENSORS_DTYPES = {  # safetensors' names of what NumPy and ml_dtypes have
@@ -52,7 +52,7 @@ class Checkpoint:
     """What a checkpoint file holds."""
 
     content: Any
-    """Nested dictionaries and lists of `Tensor`, `FileTensor`, `NoTensor` and plain values."""
+    """Nested dictionaries and lists of `Tensor`, `FileTensor`, `UnsupportedTensor` and plain values."""
     metadata: Mapping[str, str]
     """Of a .safetensors file."""
 
@@ -111,11 +111,11 @@ def _read_safetensors(path: Path) -> Checkpoint:
         raise InputError(f"{path} is damaged or no safetensors file: {error}") from error
 
 
-def _file_tensor(path: Path, file: Any, name: str) -> FileTensor | NoTensor:
+def _file_tensor(path: Path, file: Any, name: str) -> FileTensor | UnsupportedTensor:
     known = file.get_slice(name)
     dtype = known.get_dtype()
     if dtype not in _SAFETENSORS_DTYPES:
-        return NoTensor(f"of the dtype {dtype}")
+        return UnsupportedTensor(f"of the dtype {dtype}")
 
     def read() -> np.ndarray:
         import safetensors
@@ -129,4 +129,4 @@ def _file_tensor(path: Path, file: Any, name: str) -> FileTensor | NoTensor:
 
 def is_tensor(value: Any) -> bool:
     """Whether this is a tensor of a checkpoint, readable or not."""
-    return isinstance(value, Tensor | FileTensor | NoTensor)
+    return isinstance(value, Tensor | FileTensor | UnsupportedTensor)

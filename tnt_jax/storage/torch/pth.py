@@ -96,7 +96,7 @@ class Tensor:
             return np.empty(self.shape, self.dtype)
         return np.ndarray(self.shape, self.dtype, buffer, self.offset * self.dtype.itemsize, strides)
 
-    def forget(self) -> None:
+    def release_pages(self) -> None:
         """Gives the memory of what was read of the file back to the system; the next look reads it again."""
         mapped = self.storage.content().obj
         if isinstance(mapped, mmap.mmap) and hasattr(mapped, "madvise"):
@@ -104,7 +104,7 @@ class Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class NoTensor:
+class UnsupportedTensor:
     """A tensor that has no plain array: sparse, quantised, without data, or dependent on something inert."""
 
     why: str
@@ -123,8 +123,8 @@ def is_legacy(start: bytes) -> bool:
 def read_pth(path: Path) -> Any:
     """The object in a file that `torch.save` wrote.
 
-    Dictionaries, lists, tuples, texts and numbers are themselves, tensors are `Tensor` or `NoTensor`, anything else is
-    `Inert`. A dictionary may contain itself.
+    Dictionaries, lists, tuples, texts and numbers are themselves, tensors are `Tensor` or `UnsupportedTensor`,
+    anything else is `Inert`. A dictionary may contain itself.
 
     Raises:
         Damaged: it is no such file, or it is damaged.
@@ -186,7 +186,7 @@ class _Archive:
     def persistent(self, identity: Any) -> Any:
         kind, key, numel = _storage_identity(identity)
         if kind in _QUANTISED:
-            return NoTensor("quantised")
+            return UnsupportedTensor("quantised")
         if key not in self.storages:
             dtype, name = np.dtype(_DTYPES[_STORAGES[kind]]).newbyteorder(self.order), f"data/{key}"
             if name not in self.entries:
@@ -280,12 +280,16 @@ def _known(limit: int) -> dict[str, Any]:
         "torch._utils._rebuild_parameter": lambda data, *_: data,
         "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
         "torch._tensor._rebuild_from_type_v2": lambda function, kind, arguments, *_: _rebuilt(function, arguments),
-        "torch._utils._rebuild_meta_tensor_no_storage": lambda *_: NoTensor("without data (on the device meta)"),
-        "torch._utils._rebuild_sparse_tensor": lambda *_: NoTensor("sparse"),
-        "torch._utils._rebuild_sparse_csr_tensor": lambda *_: NoTensor("sparse"),
-        "torch._utils._rebuild_nested_tensor": lambda *_: NoTensor("nested"),
-        "torch._utils._rebuild_qtensor": lambda *_: NoTensor("quantised"),
-        "torch._utils._rebuild_wrapper_subclass": lambda *_: NoTensor("of a subclass that has no data of its own"),
+        "torch._utils._rebuild_meta_tensor_no_storage": lambda *_: UnsupportedTensor(
+            "without data (on the device meta)"
+        ),
+        "torch._utils._rebuild_sparse_tensor": lambda *_: UnsupportedTensor("sparse"),
+        "torch._utils._rebuild_sparse_csr_tensor": lambda *_: UnsupportedTensor("sparse"),
+        "torch._utils._rebuild_nested_tensor": lambda *_: UnsupportedTensor("nested"),
+        "torch._utils._rebuild_qtensor": lambda *_: UnsupportedTensor("quantised"),
+        "torch._utils._rebuild_wrapper_subclass": lambda *_: UnsupportedTensor(
+            "of a subclass that has no data of its own"
+        ),
     }
     return known | {f"torch.{name}": np.dtype(kind) for name, kind in _DTYPES.items()}
 
@@ -307,7 +311,7 @@ def _encoded(text: Any, encoding: Any = "latin1") -> Any:
 
 def _rebuilt(function: Any, arguments: Any) -> Any:
     if not callable(function) or not isinstance(arguments, tuple):
-        return NoTensor(f"made by {kind_of(function)}, which is not run")
+        return UnsupportedTensor(f"made by {kind_of(function)}, which is not run")
     return function(*arguments)
 
 
@@ -317,11 +321,13 @@ class _Rebuild:
     def __init__(self, limit: int):
         self.limit = limit
 
-    def from_storage(self, storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> Tensor | NoTensor:
-        if isinstance(storage, NoTensor):
+    def from_storage(
+        self, storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any
+    ) -> Tensor | UnsupportedTensor:
+        if isinstance(storage, UnsupportedTensor):
             return storage
         if not isinstance(storage, Storage):
-            return NoTensor(
+            return UnsupportedTensor(
                 f"made from {kind_of(storage)}, which is not run" if isinstance(storage, Inert) else "damaged"
             )
         metadata = rest[2] if len(rest) > 2 else None
@@ -329,18 +335,18 @@ class _Rebuild:
 
     def from_bytes(
         self, storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *rest: Any
-    ) -> Tensor | NoTensor:
+    ) -> Tensor | UnsupportedTensor:
         if isinstance(dtype, Inert):
-            return NoTensor(f"of the dtype {dtype.name}")
+            return UnsupportedTensor(f"of the dtype {dtype.name}")
         if not isinstance(storage, Storage) or not isinstance(dtype, np.dtype):
-            return NoTensor("damaged")
+            return UnsupportedTensor("damaged")
         dtype = dtype.newbyteorder(storage.dtype.byteorder) if storage.dtype.byteorder == ">" else dtype
         numel = storage.numel * storage.dtype.itemsize // dtype.itemsize
         return self._tensor(storage, dtype, numel, offset, shape, strides, rest[0] if rest else None)
 
     def _tensor(
         self, storage: Storage, dtype: np.dtype, numel: int, offset: Any, shape: Any, strides: Any, metadata: Any
-    ) -> Tensor | NoTensor:
+    ) -> Tensor | UnsupportedTensor:
         whole = [offset, *shape, *strides] if isinstance(shape, tuple) and isinstance(strides, tuple) else [None]
         if not all(isinstance(number, int) and number >= 0 for number in whole) or len(shape) != len(strides):
             raise Damaged("it has a tensor whose sizes are no sizes")
@@ -355,7 +361,7 @@ class _Rebuild:
         if count * dtype.itemsize > self.limit:
             raise Damaged(f"it has a tensor of {_sizes(shape)}, which is more than the file has bytes")
         if isinstance(metadata, dict) and (metadata.get("conj") or metadata.get("neg")):
-            return NoTensor("conjugated or negated when it is read")
+            return UnsupportedTensor("conjugated or negated when it is read")
         return Tensor(storage, dtype, offset, shape, strides)
 
 

@@ -17,10 +17,10 @@ from tnt_jax.config import InputError, ModelConfig
 from tnt_jax.data.classes import named_classes
 from tnt_jax.models.variants import VARIANTS, model_config
 from tnt_jax.storage.description import ModelDescription, description_from_dict
-from tnt_jax.storage.folder import parameter_shapes
+from tnt_jax.storage.folder import check_count, parameter_shapes
 from tnt_jax.storage.torch.formats import is_tensor, read_checkpoint
 from tnt_jax.storage.torch.layouts import ARCHITECTURES, OURS, UNUSED, from_layout, layout_shapes, tensor_names
-from tnt_jax.storage.torch.pth import NoTensor, Tensor, kind_of
+from tnt_jax.storage.torch.pth import Tensor, UnsupportedTensor, kind_of
 from tnt_jax.storage.torch.unpickle import Damaged
 from tnt_jax.storage.torch.wrappings import StateDict, find_state_dict
 
@@ -75,7 +75,7 @@ def _description(path: Path, metadata: Mapping[str, str], found: StateDict) -> M
 def _class_names(content: Any) -> tuple[str, ...] | None:
     """The names of the classes that mmengine (`meta/dataset_meta/classes`) or mmcv (`meta/CLASSES`) put beside weights.
 
-    Names that cannot be names are as none.
+    Invalid names are ignored.
     """
     meta = content.get("meta") if isinstance(content, Mapping) else None
     if not isinstance(meta, Mapping):
@@ -206,6 +206,7 @@ def to_parameters(tensors: dict[str, Any], layout: str, config: ModelConfig) -> 
     family, wanted = ("PyramidTNT" if pyramid else "TNT" for pyramid in pyramids)
     if family != wanted:
         raise InputError(f"these are the weights of a {family}, and {config.name} is a {wanted}")
+    check_count(config, tensors)
     shapes = parameter_shapes(config)
     expected = layout_shapes({path: of.shape for path, of in shapes.items()}, layout)
     strangers = [
@@ -235,7 +236,7 @@ def _parameter(tensors: dict[str, Any], path: str, layout: str, dtype: Any) -> j
     parameter = jnp.array(from_layout(take, path, layout), dtype).block_until_ready()
     for tensor in taken:
         if isinstance(tensor, Tensor):
-            tensor.forget()
+            tensor.release_pages()
     return parameter
 
 
@@ -254,7 +255,7 @@ def _fault(tensors: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> str
     if name not in tensors:
         return f"{name} {shape} is missing"
     tensor = tensors[name]
-    if isinstance(tensor, NoTensor):
+    if isinstance(tensor, UnsupportedTensor):
         return f"{name} is {tensor.why}, and should be a plain tensor of {shape}"
     if not is_array(tensor):
         return f"{name} is {kind_of(tensor)}, and should be a tensor of {shape}"
@@ -269,5 +270,5 @@ def _fault(tensors: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> str
     except Damaged as error:
         return f"{name} is damaged: {error}"
     if isinstance(tensor, Tensor):
-        tensor.forget()
+        tensor.release_pages()
     return None if finite else f"{name} has values that are not finite in float32"

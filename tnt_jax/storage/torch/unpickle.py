@@ -178,12 +178,12 @@ class _Machine:
     def pop(self) -> Any:
         value = self.stack.pop()
         if value is _MARK:
-            raise Damaged("the pickle takes a mark for an object")
+            raise Damaged("the pickle has a mark where an object should be")
         return value
 
     def top(self) -> Any:
         if self.stack[-1] is _MARK:
-            raise Damaged("the pickle takes a mark for an object")
+            raise Damaged("the pickle has a mark where an object should be")
         return self.stack[-1]
 
     def pop_to_mark(self) -> list[Any]:
@@ -199,7 +199,7 @@ class _Machine:
         if isinstance(target, Inert):
             return
         if not isinstance(target, dict) or len(values) % 2:
-            raise Damaged("the pickle gives entries to what is no dictionary")
+            raise Damaged("the pickle sets items on something that is not a dictionary")
         for key, value in zip(values[::2], values[1::2], strict=True):
             target[plain_key(key)] = value
 
@@ -208,7 +208,7 @@ class _Machine:
         if isinstance(target, list):
             target += values
         elif not isinstance(target, Inert):
-            raise Damaged("the pickle appends to what is no list")
+            raise Damaged("the pickle appends to something that is not a list")
 
     def call(self, function: Any, arguments: Any) -> None:
         if isinstance(function, Inert):
@@ -219,7 +219,7 @@ class _Machine:
             except TypeError as error:
                 raise Damaged(f"the pickle gives a function other arguments than it takes ({error})") from error
         else:
-            raise Damaged("the pickle calls what is no function")
+            raise Damaged("the pickle calls something that is not a function")
 
     def reduce(self) -> None:
         arguments, function = self.pop(), self.pop()

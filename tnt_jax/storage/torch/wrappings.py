@@ -1,4 +1,4 @@
-"""The state dict of a TNT in a checkpoint: beside an optimizer, in a trainer's wrapper, averaged or not.
+"""Finds the state dict of a TNT in a checkpoint: beside an optimizer, in a trainer's wrapper, averaged or not.
 
 Source of the order: timm/models/_helpers.py, load_state_dict; of the exchange of averaged and raw weights:
 mmengine/hooks/ema_hook.py, before_save_checkpoint.
