@@ -105,6 +105,8 @@ def test_an_accelerator_that_does_not_answer_is_one_message():
 
 def test_memory_that_runs_out_says_what_needs_less():
     message = process.of_accelerator(RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore"))
-    assert message.startswith("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nA smaller --batch-size needs less")
+    assert message.startswith(
+        "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nA smaller --batch-size needs less"
+    )
     assert "--accumulation-steps" in message
     assert process.of_accelerator(ValueError("a bug")) is None
