@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import shutil
 import signal
 import socket
@@ -159,8 +160,9 @@ LOST = "raise jax.errors.JaxRuntimeError('UNAVAILABLE: the TPU worker is not rea
 @pytest.mark.parametrize(
     ("who", "happens", "codes", "message"),
     [
-        (1, KILLED, (75,), "a device or another process is lost"),
-        (0, KILLED, (75, -signal.SIGABRT), ""),  # JAX aborts where its service has gone, and says so
+        # JAX aborts where no collective fails first.
+        (1, KILLED, (75, -signal.SIGABRT), "another process is lost|another task died|gloo"),
+        (0, KILLED, (75, -signal.SIGABRT), "another process is lost|another task died|gloo"),
         (1, LOST, (75,), "UNAVAILABLE: the TPU worker is not reachable"),
         (0, LOST, (75,), "UNAVAILABLE: the TPU worker is not reachable"),
         (1, "raise ValueError('a bug')", (1,), f"process 1 on {socket.gethostname()}: a bug"),
@@ -170,7 +172,7 @@ LOST = "raise jax.errors.JaxRuntimeError('UNAVAILABLE: the TPU worker is not rea
 def test_no_process_outlives_another(who, happens, codes, message, tmp_path):
     _, _, err = end(processes := start(tmp_path, happens={who: happens}))[1 - who]
     assert processes[1 - who].returncode in codes, err
-    assert message in err
+    assert re.search(message, err)
     assert "Traceback" not in err
 
 
