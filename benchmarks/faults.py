@@ -6,10 +6,14 @@ A digits run (`configs/digits.py`, smaller, 20 epochs) is done once undisturbed.
 Then the same run is started again and again, and to each start several things happen, at random moments:
 
     before it   bit: one bit of the newest checkpoint is flipped; cut: one of its files is cut off; gone: one is removed
-    during it   SIGSTOP, and SIGCONT a moment later; clock: the machine's clock jumps, by up to a month either way
+    during it   SIGSTOP, and SIGCONT a moment later; clock: the machine's clock jumps, by up to a month either way;
+                order (only with --layouts): the devices of the processes come in another order in the mesh
     at its end  SIGKILL, while it starts, trains, evaluates or writes a checkpoint; SIGTERM, likewise; full disk: no
                 file may grow any more; stale: a file handle is stale, or a disk broken, while the checkpoint is read;
-                lost (only with --layouts): one of several processes is killed
+                any read: the same in one of the looks at the run's folder, whichever; version: the newest checkpoint
+                is one of another version (and is itself again afterwards); worker: a data worker is killed;
+                unavailable: a step raises JAX's UNAVAILABLE; lost (only with --layouts): one of several processes is
+                killed
 
 A run that is through begins again in a new folder, so that the faults are as many as were asked for.
 Every run must end with bitwise the parameters, the average of parameters, the optimizer and the history of metrics of
@@ -47,41 +51,10 @@ PATIENCE = 300  # seconds
 RECOVERY = 15  # seconds from a start to its first step
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "lost": signal.SIGKILL}
 ON_DISK = ("bit", "cut", "gone")
-ENDS = ("SIGKILL",) * 5 + ("SIGTERM",) * 2 + ("full disk", "stale")
-CODES = {"SIGKILL": (-9,), "SIGTERM": (75,), "full disk": (1, 2), "stale": (75,), "lost": (-9, 75)}
-# What a start runs: train.py, in which the clock jumps, files cannot grow, or handles are stale, if it is told so.
-CHILD = """
-import os, random, resource, runpy, sys, threading, time
-kinds, chance = os.environ.get("FAULTS", "").split(","), random.Random(int(os.environ.get("FAULT_SEED", "0")))
-if "clock" in kinds:
-    truth, jump = time.time, [0.0]
-    time.time = lambda: truth() + jump[0]
-    def leap():
-        while True:
-            time.sleep(chance.uniform(0.01, 0.3))
-            jump[0] = chance.uniform(-30, 30) * 86400
-    threading.Thread(target=leap, daemon=True).start()
-if "full disk" in kinds:
-    import signal
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    def fill():
-        time.sleep(chance.uniform(0, 8))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (chance.choice((0, 100, 3000, 12000)),) * 2)
-    threading.Thread(target=fill, daemon=True).start()
-if "stale" in kinds:
-    import errno
-    from tnt_jax.storage import reading
-    number = chance.choice((errno.ESTALE, errno.EIO, errno.EACCES))
-    error, where = OSError(number, os.strerror(number)), chance.choice(("description", "arrays"))
-    def fail(*arguments, **named):
-        raise error
-    if where == "arrays":
-        reading.ocp.Checkpointer.restore = fail
-    else:
-        reading._description = fail
-sys.argv[0] = "train.py"
-runpy.run_path(os.environ["TRAIN"], run_name="__main__")
-"""
+INSIDE = ("full disk", "stale", "any read", "worker", "unavailable")
+ENDS = ("SIGKILL",) * 4 + ("SIGTERM",) * 2 + INSIDE + ("version",)
+CODES = {"SIGKILL": (-9,), "SIGTERM": (75,), "full disk": (1, 2, 75), "stale": (75,), "any read": (75,)}
+CODES |= {"worker": (75,), "unavailable": (75,), "version": (2,), "lost": (-9, -6, 75)}
 
 
 class Start:
@@ -91,7 +64,8 @@ class Start:
         self.began, self.first_step = time.monotonic(), None
         environment = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
         environment |= {"FAULTS": ",".join(faults), "FAULT_SEED": str(seed), "TRAIN": str(ROOT / "train.py")}
-        environment |= {"OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+        environment |= {"OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "FAULT_ORDER": str(seed)}
+        workers = ["--data.num-workers", "1"] if "worker" in faults else []
         port = free_port()
         self.processes = []
         for index in range(processes):
@@ -99,7 +73,15 @@ class Start:
             flags += [f"--distributed.process-id={index}", "--distributed.timeout=60"]
             self.processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-u", "-c", CHILD, *RUN, "--run-dir", str(run_dir)]
+                    [
+                        sys.executable,
+                        "-u",
+                        str(ROOT / "benchmarks/fault_child.py"),
+                        *RUN,
+                        *workers,
+                        "--run-dir",
+                        str(run_dir),
+                    ]
                     + (flags if processes > 1 else []),
                     env=os.environ | environment,
                     stdout=subprocess.PIPE if index == 0 else subprocess.DEVNULL,
@@ -212,6 +194,19 @@ def harm(run_dir: pathlib.Path, chance: random.Random, harmed: set[int]) -> str 
     return kind
 
 
+def description_of_another_version(run_dir: pathlib.Path, chance: random.Random) -> tuple[pathlib.Path, str] | None:
+    """Rewrites what the newest checkpoint says of itself; the file and what it held."""
+    if not steps(run_dir):
+        return None
+    path = run_dir / "checkpoints" / str(steps(run_dir)[-1]) / "_CHECKPOINT_METADATA"
+    before = path.read_text()
+    content = json.loads(before)
+    content["custom_metadata"]["format"] = chance.randrange(2, 9)
+    path.write_text(json.dumps(content))
+    path.parent.with_name(f"{path.parent.name}.files.json").unlink(missing_ok=True)  # which would prove a damage
+    return path, before
+
+
 def arrays(run_dir: pathlib.Path) -> dict:
     """The arrays of the last checkpoint, by their names."""
     import warnings
@@ -306,10 +301,14 @@ def one_start(
 ) -> bool:
     """Starts the run, lets things happen to it, and waits for its end; whether that is the end of the run."""
     before, renamed, disturbed = steps(run_dir), len(damaged(run_dir)), bool(end)
-    if disturbed and chance.random() < 0.8 and (kind := harm(run_dir, chance, harmed)):
+    other = description_of_another_version(run_dir, chance) if end == "version" and not harmed else None
+    if end == "version":
+        report.done[end] += other is not None
+    elif disturbed and chance.random() < 0.8 and (kind := harm(run_dir, chance, harmed)):
         report.done[kind] += 1
-    inside = [end] if end in ("full disk", "stale") else []
+    inside = [end] if end in INSIDE else []
     inside += ["clock"] if disturbed and chance.random() < 0.7 else []
+    inside += ["order"] if disturbed and processes > 1 and chance.random() < 0.7 else []
     report.done.update(inside)
     start = Start(run_dir, cache, processes, inside, chance.getrandbits(30))
     stops = chance.choice((0, 1, 2, 3)) if disturbed else 0
@@ -326,7 +325,13 @@ def one_start(
         report.done[end] += 1
         report.moments[when] += 1
     code = start.wait()
-    allowed = (0, *CODES.get(end, ())) + ((75, -9) if processes > 1 else ())
+    if other:
+        path, before_it = other
+        if not path.exists() or (code == 0 and steps(run_dir)[-1] == int(path.parent.name)):
+            report.complain(f"{run_dir.name}: a checkpoint of another version was touched or taken", start)
+        else:
+            path.write_text(before_it)
+    allowed = (0, *CODES.get(end, ())) + ((75, -9, -6) if processes > 1 else ())
     what = f"{run_dir.name}, {processes} processes, {', '.join([*inside, end])}"
     if code not in allowed:
         report.complain(f"{what}: exit code {code}", start)

@@ -10,9 +10,10 @@ Python. It ends with the exit code of the command
 - when it is itself told to end by SIGTERM or Ctrl-C, which it passes on;
 - after so many starts.
 
-After everything else, such as 75 (stopped, or another process died) and 137 (killed by the kernel, which had no memory
-left), it waits and starts the command again. It waits twice as long before each next start, at most five minutes; a
-start that lasted ten minutes counts as a success, after which the waits begin anew.
+After everything else, such as 75 (stopped, or another process died), 134 (JAX aborts when another one is gone) and 137
+(killed by the kernel, which had no memory left), it waits and starts the command again. It waits twice as long before
+each next start, at most five minutes; a start that lasted ten minutes counts as a success, after which the waits begin
+anew.
 """
 
 import argparse

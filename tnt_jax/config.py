@@ -252,7 +252,8 @@ class OptimizerConfig:
     min_learning_rate: float = setting(1e-5, least=0)
     """Where the cosine ends."""
     weight_decay: float = setting(0.05, least=0)
-    """Decoupled weight decay; vectors, biases, positions and the class token are left out, as upstream does."""
+    """Decoupled weight decay; vectors, biases, positions and the class token are left out, as upstream does. The bias
+    between the places of a PyramidTNT decays, as there."""
     layer_decay: float = setting(1.0, above=0, most=1)
     """Learning rate of each block over that of the next one, for fine-tuning; 1 is the same rate for all."""
     beta1: float = setting(0.9, least=0, below=1)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -158,8 +160,9 @@ LOST = "raise jax.errors.JaxRuntimeError('UNAVAILABLE: the TPU worker is not rea
 @pytest.mark.parametrize(
     ("who", "happens", "codes", "message"),
     [
-        (1, KILLED, (75,), "a device or another process is lost"),
-        (0, KILLED, (75, 134), "a device or another process is lost"),  # JAX aborts where its service has gone
+        # JAX aborts where no collective fails first.
+        (1, KILLED, (75, -signal.SIGABRT), "another process is lost|another task died|gloo"),
+        (0, KILLED, (75, -signal.SIGABRT), "another process is lost|another task died|gloo"),
         (1, LOST, (75,), "UNAVAILABLE: the TPU worker is not reachable"),
         (0, LOST, (75,), "UNAVAILABLE: the TPU worker is not reachable"),
         (1, "raise ValueError('a bug')", (1,), f"process 1 on {socket.gethostname()}: a bug"),
@@ -169,7 +172,7 @@ LOST = "raise jax.errors.JaxRuntimeError('UNAVAILABLE: the TPU worker is not rea
 def test_no_process_outlives_another(who, happens, codes, message, tmp_path):
     _, _, err = end(processes := start(tmp_path, happens={who: happens}))[1 - who]
     assert processes[1 - who].returncode in codes, err
-    assert message in err
+    assert re.search(message, err)
     assert "Traceback" not in err
 
 
@@ -421,3 +424,29 @@ def test_every_row_of_all_processes_is_scored(name, task, tmp_path):
     )
     assert one["count"] == two["count"] == 60
     assert one == pytest.approx(two, rel=1e-3, abs=1e-4)
+
+
+# A process whose disk does not show it the newest checkpoint yet, as NFS does for half a minute; or not for a while.
+NOT_SEEN = """
+import pathlib
+is_dir = pathlib.Path.is_dir
+pathlib.Path.is_dir = lambda path: not (path.parent.name == "checkpoints" and path.name.isdecimal()) and is_dir(path)"""
+SEEN_LATE = """
+from tnt_jax.training import loop
+is_run, looks = loop.is_run, []
+loop.is_run = lambda folder: len(looks) > 3 and is_run(folder) if not looks.append(folder) else None"""
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_step_that_one_process_does_not_see_ends_both_at_once_and_nothing_is_renamed(who, finished, tmp_path):
+    shutil.copytree(finished.run_dir, tmp_path / "run")
+    results = end(start(tmp_path, "--epochs", "4", before={who: NOT_SEEN}))
+    assert [code for code, _, _ in results] == [75, 75], results
+    assert "has no checkpoint of step 33" in results[who][2]
+    assert "step 33" in results[1 - who][2]
+    assert not any("damaged" in path.name for path in (tmp_path / "run/checkpoints").iterdir())
+
+
+@pytest.mark.slow
+def test_a_run_folder_that_is_seen_late_is_waited_for(tmp_path):
+    assert [code for code, _, _ in end(start(tmp_path, "--epochs", "1", before={1: SEEN_LATE}))] == [0, 0]

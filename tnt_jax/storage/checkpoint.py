@@ -230,17 +230,24 @@ class Checkpoints:
 
     def _read_or_rename(self, step: int, like: Trees) -> Trees | None:
         """The trees of a step; None if they are damaged for one of the processes, and the step was renamed."""
-        trees, error = None, None
+        trees, error, worst = None, None, 0
+        elsewhere = f"the checkpoint of step {step} in {self._run_dir}: see another process"
+
+        def is_open() -> None:
+            nonlocal worst
+            if worst := _worst(0):  # a process that cannot open it would be missing where Orbax has all of them meet
+                raise UnreadableError(elsewhere)
+
         try:
-            trees = restore(self._run_dir, step, like)
+            trees = restore(self._run_dir, step, like, is_open)
         except (InputError, UnreadableError) as found:
-            error = found
-        outcome = 0 if error is None else OUTCOMES.index(DamagedError if type(error) is InputError else type(error))
-        worst = _worst(outcome)
+            # Process 0 has listed it: what is not there is not seen here yet.
+            error = UnreadableError(f"{found}. Try again") if type(found) is InputError else found
+        worst = worst or _worst(0 if error is None else OUTCOMES.index(type(error)))
         if worst == 0:
             return trees
-        if error is None or worst != outcome:
-            error = OUTCOMES[worst](f"the checkpoint of step {step} in {self._run_dir}: see another process")
+        if type(error) is not OUTCOMES[worst]:
+            error = OUTCOMES[worst](elsewhere)
         if worst > OUTCOMES.index(DamagedError):
             raise _agreed(error)
         self._rename(step, error)

@@ -16,7 +16,7 @@ import os
 import pathlib
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import orbax.checkpoint as ocp
 
@@ -101,8 +101,12 @@ def had_checkpoint(run_dir: str | os.PathLike) -> bool:
         return bool(left) or (run_dir / LAST_CHECKPOINT).exists()
 
 
-def restore(run_dir: str | os.PathLike, step: int, like: Trees) -> Trees:
+def restore(run_dir: str | os.PathLike, step: int, like: Trees, is_open: Callable[[], None] = lambda: None) -> Trees:
     """Some of the trees of a step, with the shapes and shardings of `like`, verified. The others are not read.
+
+    Args:
+        is_open: called when the step is open and has the arrays, before any of them is read, which several processes
+            have to do together.
 
     Raises:
         InputError: there is no checkpoint of this step.
@@ -121,6 +125,7 @@ def restore(run_dir: str | os.PathLike, step: int, like: Trees) -> Trees:
         args = ocp.args.PyTreeRestore(
             shapes, restore_args=ocp.checkpoint_utils.construct_restore_args(shapes), partial_restore=True
         )
+        is_open()
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             packed = checkpointer.restore(folder / "default", args=args)
         for name in like:
@@ -129,7 +134,7 @@ def restore(run_dir: str | os.PathLike, step: int, like: Trees) -> Trees:
                 raise ValueError(f"wrong checksum in {name}")
             if not finite:
                 raise DamagedError(f"{name_of(folder)} is damaged: {name} has numbers that are not finite")
-    except InputError:
+    except (InputError, UnreadableError):
         raise
     except Exception as error:  # Orbax and TensorStore raise many types
         raise _explained(folder, error) from error

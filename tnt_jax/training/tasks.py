@@ -58,7 +58,7 @@ class Objective:
         if self.task == "single_label":
             return {"accuracy": (outputs.argmax(-1) == targets.argmax(-1)).mean()}
         if self.task == "multi_label":
-            return {"accuracy": ((outputs > 0) == (targets > 0.5)).mean()}
+            return {"accuracy": ((outputs >= 0) == (targets > 0.5)).mean()}
         return {"r2": 1 - optax.squared_error(outputs.astype(jnp.float32), targets).mean()}
 
     def evaluated(self, outputs: Logits, labels: Num[Array | np.ndarray, "batch ..."], mask: Array) -> dict[str, Array]:
