@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import re
 import shutil
 import tempfile
 import types
@@ -25,6 +26,22 @@ if os.environ.get("CHECK_SHAPES"):  # `make shapes`: every annotated shape is ch
     from jaxtyping import install_import_hook
 
     install_import_hook(["tnt_jax.models", "tnt_jax.data", "tnt_jax.training"], "shapes.checked")
+
+
+PEERS = re.compile(r"^(import|from) (torch|torch_files|others|mutations|state_dicts)\b", re.M)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--peers", action="store_true", help="also the files that compare with PyTorch, timm, transformers"
+    )
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Files that need PyTorch, whose builds are gigabytes. `.ci/run` runs all; golden records stay for the others."""
+    if collection_path.suffix == ".py" and not config.getoption("--peers"):
+        return True if PEERS.search(collection_path.read_text()) else None
+    return None
 
 
 OVER_DEVICES = (

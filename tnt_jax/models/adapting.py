@@ -18,7 +18,7 @@ _FREE |= {"dtype", "param_dtype", "remat", "inner"}
 
 
 def adapt(
-    parameters: Mapping[str, np.ndarray], config: ModelConfig, wanted: ModelConfig, *, seed: int = 0
+    parameters: Mapping[str, np.ndarray | jax.Array], config: ModelConfig, wanted: ModelConfig, *, seed: int = 0
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """What belongs to a place is resized to another image size, another number of classes gets a fresh head, and the
     first filters are adapted to other channels.
@@ -85,7 +85,7 @@ def adapt_channels(
 
 
 def select_classes(
-    parameters: Mapping[str, np.ndarray], config: ModelConfig, classes: np.ndarray | None
+    parameters: Mapping[str, np.ndarray | jax.Array], config: ModelConfig, classes: np.ndarray | None
 ) -> tuple[dict[str, np.ndarray], ModelConfig]:
     """The same model with a head of some of its classes, in this order, or with none."""
     chosen = dict(parameters)
@@ -96,7 +96,9 @@ def select_classes(
     return chosen, dataclasses.replace(config, num_classes=0 if classes is None else len(classes))
 
 
-def _resized(parameters: Mapping[str, np.ndarray], config: ModelConfig, wanted: ModelConfig) -> dict[str, np.ndarray]:
+def _resized(
+    parameters: Mapping[str, np.ndarray | jax.Array], config: ModelConfig, wanted: ModelConfig
+) -> dict[str, np.ndarray]:
     resized = {}
     if config.sentence_positions:
         positions = parameters["sentence_positions"]
