@@ -1,11 +1,14 @@
 """Files from addresses, against servers on this machine that are slow, break off, move, or give something else."""
 
-import hashlib
-import multiprocessing
+import os
+import subprocess
+import sys
 import urllib.request
+from hashlib import sha256
 
 import numpy as np
 import pytest
+from commands import ROOT
 from loopback import Files
 
 from tnt_jax.config import InputError
@@ -13,7 +16,7 @@ from tnt_jax.storage import cache, download
 from tnt_jax.user_cache import cache_path, process_folder
 
 CONTENT = np.random.default_rng(0).bytes(3_000_000)
-DIGITS = hashlib.sha256(CONTENT).hexdigest()[:8]
+DIGITS = sha256(CONTENT).hexdigest()[:8]
 PATH = f"/models/tnt-{DIGITS}.pth"
 
 
@@ -86,7 +89,7 @@ def test_a_redirect_is_followed():
 def test_a_wrong_hash_names_both_and_leaves_nothing(monkeypatch):
     monkeypatch.setattr(download, "HASHED_HOSTS", ("127.0.0.1",))
     with Files({PATH: CONTENT[:-1] + b"x"}) as server:
-        wrong = hashlib.sha256(CONTENT[:-1] + b"x").hexdigest()[:8]
+        wrong = sha256(CONTENT[:-1] + b"x").hexdigest()[:8]
         with pytest.raises(InputError, match=f"should begin with {DIGITS}, as its name says, and begins with {wrong}"):
             download.download(server.address + PATH)
     assert files_in_cache() == []
@@ -194,20 +197,19 @@ def test_a_full_disk_leaves_nothing(monkeypatch):
     assert not [name for name in files_in_cache() if "json" not in name]
 
 
-def _fetch(address, results):
-    results.put(hashlib.sha256(download.download(address).read_bytes()).hexdigest())
+FETCH = """
+import hashlib, sys
+from tnt_jax.storage.download import download
+print(hashlib.sha256(download(sys.argv[1]).read_bytes()).hexdigest())
+"""
 
 
 def test_two_processes_fetch_once():
     with Files({PATH: CONTENT}, pause=0.2) as server:
-        context = multiprocessing.get_context("spawn")
-        results = context.Queue()
-        both = [context.Process(target=_fetch, args=(server.address + PATH, results)) for _ in range(2)]
-        for process in both:
-            process.start()
-        assert [results.get(timeout=60) for _ in both] == [hashlib.sha256(CONTENT).hexdigest()] * 2
-        for process in both:
-            process.join()
+        command = [sys.executable, "-c", FETCH, server.address + PATH]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        assert [process.communicate(timeout=60)[0].strip() for process in both] == [sha256(CONTENT).hexdigest()] * 2
     assert len(server.requests) == 1
 
 
