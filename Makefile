@@ -1,46 +1,54 @@
 # `make digits` and `make test` do all the set-up on a machine with Python 3.11 or newer; PYTHON=python3.13 chooses another one.
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
+PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile
 
-.PHONY: digits test test-slow test-gpu smoke shapes test-demo notebooks docs lint clean
+.PHONY: digits test check nightly resolve install test-gpu test-demo docs lint clean
 
 digits: .venv/.installed
 	.venv/bin/python train.py
 
-test: .venv/.installed-dev lint
-	.venv/bin/python -m pytest -n 2
+# What everybody runs: no PyTorch, no libtpu, no CUDA.
+test: .venv/.installed-test lint
+	$(PYTEST)
 
-# What a pod relies on: several processes, kernels at published size and on a mesh, exports of every family, 8 chips
-# against 256, every configuration shrunk, the notebooks, the wheel.
-test-slow: .venv/.installed-dev
-	.venv/bin/python -m pytest -n 2 -m slow --durations=15 --ignore tests/test_notebooks.py
+# All that protects a promise: also what compares with PyTorch, timm and transformers, several processes, kills, exports,
+# recipes, notebooks; and in every call the annotated shapes of models, data and training.
+check: .venv/.installed-dev lint
+	CHECK_SHAPES=1 $(PYTEST) --peers -m "not nightly and not gpu and not demo" --durations=25
+
+# What takes long and breaks rarely: every size of every kernel, whole recipes, the table of mutants, a second number of
+# devices, programs for GPUs, and an installation from PyPI alone.
+nightly: .venv/.installed-dev
+	$(PYTEST) --peers -m nightly --durations=25
+	DEVICES=3 $(PYTEST) tests/evaluation tests/visualize tests/test_inference.py
+	$(MAKE) test-gpu install
+
+# Whether every list of requirements has a solution on PyPI alone, for each Python and system.
+resolve: .venv/.installed-dev
+	.venv/bin/python .ci/resolve.py
+
+# Both commands of the README in an empty folder, whatever the machine's own pip is told.
+install:
+	rm -rf build/fresh && git clone --quiet . build/fresh
+	cd build/fresh && time env -u PIP_FIND_LINKS -u PIP_CONSTRAINT PIP_CONFIG_FILE=/dev/null make digits test
 
 # Programs for NVIDIA GPUs that are not there. Their compiler is 257 MB, and its plugin for JAX complains in every process
 # that may look for GPUs, so it has an environment of its own, which borrows the rest.
 test-gpu: .venv-gpu/.installed
 	JAX_PLATFORMS=cpu .venv-gpu/bin/python -m pytest -m gpu --durations=0 tests/planning/test_gpus.py
 
-smoke: .venv/.installed-dev
-	.venv/bin/python -m pytest -n 2 -m slow --durations=0 tests/test_configs.py
-
-notebooks: .venv/.installed-dev
-	.venv/bin/python -m pytest -m slow --durations=4 tests/test_notebooks.py
-
-# The annotated shapes of models, data and training, checked in every call.
-shapes: .venv/.installed-dev
-	CHECK_SHAPES=1 .venv/bin/python -m pytest -n 2 tests/models tests/data tests/training/test_optimizer.py \
-		tests/training/test_batch_norm.py tests/training/test_golden_training.py
-
 # The documentation as a site, with warnings as errors.
 docs: .venv/.installed-dev
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet --strict --site-dir build/site
 
-# Needs chromium, chromedriver (Debian: chromium-driver) and npm. Gradio asks for an older Pillow and works with ours, which comes after it.
+# Needs chromium, chromedriver (Debian: chromium-driver) and npm. Gradio asks for an older Pillow and works with ours, so
+# it has an environment of its own, which borrows the rest.
 test-demo: .venv-demo/.installed .venv/.installed-dev
 	.venv/bin/python -m pytest -m demo tests/test_web_page.py
 	.venv-demo/bin/python -m pytest -m demo tests/test_demo.py
 
-lint: .venv/.installed-dev
+lint: .venv/.installed-test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
@@ -50,9 +58,13 @@ lint: .venv/.installed-dev
 	$(PIP) -e .
 	@touch $@
 
-.venv/.installed-dev: .venv/.installed requirements-dev.txt
-	$(PIP) -r requirements-dev.txt
+.venv/.installed-test: .venv/.installed requirements-test.txt
+	$(PIP) -r requirements-test.txt
 	$(PIP) --no-deps jax2onnx==0.17.1
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed-test requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
 	@touch $@
 
 .venv-gpu/.installed: .venv/.installed-dev
@@ -62,10 +74,12 @@ lint: .venv/.installed-dev
 	.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check -e '.[plan-gpu]'
 	@touch $@
 
-.venv-demo/.installed: pyproject.toml requirements.txt
+.venv-demo/.installed: .venv/.installed-dev
 	$(PYTHON) -m venv .venv-demo
-	.venv-demo/bin/python -m pip install --quiet --disable-pip-version-check gradio==6.31.0 'pytest>=9.2,<10' 'selenium>=4.30,<4.52'
-	.venv-demo/bin/python -m pip install --quiet --disable-pip-version-check -e .
+	.venv/bin/python -c 'import site; print(site.getsitepackages()[0])' > \
+		$$(.venv-demo/bin/python -c 'import site; print(site.getsitepackages()[0])')/lent.pth
+	.venv-demo/bin/python -m pip install --quiet --disable-pip-version-check gradio==6.31.0
+	.venv-demo/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e . 'pillow>=13,<14'
 	@touch $@
 
 clean:

@@ -22,7 +22,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-if os.environ.get("CHECK_SHAPES"):  # `make shapes`: every annotated shape is checked in every call
+if os.environ.get("CHECK_SHAPES"):  # `make check`: every annotated shape is checked in every call
     from jaxtyping import install_import_hook
 
     install_import_hook(["tnt_jax.models", "tnt_jax.data", "tnt_jax.training"], "shapes.checked")

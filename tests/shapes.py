@@ -1,4 +1,4 @@
-"""The type checker of `make shapes`: a whole number is a number, as Python's own typing has it."""
+"""The type checker of CHECK_SHAPES: a whole number is a number, as Python's own typing has it."""
 
 from beartype import BeartypeConf, beartype
 

@@ -52,10 +52,11 @@ def test_sizes_of_stages_are_numbers_on_the_command_line():
     assert (config.model.depth, config.model.inner_blocks) == ((1, 2, 1, 1), (0, 3))
 
 
-# One in the ordinary suite, all in `make smoke`.
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "finetune_folder.py" else pytest.mark.slow) for name in CONFIGS]
-)
+# After shrinking, the configurations of one family train the same network.
+SHRUNK = {"finetune_folder.py": (), "imagenet_tnt_s.py": pytest.mark.slow, "imagenet_ptnt_s.py": pytest.mark.slow}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SHRUNK.get(name, pytest.mark.nightly)) for name in CONFIGS])
 def test_trains_when_shrunk(name, tmp_path):
     config = pathlib.Path(ROOT / "configs" / name)
     code, out, err = run("train.py", "--config", config, "--smoke", "--run-dir", tmp_path / "run")
@@ -67,9 +68,10 @@ def test_trains_when_shrunk(name, tmp_path):
     assert {line["kind"] for line in lines} == {"train", "test"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SHRUNK else pytest.mark.nightly) for name in CONFIGS]
+)
 def test_a_step_maps_its_state_to_itself(name, param_dtype):
     config = runpy.run_path(str(ROOT / "configs" / name))["get_config"]()
     model = dataclasses.replace(config.model, param_dtype=param_dtype)

@@ -257,7 +257,7 @@ RUN_EXPORT = re.search(
 )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(("format", "packages"), [("stablehlo", ["jax", "flatbuffers"]), ("onnx", ["onnxruntime"])])
 def test_twenty_lines_run_a_file_in_an_environment_that_has_nothing_of_ours(format, packages, tmp_path):
     photo = np.random.default_rng(0).integers(0, 256, (60, 91, 3), np.uint8)
@@ -337,7 +337,7 @@ def test_the_command_quantises_a_run_with_its_own_images(tmp_path):
     assert report["top1_int8"] >= report["top1_float32"] - 0.01
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_tolerance_holds_for_photographs_as_well(tmp_path):
     model = small_model()
     model.norm.scale[...] = model.norm.scale[...].at[0].set(1e5)  # int8 ruins the head, as above

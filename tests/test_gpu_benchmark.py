@@ -23,7 +23,7 @@ def test_without_a_card_it_says_so():
     assert line["part"] == "card"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_part_is_a_line_and_the_lines_are_tables(tmp_path):
     """In the least sizes. What needs a GPU says so; a part that fails, as timm without torchvision, costs itself."""
     out = tmp_path / "gpu.jsonl"

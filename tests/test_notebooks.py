@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom. `make notebooks` runs these, and says how long each takes."""
+"""The notebooks run from top to bottom. `make check` runs three, `make nightly` all."""
 
 import gzip
 import os
@@ -40,8 +40,18 @@ def test_there_are_the_five_notebooks_with_their_outputs():
         assert not any(output.output_type == "error" for output in outputs)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+# docs/own_images.md runs the commands of own_images.
+NIGHTLY = ("finetune", "own_images")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(each, marks=getattr(pytest.mark, "nightly" if each.stem in NIGHTLY else "slow"))
+        for each in NOTEBOOKS
+    ],
+    ids=lambda path: path.stem,
+)
 def test_a_notebook_runs(path, clothes, monkeypatch):
     import nbformat
     from nbconvert.preprocessors import ExecutePreprocessor

@@ -105,7 +105,7 @@ def test_batches_depend_on_seed_and_step_alone(task, targets, sampling):
         assert bytes_of(batches(targets, chosen, 2, processes, start_step=61)) == reference[61:63]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("processes", [1, 2, 4])
 @pytest.mark.parametrize("repeats", [1, 3])

@@ -193,7 +193,7 @@ def hits(maps, corners, margin=0):
     return np.logical_and(*inside).mean()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_highest_place_is_where_the_reason_lies(marked):
     model, inputs, classes, corners = marked
     maps = {
@@ -206,7 +206,7 @@ def test_the_highest_place_is_where_the_reason_lies(marked):
     assert hits(maps["integrated-gradients", "words"], corners) > 0.95
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_map_is_of_what_was_learned(marked):
     """Random weights destroy it (Adebayo et al., arXiv 1810.03292)."""
     model, inputs, classes, corners = marked
@@ -219,7 +219,7 @@ def test_a_map_is_of_what_was_learned(marked):
     assert hits(attribute(untrained, inputs, classes, "rollout", size="sentences"), corners) < 0.5
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_deletion_and_insertion_tell_good_maps_from_random_ones(marked):
     model, inputs, classes, _ = marked
     good = attribute(model, inputs, classes, "integrated-gradients", size="words")

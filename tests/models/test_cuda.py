@@ -60,7 +60,7 @@ def test_in_float32_the_source_is_the_reference():
     assert_is_the_reference(15, *SIZES["TNT-S"], 16, key=7)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(("sentences", "key"), [(1, None), (15, 7), (301, None), (301, 7)])
 @pytest.mark.parametrize(
     ("channels", "heads", "words"),
@@ -74,8 +74,8 @@ def test_in_float32_every_size_is_the_reference(sentences, channels, heads, word
     ("sentences", "channels", "heads", "words"),
     [
         (15, *SIZES["TNT-S"], 16),
-        *(pytest.param(301, *size, 16, marks=pytest.mark.slow) for size in SIZES.values()),
-        pytest.param(1, *SIZES["TNT-S"], 16, marks=pytest.mark.slow),
+        *(pytest.param(301, *size, 16, marks=pytest.mark.nightly) for size in SIZES.values()),
+        pytest.param(1, *SIZES["TNT-S"], 16, marks=pytest.mark.nightly),
     ],
 )
 def test_in_bfloat16_it_errs_at_most_twice_as_much_as_plain_jax(sentences, channels, heads, words):
@@ -116,7 +116,7 @@ for one, other in zip(alone, both, strict=True):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_on_a_mesh_each_device_has_its_own_sentences():
     settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     settings["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests/models")))
@@ -150,7 +150,7 @@ def sizes(channels, heads, words=16) -> Sizes:
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100"])
 @pytest.mark.parametrize(
     ("model", "kernel"),
-    [pytest.param(*each, marks=() if each[0] == "TNT-S" else pytest.mark.slow) for each in REGISTERS],
+    [pytest.param(*each, marks=() if each[0] == "TNT-S" else pytest.mark.nightly) for each in REGISTERS],
 )
 def test_nvrtc_fits_the_kernels_into_registers(model, kernel, architecture):
     width = WIDTHS[model]

@@ -187,7 +187,7 @@ call.by_handler("inner_forward", ".entry", [shape], 1, 32, 0)(jnp.zeros(1))[0].b
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_without_the_driver_the_error_says_so(tmp_path):
     made = tmp_path / "stream.so"
     flags = ["-std=gnu11", "-fPIC", "-shared", f"-I{jax.ffi.include_dir()}"]

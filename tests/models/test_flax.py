@@ -209,13 +209,17 @@ def test_meshes_and_shard_map(inner):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("graph_mode", ["true", "false"])
-@pytest.mark.parametrize("graph_updates", ["true", "false"])
+@pytest.mark.parametrize(
+    ("graph_mode", "graph_updates"),
+    [pytest.param("false", "false", marks=pytest.mark.slow)]
+    + [pytest.param(*modes, marks=pytest.mark.nightly) for modes in (("true", "false"), ("false", "true"))],
+)
 def test_in_both_modes_of_flax(graph_mode, graph_updates):
     modes = {"NNX_GRAPH_MODE": graph_mode, "NNX_GRAPH_UPDATES": graph_updates}
-    tests = ["tests/models/test_flax.py", "tests/storage/test_folder.py", "tests/training/test_batch_norm.py"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-m", "not slow", *tests]
+    # The usual mode, both true, is that of the suite.
+    tests = ["tests/models/test_flax.py", "tests/storage/test_folder.py"]
+    which = "not slow and not nightly and not gpu and not demo"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-m", which, *tests]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | modes, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
 

@@ -192,7 +192,7 @@ def test_the_kernel_is_the_reference(monkeypatch, sentences, dtype, key, cores):
     assert_equal(actual, expected, TOLERANCE[dtype])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_registers_of_bfloat16_are_nearly_as_exact_as_plain_bfloat16(monkeypatch):
     """Newer TPUs compute the attention over words and GELU in bfloat16. What comes out and the gradient of the words
     have at most 1.5 times the error of the equations in bfloat16, no gradient of a parameter more than 2.5 times."""
@@ -211,7 +211,7 @@ def test_registers_of_bfloat16_are_nearly_as_exact_as_plain_bfloat16(monkeypatch
     assert ratios.max() < 2.5, ratios
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_kernel_is_the_reference_at_the_published_size(dtype):
     layer = make_layer("reference", 24, 4, dtype=dtype)
@@ -271,7 +271,7 @@ def test_the_kernels_gelu_is_within_its_bound(scaled):
 
 
 @pytest.mark.parametrize(
-    "compare", ["compare_native_on_a_mesh", pytest.param("compare_pallas_on_a_mesh", marks=pytest.mark.slow)]
+    "compare", ["compare_native_on_a_mesh", pytest.param("compare_pallas_on_a_mesh", marks=pytest.mark.nightly)]
 )
 def test_every_device_of_a_mesh_runs_the_kernel_on_its_own_sentences(compare):
     """Four devices, whose gradients of the parameters are added up, in a process of their own."""

@@ -110,7 +110,7 @@ def test_a_tpu_program_is_made_of_it(on_platform, monkeypatch):
     assert [program.count(f"outer_layer_{way}") > 0 for way in ("forward", "backward")] == [True, True]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_device_of_a_mesh_runs_the_kernel_on_its_own_images():
     """Four devices, whose gradients of the parameters are added up, in a process of their own."""
     command = [sys.executable, "-c", f"import {__name__}; {__name__}.compare_on_a_mesh()"]

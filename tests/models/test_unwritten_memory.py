@@ -69,9 +69,7 @@ def words(machine, sentences):
 @pytest.mark.parametrize(
     ("kernel", "count"),
     [(words, 196), (outer, 4)]
-    + [
-        pytest.param(*case, marks=pytest.mark.slow) for case in ((words, 1500), (inner, 196), (inner, 1100), (outer, 5))
-    ],
+    + [pytest.param(*case, marks=pytest.mark.nightly) for case in ((words, 1500), (inner, 196), (outer, 5))],
 )
 def test_two_cores_write_what_one_core_writes(kernel, count):
     """Also where there is one step for both: the idle core must not copy memory over the result."""

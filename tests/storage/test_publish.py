@@ -121,7 +121,7 @@ def test_transformers_pipeline_gives_the_same_five_classes(photo, tmp_path):
     np.testing.assert_allclose([row["score"] for row in theirs], scores[top], atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["tnt_s_patch16_224", "tnt_s_legacy_patch16_224", "tnt_b_patch16_224"])
 def test_published_sizes_give_the_same_logits_in_timm_and_transformers(name, photo, tmp_path):
     from tnt_jax.data.classes import imagenet_names

@@ -57,7 +57,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_of_five_bands_the_fifth_tells_the_class(tmp_path):
     def bands(pixels, rng):
         noise = rng.uniform(0, 1, (*pixels.shape, 4))
@@ -71,7 +71,7 @@ def test_of_five_bands_the_fifth_tells_the_class(tmp_path):
     assert accuracy(four, tmp_path / "other", 4) < 0.4  # chance is 0.25
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_class_is_in_the_low_byte_of_16_bits(tmp_path):
     def low_bytes(pixels, rng):
         return (100 << 8 | (255 * pixels).astype(np.uint16))[..., None].astype(np.uint16)

@@ -20,7 +20,7 @@ def _sources(monkeypatch):
     generated.install(monkeypatch)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_labels_of_shapes_are_found(tmp_path, monkeypatch):
     """mAP of at least 0.95."""
     generated.install(monkeypatch, generated.COUNTS | {"train": 4096})
@@ -28,7 +28,7 @@ def test_labels_of_shapes_are_found(tmp_path, monkeypatch):
     assert scores["ema_map"] >= 0.95
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_position_is_found(tmp_path):
     """R2 of at least 0.95, of two targets in units of their own."""
     scores = train(generated.run_of(tmp_path / "run", "position", "regression", epochs=12))
@@ -44,7 +44,7 @@ def test_a_position_is_found(tmp_path):
     assert abs(depths.mean() - source.targets[:, 0].mean()) < 30  # of 1,000 to 1,700
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_is_rare_is_found_where_it_is_sampled(tmp_path):
     """1:50: a macro recall higher by at least 10 points than without."""
     runs = {"natural": {}, "sampled": {"sampling": "balanced"}, "between": {"sampling": "sqrt"}}

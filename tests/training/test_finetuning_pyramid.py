@@ -10,7 +10,7 @@ from tnt_jax.config import ModelChanges
 from tnt_jax.training.loop import train
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_digits_at_another_size_lose_no_accuracy(tmp_path):
     digits = training_config(["--config", str(ROOT / "configs/digits.py")])
     model = ModelChanges(

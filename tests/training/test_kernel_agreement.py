@@ -56,7 +56,7 @@ def outcomes(tmp_path, first, second):
     return said, notes
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_one_lacks_none_uses(tmp_path):
     """NVRTC: the equations, said once. A C compiler: the kernel, launched by XLA's own call. Neither said: nothing."""
     said, notes = outcomes(tmp_path / "nvrtc", "nothing", "nvrtc")

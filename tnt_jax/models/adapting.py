@@ -19,7 +19,7 @@ _FREE |= {"dtype", "param_dtype", "remat", "inner"}
 
 def adapt(
     parameters: Mapping[str, np.ndarray | jax.Array], config: ModelConfig, wanted: ModelConfig, *, seed: int = 0
-) -> tuple[dict[str, np.ndarray], list[str]]:
+) -> tuple[dict[str, np.ndarray | jax.Array], list[str]]:
     """What belongs to a place is resized to another image size, another number of classes gets a fresh head, and the
     first filters are adapted to other channels.
 

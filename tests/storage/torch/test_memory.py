@@ -23,7 +23,7 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_converting_tnt_b_peaks_below_three_times_its_checkpoint(suffix, tmp_path):
     """All of the process counts: the interpreter and JAX as well."""
