@@ -1,13 +1,13 @@
 """What evaluation feeds of an image: timm's evaluation, pixel for pixel."""
 
 import math
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
 
 from tnt_jax.config import DataConfig, InputError
-from tnt_jax.data.decode import Reading, name_of_image, read_image
+from tnt_jax.data.decode import ImageSource, Reading, name_of_image, read_image
 from tnt_jax.data.resample import resize
 from tnt_jax.data.samples import Pixels, to_channels
 
@@ -22,8 +22,8 @@ class Cropping(Protocol):
     white: float | None
 
 
-def evaluated(image: Any, channels: int, by: Cropping, max_pixels: int = DataConfig.max_pixels) -> Pixels:
-    """An `ImageSource` as evaluation feeds it to a model of so many channels, not yet normalised.
+def evaluated(image: ImageSource, channels: int, by: Cropping, max_pixels: int = DataConfig.max_pixels) -> Pixels:
+    """An image as evaluation feeds it to a model of so many channels, not yet normalised.
 
     Raises:
         InputError: it cannot be read, or has other channels.

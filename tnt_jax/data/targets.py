@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from jaxtyping import Float, Int, Num
-from numpy.typing import ArrayLike
 
 from tnt_jax.config import DataConfig, InputError
 
@@ -143,7 +142,9 @@ def weighted_order(shares: Shares, rng: np.random.Generator) -> Int[np.ndarray, 
 
 
 def in_units(
-    outputs: Float[np.ndarray | jax.Array, "*images outputs"], mean: ArrayLike | None, std: ArrayLike | None
+    outputs: Float[np.ndarray | jax.Array, "*images outputs"],
+    mean: Sequence[float] | np.ndarray | None,
+    std: Sequence[float] | np.ndarray | None,
 ) -> Float[np.ndarray, "*images outputs"]:
     """What a network of standardised targets says, in the units of the targets, in float64."""
     outputs = outputs.astype(np.float64)
