@@ -1,6 +1,7 @@
 """Every field of a configuration refuses values that mean nothing, by name and with what would be right."""
 
 import dataclasses
+import json
 import math
 import pickle
 import typing
@@ -8,7 +9,7 @@ import typing
 import numpy as np
 import pytest
 
-from tnt_jax.commands.cli import smoke
+from tnt_jax.commands.cli import smoke, training_config
 from tnt_jax.config import (
     DataConfig,
     InputError,
@@ -149,3 +150,10 @@ def test_a_shrunk_run_of_any_task_is_one_of_classes():
     shrunk = smoke(TrainConfig(data=data, loss=LossConfig(positive_weights="balanced"), best_metric="map"))
     check(shrunk)
     assert (shrunk.data.task, shrunk.data.sampling, shrunk.best_metric) == ("single_label", "natural", None)
+
+
+def test_the_file_that_a_run_leaves_names_the_run(tmp_path):
+    config = complete(training_config(["--epochs", "7"]), 10)
+    (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
+    assert training_config(["--config", str(tmp_path / "config.json")]).epochs == 7
+    assert training_config(["--config", str(tmp_path)]).epochs == 7

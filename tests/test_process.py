@@ -1,13 +1,18 @@
 """What a command does to its own process before JAX starts."""
 
+import compileall
 import ctypes
 import os
 import platform
+import shutil
 import subprocess
 import sys
 
 from commands import ROOT
+from PIL import Image
+from small_models import small_model
 
+import tnt_jax
 from tnt_jax.commands import process
 
 STEPS = """
@@ -112,3 +117,27 @@ def test_memory_that_runs_out_says_what_needs_less():
     )
     assert "--accumulation-steps" in message
     assert process.of_accelerator(ValueError("a bug")) is None
+
+
+def test_who_reads_may_have_seen_enough(tmp_path):
+    tnt_jax.save_model(small_model(), tmp_path / "m")
+    for index in range(40):
+        Image.new("RGB", (32, 32)).save(tmp_path / f"{index}.png")
+    images = " ".join(str(tmp_path / f"{index}.png") for index in range(40))
+    command = f"{sys.executable} predict.py {tmp_path}/m {images} --format csv --batch-size 1 | head -1"
+    done = subprocess.run(command, cwd=ROOT, shell=True, capture_output=True, text=True)
+    assert done.stdout.startswith("image,")
+    assert "Traceback" not in done.stderr
+    assert "Broken" not in done.stderr
+
+
+def test_modules_without_their_sources_work(tmp_path):
+    """As some images of containers have them: help has no texts then."""
+    shutil.copytree(ROOT / "tnt_jax", tmp_path / "tnt_jax", ignore=shutil.ignore_patterns("__pycache__"))
+    compileall.compile_dir(tmp_path / "tnt_jax", quiet=2, legacy=True)
+    for path in (tmp_path / "tnt_jax").rglob("*.py"):
+        path.unlink()
+    code = "import tnt_jax, tnt_jax.config as c; assert tnt_jax.__file__.endswith('.pyc'); c.TrainConfig()"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

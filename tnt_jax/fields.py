@@ -49,15 +49,18 @@ def changes_of(kind: type, others: dict[str, tuple[Any, Any]], doc: str) -> type
     for field in dataclasses.fields(kind):
         hint, default = others.get(field.name, (hints[field.name] | None, None))
         made = dataclasses.field(default=default, metadata=field.metadata)
-        fields.append((field.name, Annotated[hint, Doc(texts[field.name])], made))
+        fields.append((field.name, Annotated[hint, Doc(texts.get(field.name, ""))], made))
     name = kind.__name__.replace("Config", "Changes")
     namespace = {"__doc__": doc, "__module__": kind.__module__}
     return dataclasses.make_dataclass(name, fields, frozen=True, namespace=namespace)
 
 
 def _docstrings(kind: type) -> dict[str, str]:
-    """The texts below the fields of a dataclass."""
-    body = ast.parse(inspect.getsource(kind)).body[0].body
+    """The texts below the fields of a dataclass; none where modules were installed without their sources."""
+    try:
+        body = ast.parse(inspect.getsource(kind)).body[0].body
+    except OSError:
+        return {}
     return {
         field.target.id: inspect.cleandoc(text.value.value)
         for field, text in itertools.pairwise(body)

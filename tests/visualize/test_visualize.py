@@ -1,4 +1,6 @@
+import io
 import json
+import warnings
 from pathlib import Path
 
 import commands
@@ -15,7 +17,7 @@ from tnt_jax.evaluation.scores import Predictions
 from tnt_jax.models.variants import abstract_model, model_config
 from tnt_jax.storage.run import CONFIG_FILE
 from tnt_jax.visualize.attention import attention_of, outer_map, rollout
-from tnt_jax.visualize.canvas import preprocess
+from tnt_jax.visualize.canvas import _families, preprocess, shorten
 from tnt_jax.visualize.tokens import embed, tiled
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
@@ -268,3 +270,21 @@ def test_why_writes_its_maps(tnt, tmp_path):
 def test_equal_features_are_no_picture():
     with pytest.raises(tnt_jax.InputError, match="the features of all 5 images are equal"):
         embed(np.ones((5, 8), np.float32))
+
+
+def test_names_of_any_kind_and_length_are_drawn_as_they_are(caplog):
+    """No formula, no traceback, no page of warnings, and a matrix that is more than a stamp."""
+    names = ("$10-$20", "$\\frac$", "蚂蚁", "a" * 120, "b" * 60)
+    labels = np.arange(len(names))
+    predictions = Predictions(labels, labels[:, None], np.ones((5, 1)), np.zeros(5), 1.0)
+    figure = visualize.confusion(predictions, names, data="csv:a.csv, val")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure.savefig(io.BytesIO(), format="png")
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [shorten(name) for name in names]
+    assert not any(label.get_parse_math() for label in axes.get_yticklabels())
+    assert figure.axes[0].get_title() == "csv:a.csv, val: 5 images, 100.00% right"
+    width, height = axes.get_window_extent().size
+    assert min(width, height) > 0.3 * figure.bbox.height
+    assert "蚂蚁" in caplog.text or len(_families("蚂蚁")) > 1

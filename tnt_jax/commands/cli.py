@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import os
 import runpy
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -110,6 +112,8 @@ def config_of(name: str) -> TrainConfig[ModelChanges]:
         InputError: there is no such file, or it returns none, or the folder holds no run.
     """
     path, shipped = Path(name), _shipped(name)
+    if path.name == "config.json" and path.is_file():  # the file that a run leaves: the run is meant
+        path = path.parent
     if path.is_dir() and not shipped:
         from tnt_jax.models.variants import changes_to
         from tnt_jax.storage.run import read_config
@@ -160,6 +164,9 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
         except KeyboardInterrupt:
             print("error: stopped by Ctrl-C", file=sys.stderr)
             sys.exit(130)
+        except BrokenPipeError:  # who reads, such as `head`, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+            sys.exit(128 + signal.SIGPIPE)
         except Exception as error:
             message = error if hasattr(error, "exit_code") else of_accelerator(error)
             if message is None:

@@ -1,7 +1,10 @@
 """What the pictures share: an image as the model sees it, figures with a part for each image, maps over an image."""
 
 import dataclasses
+import functools
+import logging
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from tnt_jax.data.samples import visible
 from tnt_jax.models.variants import Model
 from tnt_jax.storage.description import description_of
 
+log = logging.getLogger(__name__)
 MAP = "viridis"  # rises evenly in lightness: it holds in grey print and for the colour-blind
 MARK = "#ff2a2a"  # the paper's red
 PANEL = 1.7  # inches
@@ -42,10 +46,53 @@ def preprocess(model: Model, image: ImageSource) -> Preprocessed:
 
 
 def new_figure(width: float, height: float):
-    """A figure of so many inches that belongs to no window, laid out so that nothing is cut off."""
-    from matplotlib.figure import Figure
+    """A figure of so many inches that belongs to no window, laid out so that nothing is cut off.
 
-    return Figure(figsize=(width, height), layout="constrained", dpi=120)
+    Its texts are names and numbers: `$10-$20` is no formula, and letters that the usual font lacks are looked for in
+    the other fonts of this machine.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    class FigureOfNames(Figure):
+        def draw(self, renderer) -> None:
+            texts = [text for text in self.findobj(Text) if "\\mathdefault" not in text.get_text()]
+            families = _families("".join(sorted({letter for text in texts for letter in text.get_text()})))
+            for text in texts:
+                text.set_parse_math(False)
+                text.set_fontfamily(families)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Glyph .* missing from font")  # said by `_families`
+                super().draw(renderer)
+
+    return FigureOfNames(figsize=(width, height), layout="constrained", dpi=120)
+
+
+@functools.cache
+def _families(letters: str) -> list[str]:
+    """The usual font, and where it lacks some letters another of this machine that has them, if there is one."""
+    from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+
+    usual = FontProperties().get_family()
+    lacking = {ord(letter) for letter in letters if letter.isprintable()} - set(get_font(findfont("")).get_charmap())
+    if not lacking:
+        return usual
+    for font in fontManager.ttflist:
+        if lacking <= set(get_font(font.fname).get_charmap()):
+            return [*usual, font.name]
+    log.warning(
+        "no font of this machine has the letters %s: boxes stand for them; install one that has, such as Debian's "
+        "fonts-noto-cjk", "".join(map(chr, sorted(lacking)))[:20],
+    )  # fmt: skip
+    return usual
+
+
+MAX_NAME = 32
+
+
+def shorten(name: str) -> str:
+    """A name as it fits beside a picture: of a long one its beginning and its end."""
+    return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME // 2]}...{name[-MAX_NAME // 2 + 3 :]}"
 
 
 def per_image(

@@ -10,44 +10,55 @@ from tnt_jax.data.sources import Source
 from tnt_jax.evaluation.predictions import AnyPredictions, LabelPredictions, ValuePredictions
 from tnt_jax.evaluation.scores import Predictions, confusion_matrix
 from tnt_jax.training.metrics import multi_label_metrics, printed, regression_metrics
-from tnt_jax.visualize.canvas import new_figure, panels, show_image, title_of
+from tnt_jax.visualize.canvas import new_figure, panels, shorten, show_image, title_of
 
 MOST_NUMBERS = 20
 """Up to so many classes every cell of a matrix has its number."""
 
 
-def confusion(predictions: AnyPredictions, class_names: Sequence[str]):
-    """What images were taken for.
+def confusion(predictions: AnyPredictions, class_names: Sequence[str], *, data: str = ""):
+    """The classes that images were taken for.
 
     single_label: rows are the true classes, columns the predicted ones, in percent of a row; classes without images
     have an empty row. multi_label: of the images with a label (row), the percentage that was given each label (column);
     the diagonal is recall, and the last row has the images without any label. regression: each prediction over its
     target.
+
+    Args:
+        data: what the title says of the images, such as their source and split.
     """
     if isinstance(predictions, ValuePredictions):
-        return _scatter(predictions, class_names)
+        return _scatter(predictions, class_names, data)
     if isinstance(predictions, LabelPredictions):
-        return _of_labels(predictions, class_names)
+        return _of_labels(predictions, class_names, data)
     counts = confusion_matrix(predictions, len(class_names))
     title = f"{len(predictions.labels):,} images, {predictions.right(1).mean():.2%} right"
-    return _matrix(counts, counts.sum(axis=1), class_names, class_names, title)
+    return _matrix(counts, counts.sum(axis=1), class_names, class_names, _titled(title, data))
 
 
-def _of_labels(predictions: LabelPredictions, class_names: Sequence[str]):
+def _titled(title: str, data: str) -> str:
+    return f"{shorten(data)}: {title}" if data else title
+
+
+def _of_labels(predictions: LabelPredictions, class_names: Sequence[str], data: str):
     truth, predicted = predictions.labels > 0.5, predictions.predicted
     rows = np.concatenate([truth, ~truth.any(axis=1, keepdims=True)], axis=1).astype(np.int64)
     metrics = multi_label_metrics(predictions.labels, predictions.logits, predictions.thresholds)
     title = (
         f"{len(truth):,} images, mAP {printed('map', metrics['map'])}, {metrics['exact_match']:.2%} without a mistake"
     )
-    return _matrix(rows.T @ predicted, rows.sum(axis=0), (*class_names, "(no label)"), class_names, title)
+    return _matrix(
+        rows.T @ predicted, rows.sum(axis=0), (*class_names, "(no label)"), class_names, _titled(title, data)
+    )
 
 
 def _matrix(counts: np.ndarray, totals: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str):
     shares = 100 * counts / np.maximum(totals, 1)[:, None]
     few = len(columns) <= MOST_NUMBERS
+    rows, columns = (list(map(shorten, names)) for names in (rows, columns))
+    of_names = 0.08 * max(map(len, rows)) if few else 0  # inches beside and below the matrix
     side = 2.5 + 0.5 * len(columns) if few else 8
-    figure = new_figure(side + 0.8, side)
+    figure = new_figure(max(side + 0.8 + of_names, 0.085 * len(title)), side + of_names)
     axes = figure.subplots()
     drawn = axes.imshow(shares, cmap="cividis", vmin=0, vmax=100)
     figure.colorbar(drawn, label="% of the images of the class", shrink=0.8)
@@ -66,7 +77,7 @@ def _matrix(counts: np.ndarray, totals: np.ndarray, rows: Sequence[str], columns
 MOST_POINTS = 5000
 
 
-def _scatter(predictions: ValuePredictions, names: Sequence[str]):
+def _scatter(predictions: ValuePredictions, names: Sequence[str], data: str):
     """A panel for each target; of many images 5,000, evenly spread."""
     metrics = regression_metrics(predictions.targets, predictions.values)
     drawn = np.unique(np.linspace(0, len(predictions.targets) - 1, MOST_POINTS).astype(int))
@@ -84,10 +95,12 @@ def _scatter(predictions: ValuePredictions, names: Sequence[str]):
         axes.set_xlabel(f"{name}, target")
         axes.set_ylabel("prediction")
         axes.set_title(f"R2 {metrics['r2'][0, output]:.4f}, MAE {metrics['mae'][0, output]:.4g}", fontsize=9)
+    if data:
+        figure.suptitle(data, fontsize=9)
     return figure
 
 
-def mistakes(predictions: AnyPredictions, images: Source, *, count: int = 24):
+def mistakes(predictions: AnyPredictions, images: Source, *, count: int = 24, data: str = ""):
     """The worst predictions, as images, with the prediction and the truth.
 
     single_label: the wrong predictions of the highest probability. multi_label: the images with a wrong label whose
@@ -107,7 +120,7 @@ def mistakes(predictions: AnyPredictions, images: Source, *, count: int = 24):
     for axes, index, caption in zip(panels(figure, len(chosen), columns), chosen, captions, strict=True):
         show_image(axes, visible(np.asarray(images[int(index)][0])))
         title_of(axes, caption)
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(_titled(title, data), fontsize=9)
     return figure
 
 
