@@ -73,3 +73,16 @@ def test_every_block_runs(page, folder, monkeypatch):
             continue
         for command in commands_in(text):
             run(folder, command)
+
+
+def test_the_page_for_contributors_names_what_is_there():
+    """Files to read, places to add to and their tests exist; so do the commands of the three circles."""
+    text = (ROOT / "docs/contributing.md").read_text()
+    named = re.findall(
+        r"`((?:tnt_jax/|tests/|configs/|data/|training/|export/|models/|storage/|visualize/|commands/)[\w./]*)`", text
+    )
+    assert len(named) > 30
+    missing = [name for name in named if not any((ROOT / place / name).exists() for place in ("", "tnt_jax"))]
+    assert not missing
+    targets = (ROOT / "Makefile").read_text()
+    assert all(f"\n{name}:" in targets for name in set(re.findall(r"`make ([\w-]+)`", text)))
