@@ -5,7 +5,7 @@ Names are imported when they are first used: `import tnt_jax` alone imports no J
 
 import importlib
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "InputError": "config",
@@ -16,6 +16,7 @@ _HOME = {
     "load_model": "storage.load",
     "save_model": "storage.folder",
     "summary": "models.summary",
+    "train": "training.loop",
 }
 _MODULES = {"attribution": "evaluation.attribution"}
 _ROOMS = ("config", "data", "evaluation", "export", "inference", "models", "storage", "training", "visualize")

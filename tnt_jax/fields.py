@@ -69,7 +69,12 @@ def _docstrings(kind: type) -> dict[str, str]:
 
 
 def plain(value: Any) -> Any:
-    """NumPy's and JAX's numbers and arrays, and lists, as Python's numbers and tuples; anything else as it is."""
+    """NumPy's and JAX's numbers and arrays, and lists, as Python's numbers and tuples, dtypes as their names; anything
+    else as it is."""
+    if isinstance(value, type) and hasattr(value, "dtype"):  # np.float32, jnp.bfloat16
+        return value.__name__
+    if hasattr(value, "itemsize") and hasattr(value, "name"):  # np.dtype
+        return value.name
     if hasattr(value, "tolist"):
         value = value.tolist()
     return tuple(map(plain, value)) if isinstance(value, list | tuple) else value

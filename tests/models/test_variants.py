@@ -1,5 +1,7 @@
 """Names, and what happens to wrong ones and wrong sizes."""
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import tnt_jax
@@ -36,3 +38,10 @@ def test_mmpretrains_name_is_the_legacy_architecture():
 def test_what_is_wrong_is_named_with_what_would_be_right(name, changes, message):
     with pytest.raises(tnt_jax.InputError, match=message):
         tnt_jax.create_model(name, **changes)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", jnp.bfloat16, np.dtype("bfloat16"), jnp.dtype("bfloat16")])
+def test_a_dtype_is_taken_as_flax_users_write_it(dtype):
+    assert tnt_jax.create_model("tnt_ti_patch16_224", depth=1, dtype=dtype).config.dtype == "bfloat16"
+    with pytest.raises(tnt_jax.InputError, match="dtype is 'float16'"):
+        tnt_jax.create_model("tnt_ti_patch16_224", dtype=np.float16)

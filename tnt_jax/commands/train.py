@@ -1,6 +1,7 @@
 """Trains a model: `python train.py [--config NAME] [--FIELD VALUE ...]`. `--help` lists the fields."""
 
 import dataclasses
+import shlex
 import sys
 
 from tnt_jax.commands.cli import Chosen, command, parse_with_config, typed
@@ -33,4 +34,5 @@ def main() -> None:
         use_compilation_cache()
         train(config)
         if jax.process_index() == 0:
-            print(f"Next:\n  {typed('eval')} {config.run_dir}\n  {typed('predict')} {config.run_dir} IMAGE")
+            run = shlex.quote(config.run_dir)
+            print(f"Next:\n  {typed('eval')} {run}\n  {typed('predict')} {run} IMAGE")
