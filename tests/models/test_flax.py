@@ -138,7 +138,7 @@ def test_parameters_and_averages_are_split_by_their_kind():
     assert nnx.merge(graphdef, parameters, averages)(IMAGES).shape == (4, 3)
 
 
-@pytest.mark.parametrize("kind", ["tnt", pytest.param("pyramid", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["tnt", pytest.param("pyramid", marks=pytest.mark.nightly)])
 def test_the_reference_is_differentiated_in_every_way(kind):
     graphdef, state = nnx.split(make(kind, inner="reference"))
     direction = jnp.ones_like(IMAGES[:1])
