@@ -9,8 +9,9 @@ from flax import nnx
 from small_models import SMALL_PYRAMID, small_pyramid
 
 import tnt_jax
+from tnt_jax.evaluation.observed import observe
 from tnt_jax.models.pyramid_tnt import Aggregation, ReducedAttention, stage_config
-from tnt_jax.models.variants import model_config
+from tnt_jax.models.variants import model_config, with_formulation
 
 
 def images(*shape: int) -> jax.Array:
@@ -97,6 +98,20 @@ def test_keys_of_an_uneven_grid_are_the_means_of_its_whole_squares():
     inside = np.zeros((5, 7), bool)
     inside[:4, :6] = True
     np.testing.assert_array_equal(attention.weights(border)[:, :, inside.ravel()], weights[:, :, inside.ravel()])
+
+
+def test_attention_maps_are_the_softmax_that_each_block_computes():
+    """With position biases that matter, after the words were added."""
+    model = with_formulation(small_pyramid(image_size=64), "reference")
+    for stage in model.stages:
+        bias = stage.position_bias[...]
+        stage.position_bias[...] = 3 * jax.random.normal(jax.random.key(0), bias.shape)
+    x = images(2, 64, 64, 3)
+    inner, outer = model.attention_maps(x)
+    blocks, _ = observe(*nnx.split(model), x, jnp.array([0, 2]))
+    for weights, words, block in zip(outer, inner, blocks, strict=True):
+        np.testing.assert_allclose(weights, block.outer, atol=1e-5)
+        np.testing.assert_allclose(words.reshape(block.inner.shape), block.inner, atol=1e-5)
 
 
 def test_attention_maps_are_those_of_every_block(model):
