@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -87,6 +88,7 @@ class Checkpoints:
         self._failed = False
         self._being_written: int | None = None
         self._noting = threading.Thread()
+        self._failure: BaseException | None = None
         self._scores = scores_of(run_dir)
         several = jax.process_count() > 1
         self._manager = ocp.CheckpointManager(
@@ -96,10 +98,21 @@ class Checkpoints:
                 preservation_policy=self,
                 enable_async_checkpointing=True,
                 # Orbax measures with the machine's clock, which jumps: a laptop wakes up, a server is set right.
-                async_options=ocp.options.AsyncOptions(timeout_secs=10**6 if several else 4 * 10**9),
+                async_options=ocp.options.AsyncOptions(4 * 10**9, self._meet if several else None),
                 single_host_load_and_broadcast=several,
             ),
         )
+
+    def _meet(self, *, key: str, timeout_ms: int) -> None:
+        """Waits for the other processes, but not where Orbax would do so before it raises an error of its thread."""
+        if threading.current_thread() is not threading.main_thread() and (error := sys.exc_info()[1]):
+            self._failure = error
+            raise error
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         """Orbax asks which of these steps are kept."""
@@ -184,6 +197,7 @@ class Checkpoints:
         """Raises WriteError if a checkpoint that is being written has failed."""
         with self._writing():
             self._manager.check_for_errors()
+            self._raise_failure()
         self._note_when_written()
 
     @contextlib.contextmanager
@@ -274,6 +288,7 @@ class Checkpoints:
         with self._writing():
             end = time.monotonic() + LONGEST_WRITE
             while self._manager.is_saving_in_progress():
+                self._raise_failure()
                 if time.monotonic() > end:
                     raise TimeoutError(f"it is not there after {LONGEST_WRITE} s")
                 time.sleep(0.002)
