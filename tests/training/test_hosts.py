@@ -173,7 +173,8 @@ LOST = "raise jax.errors.JaxRuntimeError('UNAVAILABLE: the TPU worker is not rea
     ],
 )
 def test_no_process_outlives_another(who, happens, codes, message, tmp_path):
-    _, _, err = end(processes := start(tmp_path, happens={who: happens}))[1 - who]
+    # Gloo may abort a process of two devices that see at different moments that another process has gone.
+    _, _, err = end(processes := start(tmp_path, devices=1, happens={who: happens}))[1 - who]
     assert processes[1 - who].returncode in codes, err
     assert re.search(message, err)
     assert "Traceback" not in err
