@@ -478,7 +478,6 @@ def test_a_clock_that_jumps_harms_no_checkpoint(tmp_path):
 @pytest.mark.parametrize("who", [0, 1])
 def test_one_process_that_cannot_write_ends_both_at_once(who, tmp_path):
     results = end(start(tmp_path, "--checkpoint-every-steps", "4", devices=1, before={who: FULL_DISK}))
-    assert results[who][0] == 75, results
-    assert results[1 - who][0] in (75, -signal.SIGABRT), results
+    assert [code for code, _, _ in results] == [1, 1], results
     assert "error: a checkpoint cannot be written into" in results[who][2]
     assert "Traceback" not in results[who][2]

@@ -34,6 +34,7 @@ from tnt_jax.storage.reading import (
     had_checkpoint,
     name_of,
     note_files,
+    readable,
     restore,
     scores_of,
     steps_of,
@@ -43,7 +44,9 @@ LONGEST_WRITE = 1800
 """Seconds after which a checkpoint counts as one that cannot be written."""
 MOST_STEPS = 256
 """So many steps are looked at when a run starts again."""
-STAYS = re.compile("No space left|Read-only file system|Permission denied|Operation not permitted|quota exceeded")
+STAYS = re.compile(
+    "No space left|File too large|Read-only file system|Permission denied|Operation not permitted|quota exceeded"
+)
 
 
 class WriteError(RuntimeError):
@@ -71,6 +74,9 @@ class Checkpoints:
         keep: how many of the latest.
         best_by: the metric of the averaged weights by which one of them is the best.
         warn: is told of each checkpoint that is damaged, which is then renamed to `damaged-STEP`.
+
+    Raises:
+        UnreadableError: the folder cannot be read now.
     """
 
     def __init__(
@@ -91,17 +97,18 @@ class Checkpoints:
         self._failure: BaseException | None = None
         self._scores = scores_of(run_dir)
         several = jax.process_count() > 1
-        self._manager = ocp.CheckpointManager(
-            self._folder,
-            item_handlers=ocp.PyTreeCheckpointHandler(use_ocdbt=may_merge(self._folder)),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=self,
-                enable_async_checkpointing=True,
-                # Orbax measures with the machine's clock, which jumps: a laptop wakes up, a server is set right.
-                async_options=ocp.options.AsyncOptions(4 * 10**9, self._meet if several else None),
-                single_host_load_and_broadcast=several,
-            ),
-        )
+        with readable(self._folder):
+            self._manager = ocp.CheckpointManager(
+                self._folder,
+                item_handlers=ocp.PyTreeCheckpointHandler(use_ocdbt=may_merge(self._folder)),
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=self,
+                    enable_async_checkpointing=True,
+                    # Orbax measures with the machine's clock, which jumps: a laptop wakes up, a server is set right.
+                    async_options=ocp.options.AsyncOptions(4 * 10**9, self._meet if several else None),
+                    single_host_load_and_broadcast=several,
+                ),
+            )
 
     def _meet(self, *, key: str, timeout_ms: int) -> None:
         """Waits for the other processes, but not where Orbax would do so before it raises an error of its thread."""
@@ -281,7 +288,8 @@ class Checkpoints:
         _worst(0)  # every process may look again
         if self._scores.pop(step, None):
             self._write_scores()
-        self._manager.reload()
+        with readable(self._folder):
+            self._manager.reload()
 
     def wait(self) -> None:
         """Waits until everything is on the disk. Raises WriteError if something could not be written."""
