@@ -209,13 +209,15 @@ def description_of_another_version(run_dir: pathlib.Path, chance: random.Random)
 
 def arrays(run_dir: pathlib.Path) -> dict:
     """The arrays of the last checkpoint, by their names."""
-    import warnings
-
+    import jax
+    import numpy as np
     import orbax.checkpoint as ocp
 
-    warnings.filterwarnings("ignore", message="Sharding info not provided")
+    folder = run_dir / "checkpoints" / str(steps(run_dir)[-1]) / "default"
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        items = checkpointer.restore(run_dir / "checkpoints" / str(steps(run_dir)[-1]) / "default")
+        names = checkpointer.metadata(folder).item_metadata.tree
+        here = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), names)  # its devices were those of other processes
+        items = checkpointer.restore(folder, args=ocp.args.PyTreeRestore(restore_args=here))
     return {f"{item}.{name}": value for item, tree in items.items() for name, value in tree.items()}
 
 

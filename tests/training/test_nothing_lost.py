@@ -36,6 +36,10 @@ def test_what_cannot_be_read_now_ends_the_run_and_harms_nothing(finished, copy, 
         patch.setattr(reading.ocp.Checkpointer, "restore", stale)
         with pytest.raises(UnreadableError, match=r"step 22 .*Stale file handle.*Nothing was touched"):
             train(copy)
+    with monkeypatch.context() as patch:
+        patch.setattr(reading.ocp.CheckpointManager, "__init__", stale)  # it lists the folder, too
+        with pytest.raises(UnreadableError, match=r"checkpoints .*Stale file handle.*Nothing was touched"):
+            train(copy)
     assert contents(copy.run_dir, "starts.jsonl") == before
     train(copy)
     assert_ended_as(copy, finished)

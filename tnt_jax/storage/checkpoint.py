@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from tnt_jax.storage.reading import (
     had_checkpoint,
     name_of,
     note_files,
+    readable,
     restore,
     scores_of,
     steps_of,
@@ -42,7 +44,9 @@ LONGEST_WRITE = 1800
 """Seconds after which a checkpoint counts as one that cannot be written."""
 MOST_STEPS = 256
 """So many steps are looked at when a run starts again."""
-STAYS = re.compile("No space left|Read-only file system|Permission denied|Operation not permitted|quota exceeded")
+STAYS = re.compile(
+    "No space left|File too large|Read-only file system|Permission denied|Operation not permitted|quota exceeded"
+)
 
 
 class WriteError(RuntimeError):
@@ -70,6 +74,9 @@ class Checkpoints:
         keep: how many of the latest.
         best_by: the metric of the averaged weights by which one of them is the best.
         warn: is told of each checkpoint that is damaged, which is then renamed to `damaged-STEP`.
+
+    Raises:
+        UnreadableError: the folder cannot be read now.
     """
 
     def __init__(
@@ -87,19 +94,32 @@ class Checkpoints:
         self._failed = False
         self._being_written: int | None = None
         self._noting = threading.Thread()
+        self._failure: BaseException | None = None
         self._scores = scores_of(run_dir)
         several = jax.process_count() > 1
-        self._manager = ocp.CheckpointManager(
-            self._folder,
-            item_handlers=ocp.PyTreeCheckpointHandler(use_ocdbt=may_merge(self._folder)),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=self,
-                enable_async_checkpointing=True,
-                # Orbax measures with the machine's clock, which jumps: a laptop wakes up, a server is set right.
-                async_options=ocp.options.AsyncOptions(timeout_secs=10**6 if several else 4 * 10**9),
-                single_host_load_and_broadcast=several,
-            ),
-        )
+        with readable(self._folder):
+            self._manager = ocp.CheckpointManager(
+                self._folder,
+                item_handlers=ocp.PyTreeCheckpointHandler(use_ocdbt=may_merge(self._folder)),
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=self,
+                    enable_async_checkpointing=True,
+                    # Orbax measures with the machine's clock, which jumps: a laptop wakes up, a server is set right.
+                    async_options=ocp.options.AsyncOptions(4 * 10**9, self._meet if several else None),
+                    single_host_load_and_broadcast=several,
+                ),
+            )
+
+    def _meet(self, *, key: str, timeout_ms: int) -> None:
+        """Waits for the other processes, but not where Orbax would do so before it raises an error of its thread."""
+        if threading.current_thread() is not threading.main_thread() and (error := sys.exc_info()[1]):
+            self._failure = error
+            raise error
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         """Orbax asks which of these steps are kept."""
@@ -184,6 +204,7 @@ class Checkpoints:
         """Raises WriteError if a checkpoint that is being written has failed."""
         with self._writing():
             self._manager.check_for_errors()
+            self._raise_failure()
         self._note_when_written()
 
     @contextlib.contextmanager
@@ -267,13 +288,15 @@ class Checkpoints:
         _worst(0)  # every process may look again
         if self._scores.pop(step, None):
             self._write_scores()
-        self._manager.reload()
+        with readable(self._folder):
+            self._manager.reload()
 
     def wait(self) -> None:
         """Waits until everything is on the disk. Raises WriteError if something could not be written."""
         with self._writing():
             end = time.monotonic() + LONGEST_WRITE
             while self._manager.is_saving_in_progress():
+                self._raise_failure()
                 if time.monotonic() > end:
                     raise TimeoutError(f"it is not there after {LONGEST_WRITE} s")
                 time.sleep(0.002)

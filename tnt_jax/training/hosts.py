@@ -112,10 +112,11 @@ class Hosts:
         """An error of this process ends all of them, unless all of them raise it."""
         if self.count == 1 or getattr(error, "agreed", False):
             return
-        code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
+        code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", None)
         message = str(error) or type(error).__name__
-        if code == 1:
+        if code is None:  # nobody has foreseen it
             traceback.print_exception(error)
+            code = 1
         print(f"error: {message}", file=sys.stderr, flush=True)
         # Who has lost another sees what follows from it: whoever knows the reason is given the time to say it.
         if isinstance(error, LostError) and self._told.wait(2):
