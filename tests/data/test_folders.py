@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from tnt_jax.config import DataConfig, InputError
+from tnt_jax.data.check import content_of
 from tnt_jax.data.listing import images_below
 from tnt_jax.data.opening import open_split
 
@@ -56,6 +57,16 @@ def test_broken_links_are_named(tmp_path):
     source = open_split(DataConfig(f"folder:{tmp_path}", skip_unreadable=0.5), "train")
     with pytest.raises(InputError, match=r"annexed.png: it is a link to \.\./nowhere.png, which is not there"):
         source[1]
+
+
+def test_a_class_folder_that_is_not_utf8_has_a_name_that_every_file_can_hold(tmp_path):
+    for name in (b"caf\xe9", b"the"):
+        write(tmp_path / os.fsdecode(b"train/" + name) / "1.png")
+        write(tmp_path / os.fsdecode(b"val/" + name) / "1.png")
+    train, test = (open_split(DataConfig(f"folder:{tmp_path}"), split) for split in ("train", "test"))
+    assert train.class_names == test.class_names == ("caf\\xe9", "the")
+    assert train[0][0].shape == (6, 6, 3)
+    assert content_of(train)["class names"] == content_of(test)["class names"]
 
 
 def test_classes_are_in_natural_order_or_as_they_are_given(tmp_path):

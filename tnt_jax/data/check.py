@@ -76,7 +76,10 @@ def _say_what_is_special(pixels: np.ndarray, data: DataConfig) -> None:
 
 def content_of(source: Source) -> dict[str, str]:
     """What a split holds: the number of its images, and digests of class names, file names, labels and weights."""
-    found = {"number of images": str(len(source)), "class names": _digest("\0".join(source.class_names).encode())}
+    found = {
+        "number of images": str(len(source)),
+        "class names": _digest("\0".join(source.class_names).encode(errors="surrogateescape")),
+    }
     if (files := getattr(source, "files", None)) is not None:
         found["file names"] = files.digest()
     if not _is_read_for_targets(source):

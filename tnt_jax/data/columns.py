@@ -67,13 +67,16 @@ class Column:
         ends = np.frombuffer(ends, np.int32, len(taken) + 1, taken.offset * 4)
         return FileNames.of_arrays(np.frombuffer(text or b"", np.uint8)[: ends[-1]], ends)
 
-    def natural_codes(self) -> np.ndarray:
-        """Which value each row has, where values are numbered in their natural order."""
+    def numbers(self, in_order: bool = False) -> np.ndarray:
+        """A number for each row, int32 (rows,): the same where its text is the same but for blanks around it.
+
+        Args:
+            in_order: number the texts in their natural order; else as they come.
+        """
         texts = self.texts
-        order = sorted(range(len(texts)), key=lambda code: natural_key(texts[code]))
-        places = np.empty(len(order), np.int32)
-        places[order] = np.arange(len(order))
-        return places[self.codes]
+        different = sorted(set(texts), key=natural_key) if in_order else dict.fromkeys(texts)
+        places = {text: place for place, text in enumerate(different)}
+        return np.array([places[text] for text in texts], np.int32)[self.codes]
 
 
 def parts(array: "pyarrow.BinaryArray") -> Iterator[bytes]:
@@ -245,7 +248,7 @@ def _class_names(
             raise InputError(
                 f"{_place(table, column, code)}: no training image has label {only[0]!r}"
                 + (f" (nor {len(only) - 1} others)" if len(only) > 1 else "")
-                + "; --data.other-classes True allows classes that only the evaluated split has"
+                + "; --data.other-classes allows classes that only the evaluated split has"
             )
     return names, numbers, np.array([name in trained for name in names], bool)
 

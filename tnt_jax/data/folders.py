@@ -35,10 +35,15 @@ def open_folder(argument: str, data: DataConfig, split: str) -> FileSource:
         raise NoSplitError(split, folders_in(root))
     training = _split_folder(root, data.train_split) or folder
     here = () if (folder / LABEL_FILE).is_file() else folders_in(folder)
-    trained = folders_in(training)
+    trained = [_class_of(name) for name in folders_in(training)]
     evaluated = _split_folder(root, data.eval_split) if data.other_classes else None
-    class_names = class_names_of(data, {*trained, *here, *(folders_in(evaluated) if evaluated else ())})
-    if unknown := sorted({*trained, *here} - set(class_names), key=natural_key) if data.class_names else []:
+    there = {*here, *(folders_in(evaluated) if evaluated else ())}
+    class_names = class_names_of(data, {*trained, *map(_class_of, there)})
+    if (
+        unknown := sorted({*trained, *map(_class_of, here)} - set(class_names), key=natural_key)
+        if data.class_names
+        else []
+    ):
         raise InputError(
             f"{data.class_names} does not name the class folders {listed(unknown)} of {root}; it has {len(class_names)}"
         )
@@ -53,6 +58,11 @@ def open_folder(argument: str, data: DataConfig, split: str) -> FileSource:
         raise InputError(f"{folder} holds neither class folders nor a {LABEL_FILE}")
     _check(folder, class_names, trained, targets, walk, data, split)
     return FileSource(str(folder), files, targets, class_names, Reading.of(data))
+
+
+def _class_of(folder: str) -> str:
+    """The name of the class in a folder: bytes that are no UTF-8 are written as `\\xe9`, which every file can hold."""
+    return os.fsencode(folder).decode(errors="backslashreplace")
 
 
 def _numbers_of(class_names: Sequence[str]) -> dict[str, int]:
@@ -89,7 +99,7 @@ def _of_class_folders(
         return name, found
 
     files = FileNames(map(images_of_class, here))
-    return files, labels_of(counts, [numbers[name] for name in here])
+    return files, labels_of(counts, [numbers[_class_of(name)] for name in here])
 
 
 def _check(folder, class_names, trained, targets, walk: Walk, data: DataConfig, split: str) -> None:

@@ -89,8 +89,8 @@ def open_table(argument: str, data: DataConfig, split: str) -> FileSource:
         targets,
         class_names,
         Reading.of(data),
-        groups=None if group is None else table.columns[group].codes[rows],
-        folds=None if fold is None else table.columns[fold].natural_codes()[rows],
+        groups=None if group is None else table.columns[group].numbers()[rows],
+        folds=None if fold is None else table.columns[fold].numbers(in_order=True)[rows],
         weights=None if weight is None else weights_of(table, table.columns[weight])[rows],
     )
 
@@ -131,7 +131,7 @@ def check_classes(
     if (only := [class_names[label] for label in np.flatnonzero(here & ~in_training)]) and not data.other_classes:
         raise InputError(
             f"{name}: split {split!r} has classes that no training image has: {listed(only)}; "
-            "--data.other-classes True allows them"
+            "--data.other-classes allows them"
         )
     if lacking := [class_names[label] for label in np.flatnonzero(in_training & ~here)]:
         logger.warning("%s: split %r has no image of %s", name, split, listed(lacking))
@@ -150,10 +150,11 @@ def _check_images(table: Table, column: Column, folder: str) -> None:
         raise InputError(f"{table.place(row)}: the cell of {column.name!r} is empty")
     # By 64 bits of each path instead of the path: a tenth of the memory.
     keys = np.fromiter(map(hash, parts(column.cells)), np.int64, len(table))
-    different, first = np.unique(keys, return_index=True)
+    one_spelling = np.fromiter((hash(_plain(name, folder)) for name in parts(column.cells)), np.int64, len(table))
+    different, first = np.unique(one_spelling, return_index=True)
     if len(different) < len(table):
         again = np.setdiff1d(np.arange(len(table)), first)
-        name, before = _name(column, int(again[0])), int(np.argmax(keys == keys[again[0]]))
+        name, before = _name(column, int(again[0])), int(np.argmax(one_spelling == one_spelling[again[0]]))
         others = f"; so are {len(again) - 1} other rows" if len(again) > 1 else ""
         raise InputError(
             f"{table.place(int(again[0]))}: {name} is there for the second time, first in {table.place(before)}{others}"
@@ -165,6 +166,15 @@ def _check_images(table: Table, column: Column, folder: str) -> None:
             f"{table.place(int(missing[0]))}: {len(missing):,} of {len(table):,} images are not there, looked for in "
             f"{folder}: {names}"
         )
+
+
+def _plain(name: bytes, folder: str) -> bytes:
+    """A path as it is written without detours: `a/../b`, `./b`, or its whole address."""
+    if b"./" in name or b"//" in name or name.startswith(b"/"):
+        name = os.path.normpath(name)
+        inside = os.path.join(os.fsencode(folder), b"")
+        return name.removeprefix(inside)
+    return name
 
 
 def _name(column: Column, row: int) -> str:
