@@ -4,6 +4,7 @@ import dataclasses
 import io
 import os
 import struct
+from collections.abc import Callable
 from typing import BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
@@ -52,7 +53,7 @@ def read_image(
     *,
     at_least: tuple[int, int] | None = None,
     reading: Reading = AS_IT_IS,
-    name: str | None = None,
+    name: str | Callable[[], str] | None = None,
 ) -> Pixels:
     """The pixels of an image, upright as EXIF or XMP says: uint8, uint16 or float32 (height, width, channels).
 
@@ -67,12 +68,12 @@ def read_image(
         at_least: height and width. A JPEG that is twice as large, or 4 or 8 times, is decoded at that fraction of its
             size if it has more than `LARGEST_WHOLE` pixels or `reading.fast_decode` is set: much faster, but not with
             the pixels that resizing it would give.
-        name: of the image, for errors.
+        name: of the image, for errors; or what gives it then.
 
     Raises:
         InputError: there is no such file, or it cannot be read as an image; the message says which and why.
     """
-    name = name or name_of_image(source)
+    given = source
     try:
         if isinstance(source, str | os.PathLike):
             with open(os.path.expanduser(source), "rb") as file:
@@ -96,10 +97,15 @@ def read_image(
     except InputError:
         raise
     except FileNotFoundError:
+        name = _called(name, given)
         link = f": it is a link to {os.readlink(name)}, which is not there" if os.path.islink(name) else ""
         raise InputError(f"there is no image {name}{link}") from None
     except Exception as error:  # decoders raise nearly everything for a damaged file
-        raise InputError(f"{name} cannot be read as an image: {_reason(error)}") from error
+        raise InputError(f"{_called(name, given)} cannot be read as an image: {_reason(error)}") from error
+
+
+def _called(name: str | Callable[[], str] | None, source: ImageSource) -> str:
+    return (name() if callable(name) else name) or name_of_image(source)
 
 
 def name_of_image(source: ImageSource) -> str:

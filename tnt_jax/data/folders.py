@@ -11,14 +11,14 @@ from tnt_jax.config import DataConfig, InputError
 from tnt_jax.data.columns import class_names_of
 from tnt_jax.data.decode import Reading
 from tnt_jax.data.listing import SUFFIXES, FileNames, Walk, folders_in, identity_of, labels_of, natural_key
-from tnt_jax.data.sources import FileSource, NoSplitError, names_of_split
+from tnt_jax.data.sources import ImageFiles, NoSplitError, Split, names_of_split
 from tnt_jax.data.tables import check_classes, listed
 
 LABEL_FILE = "labels.txt"
 logger = logging.getLogger(__name__)
 
 
-def open_folder(argument: str, data: DataConfig, split: str) -> FileSource:
+def open_folder(argument: str, data: DataConfig, split: str) -> Split:
     """A folder per split, in it a folder per class, in it images, nested or not. Classes are sorted by name.
 
     A split may also hold its images flat, beside a `labels.txt` that names the class of each: so ImageNet ships its
@@ -36,8 +36,10 @@ def open_folder(argument: str, data: DataConfig, split: str) -> FileSource:
     training = _split_folder(root, data.train_split) or folder
     here = () if (folder / LABEL_FILE).is_file() else folders_in(folder)
     trained = [_class_of(name) for name in folders_in(training)]
-    evaluated = _split_folder(root, data.eval_split) if data.other_classes else None
-    there = {*here, *(folders_in(evaluated) if evaluated else ())}
+    # Where other classes are allowed they are those of all splits that are evaluated, whichever is opened.
+    others = (data.eval_split or "validation", "test") if data.other_classes else ()
+    evaluated = [found for each in others if (found := _split_folder(root, each))]
+    there = {*here, *(name for each in evaluated for name in folders_in(each))}
     class_names = class_names_of(data, {*trained, *map(_class_of, there)})
     if (
         unknown := sorted({*trained, *map(_class_of, here)} - set(class_names), key=natural_key)
@@ -57,7 +59,8 @@ def open_folder(argument: str, data: DataConfig, split: str) -> FileSource:
     else:
         raise InputError(f"{folder} holds neither class folders nor a {LABEL_FILE}")
     _check(folder, class_names, trained, targets, walk, data, split)
-    return FileSource(str(folder), files, targets, class_names, Reading.of(data))
+    name = data.train_split if folder == root else folder.name
+    return Split(ImageFiles(str(folder), files), targets, class_names, name, Reading.of(data))
 
 
 def _class_of(folder: str) -> str:

@@ -50,7 +50,7 @@ def measure(data: DataConfig, progress=lambda done, count: None) -> Statistics:
     source = open_split(data, data.train_split)
 
     def sums(index: int) -> np.ndarray:
-        pixels = source.read(index, None, (SIDE, SIDE))[0] if hasattr(source, "read") else source[index][0]
+        pixels = source.read(index, None, (SIDE, SIDE))[0]
         values = resized_to_fit(pixels, SIDE).astype(np.float64) / full_scale_of(pixels.dtype)
         return np.stack([values.mean(axis=(0, 1)), (values**2).mean(axis=(0, 1))])
 
@@ -59,10 +59,8 @@ def measure(data: DataConfig, progress=lambda done, count: None) -> Statistics:
         for at in range(0, count, 256):
             for index, each in enumerate(pool.map(sums, range(at, min(at + 256, count))), at):
                 if total is not None and each.shape != total.shape:
-                    from tnt_jax.data.sources import name_of
-
                     raise InputError(
-                        f"{name_of(source, index)} has {each.shape[1]} channels, and the images before it "
+                        f"{source.image_name(index)} has {each.shape[1]} channels, and the images before it "
                         f"{total.shape[1]}"
                     )
                 total = each if total is None else total + each
