@@ -1,5 +1,7 @@
 """Shares and folds: stratified, without a group in two parts, and the same each time."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -88,6 +90,15 @@ def test_an_option_that_a_source_has_no_use_for_is_refused_by_its_name(kind):
             opening.open_split(DataConfig(source, **{option: value}), "nonsense")
         refused = f"--data.{option.replace('_', '-')} was given, and {kind}" in str(raised.value)
         assert refused == (option not in opening.SOURCES[kind].options)
+
+
+@pytest.mark.parametrize(
+    ("source", "guess"),
+    [("clean.csv", "csv:clean.csv"), ("a/b.parquet", "csv:a/b.parquet"), ("x.npz", "npy:x.npz"), (".", "folder:.")],
+)
+def test_a_path_without_a_kind_is_guessed(source, guess):
+    with pytest.raises(InputError, match=f"is none of .*did you mean {re.escape(guess)}"):
+        opening.open_split(DataConfig(source), "train")
 
 
 def test_groups_of_arrays_are_arrays_beside_them(tmp_path):

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import logging
+import math
 import os
 
 import numpy as np
@@ -43,7 +44,7 @@ def check_splits(train: Split, test: Split, data: DataConfig, channels: int) -> 
             check_targets(source.all_targets, data, source.class_names, name)
             if source is train:
                 check_training_targets(source.all_targets, data, source.class_names)
-        check_not_empty(source, name, most_unreadable(data, len(source)) if source is train else 0)
+        _check_not_empty(source, name, data, source is train)
         pixels = sample_of(source, most_unreadable(data, len(source)) if source is train else 0, channels)
         dtypes.append(data.depth or str(pixels.dtype))
         if source is train:
@@ -62,16 +63,18 @@ def check_splits(train: Split, test: Split, data: DataConfig, channels: int) -> 
     return dtypes[0], dtypes[1]
 
 
-def check_not_empty(source: Split, name: str, allowed: int) -> None:
-    """Raises InputError where more files are empty than `allowed`: their sizes tell, without reading them.
+def _check_not_empty(source: Split, name: str, data: DataConfig, training: bool) -> None:
+    """Raises InputError where more files are empty than may be: their sizes tell, without reading them.
 
     Of more files than `MAX_SIZES` they are not asked for, since each takes a way to the disk.
     """
     if not isinstance(source.images, ImageFiles) or len(source) > MAX_SIZES:
         return
     empty = [path for path in source.images if os.path.exists(path) and not os.path.getsize(path)]
-    if len(empty) > allowed:
-        raise InputError(f"{name}: {len(empty)} of {len(source)} files are empty: {listed(empty)}")
+    if len(empty) > (most_unreadable(data, len(source)) if training else 0):
+        skipped = math.ceil(1e4 * len(empty) / len(source)) / 1e4
+        remedy = f"; --data.skip-unreadable {skipped:g} trains without them" if training else "; take them out"
+        raise InputError(f"{name}: {len(empty)} of {len(source)} files are empty: {listed(empty)}{remedy}")
 
 
 def _say_what_is_special(pixels: np.ndarray, data: DataConfig) -> None:

@@ -31,9 +31,14 @@ def open_folder(argument: str, data: DataConfig, split: str) -> Split:
     if not root.is_dir():
         raise InputError(f"there is no folder {root}")
     folder = _split_folder(root, split)
+    training = _split_folder(root, data.train_split)
+    if training is None and _holds_classes(root):
+        if split != data.train_split:
+            raise NoSplitError(split, (data.train_split,))
+        folder = training = root
     if folder is None:
         raise NoSplitError(split, folders_in(root))
-    training = _split_folder(root, data.train_split) or folder
+    training = training or folder
     here = () if (folder / LABEL_FILE).is_file() else folders_in(folder)
     trained = [_class_of(name) for name in folders_in(training)]
     # Where other classes are allowed they are those of all splits that are evaluated, whichever is opened.
@@ -86,6 +91,16 @@ def _split_folder(root: pathlib.Path, split: str) -> pathlib.Path | None:
     if labelled and labelled[0] != found[0]:
         logger.warning("%s has no labels: %s is split %r", found[0], labelled[0], split)
     return next(iter(labelled or found), None)
+
+
+def _holds_classes(root: pathlib.Path) -> bool:
+    """Whether the folders in a folder are classes, and no splits: none is called like one, and all have images."""
+    known = {name for split in ("train", "test", "validation") for name in names_of_split(split)}
+    found = folders_in(root)
+    return bool(found) and all(
+        name.lower() not in known and any(entry.name.lower().endswith(SUFFIXES) for entry in os.scandir(root / name))
+        for name in found
+    )
 
 
 def _of_class_folders(

@@ -180,7 +180,7 @@ def most_unreadable(data: DataConfig, count: int) -> int:
 def _too_many(recipe: TrainRecipe, unreadable: dict[int, str]) -> InputError:
     reason = list(unreadable.values())[-1]
     if not recipe.data.skip_unreadable:
-        return InputError(reason)
+        return InputError(f"{reason}; --data.skip-unreadable 0.01 trains without up to 1% of the images")
     return InputError(
         f"{len(unreadable)} of {len(recipe.source)} training images are unreadable, and data.skip_unreadable "
         f"{recipe.data.skip_unreadable} allows {most_unreadable(recipe.data, len(recipe.source))}; the last: {reason}"
