@@ -1,13 +1,14 @@
 """Generated data sets, each with a task of its own, as sources `generated:NAME`."""
 
 import csv
+import dataclasses
 
 import numpy as np
 from PIL import Image
 
 from tnt_jax.config import DataConfig, ModelChanges, OptimizerConfig, TrainConfig
 from tnt_jax.data import opening
-from tnt_jax.data.sources import ArraySource
+from tnt_jax.data.sources import NoSplitError, Split
 
 SIDE = 16
 SHAPES = ("disc", "square", "cross", "bar")
@@ -42,7 +43,7 @@ def shapes(count, seed):
                 row, column = rng.integers(2, 6, 2) + 8 * np.array(divmod(int(quarter), 2))
                 draw(image, shape, row, column, 200)
         images.append(image)
-    return ArraySource(np.array(images, np.uint8)[..., None], labels, SHAPES)
+    return Split(np.array(images, np.uint8)[..., None], labels, SHAPES)
 
 
 def position(count, seed):
@@ -54,7 +55,7 @@ def position(count, seed):
         draw(image, "disc", row, column, 200)
         images.append(image)
     targets = np.stack([1000 + 50 * places[:, 0], -0.01 * places[:, 1]], axis=1).astype(np.float32)
-    return ArraySource(np.array(images, np.uint8)[..., None], targets, ("depth", "angle"))
+    return Split(np.array(images, np.uint8)[..., None], targets, ("depth", "angle"))
 
 
 def rare(count, seed):
@@ -66,7 +67,7 @@ def rare(count, seed):
         image = canvas(rng)
         draw(image, "cross" if is_rare else "square", *rng.integers(3, SIDE - 3, 2), 150)
         images.append(image)
-    return ArraySource(np.array(images, np.uint8)[..., None], labels.astype(np.int32), ("square", "cross"))
+    return Split(np.array(images, np.uint8)[..., None], labels.astype(np.int32), ("square", "cross"))
 
 
 MAKERS = {"shapes": shapes, "position": position, "rare": rare}
@@ -76,9 +77,11 @@ SEEDS = {"train": 0, "test": 1, "validation": 2}
 
 def install(monkeypatch, counts=COUNTS):
     def open_generated(argument, data, split):
-        return MAKERS[argument](counts[split], SEEDS[split])
+        if split not in counts:
+            raise NoSplitError(split, counts)
+        return dataclasses.replace(MAKERS[argument](counts[split], SEEDS[split]), name=split)
 
-    monkeypatch.setitem(opening.SOURCES, "generated", open_generated)
+    monkeypatch.setitem(opening.SOURCES, "generated", opening.Source(open_generated))
 
 
 MODEL = ModelChanges(

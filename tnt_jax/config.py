@@ -111,13 +111,15 @@ class DataConfig:
     `synthetic`; see docs/data.md. A run may go on with the same data at another place: what it holds is compared."""
     train_split: str = "train"
     """What training reads. TFDS takes its slices here, `train[:90%]`."""
-    eval_split: str = "test"
-    """What evaluation reads. `test` is the `val`, `valid` or `validation` split where a source has no test split."""
+    eval_split: str | None = setting(None, role="execution")
+    """What evaluation reads. By default training evaluates, and chooses the best checkpoint on, the validation split
+    where there is one (`val`, `valid` or `validation`), or what `holdout` or `fold` leaves, or the test split; and
+    `eval.py` reports the test split where there is one. A name is for both."""
     task: Task = "single_label"
     """What is told of an image: one class, any number of classes, or numbers."""
     holdout: float = setting(0.0, least=0, below=1)
-    """Share of the training images that is evaluated instead of trained on where the source has no `eval_split`. It is
-    drawn by `split_seed` and stratified: each class gives the same share."""
+    """Share of the training images that is evaluated instead of trained on where the source has no `eval_split`, or by
+    default no validation split. It is drawn by `split_seed` and stratified: each class gives the same share."""
     fold: str | None = None
     """K/N: the K-th of N stratified folds of the training images is evaluated, the others are trained on."""
     split_seed: int = setting(0, least=0)

@@ -113,3 +113,22 @@ def test_grey_images_pass_through_the_whole_recipe():
             24,
             1,
         )
+
+
+def test_half_of_the_images_are_mirrored_and_shifts_go_to_all_sides():
+    marked = np.zeros((20, 20, 1), np.uint8)
+    marked[10, 9] = 255  # beside the middle, so that a mirrored mark lies in column 10
+    flips = dataclasses.replace(DataConfig.plain("digits"), random_flip=0.5)
+    shifts = dataclasses.replace(DataConfig.plain("digits"), random_shift=0.2)
+
+    def marks(data):
+        made = [augment.augment(marked, data, (20, 20), np.random.default_rng(seed)) for seed in range(200)]
+        return np.array([np.argwhere(each[..., 0])[0] for each in made])
+
+    rows, columns = marks(flips).T
+    assert set(rows) == {10}
+    assert set(columns) == {9, 10}
+    assert 70 < (columns == 10).sum() < 130
+    for moved in (marks(shifts) - (10, 9)).T:
+        assert set(moved) == set(range(-4, 5))
+        assert abs(moved.mean()) < 1

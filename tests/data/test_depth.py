@@ -162,6 +162,44 @@ def test_jpeg_xl_is_read_by_its_plugin_or_says_what_to_install(monkeypatch):
         read_image(content)
 
 
+@pytest.mark.parametrize("size", [(16, 24), (8, 8), (2000, 4000), (300, 701), (90, 120), (1, 5)])
+def test_a_jpeg_xl_that_is_too_large_is_refused_before_its_plugin_decodes_it(size, monkeypatch):
+    content = imagecodecs.jpegxl_encode(np.zeros((*size, 3), np.uint8), lossless=True)
+    boxes = b"\0\0\0\x0cJXL \r\n\x87\n" + struct.pack(">I", 8 + len(content)) + b"jxlc" + content
+    monkeypatch.setattr("pillow_jxl.JpegXLImagePlugin.Decoder", None)
+    for each in (content, boxes):
+        with pytest.raises(InputError, match=f"{size[1]} x {size[0]} pixels: could be a decompression bomb"):
+            read_image(each, reading=Reading(max_pixels=size[0] * size[1] - 1))
+
+
+def test_the_depth_of_a_volume_counts_before_it_is_decoded(monkeypatch):
+    volume = np.zeros((40, 32, 32, 3), np.uint16)
+    content = tiff(volume, volumetric=True, tile=(16, 32, 32), photometric="rgb", planarconfig="contig")
+    monkeypatch.setattr(deep, "_page", None)
+    with pytest.raises(InputError, match="32 x 32 pixels: could be a decompression bomb; at most 10,000"):
+        read_image(content, reading=Reading(max_pixels=10_000))
+
+
+@pytest.mark.parametrize("white", [1.0, 4095.0, 65535.0])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_white_is_not_said_of_files_of_8_bits(kind, white):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (200, 200, 200)).save(file, kind)
+    read = read_image(file.getvalue(), reading=Reading(white))
+    assert read.dtype == np.uint8
+    assert np.abs(read.astype(int) - 200).max() <= 1
+    bands = tiff(np.full((8, 8, 5), 200, np.uint8), photometric="minisblack", planarconfig="contig")
+    assert (read_image(bands, 5, reading=Reading(white)) == 200).all()
+    assert (read_image(np.full((8, 8, 3), 200, np.uint8), reading=Reading(4095.0)) == 200).all()
+
+
+def test_grey_of_any_depth_is_that_of_itu_601():
+    for full, dtype in ((255, np.uint8), (65535, np.uint16), (1, np.float32)):
+        colours = (np.eye(3)[None] * full).astype(dtype)  # red, green, blue
+        grey = to_channels(colours, 1).ravel() / full
+        np.testing.assert_allclose(grey, [0.299, 0.587, 0.114], atol=0.6 / 255)
+
+
 def test_the_bomb_limit_is_one_number_for_every_format():
     pixels = noise(20, 30, 5)
     for content in (tiff(pixels, photometric="minisblack", planarconfig="contig"), npy(pixels)):

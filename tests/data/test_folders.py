@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from tnt_jax.config import DataConfig, InputError
+from tnt_jax.data.check import check_splits, content_of
 from tnt_jax.data.listing import images_below
-from tnt_jax.data.opening import open_split
+from tnt_jax.data.opening import open_reported, open_split
 
 
 def write(path, colour=0):
@@ -56,6 +57,69 @@ def test_broken_links_are_named(tmp_path):
     source = open_split(DataConfig(f"folder:{tmp_path}", skip_unreadable=0.5), "train")
     with pytest.raises(InputError, match=r"annexed.png: it is a link to \.\./nowhere.png, which is not there"):
         source[1]
+
+
+def test_a_class_folder_that_is_not_utf8_has_a_name_that_every_file_can_hold(tmp_path):
+    for name in (b"caf\xe9", b"the"):
+        write(tmp_path / os.fsdecode(b"train/" + name) / "1.png")
+        write(tmp_path / os.fsdecode(b"val/" + name) / "1.png")
+    train, test = (open_split(DataConfig(f"folder:{tmp_path}"), split) for split in ("train", "test"))
+    assert train.class_names == test.class_names == ("caf\\xe9", "the")
+    assert train[0][0].shape == (6, 6, 3)
+    assert content_of(train)["class names"] == content_of(test)["class names"]
+
+
+def test_the_folders_of_classes_alone_are_training_images(tmp_path):
+    for name in ("ant/1.png", "ant/2.png", "bee/1.png", "bee/2.png"):
+        write(tmp_path / name)
+    assert files_of(tmp_path) == ["ant:ant/1.png", "ant:ant/2.png", "bee:bee/1.png", "bee:bee/2.png"]
+    for split in ("test", None):
+        with pytest.raises(InputError, match=r"there is no split '\w+'; there are 'train'; --data.holdout 0.2"):
+            open_split(DataConfig(f"folder:{tmp_path}"), split)
+    assert len(files_of(tmp_path, None, holdout=0.5)) == len(files_of(tmp_path, holdout=0.5)) == 2
+    (tmp_path / "notes").mkdir()  # a folder without images is no class, so these may be splits
+    with pytest.raises(InputError, match="there is no split 'train'; there are 'ant', 'bee', 'notes'"):
+        files_of(tmp_path)
+
+
+def test_empty_files_are_found_before_training(tmp_path):
+    for split in ("train", "val"):
+        for number in range(4):
+            write(tmp_path / f"{split}/ant/{number}.png")
+    (tmp_path / "train/ant/2.png").write_bytes(b"")
+    data = DataConfig(f"folder:{tmp_path}")
+
+    def check(data):
+        check_splits(*(open_split(data, split) for split in ("train", None)), data, 3)
+
+    with pytest.raises(InputError, match=r"'train' .*: 1 of 4 files are empty: .*2.png; --data.skip-unreadable 0.25"):
+        check(data)
+    check(dataclasses.replace(data, skip_unreadable=0.25))
+    (tmp_path / "val/ant/1.png").write_bytes(b"")
+    with pytest.raises(InputError, match=r"'val' .*: 1 of 4 files are empty: .*val/ant/1.png; take them out"):
+        check(dataclasses.replace(data, skip_unreadable=0.25))
+
+
+@pytest.mark.parametrize(
+    ("split", "fields", "chooses", "reported"),
+    [
+        (("train", "val", "test"), {}, "val", "test"),
+        (("train", "Valid"), {}, "Valid", "Valid"),
+        (("train", "test"), {}, "test", "test"),
+        (("train", "test"), {"holdout": 0.5}, "holdout", "test"),
+        (("train", "val", "test"), {"fold": "1/2"}, "fold 1/2", "fold 1/2"),
+        (("train", "val", "test"), {"eval_split": "test"}, "test", "test"),
+        (("train", "validation", "test"), {"train_split": "validation"}, "test", "test"),
+        (("train",), {"holdout": 0.5}, "holdout", "holdout"),
+    ],
+)
+def test_validation_chooses_and_test_is_reported(split, fields, chooses, reported, tmp_path):
+    for name in split:
+        for number in range(4):
+            write(tmp_path / f"{name}/ant/{number}.png")
+    data = DataConfig(f"folder:{tmp_path}", **fields)
+    assert open_split(data, None).name == chooses
+    assert open_reported(data).name == reported
 
 
 def test_classes_are_in_natural_order_or_as_they_are_given(tmp_path):

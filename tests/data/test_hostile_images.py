@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from tnt_jax.config import DataConfig, InputError
+from tnt_jax.data.decode import read_image
 from tnt_jax.data.opening import open_split
 from tnt_jax.data.pipeline import eval_batches, train_batches
 from tnt_jax.data.samples import to_channels, to_depth
@@ -145,6 +146,13 @@ def test_what_cannot_be_read_is_named_with_the_reason(name, workers, tmp_path):
     ):
         with pytest.raises(InputError, match=f"{tmp_path}/.*{name} cannot be read as an image: .*({reason})"):
             next(batches)
+
+
+def test_a_photograph_above_pillows_own_limit_is_upright(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    read = read_image(turned(6), 3).astype(int)
+    assert read.shape == QUARTERS.shape
+    assert np.abs(read - QUARTERS).mean() < 3
 
 
 def test_a_file_without_permission_or_that_is_gone_is_named(tmp_path, monkeypatch):

@@ -1,9 +1,11 @@
 """`hf:OWNER/NAME` from a hub on this machine, in a process of its own, since the library reads its address once."""
 
+import dataclasses
 import io
 import os
 import subprocess
 import sys
+import tracemalloc
 
 import datasets
 import numpy as np
@@ -62,6 +64,7 @@ def test_a_dataset_of_the_hub_is_read_and_kept(tmp_path):
     assert opened("me/birds", HF_ENDPOINT=hub.address, HF_HUB_OFFLINE="1") == expected
 
 
+BIRD = datasets.ClassLabel(names=["coot", "heron", "ibis"])
 SEVERAL = datasets.Sequence(datasets.ClassLabel(names=["coot", "heron", "ibis"]))
 
 
@@ -88,7 +91,7 @@ def saved(folder, feature, train, test, column="label"):
             tuple("abc"),
             [[0, 0, 1], [1, 1, 0]],
         ),
-        ("multi_label", SEVERAL, [[0], [], [1]], [[2], []], ("coot", "heron", "ibis"), [[0, 0, 1], [0, 0, 0]]),
+        ("multi_label", SEVERAL, [[0], [], [1]], [[1], []], ("coot", "heron", "ibis"), [[0, 1, 0], [0, 0, 0]]),
         ("regression", datasets.Value("float64"), [0.5, 1.5, 2.5], [3.5, -1.0], ("label",), [[3.5], [-1.0]]),
     ],
 )
@@ -103,21 +106,76 @@ def test_labels_of_every_kind_are_numbered_as_the_training_images_have_them(
 @pytest.mark.parametrize(
     ("task", "feature", "test", "message"),
     [
-        ("single_label", datasets.Value("string"), ["a", "d"], r"row 1: label 'd' is none of the 3 classes"),
-        ("single_label", SEVERAL, [[0], [1]], "fits --data.task multi_label, and not single_label"),
-        ("multi_label", datasets.Value("int64"), [1, 2], "fits --data.task single_label, and not multi_label"),
-        ("regression", datasets.Value("float64"), [1.0, np.nan], "row 1: label has no finite number"),
+        (
+            "single_label",
+            datasets.Value("string"),
+            ["a", "d"],
+            r"test, row 1: no training image has label 'd'; --data.other-classes",
+        ),
+        ("single_label", SEVERAL, [[0], [1]], "has lists, which fit --data.task multi_label, and not"),
+        ("multi_label", SEVERAL, [[2], []], "split 'test' has classes that no training image has: ibis"),
+        ("regression", datasets.Value("float64"), [1.0, np.nan], "test, row 1: the cell of 'label' is empty"),
+        ("regression", datasets.Value("float64"), [1.0, np.inf], "test, row 1: the cell of 'label' is 'inf'"),
+        ("single_label", datasets.Value("string"), ["a", None], "test, row 1: the cell of 'label' is empty"),
+        ("single_label", datasets.Value("string"), ["a", " "], "test, row 1: the cell of 'label' is empty"),
+        ("single_label", datasets.Value("int64"), [1, None], "test, row 1: the cell of 'label' is empty"),
+        ("single_label", BIRD, [1, None], "test, row 1: the cell of 'label' is empty"),
+        ("single_label", BIRD, [1, -1], "test, row 1: label '-1' in column 'label' is none of the 3 classes"),
+        ("multi_label", SEVERAL, [[1], None], "test, row 1: the cell of 'label' is empty"),
+        ("multi_label", SEVERAL, [[1], [0, None]], "test, row 1: the cell of 'label' is empty"),
+        ("multi_label", datasets.Value("string"), ["a", None], "test, row 1: the cell of 'label' is empty"),
     ],
 )
 def test_labels_that_do_not_fit_are_named(task, feature, test, message, tmp_path):
-    train = {"string": ["a", "b", "c"], "int64": [1, 2, 3], "float64": [1.0, 2.0, 3.0]}
-    source = saved(tmp_path, feature, train.get(getattr(feature, "dtype", None), [[0], [1], [2]]), test)
+    train = {"string": ["a", "b", "c"], "int64": [1, 2, 0], "float64": [1.0, 2.0, 3.0]}
+    source = saved(tmp_path, feature, [[0], [1], []] if feature is SEVERAL else train[feature.dtype], test)
     with pytest.raises(InputError, match=message):
         open_split(DataConfig(source, task=task), "test")
 
 
 def test_a_column_that_is_missing_is_named(tmp_path):
     source = saved(tmp_path, datasets.Value("string"), ["a", "b", "c"], ["a", "b"], column="species")
-    with pytest.raises(InputError, match=r"no column 'label'; it has image, species: name one .*--data.label-columns"):
+    with pytest.raises(InputError, match=r"no column 'label' .*; it has 'species': name one .*--data.label-columns"):
         open_split(DataConfig(source), "test")
     assert open_split(DataConfig(source, label_columns=("species",)), "test").targets.tolist() == [0, 1]
+
+
+def table_of(folder, rows, **columns):
+    """A folder with training images alone, and columns of what is told of them."""
+    images = np.arange(rows, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
+    kinds = {
+        name: datasets.Value("string" if isinstance(values[0], str) else "float32") for name, values in columns.items()
+    }
+    features = datasets.Features({"image": datasets.Array3D((4, 4, 3), "uint8"), **kinds})
+    datasets.Dataset.from_dict({"image": images, **columns}, features).save_to_disk(str(folder))
+    return f"hf:{folder}"
+
+
+def test_groups_folds_and_weights_are_those_of_a_table(tmp_path):
+    patients = [f"p{row // 3}{' ' * (row % 2)}" for row in range(12)]
+    columns = {"label": ["a", "b"] * 6, "patient": patients, "part": [str(row % 10) for row in range(12)]}
+    source = table_of(tmp_path, 12, **columns, often=[0.0, 1.0, 2.0, 3.0] * 3)
+    data = DataConfig(source, group_column="patient", weight_column="often", holdout=0.34)
+    for seed in range(5):
+        train, test = (open_split(dataclasses.replace(data, split_seed=seed), split) for split in ("train", None))
+        rows = [[int(part[index][0][0, 0, 0]) for index in range(len(part))] for part in (train, test)]
+        assert sorted(rows[0] + rows[1]) == list(range(12))
+        assert not {row // 3 for row in rows[0]} & {row // 3 for row in rows[1]}
+        assert train.weights.tolist() == [row % 4 for row in rows[0]]
+    fold = open_split(DataConfig(source, fold_column="part", fold="3/10"), None)
+    assert [int(fold[index][0][0, 0, 0]) for index in range(len(fold))] == [2]
+    with pytest.raises(InputError, match="has no column 'ward'; it has 'label', 'patient', 'part', 'often'"):
+        open_split(DataConfig(source, group_column="ward"), "train")
+
+
+def test_the_labels_of_many_images_take_no_more_than_their_numbers(tmp_path):
+    labels = [f"class {row % 3000}" for row in range(6000)]
+    source = table_of(tmp_path, 6000, label=labels)
+    open_split(DataConfig(source), "train")
+    tracemalloc.start()
+    found = open_split(DataConfig(source), "train")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.targets.dtype == np.int32
+    assert [found.class_names[target] for target in found.targets] == labels
+    assert peak < 6e6  # a row of all classes for each image would take 72

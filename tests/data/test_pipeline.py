@@ -6,7 +6,7 @@ import pytest
 
 from tnt_jax.config import DataConfig, InputError
 from tnt_jax.data.pipeline import epoch_order, eval_batches, steps_per_epoch, train_batches
-from tnt_jax.data.sources import ArraySource
+from tnt_jax.data.sources import Split
 
 RECIPE = DataConfig()
 FEED = {"image_size": (16, 24), "channels": 3}
@@ -16,7 +16,7 @@ BATCH = 8
 def numbered(count):
     """Images whose label is their index, so that a batch tells which images it holds."""
     images = np.random.default_rng(0).integers(0, 256, (count, 20, 30, 3), np.uint8)
-    return ArraySource(images, np.arange(count), tuple(map(str, range(count))))
+    return Split(images, np.arange(count), tuple(map(str, range(count))))
 
 
 def take(count, batches):
@@ -166,7 +166,7 @@ def test_the_images_of_evaluation_do_not_depend_on_processes(source):
 
 
 def test_small_grey_images_keep_their_shape_and_are_only_shifted():
-    digits = ArraySource(np.full((300, 8, 8, 1), 7, np.uint8), np.zeros(300, int), ("a",))
+    digits = Split(np.full((300, 8, 8, 1), 7, np.uint8), np.zeros(300, int), ("a",))
     data = dataclasses.replace(
         RECIPE, repeats=1, crop_area=None, crop=1.0, random_flip=0.0, randaugment_ops=0, color_jitter=0.0,
         random_shift=0.1,

@@ -62,7 +62,7 @@ def read(batches, count):
 )
 def test_batches_do_not_depend_on_processes_and_workers(name, sources):
     data = dataclasses.replace(sources[name], repeats=1)
-    train, test = (open_split(data, split) for split in ("train", "test"))
+    train, test = (open_split(data, split) for split in ("train", None))
     feed = FEED | {"channels": CHANNELS[name]}
     whole = read(train_batches(train, data, **feed, seed=3), 4)
     evaluated = read(eval_batches(test, data, **feed), 1)

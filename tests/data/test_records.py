@@ -13,7 +13,8 @@ from tnt_jax.data import prepare
 from tnt_jax.data.check import check_splits
 from tnt_jax.data.opening import open_split
 from tnt_jax.data.pipeline import train_batches
-from tnt_jax.data.records import RecordSource
+from tnt_jax.data.records import RecordImages
+from tnt_jax.data.sources import Split
 
 CLASSES = ("n01", "n02", "n03")
 ARCHIVES = prepare.Archives(CLASSES, ("n03", "n01", "n01", "n02", "n03"), train_count=7, shard_size=2)
@@ -71,7 +72,7 @@ def test_tfds_reads_them_by_name_and_by_slices(tars, monkeypatch):
     monkeypatch.setattr(tfds, "builder", lambda name: real(name, data_dir=tars[2]))
     assert len(open_split(DataConfig("tfds:small_imagenet"), "train[:4]")) == 4
     assert [open_split(DataConfig("tfds:small_imagenet"), "train[50%:]")[index][1] for index in range(3)] == [2, 2, 2]
-    with pytest.raises(InputError, match="no split 'nonsense'; there are train, validation"):
+    with pytest.raises(InputError, match="no split 'nonsense'; there are 'train', 'validation'"):
         open_split(DataConfig("tfds:small_imagenet"), "nonsense")
     with pytest.raises(InputError, match="TFDS knows no dataset 'nothing_of_that_name'"):
         open_split(DataConfig("tfds:nothing_of_that_name"), "train")
@@ -154,7 +155,7 @@ class Unlabelled:
 
 
 def test_a_split_without_labels_is_no_test_split():
-    source = RecordSource("tfds:imagenet2012 test", Unlabelled(), ("a", "b"))
+    source = Split(RecordImages("tfds:imagenet2012 test", Unlabelled(), 2), None, ("a", "b"))
     with pytest.raises(InputError, match=r"has label -1: this split has no labels.*--data.eval-split validation"):
         check_splits(source, source, DataConfig("tfds:imagenet2012"), 3)
 

@@ -9,7 +9,7 @@ import pytest
 from tnt_jax.config import DataConfig, InputError
 from tnt_jax.data.check import check_splits
 from tnt_jax.data.pipeline import epoch_order, train_batches
-from tnt_jax.data.sources import ArraySource
+from tnt_jax.data.sources import Split
 from tnt_jax.data.targets import class_counts, image_shares
 
 LABELS = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [400, 90, 10]))
@@ -72,7 +72,7 @@ def test_a_million_images_are_ordered_in_seconds():
 
 def source_of(targets):
     images = np.arange(len(targets))[:, None, None, None] + np.zeros((1, 8, 8, 1))
-    return ArraySource(images.astype(np.uint8), targets, ("a", "b", "c"))
+    return Split(images.astype(np.uint8), targets, ("a", "b", "c"))
 
 
 def batches(targets, data, steps, processes=1, start_step=0):

@@ -1,26 +1,21 @@
 """Shares and folds: stratified, without a group in two parts, and the same each time."""
 
-import dataclasses
+import re
 
 import numpy as np
 import pytest
 
 from tnt_jax.config import DataConfig, InputError
-from tnt_jax.data.sources import ArraySource
+from tnt_jax.data import opening
+from tnt_jax.data.sources import Split
 from tnt_jax.data.splits import divided, strata_of
 
 RNG = np.random.default_rng(0)
 CLASSES = np.repeat(np.arange(4), (200, 100, 50, 7))
 
 
-@dataclasses.dataclass(frozen=True)
-class Grouped(ArraySource):
-    groups: np.ndarray | None = None
-    folds: np.ndarray | None = None
-
-
 def source_of(targets, **fields):
-    return Grouped(np.zeros((len(targets), 1, 1, 3), np.uint8), np.asarray(targets), tuple("abcd"), **fields)
+    return Split(np.zeros((len(targets), 1, 1, 3), np.uint8), np.asarray(targets), tuple("abcd"), **fields)
 
 
 @pytest.mark.parametrize("order", ["sorted", "shuffled"])
@@ -28,7 +23,7 @@ def source_of(targets, **fields):
 def test_a_share_is_that_of_every_class(order, share):
     targets = CLASSES if order == "sorted" else RNG.permutation(CLASSES)
     train, test = divided(source_of(targets), DataConfig("csv:x", holdout=share))
-    assert sorted([*train.indices, *test.indices]) == list(range(len(targets)))
+    assert sorted([*train.images.indices, *test.images.indices]) == list(range(len(targets)))
     counts = np.bincount(test.targets, minlength=4)
     assert (np.abs(counts - share * np.bincount(targets)) <= 1).all()
 
@@ -36,14 +31,14 @@ def test_a_share_is_that_of_every_class(order, share):
 def test_folds_are_disjoint_complete_and_stratified():
     source = source_of(RNG.permutation(CLASSES))
     folds = [divided(source, DataConfig("csv:x", fold=f"{k}/5"))[1] for k in range(1, 6)]
-    assert sorted(np.concatenate([fold.indices for fold in folds])) == list(range(len(CLASSES)))
+    assert sorted(np.concatenate([fold.images.indices for fold in folds])) == list(range(len(CLASSES)))
     for fold in folds:
         assert (np.abs(np.bincount(fold.targets, minlength=4) - np.bincount(CLASSES) / 5) <= 1).all()
 
 
 def test_another_seed_divides_otherwise_and_the_same_one_alike():
     source = source_of(CLASSES)
-    parts = [divided(source, DataConfig("csv:x", holdout=0.2, split_seed=seed))[1].indices for seed in (0, 0, 1)]
+    parts = [divided(source, DataConfig("csv:x", holdout=0.2, split_seed=seed))[1].images.indices for seed in (0, 0, 1)]
     np.testing.assert_array_equal(parts[0], parts[1])
     assert set(parts[0]) != set(parts[2])
 
@@ -79,3 +74,44 @@ def test_strata_of_labels_and_numbers():
     assert np.bincount(strata_of(numbers)).tolist() == [10] * 10
     train, test = divided(source_of(numbers), DataConfig("csv:x", holdout=0.2, task="regression"))
     assert abs(train.targets.mean() - test.targets.mean()) < 0.05
+
+
+GIVEN = {"class_names": "names.txt", "other_classes": True, "label_columns": ("x",)} | dict.fromkeys(
+    ("label_separator", "group_column", "fold_column", "weight_column", "image_column", "split_column", "encoding"), "x"
+)
+
+
+@pytest.mark.parametrize("kind", opening.SOURCES)
+def test_an_option_that_a_source_has_no_use_for_is_refused_by_its_name(kind):
+    assert set(GIVEN) == set(opening.OPTIONS)
+    source = kind if kind in ("digits", "synthetic") else f"{kind}:nowhere"
+    for option, value in GIVEN.items():
+        with pytest.raises(InputError) as raised:
+            opening.open_split(DataConfig(source, **{option: value}), "nonsense")
+        refused = f"--data.{option.replace('_', '-')} was given, and {kind}" in str(raised.value)
+        assert refused == (option not in opening.SOURCES[kind].options)
+
+
+@pytest.mark.parametrize(
+    ("source", "guess"),
+    [("clean.csv", "csv:clean.csv"), ("a/b.parquet", "csv:a/b.parquet"), ("x.npz", "npy:x.npz"), (".", "folder:.")],
+)
+def test_a_path_without_a_kind_is_guessed(source, guess):
+    with pytest.raises(InputError, match=f"is none of .*did you mean {re.escape(guess)}"):
+        opening.open_split(DataConfig(source), "train")
+
+
+def test_groups_of_arrays_are_arrays_beside_them(tmp_path):
+    images = np.arange(12, dtype=np.uint8)[:, None, None] * np.ones((1, 4, 4), np.uint8)
+    patients = np.array([f"p{row // 3}{' ' * (row % 2)}" for row in range(12)])
+    told = {"train_patient": patients, "fold_train": np.arange(12) % 11, "train_weight": np.arange(12) / 2}
+    np.savez(tmp_path / "mine.npz", train_images=images, train_labels=np.arange(12) % 2, **told)
+    data = DataConfig(f"npy:{tmp_path / 'mine.npz'}", group_column="patient", holdout=0.34)
+    train, test = (opening.open_split(data, split) for split in ("train", None))
+    rows = [[int(part[index][0][0, 0, 0]) for index in range(len(part))] for part in (train, test)]
+    assert not {row // 3 for row in rows[0]} & {row // 3 for row in rows[1]}
+    assert train.weights.tolist() == [row / 2 for row in rows[0]]
+    fold = opening.open_split(DataConfig(data.source, fold="11/11"), None)
+    assert [int(fold[index][0][0, 0, 0]) for index in range(len(fold))] == [10]
+    with pytest.raises(InputError, match=r"has no column 'ward'; it has .*'patient'"):
+        opening.open_split(DataConfig(data.source, group_column="ward"), "train")

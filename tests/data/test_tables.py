@@ -96,7 +96,7 @@ def test_several_labels_and_numbers(table):
          "line 3: the cell of 'target' is 'nan', and should be a finite number"),
         ("image,x,y\nphotos/0.png,1,0\nphotos/1.png,1,2\n", {"task": "multi_label", "label_columns": ("x", "y")},
          "line 3: the cell of 'y' is 2, and should be 1 where"),
-        (SPLIT.format("c"), {}, "line 4: no training image has label 'c'; --data.other-classes True"),
+        (SPLIT.format("c"), {}, "line 4: no training image has label 'c'; --data.other-classes allows"),
         (SPLIT.format(""), {}, "line 4: the cell of 'label' is empty"),
         (PLAIN, {"fold": "5/3"}, "data.fold is '5/3', and must be K/N"),
     ],
@@ -145,13 +145,43 @@ def test_splits_come_from_a_column_and_may_be_held_out(table):
     with pytest.raises(InputError, match=r"there is no split 'test'; there are 'train'; --data.holdout 0.2"):
         open_split(data, "test")
     held = dataclasses.replace(data, holdout=0.25)
-    train, test = (open_split(held, split) for split in ("train", "test"))
+    train, test = (open_split(held, split) for split in ("train", None))
     assert sorted([*train.files, *test.files]) == sorted(NAMES)
     assert len(test) == 3
     assert content_of(train) != content_of(test)
     again = pickle.loads(pickle.dumps(test))
     assert list(again.files) == list(test.files)
     np.testing.assert_array_equal(again[1][0], test[1][0])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_groups_and_folds_are_compared_without_the_blanks_around_them(seed, table):
+    rows = "".join(f"{name},a,patient {place // 4}{' ' * (place % 2)}\n" for place, name in enumerate(NAMES))
+    data = table("image,label,group\n" + rows, holdout=0.4, split_seed=seed)
+    train, test = (open_split(data, split).groups for split in ("train", None))
+    assert len({*train, *test}) == 3
+    assert not set(train) & set(test)
+
+
+def test_folds_of_a_column_are_numbered_as_numbers(table):
+    rows = "".join(f"{name},a,{place}{' ' * (place % 2)}\n" for place, name in enumerate(NAMES))
+    data = table("image,label,fold\n" + rows)
+    assert open_split(data, "train").folds.tolist() == list(range(12))
+    for fold in ("3/12", "11/12"):
+        test = open_split(dataclasses.replace(data, fold=fold), None)
+        assert list(test.files) == [NAMES[int(fold.partition("/")[0]) - 1]]
+
+
+@pytest.mark.parametrize(
+    "again", ["./photos/0.png", "photos//0.png", "photos/../photos/0.png", "{folder}/photos/0.png"]
+)
+def test_a_file_under_two_spellings_is_one(again, table, tmp_path):
+    again = again.format(folder=tmp_path)
+    data = table(f"image,label,split\nphotos/0.png,a,train\nphotos/1.png,a,train\n{again},a,test\n")
+    with pytest.raises(InputError, match=r"line 4: .*0.png is there for the second time, first in .*mine.csv, line 2"):
+        open_split(data, "train")
+    alone = table(f"image,label\n{again},a\n")
+    assert open_split(alone, "train")[0][0].shape == (4, 4, 3)
 
 
 def test_the_index_of_a_table_is_shared_and_small(tmp_path):
@@ -180,7 +210,7 @@ def test_an_image_is_drawn_as_often_as_its_weight_says(table):
     np.testing.assert_allclose(drawn, np.array(weights) / np.mean(weights), atol=0.1)
     assert not drawn[::4].any()
     parts = open_split(dataclasses.replace(data, holdout=0.5), "train")
-    assert parts.weights.tolist() == [weights[index] for index in parts.indices]
+    assert parts.weights.tolist() == [weights[NAMES.index(name)] for name in parts.files]
     assert content_of(source) != content_of(dataclasses.replace(source, weights=source.weights + 1))
 
 

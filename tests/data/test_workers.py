@@ -13,10 +13,10 @@ import pytest
 from tnt_jax.config import DataConfig, InputError
 from tnt_jax.data import workers
 from tnt_jax.data.pipeline import TrainRecipe, train_batches
-from tnt_jax.data.sources import ArraySource
+from tnt_jax.data.sources import Split
 
 ROOT = pathlib.Path(__file__).parents[2]
-IMAGES = ArraySource(np.zeros((300, 8, 8, 3), np.uint8), np.zeros(300, int), ("a",))
+IMAGES = Split(np.zeros((300, 8, 8, 3), np.uint8), np.zeros(300, int), ("a",))
 FEED = {"image_size": (16, 16), "channels": 3, "batch_size": 8, "seed": 0}
 
 
@@ -126,8 +126,8 @@ import dataclasses, itertools, sys, time
 import numpy as np
 from tnt_jax.config import DataConfig
 from tnt_jax.data.pipeline import TrainRecipe, train_batches
-from tnt_jax.data.sources import ArraySource
-source = ArraySource(np.zeros((300, 64, 64, 3), np.uint8), np.zeros(300, int), ("a",))
+from tnt_jax.data.sources import Split
+source = Split(np.zeros((300, 64, 64, 3), np.uint8), np.zeros(300, int), ("a",))
 data = dataclasses.replace(DataConfig(), num_workers=%d)
 batches = train_batches(source, data, image_size=(64, 64), channels=3, batch_size=64, seed=0)
 next(batches)
@@ -191,7 +191,7 @@ def private_bytes(pid):
 
 def test_workers_share_the_arrays_of_a_source():
     size = 100_000_000
-    source = ArraySource(np.zeros((size // (16 * 16 * 3), 16, 16, 3), np.uint8), np.zeros(size // 768, int), ("a",))
+    source = Split(np.zeros((size // (16 * 16 * 3), 16, 16, 3), np.uint8), np.zeros(size // 768, int), ("a",))
     feed = FEED | {"batch_size": 64}
     running = train_batches(source, dataclasses.replace(DataConfig(), num_workers=2), **feed)
     next(running)
@@ -205,7 +205,7 @@ def test_workers_share_the_arrays_of_a_source():
 
 def test_what_a_batch_costs_to_order_does_not_grow_with_its_square():
     count = 2**20
-    source = ArraySource(np.broadcast_to(np.zeros((1, 1, 1, 3), np.uint8), (count, 1, 1, 3)), np.zeros(count), ("a",))
+    source = Split(np.broadcast_to(np.zeros((1, 1, 1, 3), np.uint8), (count, 1, 1, 3)), np.zeros(count), ("a",))
     seconds = {}
     for batch_size in (1024, 16384):
         recipe = TrainRecipe(source, DataConfig(), (1, 1, 3), batch_size, 0)

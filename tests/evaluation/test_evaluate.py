@@ -13,7 +13,7 @@ from small_models import small_model
 import tnt_jax
 from tnt_jax.config import DataConfig, InputError
 from tnt_jax.data.imagenet import open_imagenet, real_labels
-from tnt_jax.data.sources import ArraySource
+from tnt_jax.data.sources import Split
 from tnt_jax.evaluation.evaluate import _kind, evaluate_model, features_of, predictions_of
 from tnt_jax.evaluation.probes import _vote, linear_probe, nearest_neighbours
 from tnt_jax.evaluation.published import published
@@ -21,7 +21,7 @@ from tnt_jax.evaluation.published import published
 
 def images(count):
     rng = np.random.default_rng(0)
-    return ArraySource(rng.integers(0, 256, (count, 32, 32, 3), np.uint8), rng.integers(0, 3, count), tuple("abc"))
+    return Split(rng.integers(0, 256, (count, 32, 32, 3), np.uint8), rng.integers(0, 3, count), tuple("abc"))
 
 
 def test_answers_are_those_of_single_images_in_their_order():

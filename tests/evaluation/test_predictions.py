@@ -9,7 +9,7 @@ from sklearn import metrics as theirs
 from small_models import small_model
 
 from tnt_jax.config import DataConfig, InputError
-from tnt_jax.data.sources import ArraySource
+from tnt_jax.data.sources import Split
 from tnt_jax.evaluation.bootstrap import class_intervals, label_intervals, value_intervals
 from tnt_jax.evaluation.calibration import best_threshold, calibrate, calibrated, fit_temperature, validation_split
 from tnt_jax.evaluation.evaluate import predictions_of
@@ -120,7 +120,7 @@ def model_of(task, names=("a", "b", "c"), **outputs):
 
 def source_of(targets, names=("a", "b", "c"), count=12):
     images = np.random.default_rng(3).integers(0, 256, (count, 32, 32, 1), np.uint8)
-    return ArraySource(images, targets, names)
+    return Split(images, targets, names)
 
 
 def test_labels_and_thresholds_are_matched_by_name():
@@ -191,7 +191,7 @@ def test_what_is_trained_on_or_reported_is_not_calibrated_on(tmp_path):
     data = DataConfig(f"folder:{tmp_path}")
     with pytest.raises(InputError, match=r"has images that the model was trained on \(split train\)"):
         validation_split(data, "train")
-    with pytest.raises(InputError, match=r"has images that eval.py reports \(split test\)"):
+    with pytest.raises(InputError, match=r"has images that eval.py reports \(split val\)"):
         validation_split(data, "validation")
     (tmp_path / "test").symlink_to("train")
     assert len(validation_split(data, "validation")) == 2

@@ -19,7 +19,7 @@ from small_runs import config_file, metrics_of, parameters, tiny_run
 import tnt_jax
 from tnt_jax.chips import CHIPS, GIB, Chip
 from tnt_jax.config import DataConfig, OptimizerConfig
-from tnt_jax.data.sources import ArraySource
+from tnt_jax.data.sources import Split
 from tnt_jax.evaluation import predictions as scoring
 from tnt_jax.evaluation.evaluate import evaluate_model
 from tnt_jax.storage.checkpoint import NonFiniteError
@@ -250,7 +250,7 @@ def test_a_run_that_cannot_be_what_was_meant_says_so(changes, words, tmp_path, m
     if "data" in changes:
         from tnt_jax.training import run as run_module
 
-        one = ArraySource(np.zeros((8, 16, 16, 1), np.uint8), np.zeros(8, np.int32), ("a",))
+        one = Split(np.zeros((8, 16, 16, 1), np.uint8), np.zeros(8, np.int32), ("a",))
         monkeypatch.setattr(run_module, "open_split", lambda data, split: one)
     assert words in Run(tiny_run(tmp_path / "run", batch_size=8, **changes)).describe(0)
 

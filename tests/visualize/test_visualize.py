@@ -12,7 +12,7 @@ from small_models import SMALL_PYRAMID, small_model, small_pyramid
 import tnt_jax
 from tnt_jax import visualize
 from tnt_jax.config import InputError, OptimizerConfig, TrainConfig
-from tnt_jax.data.sources import ArraySource
+from tnt_jax.data.sources import Split
 from tnt_jax.evaluation.scores import Predictions
 from tnt_jax.models.variants import abstract_model, model_config
 from tnt_jax.storage.run import CONFIG_FILE
@@ -133,7 +133,7 @@ ANSWERS = Predictions(
     loss=np.zeros(5),
     images_per_second=1.0,
 )
-SOURCE = ArraySource(np.zeros((5, 8, 8, 1), np.uint8), ANSWERS.labels, ("ant", "bee", "cat"))
+SOURCE = Split(np.zeros((5, 8, 8, 1), np.uint8), ANSWERS.labels, ("ant", "bee", "cat"))
 
 
 def test_confusion_and_mistakes_show_what_was_taken_for_what():

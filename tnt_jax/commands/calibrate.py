@@ -1,4 +1,4 @@
-"""Calibrated probabilities: `python -m tnt_jax.commands.calibrate MODEL --out FOLDER [--split validation]`."""
+"""Calibrated probabilities: `python -m tnt_jax.commands.calibrate MODEL --out FOLDER [--split NAME]`."""
 
 import dataclasses
 from typing import Annotated
@@ -21,8 +21,9 @@ class Arguments:
     """The folder to write the model to."""
     source: str | None = None
     """Where images come from, as for eval.py; a training run knows its own."""
-    split: str = "validation"
-    """The images that are fitted to. They should be neither those of training nor those that evaluation reports."""
+    split: str | None = None
+    """The images that are fitted to: neither those of training nor those that eval.py reports. By default those that
+    training evaluates, such as `val`."""
     overwrite: Flag = False
     """Replace a model that is there."""
 
@@ -45,9 +46,9 @@ def main() -> None:
     (data,) = test_data(arguments.model, [arguments.source] if arguments.source else [], described.outputs.task)
     images = validation_split(data, arguments.split)
     found = calibrate(model, images, data)
-    noted = {"calibrated on": f"{len(images)} images of {data.source}, {arguments.split}"}
+    noted = {"calibrated on": f"{len(images)} images of {data.source}, {images.name}"}
     save_model(calibrated(model, found, noted), arguments.out, overwrite=arguments.overwrite)
-    print(f"temperature {found.temperature:.4g}, fitted to {found.images:,} images of {data.source}, {arguments.split}")
+    print(f"temperature {found.temperature:.4g}, fitted to {found.images:,} images of {data.source}, {images.name}")
     print("before and after on the same images, so what is after is a little flattered:")
     for name, before in found.before.items():
         print(f"{title_of(name)}: {printed(name, before)} before, {printed(name, found.after[name])} after")

@@ -68,6 +68,8 @@ def smoke(config: TrainConfig) -> TrainConfig:
 
     What it trains is worth nothing; that it trains shows that the configuration holds together.
     """
+    from tnt_jax.data.opening import without_unused
+
     patch = config.model.patch_size or 16
     shrunk = {"image_size": 2 * patch, "depth": 2, "inner_blocks": None, "num_classes": None}
     if config.model.name.startswith("ptnt_"):
@@ -78,17 +80,18 @@ def smoke(config: TrainConfig) -> TrainConfig:
         run_dir=f"{config.run_dir}_smoke",
         init_from=None,
         model=dataclasses.replace(config.model, **shrunk),
-        data=dataclasses.replace(
-            config.data,
-            source="synthetic:512",
-            task="single_label",
-            sampling="natural",
-            fold=None,
-            holdout=0.0,
-            class_names=None,
-            train_split="train",
-            eval_split="test",
-            num_workers=0,
+        data=without_unused(
+            dataclasses.replace(
+                config.data,
+                source="synthetic:512",
+                task="single_label",
+                sampling="natural",
+                fold=None,
+                holdout=0.0,
+                train_split="train",
+                eval_split=None,
+                num_workers=0,
+            )
         ),
         loss=LossConfig(),
         best_metric=None,

@@ -24,7 +24,7 @@ class Arguments:
     """Where images come from, such as `digits`, `idx:FOLDER`, `imagenet:FOLDER`, `imagenet-a:FOLDER`, one or several;
     a training run knows its own."""
     split: str | None = None
-    """What is evaluated instead of the test images, such as train or validation."""
+    """What is evaluated, such as train or validation. By default test; where there is none, what training evaluated."""
     real_labels: str | None = None
     """ReaL's labels (real.json): `imagenet:FOLDER` is scored with them too."""
     probe: tuple[Literal["knn", "linear"], ...] = ()

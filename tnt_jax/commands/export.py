@@ -101,8 +101,9 @@ def _images(arguments: Arguments, model) -> tuple:
     import numpy as np
 
     from tnt_jax.data.crop import evaluation_crop
+    from tnt_jax.data.opening import open_split
     from tnt_jax.data.samples import to_channels
-    from tnt_jax.evaluation.evaluate import test_data
+    from tnt_jax.evaluation.evaluate import open_test, test_data
     from tnt_jax.export.quantize import Judged
     from tnt_jax.storage.description import description_of
     from tnt_jax.storage.run import is_run
@@ -132,20 +133,17 @@ def _images(arguments: Arguments, model) -> tuple:
 
     if not arguments.quantize:
         try:
-            return cut_out(_opened(data, data.eval_split), COMPARED)[0], None
+            return cut_out(open_test(data), COMPARED)[0], None
         except InputError as error:
-            print(f"note: only noise is compared, and no test image, and the file takes 8 bits: {error}")
+            print(f"note: only noise is compared, and no image, and the file takes 8 bits: {error}")
             return None, None
-    test, labels = cut_out(_opened(data, data.eval_split), JUDGED)
-    calibration, _ = cut_out(_opened(data, data.train_split), CALIBRATED)
-    labels = _in_classes_of(model, _opened(data, data.eval_split), data, labels)
-    return test[:COMPARED], Judged(calibration, test, labels, data.source, arguments.tolerance / 100)
-
-
-def _opened(data, split: str):
-    from tnt_jax.data.opening import open_split
-
-    return open_split(data, split)
+    reported = open_test(data)
+    test, labels = cut_out(reported, JUDGED)
+    calibration, _ = cut_out(open_split(data, data.train_split), CALIBRATED)
+    labels = _in_classes_of(model, reported, data, labels)
+    return test[:COMPARED], Judged(
+        calibration, test, labels, f"{data.source}, {reported.name}", arguments.tolerance / 100
+    )
 
 
 def _in_classes_of(model, source, data, labels: list):

@@ -137,7 +137,7 @@ def _why(arguments: Arguments, model, images: list):
 
 def _of_predictions(arguments: Arguments):
     from tnt_jax import visualize
-    from tnt_jax.evaluation.evaluate import open_test, predictions_of, split_of, test_data
+    from tnt_jax.evaluation.evaluate import open_test, predictions_of, test_data
     from tnt_jax.storage.description import description_of
     from tnt_jax.storage.load import load_model
 
@@ -147,8 +147,8 @@ def _of_predictions(arguments: Arguments):
     source = open_test(data)
     (predictions,) = predictions_of([model], source, data)
     if arguments.what == "confusion":
-        return visualize.confusion(predictions, source.class_names, data=f"{data.source}, {split_of(data)}")
-    return visualize.mistakes(predictions, source, count=arguments.count, data=f"{data.source}, {split_of(data)}")
+        return visualize.confusion(predictions, source.class_names, data=f"{data.source}, {source.name}")
+    return visualize.mistakes(predictions, source, count=arguments.count, data=f"{data.source}, {source.name}")
 
 
 @dataclasses.dataclass(frozen=True)

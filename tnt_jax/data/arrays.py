@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,9 +10,10 @@ import numpy as np
 
 from tnt_jax.config import DataConfig, InputError
 from tnt_jax.data.classes import read_class_names
-from tnt_jax.data.decode import Reading, read_image
-from tnt_jax.data.samples import Pixels
-from tnt_jax.data.sources import NoSplitError, Target, names_of_split, target_of
+from tnt_jax.data.columns import Column, LazyColumns, column_of
+from tnt_jax.data.decode import Reading
+from tnt_jax.data.sources import Images, NoSplitError, Split, names_of_split
+from tnt_jax.data.tables import Table, told_of_rows, values_of
 
 IMAGES = ("{}_images", "images_{}", "x_{}", "X_{}", "{}_x", "{}/images")
 LABELS = ("{}_labels", "labels_{}", "y_{}", "Y_{}", "{}_y", "{}/labels")
@@ -36,34 +38,29 @@ class MappedArray:
 
 
 @dataclasses.dataclass(frozen=True)
-class NumpySource:
-    """Images (images, height, width[, channels]) of any type, and their targets."""
+class NumpyImages(Images):
+    """Images (images, height, width[, channels]) of any type."""
 
-    name: str
-    images: np.ndarray | MappedArray
-    targets: np.ndarray
-    class_names: tuple[str, ...]
-    reading: Reading
+    title: str
+    arrays: np.ndarray | MappedArray
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return len(self.arrays)
 
-    def __getitem__(self, index: int) -> tuple[Pixels, Target]:
-        return self.read(index)
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.arrays[index]
 
-    def read(
-        self, index: int, channels: int | None = None, at_least: tuple[int, int] | None = None
-    ) -> tuple[Pixels, Target]:
-        """For a model of so many channels; see `read_image`."""
-        name = f"image {index} of {self.name}"
-        return read_image(self.images[index], channels, reading=self.reading, name=name), target_of(self.targets, index)
+    def name(self, index: int) -> str:
+        return f"image {index} of {self.title}"
 
 
-def open_numpy(argument: str, data: DataConfig, split: str) -> NumpySource:
+def open_numpy(argument: str, data: DataConfig, split: str) -> Split:
     """`train_images` and `train_labels` (or `x_train`, `y_train`) as arrays of an `.npz`, or as `.npy` in a folder.
 
-    Arrays of a folder are not read into memory. Labels are whole numbers (images,); with multi_label 0 or 1, and with
-    regression numbers, (images, outputs). Classes are called by their numbers, or as `data.class_names` says.
+    `train_group`, `train_fold` and `train_weight` are what a table has in such columns, and have other names where
+    `data.group_column` and so on say them. Arrays of a folder are not read into memory. Labels are whole numbers
+    (images,); with multi_label 0 or 1, and with regression numbers, (images, outputs). Classes are called by their
+    numbers, or as `data.class_names` says.
 
     Raises:
         InputError: there is no such file, split or array, or the arrays do not belong together.
@@ -85,7 +82,26 @@ def open_numpy(argument: str, data: DataConfig, split: str) -> NumpySource:
             "images are (images, height, width[, channels])"
         )
     class_names = _class_names(arrays, targets, data, argument)
-    return NumpySource(f"{argument} ({images})", pixels, targets, class_names, Reading.of(data))
+    table = _told_of_images(arrays, name, len(targets), f"{argument} ({name})")
+    told = values_of(table, told_of_rows(table, data), np.arange(len(targets)))
+    images = NumpyImages(f"{argument} ({images})", pixels)
+    return Split(images, targets, class_names, name, Reading.of(data), **told)
+
+
+def _told_of_images(arrays: Mapping[str, Any], split: str, count: int, title: str) -> Table:
+    """What else there is of the images of a split: `train_patient`, `patient_train` or `train/patient` is `patient`."""
+    forms = (rf"{split}[_/](.+)", rf"(.+)_{split}")
+    found = {each[1]: key for key in arrays for form in forms if (each := re.fullmatch(form, key))}
+
+    def column(name: str) -> Column:
+        import pyarrow
+
+        values = np.asarray(arrays[found[name]][...])
+        if values.shape != (count,):
+            raise InputError(f"{title}: {found[name]} is {values.shape}, and should have a value for each image")
+        return column_of(name, pyarrow.chunked_array([pyarrow.array(values)]))
+
+    return Table(title, LazyColumns(tuple(found), column), count)
 
 
 class _Folder(Mapping):

@@ -3,6 +3,8 @@
 import hashlib
 import itertools
 import logging
+import math
+import os
 
 import numpy as np
 
@@ -10,13 +12,15 @@ from tnt_jax.config import DataConfig, InputError
 from tnt_jax.data.augment import has_colours
 from tnt_jax.data.pipeline import most_unreadable, sample_of
 from tnt_jax.data.samples import to_channels
-from tnt_jax.data.sources import Source
+from tnt_jax.data.sources import ImageFiles, Images, Split
+from tnt_jax.data.tables import listed
 from tnt_jax.data.targets import check_targets, check_training_targets
 
+MAX_SIZES = 200_000
 logger = logging.getLogger(__name__)
 
 
-def check_splits(train: Source, test: Source, data: DataConfig, channels: int) -> tuple[str, str]:
+def check_splits(train: Split, test: Split, data: DataConfig, channels: int) -> tuple[str, str]:
     """Makes sure that both splits have images that can be decoded, labels, and the same classes.
 
     Returns:
@@ -32,14 +36,15 @@ def check_splits(train: Source, test: Source, data: DataConfig, channels: int) -
                 f"data.{name} has {count} numbers, and should have one, or one for each of {channels} channels"
             )
     dtypes = []
-    for split, source in ((data.train_split, train), (data.eval_split, test)):
-        name = f"split {split!r} of {data.source}"
+    for source in (train, test):
+        name = f"split {source.name!r} of {data.source}"
         if not len(source):
             raise InputError(f"{name} has no images")
-        if data.task != "single_label" or not _is_read_for_targets(source):
-            check_targets(source.targets, data, source.class_names, name)
+        if data.task != "single_label" or source.targets is not None:
+            check_targets(source.all_targets, data, source.class_names, name)
             if source is train:
-                check_training_targets(source.targets, data, source.class_names)
+                check_training_targets(source.all_targets, data, source.class_names)
+        _check_not_empty(source, name, data, source is train)
         pixels = sample_of(source, most_unreadable(data, len(source)) if source is train else 0, channels)
         dtypes.append(data.depth or str(pixels.dtype))
         if source is train:
@@ -52,10 +57,24 @@ def check_splits(train: Source, test: Source, data: DataConfig, channels: int) -
         pairs = itertools.zip_longest(train.class_names, test.class_names)
         first = next(pair for pair in pairs if pair[0] != pair[1])
         raise InputError(
-            f"{data.source} has {len(train.class_names)} classes in {data.train_split!r} and {len(test.class_names)} "
-            f"in {data.eval_split!r}, which differ first in {first[0]!r} and {first[1]!r}; both must have the same"
+            f"{data.source} has {len(train.class_names)} classes in {train.name!r} and {len(test.class_names)} "
+            f"in {test.name!r}, which differ first in {first[0]!r} and {first[1]!r}; both must have the same"
         )
     return dtypes[0], dtypes[1]
+
+
+def _check_not_empty(source: Split, name: str, data: DataConfig, training: bool) -> None:
+    """Raises InputError where more files are empty than may be: their sizes tell, without reading them.
+
+    Of more files than `MAX_SIZES` they are not asked for, since each takes a way to the disk.
+    """
+    if not isinstance(source.images, ImageFiles) or len(source) > MAX_SIZES:
+        return
+    empty = [path for path in source.images if os.path.exists(path) and not os.path.getsize(path)]
+    if len(empty) > (most_unreadable(data, len(source)) if training else 0):
+        skipped = math.ceil(1e4 * len(empty) / len(source)) / 1e4
+        remedy = f"; --data.skip-unreadable {skipped:g} trains without them" if training else "; take them out"
+        raise InputError(f"{name}: {len(empty)} of {len(source)} files are empty: {listed(empty)}{remedy}")
 
 
 def _say_what_is_special(pixels: np.ndarray, data: DataConfig) -> None:
@@ -74,22 +93,20 @@ def _say_what_is_special(pixels: np.ndarray, data: DataConfig) -> None:
         )  # fmt: skip
 
 
-def content_of(source: Source) -> dict[str, str]:
+def content_of(source: Split) -> dict[str, str]:
     """What a split holds: the number of its images, and digests of class names, file names, labels and weights."""
-    found = {"number of images": str(len(source)), "class names": _digest("\0".join(source.class_names).encode())}
-    if (files := getattr(source, "files", None)) is not None:
-        found["file names"] = files.digest()
-    if not _is_read_for_targets(source):
+    found = {
+        "number of images": str(len(source)),
+        "class names": _digest("\0".join(source.class_names).encode(errors="surrogateescape")),
+    }
+    if isinstance(source.images, Images) and (digest := source.images.digest()) is not None:
+        found["records" if source.targets is None else "file names"] = digest
+    if source.targets is not None:
         kind = "<i4" if source.targets.ndim == 1 else "<f4"
         found["labels"] = _digest(np.asarray(source.targets).astype(kind).tobytes())
-    if (weights := getattr(source, "weights", None)) is not None:
-        found["weights"] = _digest(weights.astype("<f4").tobytes())
+    if source.weights is not None:
+        found["weights"] = _digest(source.weights.astype("<f4").tobytes())
     return found
-
-
-def _is_read_for_targets(source: Source) -> bool:
-    """Whether every record must be read to know the targets; see `RecordSource.targets`."""
-    return hasattr(source, "records")
 
 
 def _digest(content: bytes) -> str:

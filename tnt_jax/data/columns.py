@@ -5,7 +5,7 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from tnt_jax.data.tables import Table
 
+MARKS = {b"0", b"1", b"0.0", b"1.0", b"true", b"false"}
+LIST_SEPARATOR = "\x1f"
 LABEL_COLUMNS = ("label", "labels", "class", "target", "category")
 SEPARATORS = "|;,"
 logger = logging.getLogger(__name__)
@@ -32,6 +34,12 @@ class Column:
 
     name: str
     cells: "pyarrow.BinaryArray"
+    empty: int | None = None
+    """The first row without a value, where that is something else than an empty text."""
+    separator: str | None = None
+    """What stands between the labels of a cell, where the column holds lists."""
+    declared: tuple[str, ...] | None = None
+    """Names of the classes, of which the cells have the numbers."""
 
     @functools.cached_property
     def _encoded(self) -> "pyarrow.DictionaryArray":
@@ -52,6 +60,10 @@ class Column:
         """The different cells as text."""
         return [os.fsdecode(value).strip() for value in parts(self.values)]
 
+    def text_of(self, row: int) -> str:
+        """The cell of a row as text."""
+        return os.fsdecode(self.cells[row].as_py()).strip()
+
     def first_row(self, code: int) -> int:
         """The first row that has a value, by its number."""
         return int(np.argmax(self.codes == code))
@@ -67,13 +79,73 @@ class Column:
         ends = np.frombuffer(ends, np.int32, len(taken) + 1, taken.offset * 4)
         return FileNames.of_arrays(np.frombuffer(text or b"", np.uint8)[: ends[-1]], ends)
 
-    def natural_codes(self) -> np.ndarray:
-        """Which value each row has, where values are numbered in their natural order."""
+    def numbers(self, in_order: bool = False) -> np.ndarray:
+        """A number for each row, int32 (rows,): the same where its text is the same but for blanks around it.
+
+        Args:
+            in_order: number the texts in their natural order; else as they come.
+        """
         texts = self.texts
-        order = sorted(range(len(texts)), key=lambda code: natural_key(texts[code]))
-        places = np.empty(len(order), np.int32)
-        places[order] = np.arange(len(order))
-        return places[self.codes]
+        different = sorted(set(texts), key=natural_key) if in_order else dict.fromkeys(texts)
+        places = {text: place for place, text in enumerate(different)}
+        return np.array([places[text] for text in texts], np.int32)[self.codes]
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyColumns(Mapping):
+    """Columns by their names, each made when it is asked for."""
+
+    names: Sequence[str]
+    make: Callable[[str], Column]
+
+    def __getitem__(self, name: str) -> Column:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def column_of(name: str, values: "pyarrow.ChunkedArray", declared: tuple[str, ...] | None = None) -> Column:
+    """A column of Arrow as text. NaN is no value, and a cell with a list has its parts one after another."""
+    import pyarrow as pa
+    from pyarrow import compute
+
+    separator, kind = None, values.type
+    if is_list(kind):
+        separator = LIST_SEPARATOR
+        values = values.cast(pa.list_(pa.string()))
+        values = compute.binary_join(values, LIST_SEPARATOR)
+    elif pa.types.is_floating(kind):
+        values = compute.if_else(compute.is_nan(values), None, values)
+    missing = compute.index(values.is_null(), True).as_py()
+    text = values.cast(pa.string()).fill_null("").cast(pa.binary())
+    return Column(name, joined(text), None if missing < 0 else missing, separator, declared)
+
+
+def is_list(kind: "pyarrow.DataType") -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def is_label(kind: "pyarrow.DataType") -> bool:
+    """Whether a column could hold labels: texts, numbers, or lists of them."""
+    import pyarrow as pa
+
+    return not pa.types.is_nested(kind.value_type if is_list(kind) else kind) and not isinstance(
+        kind, pa.BaseExtensionType
+    )
+
+
+def joined(column: "pyarrow.ChunkedArray") -> "pyarrow.Array":
+    """pyarrow's chunks as one array."""
+    whole = column.combine_chunks()
+    return whole.chunk(0) if hasattr(whole, "num_chunks") else whole
 
 
 def parts(array: "pyarrow.BinaryArray") -> Iterator[bytes]:
@@ -99,6 +171,9 @@ def targets_of(
     if missing := [name for name in data.label_columns if name not in table.columns]:
         table.chosen(missing[0], (), "")
     columns = list(data.label_columns) or _label_columns(table, data, others)
+    for name in columns:
+        if (row := table.columns[name].empty) is not None:
+            raise InputError(f"{table.place(row)}: the cell of {name!r} is empty")
     if data.task == "regression":
         targets = np.stack([_numbers(table, table.columns[name]) for name in columns], axis=1)
         return targets, tuple(columns), np.ones(len(columns), bool)
@@ -112,6 +187,10 @@ def targets_of(
         )
     column = table.columns[columns[0]]
     texts = _texts(table, column)
+    if column.separator and data.task != "multi_label":
+        raise InputError(
+            f"{table.path}: column {column.name!r} has lists, which fit --data.task multi_label, and not {data.task}"
+        )
     if data.task == "multi_label":
         return _several(table, column, texts, data, training)
     _refuse_numbers(table, column, texts)
@@ -137,7 +216,7 @@ def _label_columns(table: "Table", data: DataConfig, others: set[str]) -> list[s
 
 def _has_marks(column: Column) -> bool:
     """Whether a column says nothing but 0 and 1."""
-    return len(column.values) <= 4 and {value.strip() for value in parts(column.values)} <= {b"0", b"1", b"0.0", b"1.0"}
+    return len(column.values) <= 4 and {value.strip() for value in parts(column.values)} <= MARKS
 
 
 def _place(table: "Table", column: Column, code: int) -> str:
@@ -160,7 +239,7 @@ def _texts(table: "Table", column: Column) -> list[str]:
 
 def _number(text: str) -> float | None:
     try:
-        return float(text)
+        return float({"true": "1", "false": "0"}.get(text.lower(), text))
     except ValueError:
         return None
 
@@ -211,8 +290,12 @@ def _several(
     table: "Table", column: Column, texts: list[str], data: DataConfig, training: np.ndarray
 ) -> tuple[np.ndarray, tuple[str, ...], np.ndarray]:
     """Cells with any number of labels; an empty one has none."""
-    separator = data.label_separator or next((each for each in SEPARATORS if any(each in text for text in texts)), "|")
-    if data.label_separator is None:
+    separator = (
+        column.separator
+        or data.label_separator
+        or next((each for each in SEPARATORS if any(each in text for text in texts)), "|")
+    )
+    if separator not in (column.separator, data.label_separator):
         logger.info("%s: labels in column %r are divided by %r", table.path, column.name, separator)
     cells = [[label.strip() for label in text.split(separator) if label.strip()] for text in texts]
     names, numbers, trained = _class_names(table, column, cells, data, training)
@@ -229,25 +312,29 @@ def _class_names(
     used = np.unique(column.codes[training])
     trained = {label for code in used for label in cells[code]} - {""}
     there = {label for labels in cells for label in labels} - {""}
-    names = class_names_of(data, there)
-    numbers = {name: number for number, name in enumerate(names)}
+    if column.declared:
+        names = class_names_of(data, set(column.declared)) if data.class_names else column.declared
+        numbers = {str(number): names.index(name) for number, name in enumerate(column.declared) if name in names}
+    else:
+        names = class_names_of(data, there)
+        numbers = {name: number for number, name in enumerate(names)}
     for code, labels in enumerate(cells):
         for label in labels:
             if label and label not in numbers:
                 raise InputError(
                     f"{_place(table, column, code)}: label {label!r} in column {column.name!r} is none of the "
-                    f"{len(names)} classes of {data.class_names}"
+                    f"{len(names)} classes of {data.class_names or table.path}"
                 )
-    if data.class_names is None and not data.other_classes:
+    if not (data.class_names or data.other_classes or column.declared):
         only = [name for name in names if name not in trained]
         if only:
             code = next(code for code, labels in enumerate(cells) if only[0] in labels)
             raise InputError(
                 f"{_place(table, column, code)}: no training image has label {only[0]!r}"
                 + (f" (nor {len(only) - 1} others)" if len(only) > 1 else "")
-                + "; --data.other-classes True allows classes that only the evaluated split has"
+                + "; --data.other-classes allows classes that only the evaluated split has"
             )
-    return names, numbers, np.array([name in trained for name in names], bool)
+    return names, numbers, np.isin(np.arange(len(names)), [numbers[label] for label in trained])
 
 
 def class_names_of(data: DataConfig, there: set[str]) -> tuple[str, ...]:

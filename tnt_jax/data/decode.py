@@ -4,6 +4,7 @@ import dataclasses
 import io
 import os
 import struct
+from collections.abc import Callable
 from typing import BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
@@ -52,7 +53,7 @@ def read_image(
     *,
     at_least: tuple[int, int] | None = None,
     reading: Reading = AS_IT_IS,
-    name: str | None = None,
+    name: str | Callable[[], str] | None = None,
 ) -> Pixels:
     """The pixels of an image, upright as EXIF or XMP says: uint8, uint16 or float32 (height, width, channels).
 
@@ -67,12 +68,12 @@ def read_image(
         at_least: height and width. A JPEG that is twice as large, or 4 or 8 times, is decoded at that fraction of its
             size if it has more than `LARGEST_WHOLE` pixels or `reading.fast_decode` is set: much faster, but not with
             the pixels that resizing it would give.
-        name: of the image, for errors.
+        name: of the image, for errors; or what gives it then.
 
     Raises:
         InputError: there is no such file, or it cannot be read as an image; the message says which and why.
     """
-    name = name or name_of_image(source)
+    given = source
     try:
         if isinstance(source, str | os.PathLike):
             with open(os.path.expanduser(source), "rb") as file:
@@ -96,10 +97,15 @@ def read_image(
     except InputError:
         raise
     except FileNotFoundError:
+        name = _called(name, given)
         link = f": it is a link to {os.readlink(name)}, which is not there" if os.path.islink(name) else ""
         raise InputError(f"there is no image {name}{link}") from None
     except Exception as error:  # decoders raise nearly everything for a damaged file
-        raise InputError(f"{name} cannot be read as an image: {_reason(error)}") from error
+        raise InputError(f"{_called(name, given)} cannot be read as an image: {_reason(error)}") from error
+
+
+def _called(name: str | Callable[[], str] | None, source: ImageSource) -> str:
+    return (name() if callable(name) else name) or name_of_image(source)
 
 
 def name_of_image(source: ImageSource) -> str:
@@ -133,7 +139,7 @@ def _decode(content: bytes, channels: int | None, at_least: tuple[int, int] | No
             return pixels
     if (samples := deep.pnm(content, reading.max_pixels)) is not None:
         return samples
-    deep.register_plugin(content)
+    deep.register_plugin(content, reading.max_pixels)
     image = _open(content)
     check_size(image.height, image.width, 1, reading.max_pixels)
     if image.format == "PNG" and (samples := deep.png(image, content, channels)) is not None:
@@ -157,7 +163,10 @@ def _jpeg(content: bytes, channels: int | None, at_least: tuple[int, int] | None
     if colours not in ("YCbCr", "RGB", "Gray"):
         return None  # Pillow converts CMYK in another way, and it is the reference
     check_size(height, width, 1, reading.max_pixels)
-    orientation = _orientation_of_jpeg(content)
+    try:
+        orientation = _orientation(_open(content))
+    except Exception:  # damaged metadata raise nearly everything
+        orientation = 1
     sizes = {}
     if at_least and _small_enough(height * width, reading):
         sizes = _scaled_down(height, width, at_least[::-1] if orientation > 4 else at_least)
@@ -167,7 +176,6 @@ def _jpeg(content: bytes, channels: int | None, at_least: tuple[int, int] | None
     except ValueError:
         return None
     pixels = pixels.reshape(*pixels.shape[:2], -1)
-    pixels = at_full_scale(pixels, reading.white)
     return pixels if orientation == 1 else upright(pixels, orientation)
 
 
@@ -175,25 +183,6 @@ def _scaled_down(height: int, width: int, at_least: tuple[int, int]) -> dict[str
     """simplejpeg's arguments for the smallest of 1, 1/2, 1/4 and 1/8 of the size that is large enough."""
     factor = next((n for n in (8, 4, 2) if height >= n * at_least[0] and width >= n * at_least[1]), 1)
     return {"min_height": -(-height // factor), "min_width": -(-width // factor)}
-
-
-def _orientation_of_jpeg(content: bytes) -> int:
-    """From EXIF or XMP data, wherever in the header they lie."""
-    at = 2
-    while at + 4 <= len(content) and content[at] == 0xFF:
-        marker = content[at + 1]
-        if marker in (0xDA, 0xD9):  # the picture begins, or ends
-            break
-        if marker == 0xFF:  # filling
-            at += 1
-            continue
-        if marker == 0xE1 and content[at + 4 : at + 8] in (b"Exif", b"http"):
-            try:
-                return _orientation(Image.open(io.BytesIO(content), formats=("JPEG", "MPO")))
-            except Exception:  # damaged metadata raise nearly everything
-                return 1
-        at += 2 + struct.unpack_from(">H", content, at + 2)[0]
-    return 1
 
 
 def _orientation(image: Image.Image) -> int:
@@ -238,5 +227,6 @@ def _of_pillow(image: Image.Image, channels: int | None, reading: Reading) -> Pi
     if mode == "I" and image.format == "PPM":
         samples = samples.astype(np.uint16)  # Pillow has scaled them to 65535
     samples = samples.reshape(*samples.shape[:2], -1)
-    pixels = at_full_scale(samples, reading.white)
+    # A file of 8 bits is white at 255, whatever `white` says of the others.
+    pixels = at_full_scale(samples, None if samples.dtype == np.uint8 else reading.white)
     return pixels if orientation == 1 else upright(pixels, orientation)

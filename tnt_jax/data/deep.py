@@ -38,7 +38,7 @@ def of_array(array: np.ndarray, channels: int | None, white: float | None) -> Pi
     return np.ascontiguousarray(at_full_scale(array, white))
 
 
-def register_plugin(content: bytes) -> None:
+def register_plugin(content: bytes, most: int) -> None:
     """Makes Pillow read HEIC and JPEG XL. Raises ValueError, with what to install, where it cannot."""
     import importlib
 
@@ -56,6 +56,32 @@ def register_plugin(content: bytes) -> None:
         raise ValueError(f"it is {kind}, which needs {package}: pip install {package}") from None
     if kind == "HEIC":
         plugin.register_heif_opener()
+    else:  # its plugin decodes whatever it opens
+        check_size(*_size_of_jpeg_xl(content), 1, most)
+
+
+def _size_of_jpeg_xl(content: bytes) -> tuple[int, int]:
+    """Height and width. Source: ISO/IEC 18181-1, SizeHeader, and 18181-2 for the boxes around it."""
+    start = 0
+    if not content.startswith(b"\xff\x0a"):
+        whole, part = content.find(b"jxlc"), content.find(b"jxlp")
+        start = whole + 4 if whole >= 0 else part + 8  # the first part is numbered
+    bits = int.from_bytes(content[start + 2 : start + 14], "little")
+
+    def take(count: int) -> int:
+        nonlocal bits
+        value = bits & ((1 << count) - 1)
+        bits >>= count
+        return value
+
+    small = take(1)
+
+    def side() -> int:
+        return 8 * (take(5) + 1) if small else take((9, 13, 18, 30)[take(2)]) + 1
+
+    height, ratio = side(), take(3)
+    wide, high = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))[ratio - 1]
+    return height, side() if ratio == 0 else height * wide // high
 
 
 def png(image: Image.Image, content: bytes, channels: int | None) -> np.ndarray | None:
@@ -142,10 +168,12 @@ def tiff(content: bytes, channels: int | None, white: float | None, most: int) -
         )
         if as_pillow or not plain:
             return None
-        check_size(first.imagelength, first.imagewidth, bands * len(pages), most)
+        height, width = first.imagelength, first.imagewidth
+        # By the shape, which knows of a depth too: it is what would be decoded.
+        check_size(height, width, math.prod(first.shape) // max(1, height * width) * len(pages), most)
         samples = np.concatenate([_page(page) for page in pages], axis=2)
         orientation = first.tags.get(274)
-        reach = white or _white_of(first)
+        reach = _white_of(first) if samples.dtype == np.uint8 else white or _white_of(first)
     if first.photometric == tifffile.PHOTOMETRIC.MINISWHITE and samples.dtype.kind == "u":
         samples = np.iinfo(samples.dtype).max - samples
     if alpha and channels != samples.shape[2]:

@@ -11,14 +11,14 @@ from tnt_jax.config import DataConfig, InputError
 from tnt_jax.data.columns import class_names_of
 from tnt_jax.data.decode import Reading
 from tnt_jax.data.listing import SUFFIXES, FileNames, Walk, folders_in, identity_of, labels_of, natural_key
-from tnt_jax.data.sources import FileSource, NoSplitError, names_of_split
+from tnt_jax.data.sources import ImageFiles, NoSplitError, Split, names_of_split
 from tnt_jax.data.tables import check_classes, listed
 
 LABEL_FILE = "labels.txt"
 logger = logging.getLogger(__name__)
 
 
-def open_folder(argument: str, data: DataConfig, split: str) -> FileSource:
+def open_folder(argument: str, data: DataConfig, split: str) -> Split:
     """A folder per split, in it a folder per class, in it images, nested or not. Classes are sorted by name.
 
     A split may also hold its images flat, beside a `labels.txt` that names the class of each: so ImageNet ships its
@@ -31,14 +31,26 @@ def open_folder(argument: str, data: DataConfig, split: str) -> FileSource:
     if not root.is_dir():
         raise InputError(f"there is no folder {root}")
     folder = _split_folder(root, split)
+    training = _split_folder(root, data.train_split)
+    if training is None and _holds_classes(root):
+        if split != data.train_split:
+            raise NoSplitError(split, (data.train_split,))
+        folder = training = root
     if folder is None:
         raise NoSplitError(split, folders_in(root))
-    training = _split_folder(root, data.train_split) or folder
+    training = training or folder
     here = () if (folder / LABEL_FILE).is_file() else folders_in(folder)
-    trained = folders_in(training)
-    evaluated = _split_folder(root, data.eval_split) if data.other_classes else None
-    class_names = class_names_of(data, {*trained, *here, *(folders_in(evaluated) if evaluated else ())})
-    if unknown := sorted({*trained, *here} - set(class_names), key=natural_key) if data.class_names else []:
+    trained = [_class_of(name) for name in folders_in(training)]
+    # Where other classes are allowed they are those of all splits that are evaluated, whichever is opened.
+    others = (data.eval_split or "validation", "test") if data.other_classes else ()
+    evaluated = [found for each in others if (found := _split_folder(root, each))]
+    there = {*here, *(name for each in evaluated for name in folders_in(each))}
+    class_names = class_names_of(data, {*trained, *map(_class_of, there)})
+    if (
+        unknown := sorted({*trained, *map(_class_of, here)} - set(class_names), key=natural_key)
+        if data.class_names
+        else []
+    ):
         raise InputError(
             f"{data.class_names} does not name the class folders {listed(unknown)} of {root}; it has {len(class_names)}"
         )
@@ -52,7 +64,13 @@ def open_folder(argument: str, data: DataConfig, split: str) -> FileSource:
     else:
         raise InputError(f"{folder} holds neither class folders nor a {LABEL_FILE}")
     _check(folder, class_names, trained, targets, walk, data, split)
-    return FileSource(str(folder), files, targets, class_names, Reading.of(data))
+    name = data.train_split if folder == root else folder.name
+    return Split(ImageFiles(str(folder), files), targets, class_names, name, Reading.of(data))
+
+
+def _class_of(folder: str) -> str:
+    """The name of the class in a folder: bytes that are no UTF-8 are written as `\\xe9`, which every file can hold."""
+    return os.fsencode(folder).decode(errors="backslashreplace")
 
 
 def _numbers_of(class_names: Sequence[str]) -> dict[str, int]:
@@ -75,6 +93,16 @@ def _split_folder(root: pathlib.Path, split: str) -> pathlib.Path | None:
     return next(iter(labelled or found), None)
 
 
+def _holds_classes(root: pathlib.Path) -> bool:
+    """Whether the folders in a folder are classes, and no splits: none is called like one, and all have images."""
+    known = {name for split in ("train", "test", "validation") for name in names_of_split(split)}
+    found = folders_in(root)
+    return bool(found) and all(
+        name.lower() not in known and any(entry.name.lower().endswith(SUFFIXES) for entry in os.scandir(root / name))
+        for name in found
+    )
+
+
 def _of_class_folders(
     folder: pathlib.Path, here: Sequence[str], class_names: tuple[str, ...], walk: Walk
 ) -> tuple[FileNames, np.ndarray]:
@@ -89,7 +117,7 @@ def _of_class_folders(
         return name, found
 
     files = FileNames(map(images_of_class, here))
-    return files, labels_of(counts, [numbers[name] for name in here])
+    return files, labels_of(counts, [numbers[_class_of(name)] for name in here])
 
 
 def _check(folder, class_names, trained, targets, walk: Walk, data: DataConfig, split: str) -> None:

@@ -7,7 +7,9 @@ import struct
 import numpy as np
 
 from tnt_jax.config import DataConfig, InputError
-from tnt_jax.data.sources import ArraySource, NoSplitError
+from tnt_jax.data.classes import read_class_names
+from tnt_jax.data.decode import Reading
+from tnt_jax.data.sources import NoSplitError, Split
 
 IDX_FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -18,10 +20,10 @@ FASHION_MNIST_CLASSES = (
 )  # fmt: skip
 
 
-def open_idx(argument: str, data: DataConfig, split: str) -> ArraySource:
+def open_idx(argument: str, data: DataConfig, split: str) -> Split:
     """MNIST's format: the four published files, gzipped or not.
 
-    Classes of Fashion-MNIST get their names from the folder's.
+    Classes have the names of `data.class_names`; those of Fashion-MNIST get theirs from the folder's.
     """
     if split not in IDX_FILES:
         raise NoSplitError(split, IDX_FILES)
@@ -31,7 +33,9 @@ def open_idx(argument: str, data: DataConfig, split: str) -> ArraySource:
         raise InputError(f"{folder} ({split}) has no images")
     if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
         raise InputError(f"{folder} ({split}): {images.shape} images and {labels.shape} labels do not belong together")
-    if "fashion" in "/".join(folder.resolve().parts[-2:]).lower():
+    if data.class_names:
+        class_names = read_class_names(data.class_names)
+    elif "fashion" in "/".join(folder.resolve().parts[-2:]).lower():
         class_names = FASHION_MNIST_CLASSES
     else:  # those of the training images, whatever classes the test images happen to have
         train = _read_idx(folder, IDX_FILES["train"][1]) if split != "train" and _has_train(folder) else labels
@@ -40,7 +44,7 @@ def open_idx(argument: str, data: DataConfig, split: str) -> ArraySource:
         raise InputError(
             f"{folder} ({split}): label {labels.max()} is out of range, there are {len(class_names)} classes"
         )
-    return ArraySource(images[..., None], labels.astype(np.int64), class_names)
+    return Split(images[..., None], labels.astype(np.int64), class_names, split, Reading.of(data))
 
 
 def _has_train(folder: pathlib.Path) -> bool:

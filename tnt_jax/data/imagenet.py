@@ -5,7 +5,6 @@ by its number in ImageNet-1k. A model is asked about the classes that are there 
 Sources: A arXiv 1907.07174, R 2006.16241, V2 1902.10811, Sketch 1905.13549, ReaL 2006.07159.
 """
 
-import dataclasses
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ from tnt_jax.data.classes import imagenet_names
 from tnt_jax.data.decode import AS_IT_IS, Reading
 from tnt_jax.data.folders import LABEL_FILE, read_labels
 from tnt_jax.data.listing import FileNames, Walk, folders_in, labels_of
-from tnt_jax.data.sources import FileSource
+from tnt_jax.data.sources import ImageFiles, Split
 
 logger = logging.getLogger(__name__)
 CLASSES = 1000
@@ -27,15 +26,7 @@ RELATIVES = {"imagenet": 1000, "imagenet-v2": 1000, "imagenet-a": 200, "imagenet
 """The number of classes of each."""
 
 
-@dataclasses.dataclass(frozen=True)
-class ImageNetSource(FileSource):
-    """Image files with their classes among the thousand of ImageNet-1k."""
-
-    classes: np.ndarray = dataclasses.field(default_factory=lambda: np.arange(CLASSES))
-    """Those of the thousand that a model is asked about, ascending."""
-
-
-def open_imagenet(spec: str, reading: Reading = AS_IT_IS) -> ImageNetSource:
+def open_imagenet(spec: str, reading: Reading = AS_IT_IS) -> Split:
     """Opens `imagenet:PATH`, `imagenet-v2:PATH`, `imagenet-a:PATH`, `imagenet-r:PATH` or `imagenet-sketch:PATH`.
 
     A folder may have some of the classes of its dataset alone, as Imagenette has of ImageNet, which is said.
@@ -64,7 +55,8 @@ def open_imagenet(spec: str, reading: Reading = AS_IT_IS) -> ImageNetSource:
         raise InputError(f"{kind} has {RELATIVES[kind]} classes, and {folder} has images of {len(classes)}")
     if len(classes) < RELATIVES[kind]:
         logger.warning("%s has %d of the %d classes of %s", folder, len(classes), RELATIVES[kind], kind)
-    return ImageNetSource(str(folder), files, np.asarray(labels, np.int32), imagenet_names(), reading, classes=classes)
+    labels = np.asarray(labels, np.int32)
+    return Split(ImageFiles(str(folder), files), labels, imagenet_names(), "test", reading, classes=classes)
 
 
 def _number(name: str, folder: pathlib.Path, by_wordnet_id) -> int:

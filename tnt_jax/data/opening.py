@@ -1,6 +1,9 @@
-"""A `DataConfig` and a split to a source."""
+"""A `DataConfig` and a split to the images: the table of sources, and which split is for what."""
 
+import dataclasses
 import os
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,54 +13,133 @@ from tnt_jax.data.folders import open_folder
 from tnt_jax.data.hub_dataset import open_hub_dataset
 from tnt_jax.data.idx import open_idx
 from tnt_jax.data.records import open_array_record, open_tfds
-from tnt_jax.data.sources import ArraySource, NoSplitError, Source, SyntheticSource
+from tnt_jax.data.sources import Noise, NoSplitError, Split, names_of_split
 from tnt_jax.data.splits import divided
 from tnt_jax.data.tables import open_table
 
+VALIDATION = "validation"
 
-def open_split(data: DataConfig, split: str) -> Source:
+
+def open_split(data: DataConfig, split: str | None) -> Split:
     """Opens one split of what `data.source` names; `data` also says what is a label, and what is held out.
 
-    With `data.fold`, `data.train_split` and `data.eval_split` are parts of the training images; with `data.holdout`
-    too, where the source has no `data.eval_split`.
+    With `data.fold` the training and the evaluated images are parts of `data.train_split`; with `data.holdout` too,
+    where the source has nothing else that evaluation reads.
 
     Args:
         split: "train" or "test"; what else there is depends on the source. "test" is the validation split where there
-            is no test split.
+            is no test split. None is what training evaluates and chooses by: `data.eval_split`, or without one the
+            validation split, the part that is held out, or the test split, the first that there is.
 
     Raises:
-        InputError: an unknown source or split, or files that are missing or damaged.
+        InputError: an unknown source or split, an option that the source has no use for, or files that are missing or
+            damaged.
     """
-    if split not in (data.train_split, data.eval_split) or not (data.fold or data.holdout):
+    evaluated = split is None or split == data.eval_split
+    if not evaluated and split != data.train_split:
         return _open(data, split)
     if not data.fold:
+        if not (evaluated or data.holdout):
+            return _open(data, split)
+        found = _evaluated(data)
+        if found is not None:
+            return found if evaluated else _open(data, split)
+    training, held_out = divided(_open(data, data.train_split), data)
+    return held_out if evaluated else training
+
+
+def open_reported(data: DataConfig) -> Split:
+    """The images that are reported of a run: the test split, which chose nothing, where there is one.
+
+    Without one, and where `data.eval_split` or `data.fold` names what is evaluated, it is what training evaluates.
+    """
+    if data.eval_split is None and not data.fold:
         try:
-            found = _open(data, data.eval_split)
+            found = _open(data, "test")
         except NoSplitError:
             pass
         else:
-            return found if split == data.eval_split else _open(data, split)
-    training, evaluated = divided(_open(data, data.train_split), data)
-    return training if split == data.train_split else evaluated
+            if not _is(VALIDATION, found.name) and not _is_trained_on(found, data) and _is_labelled(found):
+                return found
+    return open_split(data, None)
 
 
-def _open(data: DataConfig, split: str) -> Source:
+def _evaluated(data: DataConfig) -> Split | None:
+    """The split that evaluation reads; None where images are held out for it."""
+    names = (data.eval_split,) if data.eval_split else (VALIDATION, *(() if data.holdout else ("test",)))
+    for name in names:
+        try:
+            found = _open(data, name)
+        except NoSplitError:
+            if name != names[-1] or data.holdout:
+                continue
+            raise
+        if data.eval_split or not _is_trained_on(found, data):
+            return found
+    if data.holdout:
+        return None
+    raise InputError(f"{data.source} has no split that is not trained on; --data.holdout 0.2 takes a fifth")
+
+
+def _is_labelled(found: Split) -> bool:
+    """Whether there is something to report: TFDS has test splits whose labels are -1."""
+    try:
+        return len(found) > 0 and (found.targets is not None or found.images.labelled(0) is not None)
+    except InputError:
+        return False
+
+
+def _is(split: str, name: str) -> bool:
+    return name.lower() in names_of_split(split)
+
+
+def _is_trained_on(found: Split, data: DataConfig) -> bool:
+    """Whether `data.train_split` names a split, as one of several too: TFDS reads `train+validation[:50%]`."""
+    parts = {part.partition("[")[0].strip() for part in data.train_split.split("+")}
+    return any(_is(part, found.name) for part in parts)
+
+
+def _open(data: DataConfig, split: str) -> Split:
     """A split as the source has it."""
     name, _, argument = data.source.partition(":")
     if name not in SOURCES or (name != "synthetic" and bool(argument) != (name != "digits")):
         known = "digits, idx:FOLDER, folder:PATH, csv:FILE, npy:PATH, hf:NAME, tfds:NAME, array_record:PATH, synthetic"
-        raise InputError(f"data source {data.source!r} is none of {known}, synthetic:COUNT")
+        raise InputError(f"data source {data.source!r} is none of {known}, synthetic:COUNT{_guess(data.source)}")
+    source = SOURCES[name]
+    for option in OPTIONS:
+        if getattr(data, option) not in (None, (), False) and option not in source.options:
+            others = ", ".join(f"{each}:" for each, other in SOURCES.items() if option in other.options)
+            flag = f"--data.{option.replace('_', '-')}"
+            raise InputError(f"{flag} was given, and {name}{':' * bool(argument)} has no use for it; {others} have")
     try:
-        return SOURCES[name](os.path.expanduser(argument), data, split)
+        return source.open(os.path.expanduser(argument), data, split)
     except NoSplitError as error:
-        if split != data.eval_split or data.holdout:
+        if split == data.train_split or data.holdout:
             raise
-        raise NoSplitError(
-            split, error.there_are, "; --data.holdout 0.2 takes a fifth of the training images"
-        ) from error
+        remedy = "; --data.holdout 0.2 takes a fifth of the training images"
+        raise NoSplitError(split, error.there_are, remedy) from error
 
 
-def _digits(argument: str, data: DataConfig, split: str) -> ArraySource:
+def without_unused(data: DataConfig) -> DataConfig:
+    """The same without the options that its source has no use for, which were given for another one."""
+    source = SOURCES.get(data.source.partition(":")[0])
+    unused = set(OPTIONS) - set(source.options if source else ())
+    defaults = {field.name: field.default for field in dataclasses.fields(data) if field.name in unused}
+    return dataclasses.replace(data, **defaults)
+
+
+def _guess(source: str) -> str:
+    """What was meant by a path without a kind of source."""
+    path = os.path.expanduser(source)
+    if source in ("imagenet", "imagenet2012"):
+        return "; did you mean tfds:imagenet2012, or array_record:PATH?"
+    suffix = os.path.splitext(path)[1].lower()
+    kind = "csv" if suffix in (".csv", ".tsv", ".tab", ".parquet", ".pq") else "npy" if suffix == ".npz" else None
+    kind = kind or ("folder" if os.path.isdir(path) else None)
+    return f"; did you mean {kind}:{source}?" if kind else ""
+
+
+def _open_digits(argument: str, data: DataConfig, split: str) -> Split:
     """The 1,797 scans of 8x8 pixels that scikit-learn ships, as dark ink on white paper.
 
     1,437 to train, 360 to test.
@@ -72,27 +154,40 @@ def _digits(argument: str, data: DataConfig, split: str) -> ArraySource:
     images = np.round(255 * (1 - ink)).astype(np.uint8)[..., None]
     train, test = train_test_split(np.arange(len(images)), test_size=360, stratify=scans.target, random_state=0)
     chosen = train if split == "train" else test
-    return ArraySource(images[chosen], scans.target[chosen], tuple(str(name) for name in scans.target_names))
+    return Split(images[chosen], scans.target[chosen], tuple(str(name) for name in scans.target_names), split)
 
 
-def _synthetic(argument: str, data: DataConfig, split: str) -> SyntheticSource:
+def _open_synthetic(argument: str, data: DataConfig, split: str) -> Split:
     """As many images and classes as ImageNet has, or `synthetic:COUNT` images in either split."""
     counts = {"train": 1_281_167, "test": 50_000}
     if split not in counts:
         raise NoSplitError(split, counts)
     if argument and not argument.isdecimal():
         raise InputError(f"data source synthetic:{argument} is not synthetic:COUNT with a number of images")
-    return SyntheticSource(int(argument) if argument else counts[split])
+    count = int(argument) if argument else counts[split]
+    return Split(Noise(count), np.arange(count, dtype=np.int32) % 1000, tuple(map(str, range(1000))), split)
 
+
+class Source(NamedTuple):
+    """How a kind of source is opened, and which of `OPTIONS` it honours."""
+
+    open: Callable[[str, DataConfig, str], Split]
+    options: tuple[str, ...] = ()
+
+
+GROUPED = ("fold_column", "group_column", "weight_column")
+LABELS = ("label_columns", "label_separator", "class_names", "other_classes")
+OPTIONS = (*LABELS, *GROUPED, "image_column", "split_column", "encoding")
+"""Fields of `DataConfig` that only some sources have a use for. One that was given is never ignored."""
 
 SOURCES = {
-    "digits": _digits,
-    "idx": open_idx,
-    "folder": open_folder,
-    "csv": open_table,
-    "npy": open_numpy,
-    "hf": open_hub_dataset,
-    "tfds": open_tfds,
-    "array_record": open_array_record,
-    "synthetic": _synthetic,
+    "digits": Source(_open_digits),
+    "idx": Source(open_idx, ("class_names",)),
+    "folder": Source(open_folder, ("class_names", "other_classes")),
+    "csv": Source(open_table, OPTIONS),
+    "npy": Source(open_numpy, ("class_names", *GROUPED)),
+    "hf": Source(open_hub_dataset, (*LABELS, *GROUPED, "image_column")),
+    "tfds": Source(open_tfds),
+    "array_record": Source(open_array_record),
+    "synthetic": Source(_open_synthetic),
 }

@@ -13,7 +13,7 @@ from tnt_jax.config import DataConfig, InputError, check_data
 from tnt_jax.data.augment import augment
 from tnt_jax.data.crop import evaluation_crop
 from tnt_jax.data.samples import Pixels, to_channels, to_depth
-from tnt_jax.data.sources import Source, Target, name_of
+from tnt_jax.data.sources import Split, Target
 from tnt_jax.data.targets import Shares, image_shares, weighted_order
 from tnt_jax.data.workers import Filled, prepare
 
@@ -21,7 +21,7 @@ Batch = dict[str, np.ndarray]
 logger = logging.getLogger(__name__)
 
 
-def target_shape(source: Source, data: DataConfig) -> tuple[int, ...]:
+def target_shape(source: Split, data: DataConfig) -> tuple[int, ...]:
     """Of the target of an image: () for a class, and otherwise (outputs,)."""
     return () if data.task == "single_label" else (len(source.class_names),)
 
@@ -68,7 +68,7 @@ def places_of_batch(first: int, batch_size: int, repeats: int) -> np.ndarray:
 class TrainRecipe:
     """The training batch of every step."""
 
-    source: Source
+    source: Split
     data: DataConfig
     row_shape: tuple[int, int, int]
     batch_size: int
@@ -120,14 +120,11 @@ class TrainRecipe:
 
 def read(recipe: "TrainRecipe | EvalRecipe", index: int) -> tuple[Pixels, Target]:
     """An image of the source in the channels and the type of the batch; see `read_image` for what is made smaller."""
-    if hasattr(recipe.source, "read"):
-        at_least = tuple(round(2 * side / recipe.data.crop) for side in recipe.row_shape[:2])
-        pixels, target = recipe.source.read(index, recipe.row_shape[2], at_least)
-    else:
-        pixels, target = recipe.source[index]
+    at_least = tuple(round(2 * side / recipe.data.crop) for side in recipe.row_shape[:2])
+    pixels, target = recipe.source.read(index, recipe.row_shape[2], at_least)
     if pixels.dtype == recipe.dtype and pixels.shape[2] == recipe.row_shape[2]:
         return pixels, target
-    name = name_of(recipe.source, index)
+    name = recipe.source.image_name(index)
     if pixels.dtype != recipe.dtype and recipe.data.depth is None:
         raise InputError(
             f"{name} has samples of {pixels.dtype}, and the first image has {recipe.dtype}; "
@@ -147,10 +144,10 @@ def prepared(
     try:
         return prepare_one(pixels), target
     except MemoryError as error:
-        raise InputError(f"{name_of(recipe.source, index)}: there is not enough memory to resize it") from error
+        raise InputError(f"{recipe.source.image_name(index)}: there is not enough memory to resize it") from error
 
 
-def sample_of(source: Source, unreadable: int = 0, channels: int | None = None) -> Pixels:
+def sample_of(source: Split, unreadable: int = 0, channels: int | None = None) -> Pixels:
     """The first image of a source that can be read, of which so many may be unreadable.
 
     Raises:
@@ -158,7 +155,7 @@ def sample_of(source: Source, unreadable: int = 0, channels: int | None = None) 
     """
     for index in range(len(source)):
         try:
-            return source.read(index, channels)[0] if hasattr(source, "read") else source[index][0]
+            return source.read(index, channels)[0]
         except InputError:
             if index >= min(unreadable, MOST_ATTEMPTS, len(source) - 1):
                 raise
@@ -168,7 +165,7 @@ def sample_of(source: Source, unreadable: int = 0, channels: int | None = None) 
 MOST_ATTEMPTS = 10
 
 
-def dtype_of(source: Source, data: DataConfig, channels: int | None = None) -> str:
+def dtype_of(source: Split, data: DataConfig, channels: int | None = None) -> str:
     """The type of the images of a batch: `data.depth`, or that of the first image."""
     if data.depth:
         return data.depth
@@ -183,7 +180,7 @@ def most_unreadable(data: DataConfig, count: int) -> int:
 def _too_many(recipe: TrainRecipe, unreadable: dict[int, str]) -> InputError:
     reason = list(unreadable.values())[-1]
     if not recipe.data.skip_unreadable:
-        return InputError(reason)
+        return InputError(f"{reason}; --data.skip-unreadable 0.01 trains without up to 1% of the images")
     return InputError(
         f"{len(unreadable)} of {len(recipe.source)} training images are unreadable, and data.skip_unreadable "
         f"{recipe.data.skip_unreadable} allows {most_unreadable(recipe.data, len(recipe.source))}; the last: {reason}"
@@ -194,7 +191,7 @@ def _too_many(recipe: TrainRecipe, unreadable: dict[int, str]) -> InputError:
 class EvalRecipe:
     """Every image once, in the order of the source; what is left of the last batch is black and of class 0."""
 
-    source: Source
+    source: Split
     data: DataConfig
     row_shape: tuple[int, int, int]
     batch_size: int
@@ -219,7 +216,7 @@ class EvalRecipe:
 
 
 def train_recipe(
-    source: Source,
+    source: Split,
     data: DataConfig,
     *,
     image_size: tuple[int, int],
@@ -229,15 +226,15 @@ def train_recipe(
     dtype: str | None = None,
 ) -> TrainRecipe:
     """The recipe behind `train_batches`."""
-    weights, shares = getattr(source, "weights", None), None
-    if data.sampling != "natural" or weights is not None:  # else the targets of records need not be read
-        shares = image_shares(source.targets, data.sampling, len(source.class_names), weights)
+    shares = None
+    if data.sampling != "natural" or source.weights is not None:  # else the targets of records need not be read
+        shares = image_shares(source.all_targets, data.sampling, len(source.class_names), source.weights)
     dtype = dtype or dtype_of(source, data, channels)
     return TrainRecipe(source, data, (*image_size, channels), batch_size, seed, dtype, shares)
 
 
 def train_batches(
-    source: Source,
+    source: Split,
     data: DataConfig,
     *,
     image_size: tuple[int, int],
@@ -288,7 +285,7 @@ def _without_unreadable(filled: Iterator[Filled], recipe: TrainRecipe) -> Iterat
 
 
 def eval_batches(
-    source: Source,
+    source: Split,
     data: DataConfig,
     *,
     image_size: tuple[int, int],

@@ -2,31 +2,59 @@
 
 import dataclasses
 import functools
+import hashlib
 import os
 from typing import Any
 
 import numpy as np
 
 from tnt_jax.config import DataConfig, InputError
-from tnt_jax.data.decode import AS_IT_IS, Reading, read_image
-from tnt_jax.data.samples import Pixels
+from tnt_jax.data.decode import Reading
+from tnt_jax.data.sources import Images, NoSplitError, Split
 
 INSTALL = "pip install tensorflow-datasets array_record"
 
 
 @dataclasses.dataclass(frozen=True)
-class RecordSource:
+class RecordImages(Images):
     """One split, or a slice of one, with an image and a label in each record."""
 
-    name: str
+    title: str
     records: Any  # what TFDS calls a data source: records as dictionaries, the image as the bytes of a file
-    class_names: tuple[str, ...]
-    reading: Reading = AS_IT_IS
+    classes: int
+    known: str | None = None
+    """A checksum of where the records lie."""
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> bytes:
+        return self._record(index)["image"]
+
+    def name(self, index: int) -> str:
+        file_name = os.fsdecode(self._record(index).get("file_name") or b"")
+        return f"record {index} of {self.title}" + (f" ({file_name})" if file_name else "")
+
+    def digest(self) -> str | None:
+        return self.known
+
+    def labelled(self, index: int) -> tuple[bytes, int]:
+        """An image and its class. Raises InputError where there is none."""
+        record = self._record(index)
+        label = int(record["label"])
+        if label < 0:
+            raise InputError(
+                f"{self.name(index)} has label {label}: this split has no labels. Another one has: "
+                "--data.eval-split validation"
+            )
+        if label >= self.classes:
+            raise InputError(f"{self.name(index)} has label {label}, and there are {self.classes} classes")
+        return record["image"], label
 
     @functools.cached_property
-    def targets(self) -> np.ndarray:
+    def labels(self) -> np.ndarray:
         """The classes of all records, which are all read for them once."""
-        return np.array([int(self._record(index)["label"]) for index in range(len(self))], np.int32)
+        return np.array([self.labelled(index)[1] for index in range(len(self))], np.int32)
 
     def _record(self, index: int) -> dict[str, Any]:
         """Raises InputError, with the shard and the place in it, where a record is damaged."""
@@ -37,7 +65,7 @@ class RecordSource:
             return record
         except Exception as error:  # a cut shard, a flipped bit, other features: nearly everything is raised
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise InputError(f"record {index} of {self.name}{self._shard(index)} cannot be read: {reason}") from error
+            raise InputError(f"record {index} of {self.title}{self._shard(index)} cannot be read: {reason}") from error
 
     def _shard(self, index: int) -> str:
         """Where a record lies, in words; nothing where that is not known."""
@@ -48,30 +76,8 @@ class RecordSource:
         except Exception:  # what TFDS and array_record do not promise
             return ""
 
-    def __len__(self) -> int:
-        return len(self.records)
 
-    def __getitem__(self, index: int) -> tuple[Pixels, int]:
-        return self.read(index)
-
-    def read(
-        self, index: int, channels: int | None = None, at_least: tuple[int, int] | None = None
-    ) -> tuple[Pixels, int]:
-        """For a model of so many channels, and at a fraction of its size; see `read_image`."""
-        record = self._record(index)
-        file_name = os.fsdecode(record.get("file_name") or b"")
-        name = f"record {index} of {self.name}" + (f" ({file_name})" if file_name else "")
-        label = int(record["label"])
-        if label < 0:
-            raise InputError(
-                f"{name} has label {label}: this split has no labels. Another one has: --data.eval-split validation"
-            )
-        if label >= len(self.class_names):
-            raise InputError(f"{name} has label {label}, and there are {len(self.class_names)} classes")
-        return read_image(record["image"], channels, at_least=at_least, reading=self.reading, name=name), label
-
-
-def open_tfds(name: str, data: DataConfig, split: str) -> RecordSource:
+def open_tfds(name: str, data: DataConfig, split: str) -> Split:
     """A dataset in TFDS's folder (`~/tensorflow_datasets`, or `$TFDS_DATA_DIR`), by its name there."""
     tfds = _tensorflow_datasets()
     try:
@@ -85,7 +91,7 @@ def open_tfds(name: str, data: DataConfig, split: str) -> RecordSource:
     return _open(tfds, builder, f"tfds:{name}", data, split)
 
 
-def open_array_record(folder: str, data: DataConfig, split: str) -> RecordSource:
+def open_array_record(folder: str, data: DataConfig, split: str) -> Split:
     """A folder with ArrayRecord shards and TFDS's description of them, as `tnt_jax.data.prepare` writes it."""
     tfds = _tensorflow_datasets()
     try:
@@ -108,7 +114,7 @@ def _tensorflow_datasets():
     return tfds
 
 
-def _open(tfds, builder, name: str, data: DataConfig, split: str) -> RecordSource:
+def _open(tfds, builder, name: str, data: DataConfig, split: str) -> Split:
     info = builder.info
     if not info.splits:
         raise InputError(f"{name} is not prepared: {builder.data_dir} holds no data")
@@ -125,5 +131,14 @@ def _open(tfds, builder, name: str, data: DataConfig, split: str) -> RecordSourc
     try:
         records = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
     except ValueError as error:
-        raise InputError(f"{name} has no split {split!r}; there are {', '.join(sorted(info.splits))}") from error
-    return RecordSource(f"{name} {split}", records, tuple(info.features["label"].names), Reading.of(data))
+        raise NoSplitError(split, sorted(info.splits)) from error
+    class_names = tuple(info.features["label"].names)
+    images = RecordImages(f"{name} {split}", records, len(class_names), _checksum(info, split))
+    return Split(images, None, class_names, split, Reading.of(data))
+
+
+def _checksum(info, split: str) -> str | None:
+    """Of the shards of a split, and what of each is read: labels are in the records, which are not read for it."""
+    known = info.splits[split]
+    shards = [(os.path.basename(each.filename), each.skip, each.take) for each in known.file_instructions]
+    return hashlib.sha256(repr((info.full_name, info.dataset_size, shards)).encode()).hexdigest()[:16]

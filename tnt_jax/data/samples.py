@@ -22,7 +22,8 @@ def at_full_scale(samples: AnySamples, white: float | None) -> np.ndarray:
     """Samples of any type as uint8, uint16 or float32 whose white is 255, 65535 or 1. Nothing is lost.
 
     Args:
-        white: the sample that is white. None: 255 for uint8, 65535 for uint16, 1 for floats between 0 and 1.
+        white: the sample that is white. None: 255 for uint8, 65535 for uint16, 1 for floats between 0 and 1. More than
+            255 says nothing of uint8.
 
     Raises:
         ValueError: what is white is not known, or there are samples that are no numbers.
@@ -36,6 +37,8 @@ def at_full_scale(samples: AnySamples, white: float | None) -> np.ndarray:
         raise ValueError(f"its samples are {samples.dtype}, and should be numbers")
     samples = samples.astype(samples.dtype.newbyteorder("="), copy=False)
     if samples.dtype in (np.uint8, np.uint16) and white in (None, np.iinfo(samples.dtype).max):
+        return samples
+    if samples.dtype == np.uint8 and white > 255:  # what no sample of 8 bits can be is said of other images
         return samples
     if kind == "i" and samples.size and samples.min() < 0:
         raise ValueError(f"its samples reach {samples.min()}: below 0 is no pixel")

@@ -1,42 +1,20 @@
-"""What a source is: index to (image, target), at random and without state. In memory, as noise, or part of another."""
+"""A split of a dataset: images, what is told of each, and what must stay together. At random and without state."""
 
 import dataclasses
+import functools
 import os
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
 from tnt_jax.config import InputError
-from tnt_jax.data.decode import AS_IT_IS, Reading, read_image
+from tnt_jax.data.decode import AS_IT_IS, ImageSource, Reading, read_image
 from tnt_jax.data.listing import FileNames
 from tnt_jax.data.samples import Pixels
 
 Target = int | np.ndarray
 """A class; or float32 (outputs,): 0 or 1 for each class (multi_label), or numbers (regression)."""
-
-
-@runtime_checkable
-class Source(Protocol):
-    """One split of a dataset. It can be pickled, so that worker processes can read it too.
-
-    A source of files also has `files`, their names, and `read(index, channels, at_least)`, which reads an image for a
-    model of so many channels, at a fraction of its size where that is large enough.
-    """
-
-    class_names: tuple[str, ...]
-    """Of the classes; for regression of the numbers."""
-    if TYPE_CHECKING:  # asked for at run time, records would be read to know whether they are there
-        targets: np.ndarray
-        """Of all images, without reading them: int (images,) or float32 (images, outputs)."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> tuple[Pixels, Target]:
-        """Pixels (height, width, channels) of uint8, uint16 or float32, and the target.
-
-        White is 255, 65535 or 1. Raises InputError, with the name of the image, where it cannot be read.
-        """
 
 
 class NoSplitError(InputError):
@@ -46,21 +24,6 @@ class NoSplitError(InputError):
         self.there_are = tuple(there_are)
         listed = ", ".join(map(repr, self.there_are)) or "none"
         super().__init__(f"there is no split {split!r}; there are {listed}{remedy}")
-
-
-@dataclasses.dataclass(frozen=True)
-class ArraySource:
-    """Images in memory, (images, height, width, channels), and their targets."""
-
-    images: np.ndarray
-    targets: np.ndarray
-    class_names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, Target]:
-        return self.images[index], target_of(self.targets, index)
 
 
 SPLIT_NAMES = {
@@ -77,14 +40,87 @@ def names_of_split(split: str) -> tuple[str, ...]:
     return SPLIT_NAMES.get(split, (split,))
 
 
+class Images(Sequence):
+    """Images by their places, each as `read_image` takes it. Can be pickled, so that worker processes read it too."""
+
+    def name(self, index: int) -> str:
+        """What an image is called in messages."""
+        return f"image {index}"
+
+    def take(self, indices: np.ndarray) -> "Images":
+        """Some of the images, in this order."""
+        return _Taken(self, indices)
+
+    def digest(self) -> str | None:
+        """A checksum of which images these are; None where it takes to read them."""
+        return None
+
+
 @dataclasses.dataclass(frozen=True)
-class FileSource:
-    """Image files, by their paths in a folder, and their targets."""
+class _Taken(Images):
+    images: Sequence
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> ImageSource:
+        return self.images[int(self.indices[index])]
+
+    def name(self, index: int) -> str:
+        return name_of(self.images, int(self.indices[index]))
+
+    def digest(self) -> str | None:
+        return self.images.digest() if isinstance(self.images, Images) else None
+
+    def labelled(self, index: int) -> tuple[ImageSource, int]:
+        return self.images.labelled(int(self.indices[index]))
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.images.labels[self.indices]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFiles(Images):
+    """Image files, by their paths in a folder."""
 
     folder: str
-    files: FileNames
-    targets: np.ndarray
+    names: FileNames
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> str:
+        return os.path.join(self.folder, self.names[index])
+
+    def name(self, index: int) -> str:
+        return self[index]
+
+    def take(self, indices: np.ndarray) -> "ImageFiles":
+        return ImageFiles(self.folder, self.names.take(indices))
+
+    def digest(self) -> str:
+        return self.names.digest()
+
+
+def name_of(images: Sequence, index: int) -> str:
+    """What an image is called in messages."""
+    return images.name(index) if isinstance(images, Images) else f"image {index}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One split of a dataset, or a part of one. It can be pickled, so that worker processes can read it too."""
+
+    images: Sequence
+    """Each as `read_image` takes it: paths, bytes, or pixels (height, width, channels), as in one array of all."""
+    targets: np.ndarray | None
+    """Of all images: int (images,) or float32 (images, outputs). None where each comes with its image."""
     class_names: tuple[str, ...]
+    """Of the classes; for regression of the numbers."""
+    name: str = "train"
+    """What the source calls the split, whatever was asked for."""
     reading: Reading = AS_IT_IS
     groups: np.ndarray | None = None
     """int (images,): what must not be divided between training and evaluation."""
@@ -92,9 +128,11 @@ class FileSource:
     """int (images,): the fold of each image, from 0 on."""
     weights: np.ndarray | None = None
     """float32 (images,): how often each is drawn in training, relative to the others."""
+    classes: np.ndarray | None = None
+    """The classes that a model is asked about, ascending; None for all."""
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Pixels, Target]:
         return self.read(index)
@@ -102,69 +140,52 @@ class FileSource:
     def read(
         self, index: int, channels: int | None = None, at_least: tuple[int, int] | None = None
     ) -> tuple[Pixels, Target]:
-        """For a model of so many channels, and at a fraction of its size; see `read_image`."""
-        path = os.path.join(self.folder, self.files[index])
-        pixels = read_image(path, channels, at_least=at_least, reading=self.reading)
-        return pixels, target_of(self.targets, index)
+        """Pixels (height, width, channels) of uint8, uint16 or float32, and the target. See `read_image`.
 
+        White is 255, 65535 or 1. Raises InputError, with the name of the image, where it cannot be read.
+        """
+        if self.targets is None:
+            image, target = self.images.labelled(index)
+        else:
+            image, target = self.images[index], target_of(self.targets, index)
+        name = functools.partial(self.image_name, index)
+        return read_image(image, channels, at_least=at_least, reading=self.reading, name=name), target
 
-def name_of(source: Source, index: int) -> str:
-    """What an image is called in messages."""
-    files = getattr(source, "files", None)
-    return f"image {index}" if files is None else os.path.join(source.folder, files[index])
+    def image_name(self, index: int) -> str:
+        """What an image is called in messages."""
+        return name_of(self.images, index)
+
+    @property
+    def files(self) -> FileNames | None:
+        """The paths of the images below their folder; None where they are no files."""
+        return self.images.names if isinstance(self.images, ImageFiles) else None
+
+    @property
+    def all_targets(self) -> np.ndarray:
+        """The targets of all images, for which every image is read once where each comes with its own."""
+        return self.images.labels if self.targets is None else self.targets
+
+    def take(self, indices: np.ndarray, name: str | None = None) -> "Split":
+        """Some of the images, in this order."""
+        images = self.images.take(indices) if isinstance(self.images, Images) else _Taken(self.images, indices)
+        parts = {field: getattr(self, field) for field in ("targets", "groups", "folds", "weights")}
+        parts = {field: part if part is None else part[indices] for field, part in parts.items()}
+        return dataclasses.replace(self, images=images, name=name or self.name, **parts)
 
 
 def target_of(targets: np.ndarray, index: int) -> Target:
-    """One of the targets of a source."""
+    """One of the targets of a split."""
     return int(targets[index]) if targets.ndim == 1 else targets[index]
 
 
 @dataclasses.dataclass(frozen=True)
-class Subset:
-    """Some images of another source, in their order there."""
-
-    source: Source
-    indices: np.ndarray
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self.source.class_names
-
-    @property
-    def targets(self) -> np.ndarray:
-        return self.source.targets[self.indices]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> tuple[Pixels, Target]:
-        return self.source[int(self.indices[index])]
-
-    def __getattr__(self, name: str) -> Any:
-        """What only some sources have: `read`, `files`, `folder` and so on."""
-        if name in ("source", "indices") or name.startswith("__"):  # asked for by pickle, before there are fields
-            raise AttributeError(name)
-        value = getattr(self.source, name)
-        if name == "read":
-            return lambda index, *arguments, **options: value(int(self.indices[index]), *arguments, **options)
-        if isinstance(value, FileNames):
-            return value.take(self.indices)
-        return value[self.indices] if name in ("groups", "folds", "weights") and value is not None else value
-
-
-@dataclasses.dataclass(frozen=True)
-class SyntheticSource:
+class Noise(Images):
     """Noise, without reading or decoding anything: for timing the device alone, and for trying a run out."""
 
-    count: int
-    class_names: tuple[str, ...] = tuple(str(label) for label in range(1000))
-
-    @property
-    def targets(self) -> np.ndarray:
-        return np.arange(self.count, dtype=np.int32) % len(self.class_names)
+    length: int
 
     def __len__(self) -> int:
-        return self.count
+        return self.length
 
-    def __getitem__(self, index: int) -> tuple[Pixels, int]:
-        return np.random.default_rng(index).integers(0, 256, (256, 256, 3), np.uint8), index % len(self.class_names)
+    def __getitem__(self, index: int) -> Any:
+        return np.random.default_rng(index).integers(0, 256, (256, 256, 3), np.uint8)

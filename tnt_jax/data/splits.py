@@ -8,7 +8,7 @@ import re
 import numpy as np
 
 from tnt_jax.config import DataConfig, InputError
-from tnt_jax.data.sources import Source, Subset
+from tnt_jax.data.sources import Split
 
 BINS = 10
 """Strata of a number that is to be predicted."""
@@ -26,51 +26,50 @@ def parse_fold(fold: str) -> tuple[int, int]:
     return int(found[1]) - 1, int(found[2])
 
 
-def divided(source: Source, data: DataConfig) -> tuple[Subset, Subset]:
+def divided(source: Split, data: DataConfig) -> tuple[Split, Split]:
     """The training images that `data.fold` or `data.holdout` leaves, and those that are evaluated.
 
     Raises:
         InputError: a part is empty, or the data have other folds than `data.fold` says.
     """
     evaluated = in_fold(source, data) if data.fold else held_out(source, data)
-    parts = [Subset(source, np.flatnonzero(rows).astype(np.int32)) for rows in (~evaluated, evaluated)]
+    names = (source.name, f"fold {data.fold}" if data.fold else "holdout")
+    rows = [np.flatnonzero(chosen).astype(np.int32) for chosen in (~evaluated, evaluated)]
+    parts = [source.take(*each) for each in zip(rows, names, strict=True)]
     what = f"data.fold {data.fold}" if data.fold else f"data.holdout {data.holdout:g}"
     for part, name in zip(parts, ("train on", "evaluate"), strict=True):
         if not len(part):
-            groups = getattr(source, "groups", None)
-            in_groups = "" if groups is None else f" in {len(np.unique(groups))} groups"
+            in_groups = "" if source.groups is None else f" in {len(np.unique(source.groups))} groups"
             raise InputError(f"{what} leaves no image to {name}: there are {len(source)} images{in_groups}")
     return parts[0], parts[1]
 
 
-def in_fold(source: Source, data: DataConfig) -> np.ndarray:
+def in_fold(source: Split, data: DataConfig) -> np.ndarray:
     """Which images are in the fold that `data.fold` names, bool (images,)."""
     fold, count = parse_fold(data.fold)
-    folds = getattr(source, "folds", None)
-    if folds is None:
+    if source.folds is None:
         return places_of(source, data.split_seed) % count == fold
-    there = np.unique(folds)
+    there = np.unique(source.folds)
     if len(there) != count:
         raise InputError(f"data.fold is {data.fold}, and the column of folds has {len(there)} different values")
-    return folds == there[fold]
+    return source.folds == there[fold]
 
 
-def held_out(source: Source, data: DataConfig) -> np.ndarray:
+def held_out(source: Split, data: DataConfig) -> np.ndarray:
     """Which images are evaluated, bool (images,): of each stratum the share `data.holdout`.
 
     What is alone in its stratum is trained on.
     """
-    places, strata = places_of(source, data.split_seed), strata_of(source.targets)
+    places, strata = places_of(source, data.split_seed), strata_of(source.all_targets)
     chosen = np.floor((places + 1) * data.holdout) > np.floor(places * data.holdout)
-    groups = getattr(source, "groups", None)
-    if groups is None:
+    if source.groups is None:
         chosen &= np.bincount(strata)[strata] > 1
     return chosen
 
 
-def places_of(source: Source, seed: int) -> np.ndarray:
+def places_of(source: Split, seed: int) -> np.ndarray:
     """A place for each image, int (images,): strata one after another, at random in each; a group has one place."""
-    strata, groups = strata_of(source.targets), getattr(source, "groups", None)
+    strata, groups = strata_of(source.all_targets), source.groups
     rng = np.random.default_rng((seed, 2))
     if groups is None:
         order = np.lexsort((rng.permutation(len(strata)), strata))

@@ -4,12 +4,9 @@ python -m tnt_jax.data.statistics csv:mine.csv
 """
 
 import dataclasses
-import hashlib
-import json
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -19,8 +16,6 @@ from tnt_jax.config import DataConfig, InputError, check_data
 from tnt_jax.data.crop import resized_to_fit
 from tnt_jax.data.opening import open_split
 from tnt_jax.data.samples import full_scale_of
-from tnt_jax.data.sources import Source
-from tnt_jax.user_cache import cache_path
 
 SIDE = 256
 """Pixels: larger images are reduced to it first, which changes a deviation by what is finer than that."""
@@ -34,8 +29,6 @@ class Statistics:
     std: tuple[float, ...]
     images: int
     """How many were measured."""
-    fingerprint: str
-    """Of what was measured: file names, targets and how images are read."""
 
     @property
     def flags(self) -> str:
@@ -45,9 +38,7 @@ class Statistics:
 
 
 def measure(data: DataConfig, progress=lambda done, count: None) -> Statistics:
-    """Mean and standard deviation of all training images of a source, or those that were measured before.
-
-    They are kept in `~/.cache/tnt_jax/statistics` (or below `$XDG_CACHE_HOME`) by the fingerprint of the data.
+    """Mean and standard deviation of all training images of a source.
 
     Args:
         progress: called with the number of images that are done, and that there are.
@@ -57,35 +48,9 @@ def measure(data: DataConfig, progress=lambda done, count: None) -> Statistics:
     """
     check_data(data)
     source = open_split(data, data.train_split)
-    key = fingerprint(source, data)
-    path = _folder() / f"{key}.json"
-    try:
-        kept = json.loads(path.read_text())
-        return Statistics(tuple(kept["mean"]), tuple(kept["std"]), int(kept["images"]), key)
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    made = _measured(source, key, progress)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{os.getpid()}")
-        part.write_text(json.dumps(dataclasses.asdict(made), indent=1) + "\n")
-        part.replace(path)
-    except OSError:
-        pass  # they can be measured again
-    return made
 
-
-def fingerprint(source: Source, data: DataConfig) -> str:
-    """A checksum of which images a source has and how they are read."""
-    from tnt_jax.data.check import content_of
-
-    known = [data.source, data.train_split, data.white, data.depth, sorted(content_of(source).items())]
-    return hashlib.sha256(repr(known).encode(errors="surrogateescape")).hexdigest()[:16]
-
-
-def _measured(source: Source, key: str, progress) -> Statistics:
     def sums(index: int) -> np.ndarray:
-        pixels = source.read(index, None, (SIDE, SIDE))[0] if hasattr(source, "read") else source[index][0]
+        pixels = source.read(index, None, (SIDE, SIDE))[0]
         values = resized_to_fit(pixels, SIDE).astype(np.float64) / full_scale_of(pixels.dtype)
         return np.stack([values.mean(axis=(0, 1)), (values**2).mean(axis=(0, 1))])
 
@@ -94,10 +59,8 @@ def _measured(source: Source, key: str, progress) -> Statistics:
         for at in range(0, count, 256):
             for index, each in enumerate(pool.map(sums, range(at, min(at + 256, count))), at):
                 if total is not None and each.shape != total.shape:
-                    from tnt_jax.data.sources import name_of
-
                     raise InputError(
-                        f"{name_of(source, index)} has {each.shape[1]} channels, and the images before it "
+                        f"{source.image_name(index)} has {each.shape[1]} channels, and the images before it "
                         f"{total.shape[1]}"
                     )
                 total = each if total is None else total + each
@@ -106,11 +69,7 @@ def _measured(source: Source, key: str, progress) -> Statistics:
         raise InputError("there are no training images to measure")
     mean, square = total / count
     std = np.sqrt(np.maximum(square - mean**2, 1e-12))
-    return Statistics(tuple(mean.tolist()), tuple(std.tolist()), count, key)
-
-
-def _folder() -> Path:
-    return cache_path() / "statistics"
+    return Statistics(tuple(mean.tolist()), tuple(std.tolist()), count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +97,7 @@ def main() -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    print(f"{made.images:,} images, {len(made.mean)} channels, fingerprint {made.fingerprint}")
+    print(f"{made.images:,} images, {len(made.mean)} channels")
     print(made.flags)
 
 

@@ -7,14 +7,14 @@ import io
 import logging
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from tnt_jax.config import DataConfig, InputError
-from tnt_jax.data.columns import Column, parts, targets_of, weights_of
+from tnt_jax.data.columns import Column, column_of, is_label, joined, parts, targets_of, weights_of
 from tnt_jax.data.decode import Reading
-from tnt_jax.data.sources import FileSource, NoSplitError, names_of_split
+from tnt_jax.data.sources import ImageFiles, Images, NoSplitError, Split, names_of_split
 
 IMAGE_COLUMNS = ("image", "path", "file", "filename", "file_name", "image_path", "filepath")
 SHOWN = 5  # paths in a message
@@ -26,12 +26,13 @@ class Table:
     """A table as it was read: rows of text."""
 
     path: str
-    columns: dict[str, Column]
-    lines: bool
+    columns: Mapping[str, Column]
+    count: int
+    lines: bool = False
     """Whether rows have line numbers."""
 
     def __len__(self) -> int:
-        return len(next(iter(self.columns.values())).cells)
+        return self.count
 
     def chosen(self, given: str | None, usual: Sequence[str], option: str, required: bool = False) -> str | None:
         """The name of a column: the one that was given, or else the first of the usual ones that is there."""
@@ -58,7 +59,7 @@ class Table:
         return f"{self.path}, line {_line_of(self.path, row)}"
 
 
-def open_table(argument: str, data: DataConfig, split: str) -> FileSource:
+def open_table(argument: str, data: DataConfig, split: str) -> Split:
     """A table with a row for each image: its path, relative to the table, and its label or labels.
 
     A column `split` says which rows are of a split; without one all are training images.
@@ -70,29 +71,64 @@ def open_table(argument: str, data: DataConfig, split: str) -> FileSource:
     table = read_table(path, data.encoding)
     image = table.chosen(data.image_column, IMAGE_COLUMNS, "--data.image-column", required=True)
     split_column = table.chosen(data.split_column, ("split",), "--data.split-column")
-    fold = table.chosen(data.fold_column, ("fold",), "--data.fold-column")
-    group = table.chosen(data.group_column, ("group",), "--data.group-column")
-    weight = table.chosen(data.weight_column, ("weight",), "--data.weight-column")
-    others = {name for name in (image, split_column, fold, group, weight) if name}
-    targets, class_names, in_training = targets_of(table, data, others, _rows_of(table, split_column, data.train_split))
     names = table.columns[image]
-    _check_images(table, names, os.path.dirname(os.path.abspath(path)))
+    folder = os.path.dirname(os.path.abspath(path))
+    training = _rows_of(table, split_column, data.train_split)
     rows = _rows_of(table, split_column, split)
     if rows is None:
         there = table.columns[split_column].texts if split_column else (data.train_split,)
         raise NoSplitError(split, sorted(there))
+    _check_images(table, names, folder)
+    name = table.columns[split_column].text_of(int(rows[0])) if split_column else data.train_split
+    images = ImageFiles(folder, names.files_of(rows))
+    return split_of_rows(table, data, images, rows, training, name, {image, split_column})
+
+
+def split_of_rows(
+    table: Table,
+    data: DataConfig,
+    images: Images,
+    rows: np.ndarray,
+    training: np.ndarray | None,
+    name: str,
+    others: set[str | None],
+) -> Split:
+    """Some rows of a table as a split: their labels, and what else is told of them.
+
+    Args:
+        images: of these rows.
+        training: the rows that are trained on, by whose labels the classes are known.
+        others: columns that are no labels.
+
+    Raises:
+        InputError: a column is missing, or a cell is wrong: the message names it.
+    """
+    columns = told_of_rows(table, data)
+    labels = targets_of(table, data, others | {column.name for column in columns.values()}, training)
+    targets, class_names, in_training = labels
     targets = targets if len(rows) == len(table) else targets[rows]
-    _say_what_differs(table, class_names, in_training, targets, data, split)
-    return FileSource(
-        os.path.dirname(os.path.abspath(path)),
-        names.files_of(rows),
-        targets,
-        class_names,
-        Reading.of(data),
-        groups=None if group is None else table.columns[group].codes[rows],
-        folds=None if fold is None else table.columns[fold].natural_codes()[rows],
-        weights=None if weight is None else weights_of(table, table.columns[weight])[rows],
-    )
+    _say_what_differs(table, class_names, in_training, targets, data, name)
+    return Split(images, targets, class_names, name, Reading.of(data), **values_of(table, columns, rows))
+
+
+def told_of_rows(table: Table, data: DataConfig) -> dict[str, Column]:
+    """The columns of groups, folds and weights, by the field of `Split`, where there are any."""
+    found = {
+        "folds": table.chosen(data.fold_column, ("fold",), "--data.fold-column"),
+        "groups": table.chosen(data.group_column, ("group",), "--data.group-column"),
+        "weights": table.chosen(data.weight_column, ("weight",), "--data.weight-column"),
+    }
+    return {field: table.columns[name] for field, name in found.items() if name}
+
+
+def values_of(table: Table, columns: dict[str, Column], rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Groups, folds and weights of some rows."""
+    made = {
+        "folds": lambda column: column.numbers(in_order=True),
+        "groups": lambda column: column.numbers(),
+        "weights": lambda column: weights_of(table, column),
+    }
+    return {field: made[field](column)[rows] for field, column in columns.items()}
 
 
 def _rows_of(table: Table, split_column: str | None, split: str) -> np.ndarray | None:
@@ -131,7 +167,7 @@ def check_classes(
     if (only := [class_names[label] for label in np.flatnonzero(here & ~in_training)]) and not data.other_classes:
         raise InputError(
             f"{name}: split {split!r} has classes that no training image has: {listed(only)}; "
-            "--data.other-classes True allows them"
+            "--data.other-classes allows them"
         )
     if lacking := [class_names[label] for label in np.flatnonzero(in_training & ~here)]:
         logger.warning("%s: split %r has no image of %s", name, split, listed(lacking))
@@ -150,10 +186,11 @@ def _check_images(table: Table, column: Column, folder: str) -> None:
         raise InputError(f"{table.place(row)}: the cell of {column.name!r} is empty")
     # By 64 bits of each path instead of the path: a tenth of the memory.
     keys = np.fromiter(map(hash, parts(column.cells)), np.int64, len(table))
-    different, first = np.unique(keys, return_index=True)
+    one_spelling = np.fromiter((hash(_plain(name, folder)) for name in parts(column.cells)), np.int64, len(table))
+    different, first = np.unique(one_spelling, return_index=True)
     if len(different) < len(table):
         again = np.setdiff1d(np.arange(len(table)), first)
-        name, before = _name(column, int(again[0])), int(np.argmax(keys == keys[again[0]]))
+        name, before = _name(column, int(again[0])), int(np.argmax(one_spelling == one_spelling[again[0]]))
         others = f"; so are {len(again) - 1} other rows" if len(again) > 1 else ""
         raise InputError(
             f"{table.place(int(again[0]))}: {name} is there for the second time, first in {table.place(before)}{others}"
@@ -165,6 +202,15 @@ def _check_images(table: Table, column: Column, folder: str) -> None:
             f"{table.place(int(missing[0]))}: {len(missing):,} of {len(table):,} images are not there, looked for in "
             f"{folder}: {names}"
         )
+
+
+def _plain(name: bytes, folder: str) -> bytes:
+    """A path as it is written without detours: `a/../b`, `./b`, or its whole address."""
+    if b"./" in name or b"//" in name or name.startswith(b"/"):
+        name = os.path.normpath(name)
+        inside = os.path.join(os.fsencode(folder), b"")
+        return name.removeprefix(inside)
+    return name
 
 
 def _name(column: Column, row: int) -> str:
@@ -210,7 +256,7 @@ def _read(path: str, encoding: str | None, *version: int) -> Table:
     except (OSError, ValueError, LookupError, csv.Error) as error:
         reason = _uneven(path, encoding) if "Expected" in str(error) else str(error).splitlines()[0]
         raise InputError(f"{path} cannot be read as a table: {reason}") from error
-    table = Table(path, columns, not parquet)
+    table = Table(path, columns, len(next(iter(columns.values())).cells) if columns else 0, lines=not parquet)
     if not len(table):
         raise InputError(f"{path} has no rows")
     return table
@@ -237,7 +283,7 @@ def _read_text(path: str, encoding: str | None) -> dict[str, Column]:
             check_utf8=False, column_types=dict.fromkeys(header, pa.binary()), strings_can_be_null=False
         ),
     )
-    return {name: Column(name, _joined(read[name])) for name in header}
+    return {name: Column(name, joined(read[name])) for name in header}
 
 
 def _uneven(path: str, encoding: str | None) -> str:
@@ -267,24 +313,10 @@ def _header(path: str, head: str) -> tuple[list[str], str]:
 
 
 def _read_parquet(path: str) -> dict[str, Column]:
-    import pyarrow as pa
     from pyarrow import parquet
 
     read = parquet.read_table(path)
-    columns = {}
-    for name in read.column_names:
-        kind = read[name].type
-        if pa.types.is_list(kind) or pa.types.is_struct(kind) or pa.types.is_map(kind):
-            continue  # not a label that a cell could hold
-        column = read[name].cast(pa.string()).fill_null("")
-        columns[name] = Column(name, _joined(column.cast(pa.binary())))
-    return columns
-
-
-def _joined(column):
-    """pyarrow's chunks as one array."""
-    joined = column.combine_chunks()
-    return joined.chunk(0) if hasattr(joined, "num_chunks") else joined
+    return {name: column_of(name, read[name]) for name in read.column_names if is_label(read[name].type)}
 
 
 def _line_of(path: str, row: int) -> int:

@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Num
 
 from tnt_jax.config import DataConfig, InputError, Task
-from tnt_jax.data.opening import open_split
-from tnt_jax.data.sources import NoSplitError, Source
+from tnt_jax.data.opening import open_reported, open_split
+from tnt_jax.data.sources import NoSplitError, Split
 from tnt_jax.evaluation.evaluate import outputs_of
 from tnt_jax.evaluation.scores import calibration_error
 from tnt_jax.models.variants import Model
@@ -32,7 +32,7 @@ class Calibration:
     after: dict[str, float]
 
 
-def calibrate(model: Model, images: Source, data: DataConfig, *, batch_size: int = 64) -> Calibration:
+def calibrate(model: Model, images: Split, data: DataConfig, *, batch_size: int = 64) -> Calibration:
     """The temperature of a model, and its thresholds, for the images of a split that it was not trained on.
 
     The temperature is the one number that makes the cross-entropy of softmax(logits / temperature) least, or of the
@@ -160,8 +160,8 @@ def calibrated(model: Model, found: Calibration, source: dict) -> Model:
     return changed
 
 
-def validation_split(data: DataConfig, split: str) -> Source:
-    """The images to calibrate on.
+def validation_split(data: DataConfig, split: str | None) -> Split:
+    """The images to calibrate on, by default those that training evaluates.
 
     Raises:
         InputError: the split is not there, or it has images that the model was trained on, where its probabilities are
@@ -171,22 +171,25 @@ def validation_split(data: DataConfig, split: str) -> Source:
         images = open_split(data, split)
     except NoSplitError as error:
         raise InputError(f"{error}; name another with --split, one that was not trained on") from error
-    for other, what in ((data.train_split, "the model was trained on"), (data.eval_split, "eval.py reports")):
-        if _overlaps(data, images, split, other):
+    others = ((lambda: open_split(data, data.train_split), "the model was trained on"),)
+    for opened, what in (*others, (lambda: open_reported(data), "eval.py reports")):
+        try:
+            other = opened()
+        except InputError:
+            continue
+        if _overlaps(images, other):
             raise InputError(
-                f"--split {split} of {data.source} has images that {what} (split {other}): calibrate on others, such "
-                "as a part of the training images that was left out with --data.holdout"
+                f"split {images.name} of {data.source} has images that {what} (split {other.name}): calibrate on "
+                "others, named with --split, such as a part of the training images that was left out with "
+                "--data.holdout"
             )
     return images
 
 
-def _overlaps(data: DataConfig, images: Source, split: str, other: str) -> bool:
+def _overlaps(images: Split, others: Split) -> bool:
     """Whether two splits share an image: by the paths of files, and else by the names of the splits, slices aside."""
-    if (files := getattr(images, "files", None)) is None:
-        return split.partition("[")[0] == other.partition("[")[0] and not ("[" in split and "[" in other)
-    try:
-        others = open_split(data, other)
-    except InputError:
-        return False
-    paths = {os.path.normpath(os.path.join(others.folder, name)) for name in others.files}
-    return any(os.path.normpath(os.path.join(images.folder, name)) in paths for name in files)
+    if images.files is None or others.files is None:
+        names = images.name, others.name
+        return len({name.partition("[")[0] for name in names}) == 1 and not all("[" in name for name in names)
+    paths = {os.path.normpath(path) for path in others.images}
+    return any(os.path.normpath(path) in paths for path in images.images)

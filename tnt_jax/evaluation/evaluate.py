@@ -16,11 +16,11 @@ from flax import nnx
 from tnt_jax.config import DataConfig, InputError, Task
 from tnt_jax.data.classes import Match, match_classes
 from tnt_jax.data.decode import Reading
-from tnt_jax.data.imagenet import RELATIVES, ImageNetSource, open_imagenet, real_labels
+from tnt_jax.data.imagenet import RELATIVES, open_imagenet, real_labels
 from tnt_jax.data.mixing import normalise
-from tnt_jax.data.opening import open_split
+from tnt_jax.data.opening import open_reported, open_split, without_unused
 from tnt_jax.data.pipeline import eval_batches
-from tnt_jax.data.sources import Source
+from tnt_jax.data.sources import Split
 from tnt_jax.data.targets import in_units
 from tnt_jax.evaluation.predictions import AnyPredictions, LabelPredictions, ValuePredictions
 from tnt_jax.evaluation.probes import NEIGHBOURS, linear_probe, nearest_neighbours
@@ -42,7 +42,7 @@ class NonFinitePredictionsError(RuntimeError):
 
 
 def over_images(
-    images: Source, data: DataConfig, models: Sequence[Model], batch_size: int, compute: Callable
+    images: Split, data: DataConfig, models: Sequence[Model], batch_size: int, compute: Callable
 ) -> tuple[list[list], float]:
     """The results of `compute(model, inputs, labels)` for every image once, and images per second.
 
@@ -94,12 +94,12 @@ def over_images(
 
 
 def predictions_of(
-    models: Sequence[Model], images: Source, data: DataConfig, *, batch_size: int = 64
+    models: Sequence[Model], images: Split, data: DataConfig, *, batch_size: int = 64
 ) -> list[AnyPredictions]:
     """The predictions of each model for every image of a source, in its order, in the classes of the source.
 
     Classes, labels and targets are matched by name: another order is mapped, and of more classes only those of the
-    source are looked at, as of an `ImageNetSource` those that it has. Either is said.
+    source are looked at, as of a relative of ImageNet those that it has. Either is said.
 
     Args:
         models: of the same sizes, classes and task, such as the averaged and the raw weights of a run.
@@ -118,7 +118,7 @@ def predictions_of(
         return [_predictions(labels, each, match_of(models[0], images, data), outputs, rate) for each in found]
     match = _match_told(models[0], images, data)
     asked = np.zeros(len(images.class_names), bool)
-    asked[getattr(images, "classes", slice(None))] = True
+    asked[slice(None) if images.classes is None else images.classes] = True
 
     def compute(model: Model, inputs: jax.Array, labels: jax.Array):
         logits = model(inputs).astype(jnp.float32)[:, match.of_model]
@@ -131,7 +131,7 @@ def predictions_of(
 
 
 def outputs_of(
-    models: Sequence[Model], images: Source, data: DataConfig, *, batch_size: int = 64
+    models: Sequence[Model], images: Split, data: DataConfig, *, batch_size: int = 64
 ) -> tuple[np.ndarray, list[np.ndarray], float]:
     """Labels of all images, the outputs of each model in the order of the source's classes, and images per second.
 
@@ -165,14 +165,14 @@ def _predictions(labels: np.ndarray, logits: np.ndarray, match: Match, outputs: 
     return ValuePredictions(labels.astype(np.float64), values, np.square(errors).mean(axis=1), rate)
 
 
-def _match_told(model: Model, images: Source, data: DataConfig) -> Match:
+def _match_told(model: Model, images: Split, data: DataConfig) -> Match:
     match = match_of(model, images, data)
     if match.note:
         _log.warning(match.note)
     return match
 
 
-def match_of(model: Model, images: Source, data: DataConfig) -> Match:
+def match_of(model: Model, images: Split, data: DataConfig) -> Match:
     """The classes of a source among those of a model. Raises InputError if the model does not have them."""
     described = description_of(model)
     if described.outputs.task != data.task:
@@ -184,7 +184,7 @@ def match_of(model: Model, images: Source, data: DataConfig) -> Match:
 
 
 def features_of(
-    model: Model, images: Source, data: DataConfig, *, batch_size: int = 64
+    model: Model, images: Split, data: DataConfig, *, batch_size: int = 64
 ) -> tuple[np.ndarray, np.ndarray]:
     """What the head of a model sees of every image of a source, float32 (images, dim), and the classes, (images,).
 
@@ -206,7 +206,7 @@ class Evaluation:
     weights: str
     data: str
     split: str
-    images: Source
+    images: Split
     predictions: AnyPredictions
     published: dict[str, float]
     """top1 and top5 as others published them, where they did."""
@@ -226,9 +226,10 @@ def evaluate_model(
     All is opened at once, and computed when it is asked for.
 
     Args:
-        sources: as in `DataConfig.source`, or a relative of ImageNet as `open_imagenet` takes it; none takes the test
-            images of the training run.
-        split: what is evaluated instead of the test images, such as "train" or "validation".
+        sources: as in `DataConfig.source`, or a relative of ImageNet as `open_imagenet` takes it; none takes the data
+            of the training run.
+        split: what is evaluated, such as "train" or "validation"; by default the test images, and where there are none
+            those that training evaluated.
         real_labels_file: ReaL's labels; each `imagenet:` source is then scored with them too.
         dtype: what is computed in; by default what the model was trained or published in.
 
@@ -245,17 +246,16 @@ def evaluate_model(
     accepted = {
         data.source: real_labels(real_labels_file, list(images.files))
         for data, images in opened
-        if real_labels_file and isinstance(images, ImageNetSource) and data.source.startswith("imagenet:")
+        if real_labels_file and data.source.startswith("imagenet:")
     }
     for data, images in opened:
         match_of(models[0], images, data)
 
     def evaluations() -> Iterator[Evaluation]:
         for data, images in opened:
-            kind, name = _kind(data.source), split or split_of(data)
+            kind, name = _kind(data.source), images.name
             # What others published is of all classes.
-            classes = getattr(images, "classes", None)
-            whole = classes is None or len(classes) == RELATIVES[kind]
+            whole = images.classes is None or len(images.classes) == RELATIVES[kind]
             known = published(models[0].config, kind) if whole else {}
             for weights, predictions in zip(
                 names, predictions_of(models, images, data, batch_size=batch_size), strict=True
@@ -289,18 +289,14 @@ def test_data(path: str, sources: Sequence[str], task: Task) -> list[DataConfig]
     if run is None and not sources:
         raise InputError(f"{path} is not a training run, so --source must say what to evaluate it on")
     reading = {name: getattr(run, name) for name in HOW_TO_READ} if run else {}
-    return [DataConfig(source, task=task, **reading) for source in sources] or [run]
+    return [without_unused(DataConfig(source, task=task, **reading)) for source in sources] or [run]
 
 
-def open_test(data: DataConfig, split: str | None = None) -> Source:
-    """The test images, or another split; those of ImageNet's relatives have no other split."""
-    relative = data.source.partition(":")[0] in RELATIVES
-    return open_imagenet(data.source, Reading.of(data)) if relative else open_split(data, split or data.eval_split)
-
-
-def split_of(data: DataConfig) -> str:
-    """The name of the split that `open_test` opens."""
-    return "test" if data.source.partition(":")[0] in RELATIVES else data.eval_split
+def open_test(data: DataConfig, split: str | None = None) -> Split:
+    """The images that are reported, or those of a split; those of ImageNet's relatives have no other split."""
+    if data.source.partition(":")[0] in RELATIVES:
+        return open_imagenet(data.source, Reading.of(data))
+    return open_split(data, split) if split else open_reported(data)
 
 
 def models_in(path: str, dtype: Literal["float32", "bfloat16"] | None = None) -> Iterator[tuple[str, Model]]:
@@ -340,7 +336,7 @@ def probe_model(
         train = open_split(data, data.train_split)
         if "linear" in methods and len(train.class_names) < 2:
             raise InputError(f"{data.source} has {len(train.class_names)} class, and a linear probe needs two at least")
-        opened.append((data, train, open_split(data, data.eval_split)))
+        opened.append((data, train, open_reported(data)))
     return _probes(path, model, opened, methods, batch_size)
 
 
@@ -359,7 +355,7 @@ def _probes(path: str, model: Model, opened: list, methods: Sequence[str], batch
             yield {
                 "model": path,
                 "data": data.source,
-                "split": split_of(data),
+                "split": test.name,
                 "method": {"knn": f"{NEIGHBOURS} nearest neighbours", "linear": "linear probe"}[method],
                 "training_images": len(train_labels),
                 "images": len(labels),

@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from tnt_jax.config import DataConfig, InputError
-from tnt_jax.data.sources import Source, Subset
+from tnt_jax.data.sources import Split
 from tnt_jax.evaluation.attribution import METHODS, Size, shape_of
-from tnt_jax.evaluation.evaluate import match_of, models_in, open_test, over_images, split_of, test_data
+from tnt_jax.evaluation.evaluate import match_of, models_in, open_test, over_images, test_data
 from tnt_jax.evaluation.scores import Z95
 from tnt_jax.models.variants import Model, with_formulation
 from tnt_jax.storage.description import description_of
@@ -107,7 +107,7 @@ def _explained(
                 return [area(each) for each in deletion_and_insertion(model, inputs, classes, maps)]
 
             (areas,), _ = over_images(images, data, [model], batch_size, compute)
-            row = {"model": path, "data": data.source, "split": split_of(data)}
+            row = {"model": path, "data": data.source, "split": images.name}
             row |= {"method": METHODS[method].title if method in METHODS else method, "size": size}
             row["images"] = len(areas[0])
             for name, values in zip(("deletion", "insertion"), areas, strict=True):
@@ -121,7 +121,7 @@ def _random_maps(model: Model, inputs: jax.Array, classes: jax.Array, size: Size
     return jax.random.uniform(jax.random.key(0), (len(inputs), *shape_of(model, size)))
 
 
-def _opened(path: str, sources: Sequence[str], count: int | None) -> tuple[Model, list[tuple[DataConfig, Source]]]:
+def _opened(path: str, sources: Sequence[str], count: int | None) -> tuple[Model, list[tuple[DataConfig, Split]]]:
     """A model of classes (of a run the averaged weights), and up to `count` test images of each source, evenly spread.
 
     Raises:
@@ -138,6 +138,6 @@ def _opened(path: str, sources: Sequence[str], count: int | None) -> tuple[Model
         images = open_test(data)
         match_of(model, images, data)
         if count is not None and count < len(images):
-            images = Subset(images, np.linspace(0, len(images) - 1, count).astype(int))
+            images = images.take(np.linspace(0, len(images) - 1, count).astype(int))
         tests.append((data, images))
     return model, tests

@@ -128,7 +128,7 @@ def _results(description: ModelDescription, rows: Sequence[Mapping[str, str]], p
         which = {"ema": "ema_", "raw": "raw_"}.get((description.source or {}).get("weights"), "")
         own = {name.removeprefix(which): value for name, value in scores.items() if name.startswith(which)}
         own = {name: value for name, value in own.items() if value is not None and math.isfinite(value)}
-        lines += ["Measured on the test images of the run, while it was trained:", ""]
+        lines += ["Measured while it was trained, on the images that chose the checkpoint:", ""]
         lines += [f"- {name}: {_score(name, value)}" for name, value in own.items()]
         lines += ["", "`python eval.py RUN` measures it again."]
     if rows:

@@ -110,9 +110,11 @@ def compare(config: TrainConfig, content: Mapping[str, str]) -> dict[str, list] 
             "Go on with the same one, or choose another folder with --run-dir"
         )
     if differ := [name for name, digest in _content(folder).items() if content.get(name, digest) != digest]:
+        before, _ = changed.get("data.eval_split", (None, None))
+        evaluated = f" It evaluates the split {before!r}: --data.eval-split {before}." if before else ""
         raise InputError(
-            f"{folder} holds a run on other data: {', '.join(differ)} differ. {config.data.source} must hold what the "
-            "run began with, or choose another folder with --run-dir"
+            f"{folder} holds a run on other data: {', '.join(differ)} differ.{evaluated} {config.data.source} must "
+            "hold what the run began with, or choose another folder with --run-dir"
         )
     for place in (folder, folder / "checkpoints"):
         if place.exists() and not os.access(place, os.W_OK):
@@ -142,7 +144,9 @@ def by_role(config, prefix: str = "") -> dict[str, tuple]:
 def _content(folder: pathlib.Path) -> dict[str, str]:
     try:
         with readable(folder):
-            return json.loads((folder / DATA_FILE).read_text())
+            found = json.loads((folder / DATA_FILE).read_text())
+            # As earlier versions called what was evaluated, whatever it was.
+            return {name.replace("of the test images", "of the evaluated images"): found[name] for name in found}
     except (FileNotFoundError, ValueError):
         return {}
 

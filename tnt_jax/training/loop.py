@@ -142,7 +142,14 @@ def _train_from(
     try:
         with (
             Report(
-                config, console, start, run.total_steps, run.steps_per_epoch, began, evaluates_first=not evaluated
+                config,
+                console,
+                start,
+                run.total_steps,
+                run.steps_per_epoch,
+                began,
+                split=run.test_source.name,
+                evaluates_first=not evaluated,
             ) as report,
             contextlib.closing(run.batches(start)) as batches,
             signals.training(),

@@ -51,8 +51,10 @@ class Report:
         steps_per_epoch: int,
         began: float,
         *,
+        split: str = "test",
         evaluates_first: bool = False,
     ):
+        self.split = split
         self.start_step, self.total_steps, self.steps_per_epoch = start_step, total_steps, steps_per_epoch
         self.batch_size, self.log_every = config.batch_size, config.log_every_steps
         self.console, self.judged_by = console, best_metric(config)
@@ -125,9 +127,9 @@ class Report:
 
     def test(self, step: int, scores: dict[str, float]) -> None:
         """Logs an evaluation after step `step`."""
-        self._write("test", step, scores)
+        self._write("test", step, {"split": self.split} | scores)
         self.console.print(
-            f"epoch {step / self.steps_per_epoch:.4g}  test {spoken(self.judged_by)} "
+            f"epoch {step / self.steps_per_epoch:.4g}  {self.split} {spoken(self.judged_by)} "
             f"{printed(self.judged_by, scores[f'ema_{self.judged_by}'])} averaged weights, "
             f"{printed(self.judged_by, scores[f'raw_{self.judged_by}'])} raw"
         )
@@ -203,8 +205,8 @@ class _TensorBoard:
         self._writer.write_event(Event(**start, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        for name in sorted(name for name in values.keys() - {"epoch"} if values[name] is not None):
-            summary = self._scalar(f"{kind}/{name}", values[name])
+        for name in sorted(name for name in values.keys() - {"epoch", "split"} if values[name] is not None):
+            summary = self._scalar(f"{values.get('split', kind)}/{name}", values[name])
             self._writer.write_event(self._event(step=step, wall_time=time.time(), summary=summary))
         self._writer.flush()
 
@@ -241,7 +243,9 @@ class _WeightsAndBiases:
     def write(self, kind: str, step: int, values: dict[str, float | None]) -> None:
         if self._run is not None:
             with self._or_without():
-                named = {f"{kind}/{name}": value for name, value in values.items() if value is not None}
+                kind = values.get("split", kind)
+                scores = {name: value for name, value in values.items() if value is not None and name != "split"}
+                named = {f"{kind}/{name}": value for name, value in scores.items()}
                 self._run.log({"step": step, **named})
 
     def close(self) -> None:

@@ -40,7 +40,7 @@ class Run:
         check(config)
         resolve(config.model)
         check_wandb(config)
-        self.train_source, self.test_source = (open_split(data, split) for split in (data.train_split, data.eval_split))
+        self.train_source, self.test_source = (open_split(data, split) for split in (data.train_split, None))
         self.config = complete(config, len(self.train_source.class_names))
         self._dtypes = check_splits(self.train_source, self.test_source, data, self.config.model.in_channels)
         self.mesh = make_mesh(config.fsdp)
@@ -62,10 +62,10 @@ class Run:
         """What is learned, with what the training targets say. They are only looked at where that is needed."""
         config, source, loss = self.config, self.train_source, self.config.loss
         needed = config.data.task != "single_label" or "balanced" in (loss.class_weights, loss.positive_weights)
-        return objective_of(config, source.targets if needed else None)
+        return objective_of(config, source.all_targets if needed else None)
 
     def evaluates_after(self, step: int) -> bool:
-        """Whether the test images are looked at after so many steps."""
+        """Whether the evaluated images are looked at after so many steps."""
         return step % self.steps_between_evaluations == 0 or step == self.total_steps
 
     def saved_state(self, checkpoints: Checkpoints) -> TrainState | None:
@@ -100,7 +100,7 @@ class Run:
         return train_batches(self.train_source, self.config.data, **self._feed, **drawn)
 
     def evaluate(self, state: TrainState, stop: Callable[[], bool]) -> dict[str, float | None] | None:
-        """Scores on every test image, of the averaged and of the raw weights; None if it was stopped in between."""
+        """Scores on every evaluated image, of the averaged and the raw weights; None if it was stopped in between."""
         batches = eval_batches(self.test_source, self.config.data, **self._feed, dtype=self._dtypes[1])
         weights = {"ema": state.ema, "raw": state.params}
         with contextlib.closing(batches):
@@ -109,7 +109,7 @@ class Run:
 
     def content(self) -> dict[str, str]:
         """Digests of what the data of both splits holds, by what they are of."""
-        sources = {"training": self.train_source, "test": self.test_source}
+        sources = {"training": self.train_source, "evaluated": self.test_source}
         return {
             f"{what} of the {split} images": digest
             for split, source in sources.items()
@@ -137,14 +137,14 @@ class Run:
         """The run in a sentence or two, for people."""
         model = self.config.model
         parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_model(model)))
-        device = jax.devices()[0]
+        device, evaluated = jax.devices()[0], self.test_source
         verb = "Going on with" if start else "Training"
         outputs = {"multi_label": "labels", "regression": "targets"}.get(self.config.data.task, "classes")
         return (
             f"{verb} {model.name}: {model.depth} blocks, words {model.inner_dim} and sentences {model.outer_dim} wide, "
             f"{parameters:,} parameters, on {jax.device_count()} {device.device_kind} device(s), "
             f"from step {start} to {self.total_steps}. {len(self.train_source):,} training and "
-            f"{len(self.test_source):,} test images of {len(self.train_source.class_names)} {outputs}. "
+            f"{len(evaluated):,} {evaluated.name} images of {len(self.train_source.class_names)} {outputs}. "
             f"Everything of the run lies in {self.config.run_dir}{self._nothing_to_learn()}{self._moved_targets()}"
         )
 

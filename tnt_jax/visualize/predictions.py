@@ -6,7 +6,7 @@ import numpy as np
 
 from tnt_jax.config import InputError
 from tnt_jax.data.samples import visible
-from tnt_jax.data.sources import Source
+from tnt_jax.data.sources import Split
 from tnt_jax.evaluation.predictions import AnyPredictions, LabelPredictions, ValuePredictions
 from tnt_jax.evaluation.scores import Predictions, confusion_matrix
 from tnt_jax.training.metrics import multi_label_metrics, printed, regression_metrics
@@ -100,7 +100,7 @@ def _scatter(predictions: ValuePredictions, names: Sequence[str], data: str):
     return figure
 
 
-def mistakes(predictions: AnyPredictions, images: Source, *, count: int = 24, data: str = ""):
+def mistakes(predictions: AnyPredictions, images: Split, *, count: int = 24, data: str = ""):
     """The worst predictions, as images, with the prediction and the truth.
 
     single_label: the wrong predictions of the highest probability. multi_label: the images with a wrong label whose

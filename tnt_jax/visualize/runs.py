@@ -55,7 +55,8 @@ def curves(run_dir: str | os.PathLike):
     for axes, title in ((loss, "loss"), (measure, f"{named}, %" if scale > 1 else named), (rate, "learning rate")):
         _over_epochs(axes, title)
     figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle(f"{run_dir}: training batches as they were fed, test images as they are", fontsize=9)
+    evaluated = test[-1].get("split", "test") if test else "evaluated"
+    figure.suptitle(f"{run_dir}: training batches as they were fed, {evaluated} images as they are", fontsize=9)
     return figure
 
 
