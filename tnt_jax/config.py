@@ -322,7 +322,7 @@ class TrainConfig(Generic[Model]):
     keep_checkpoints: int = setting(2, role="observation", least=1)
     """Latest checkpoints that are kept, beside the best one."""
     best_metric: str | None = setting(None, role="observation")
-    """Metric of the averaged weights on the test images by which the best checkpoint is chosen. By default top1 for
+    """Metric of the averaged weights on the evaluated images that chooses the best checkpoint. By default top1 for
     single_label, map for multi_label and r2 for regression; the others are in docs/evaluation.md."""
     log_every_steps: int = setting(10, role="observation", least=1)
     """Steps between lines of metrics.jsonl and TensorBoard."""

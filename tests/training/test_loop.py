@@ -234,7 +234,8 @@ def test_a_metric_that_is_undefined_condemns_no_checkpoint(columns, values, r2, 
     assert (scores["ema_r2"] is None) == (r2 is None)
     assert [line["ema_r2"] for line in metrics_of(config.run_dir) if line["kind"] == "test"][-1] == scores["ema_r2"]
     assert not any("damaged" in path.name for path in (tmp_path / "run/checkpoints").iterdir())
-    assert ("test R2 - with averaged weights" in capsys.readouterr().out) == (r2 is None)
+    assert {line["split"] for line in metrics_of(config.run_dir) if line["kind"] == "test"} == {"val"}
+    assert ("val R2 - with averaged weights" in capsys.readouterr().out) == (r2 is None)
     assert train(config) == scores
     curves(config.run_dir)
 

@@ -148,6 +148,8 @@ class Split:
             image, target = self.images.labelled(index)
         else:
             image, target = self.images[index], target_of(self.targets, index)
+        if isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[2] < 4:
+            channels = None  # they have no alpha to leave out; whether they fit is asked of the whole split
         name = functools.partial(self.image_name, index)
         return read_image(image, channels, at_least=at_least, reading=self.reading, name=name), target
 

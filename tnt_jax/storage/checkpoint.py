@@ -197,7 +197,7 @@ class Checkpoints:
 
     @property
     def best_step(self) -> int | None:
-        """The step whose averaged weights are best on the test images, None where nothing was evaluated."""
+        """The step whose averaged weights are best on the evaluated images, None where nothing was evaluated."""
         return best_of(steps_of(self._run_dir), self._scores, self._best_by)
 
     def check(self) -> None:

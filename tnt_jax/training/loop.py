@@ -224,7 +224,7 @@ def _conclude(checkpoints: Checkpoints, run: Run, console: rich.console.Console)
         value = printed(metric, checkpoints.scores(best)[f"ema_{metric}"])
         of_best = f" (best: {value} after epoch {best / run.steps_per_epoch:.4g})"
     console.print(
-        f"test {spoken(metric)} {ema} with averaged weights, {raw} with raw ones, over {scores['count']:,} images"
-        f"{of_best}\nThe run lies in {run.config.run_dir}."
+        f"{run.test_source.name} {spoken(metric)} {ema} with averaged weights, {raw} with raw ones, over "
+        f"{scores['count']:,} images{of_best}\nThe run lies in {run.config.run_dir}."
     )
     return scores
