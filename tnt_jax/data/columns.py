@@ -155,7 +155,7 @@ def parts(array: "pyarrow.BinaryArray") -> Iterator[bytes]:
 
 
 def targets_of(
-    table: "Table", data: DataConfig, others: set[str], training: np.ndarray | None
+    table: "Table", data: DataConfig, others: set[str | None], training: np.ndarray | None
 ) -> tuple[np.ndarray, tuple[str, ...], np.ndarray]:
     """Targets of all rows, what the classes or numbers are called, and which of the classes training rows have.
 
@@ -200,7 +200,7 @@ def targets_of(
     return np.array([numbers[text] for text in texts], np.int32)[column.codes], names, trained
 
 
-def _label_columns(table: "Table", data: DataConfig, others: set[str]) -> list[str]:
+def _label_columns(table: "Table", data: DataConfig, others: set[str | None]) -> list[str]:
     found = table.chosen(None, LABEL_COLUMNS, "")
     if data.task == "regression":
         found = table.chosen(None, ("target", "targets", "value", "label"), "")

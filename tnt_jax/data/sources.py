@@ -58,7 +58,7 @@ class Images(Sequence):
 
 @dataclasses.dataclass(frozen=True)
 class _Taken(Images):
-    images: Sequence
+    images: Sequence | np.ndarray
     indices: np.ndarray
 
     def __len__(self) -> int:
@@ -113,7 +113,7 @@ def name_of(images: Sequence, index: int) -> str:
 class Split:
     """One split of a dataset, or a part of one. It can be pickled, so that worker processes can read it too."""
 
-    images: Sequence
+    images: Sequence | np.ndarray
     """Each as `read_image` takes it: paths, bytes, or pixels (height, width, channels), as in one array of all."""
     targets: np.ndarray | None
     """Of all images: int (images,) or float32 (images, outputs). None where each comes with its image."""
