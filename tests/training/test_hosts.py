@@ -427,7 +427,7 @@ def test_every_row_of_all_processes_is_scored(name, task, tmp_path):
         for count in (1, 2)
     )
     assert one["count"] == two["count"] == 60
-    assert one.pop("split") == two.pop("split") == "test"
+    assert one.pop("split") == two.pop("split") == "validation"
     assert one == pytest.approx(two, rel=1e-3, abs=1e-4)
 
 
