@@ -44,8 +44,8 @@ test-gpu: .venv-gpu/.installed
 docs: .venv/.installed-dev
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet --strict --site-dir build/site
 
-# Needs chromium, chromedriver (Debian: chromium-driver) and npm. Gradio asks for an older Pillow and works with ours, so
-# it has an environment of its own, which borrows the rest.
+# Needs chromium, chromedriver (Debian: chromium-driver) and npm. Gradio asks for an older Pillow and works with ours,
+# which comes after it.
 test-demo: .venv-demo/.installed .venv/.installed-dev
 	.venv/bin/python -m pytest -m demo tests/test_web_page.py
 	.venv-demo/bin/python -m pytest -m demo tests/test_demo.py
@@ -76,12 +76,10 @@ lint: .venv/.installed-test
 	.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check -e '.[plan-gpu]'
 	@touch $@
 
-.venv-demo/.installed: .venv/.installed-dev
+.venv-demo/.installed: pyproject.toml requirements.txt
 	$(PYTHON) -m venv .venv-demo
-	.venv/bin/python -c 'import site; print(site.getsitepackages()[0])' > \
-		$$(.venv-demo/bin/python -c 'import site; print(site.getsitepackages()[0])')/lent.pth
-	.venv-demo/bin/python -m pip install --quiet --disable-pip-version-check gradio==6.31.0
-	.venv-demo/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e . 'pillow>=13,<14'
+	.venv-demo/bin/python -m pip install --quiet --disable-pip-version-check gradio==6.31.0 'pytest>=9.2,<10' 'selenium>=4.30,<4.52'
+	.venv-demo/bin/python -m pip install --quiet --disable-pip-version-check -e .
 	@touch $@
 
 clean:
