@@ -1,7 +1,7 @@
 """Makes tests/golden/version_COMMIT.zip by the code of a commit, which a worktree of it has, and no other:
 
-git worktree add /tmp/old COMMIT
-PYTHONPATH=/tmp/old:/tmp/old/tests python -P tests/golden_version.py tests/golden/version_COMMIT.zip
+git worktree add OLD COMMIT
+PYTHONPATH=OLD:OLD/tests python -P tests/golden_version.py tests/golden/version_COMMIT.zip
 """
 
 import json

@@ -76,22 +76,7 @@ def export_model(
             written then.
     """
     path, kind = Path(path), FORMATS[format]
-    if path.suffix != kind.suffix:
-        raise InputError(f"{path} should end in {kind.suffix}")
-    if dtype not in kind.dtypes:
-        raise InputError(f"--dtype is {dtype}, and a file of {format} computes in {' or '.join(kind.dtypes)}")
-    if opset not in OPSETS or (opset != OPSET and format != "onnx"):
-        raise InputError(f"--opset is {opset}, and must lie between {OPSETS[0]} and {OPSETS[-1]}, for --format onnx")
-    description = description_path(path)
-    for each in (path, description):
-        if each.exists() and not overwrite:
-            raise InputError(f"{each} exists; choose another file, or overwrite it (--overwrite, overwrite=True)")
-    if int8 is not None and format != "onnx":
-        raise InputError(f"int8 is for --format onnx, and the format is {format}")
-    if int8 is not None and description_of(model).outputs.task != "single_label":
-        raise InputError(f"int8 is judged by top-1, and the task of the model is {description_of(model).outputs.task}")
-    if not path.parent.is_dir():
-        raise InputError(f"{path}: there is no folder {path.parent}")
+    _check_request(model, path, format, dtype, opset, int8, overwrite)
     samples = Samples.of(model, images)
     plain = of_equations(model, dtype)
     compute = logits_of(plain, samples=samples)
@@ -103,14 +88,36 @@ def export_model(
         int8 = dataclasses.replace(
             int8, calibration=samples.of_read(int8.calibration), images=samples.of_read(int8.images)
         )
-        parameters = {name: np.asarray(value) for name, value in model_parameters(model).items()}
+        parameters = {name: np.asarray(value) for name, value in model_parameters(plain).items()}
         quantized = quantize(content, int8, parameters)
         content, about["quantization"] = quantized.content, quantized.report
     write_whole(path, lambda unfinished: unfinished.write_bytes(content))
     text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
-    write_whole(description, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+    write_whole(description_path(path), lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
     limits = kind.limits if int8 is None else (*kind.limits[:-1], INT8_LIMIT)
     return Exported(str(path), len(content), difference, limits, about.get("quantization"))
+
+
+def _check_request(
+    model: Model, path: Path, format: str, dtype: str, opset: int, int8: Judged | None, overwrite: bool
+) -> None:
+    """Raises InputError, before anything is computed, where no such file can be written."""
+    kind = FORMATS[format]
+    if path.suffix != kind.suffix:
+        raise InputError(f"{path} should end in {kind.suffix}")
+    if dtype not in kind.dtypes:
+        raise InputError(f"--dtype is {dtype}, and a file of {format} computes in {' or '.join(kind.dtypes)}")
+    if opset not in OPSETS or (opset != OPSET and format != "onnx"):
+        raise InputError(f"--opset is {opset}, and must lie between {OPSETS[0]} and {OPSETS[-1]}, for --format onnx")
+    for each in (path, description_path(path)):
+        if each.exists() and not overwrite:
+            raise InputError(f"{each} exists; choose another file, or overwrite it (--overwrite, overwrite=True)")
+    if int8 is not None and format != "onnx":
+        raise InputError(f"int8 is for --format onnx, and the format is {format}")
+    if int8 is not None and description_of(model).outputs.task != "single_label":
+        raise InputError(f"int8 is judged by top-1, and the task of the model is {description_of(model).outputs.task}")
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: there is no folder {path.parent}")
 
 
 INT8_LIMIT = "it is fast on processors with 8-bit products (AVX512-VNNI, AVX-VNNI, ARM dotprod)"
