@@ -333,7 +333,7 @@ def test_the_command_quantises_a_run_with_its_own_images(tmp_path):
     assert code == 0, err
     assert "int8: accuracy" in out
     report = json.loads((tmp_path / "a.onnx.json").read_text())["quantization"]
-    assert report["measured_on"] == "digits, 360 images"
+    assert report["measured_on"] == "digits, test, 360 images"
     assert report["top1_int8"] >= report["top1_float32"] - 0.01
 
 

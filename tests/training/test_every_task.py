@@ -85,7 +85,8 @@ def rows_of(path):
 def test_labels_in_every_command(runs, tmp_path):
     folder = runs["shapes"]
     table = tmp_path / "table.csv"
-    out = run("eval.py", folder / "run", "--per-class", "--out", tmp_path / "a.jsonl", "--table", table)
+    files = ("--out", tmp_path / "a.jsonl", "--table", table)
+    out = run("eval.py", folder / "run", "--split", "validation", "--per-class", *files)
     assert "mAP" in out
     assert "threshold" in out
     (averaged, raw) = csv.DictReader(table.open())
@@ -94,11 +95,11 @@ def test_labels_in_every_command(runs, tmp_path):
     assert float(raw["macro_f1"]) == pytest.approx(scores["raw_macro_f1"], abs=1e-6)
     assert float(averaged["map_low"]) < float(averaged["map"]) < float(averaged["map_high"])
     predictions = rows_of(tmp_path / "a.jsonl")
-    assert len(predictions) == 2 * generated.FEW["test"]
-    image = folder / "images/test3.png"
+    assert len(predictions) == 2 * generated.FEW["validation"]
+    image = folder / "images/validation3.png"
     (line,) = run("predict.py", folder / "run", image, "--format", "jsonl").splitlines()
     prediction = predictions[3]
-    assert prediction["image"] == "images/test3.png"
+    assert prediction["image"] == "images/validation3.png"
     assert "|".join(json.loads(line)["pred_classes"]) == prediction["pred_classes"]
     header, values = run("predict.py", folder / "run", image, "--format", "csv").splitlines()
     assert header.startswith("image,classes,label_1,class_1,score_1,")
@@ -108,13 +109,16 @@ def test_labels_in_every_command(runs, tmp_path):
 
 def test_numbers_in_every_command(runs, tmp_path):
     folder = runs["position"]
-    run("eval.py", folder / "run", "--per-class", "--out", tmp_path / "a.csv", "--table", tmp_path / "table.csv")
+    files = ("--out", tmp_path / "a.csv", "--table", tmp_path / "table.csv")
+    run("eval.py", folder / "run", "--split", "validation", "--per-class", *files)
     averaged = next(csv.DictReader((tmp_path / "table.csv").open()))
     scores = json.loads((folder / "run/checkpoints/scores.json").read_text())["8"]
     for name in ("r2", "rmse", "mae", "loss"):
         assert float(averaged[name]) == pytest.approx(scores[f"ema_{name}"], rel=1e-4)
     first = next(csv.DictReader((tmp_path / "a.csv").open()))
-    header, values = run("predict.py", folder / "run", folder / "images/test0.png", "--format", "csv").splitlines()
+    header, values = run(
+        "predict.py", folder / "run", folder / "images/validation0.png", "--format", "csv"
+    ).splitlines()
     assert header == "image,depth,angle"
     depth = float(dict(zip(header.split(","), values.split(","), strict=True))["depth"])
     assert depth == pytest.approx(float(first["pred_depth"]), rel=1e-5)

@@ -7,9 +7,9 @@ regression.
 import dataclasses
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 from jaxtyping import Float, Int, Num
+from numpy.typing import ArrayLike
 
 from tnt_jax.config import DataConfig, InputError
 
@@ -142,10 +142,10 @@ def weighted_order(shares: Shares, rng: np.random.Generator) -> Int[np.ndarray, 
 
 
 def in_units(
-    outputs: Float[np.ndarray | jax.Array, "*images outputs"],
+    outputs: ArrayLike,
     mean: Sequence[float] | np.ndarray | None,
     std: Sequence[float] | np.ndarray | None,
 ) -> Float[np.ndarray, "*images outputs"]:
-    """What a network of standardised targets says, in the units of the targets, in float64."""
-    outputs = outputs.astype(np.float64)
+    """What a network of standardised targets says, (..., outputs), in the units of the targets, in float64."""
+    outputs = np.asarray(outputs, np.float64)
     return outputs if mean is None else outputs * np.asarray(std, np.float64) + np.asarray(mean, np.float64)
