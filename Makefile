@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile
 
-.PHONY: digits test check nightly resolve install test-gpu test-demo docs lint clean
+.PHONY: digits test check nightly mutants resolve install test-gpu test-demo docs lint clean
 
 digits: .venv/.installed
 	.venv/bin/python train.py
@@ -24,7 +24,11 @@ check: .venv/.installed-dev lint
 nightly: .venv/.installed-dev
 	$(PYTEST) --peers -m nightly --durations=25
 	DEVICES=3 $(PYTEST) tests/evaluation tests/visualize tests/test_inference.py
-	$(MAKE) test-gpu install
+	$(MAKE) mutants test-gpu install
+
+# Bugs of one line, planted one at a time: which do the tests of `make check` miss?
+mutants: .venv/.installed-dev
+	.venv/bin/python .ci/mutants.py
 
 # Whether every list of requirements has a solution on PyPI alone, for each Python and system.
 resolve: .venv/.installed-dev

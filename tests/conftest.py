@@ -65,6 +65,18 @@ def pytest_runtest_setup(item):
     jax.config.update("jax_default_device", jax.devices()[0] if alone else None)
 
 
+MAX_BYTES = 2 * 2**30
+"""Of a worker: programs that are loaded and will not be called again are more than all else."""
+
+
+def pytest_runtest_teardown(item, nextitem):
+    statm = pathlib.Path("/proc/self/statm")
+    if statm.exists() and int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > MAX_BYTES:
+        import jax
+
+        jax.clear_caches()
+
+
 @pytest.fixture
 def on_platform(monkeypatch):
     """A function after which programs are traced for a device of another platform, which is not here."""

@@ -53,7 +53,7 @@ def test_sizes_of_stages_are_numbers_on_the_command_line():
 
 
 # After shrinking, the configurations of one family train the same network.
-SHRUNK = {"finetune_folder.py": (), "imagenet_tnt_s.py": pytest.mark.slow, "imagenet_ptnt_s.py": pytest.mark.slow}
+SHRUNK = {"finetune_folder.py": (), "imagenet_tnt_s.py": pytest.mark.slow, "imagenet_ptnt_s.py": pytest.mark.nightly}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=SHRUNK.get(name, pytest.mark.nightly)) for name in CONFIGS])

@@ -100,7 +100,7 @@ def test_onnx_runtime_computes_the_same_logits_for_any_number_of_images(make, tm
         np.testing.assert_allclose(ours, logits(model, pixels(count)), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_tnt_s_in_onnx_runtime(tmp_path):
     import onnxruntime
 

@@ -239,8 +239,11 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a linear warm-up and a cosine to the end, and an average of the weights."""
+    """An optimizer with a linear warm-up and a cosine to the end, and an average of the weights."""
 
+    name: Literal["adamw", "nadamw", "lamb", "lion", "sgd", "muon", "schedule_free"] = "adamw"
+    """What makes steps of gradients. sgd has momentum, `beta1`; muon moves the matrices of the blocks, and AdamW the
+    rest; schedule_free is AdamW whose learning rate stays at its peak. docs/training.md has what suits each."""
     learning_rate: float = setting(1e-3, above=0)
     """The peak, for the batch size of the run; it is not scaled by it."""
     warmup_epochs: float = setting(5, least=0)
@@ -258,6 +261,10 @@ class OptimizerConfig:
     between the places of a PyramidTNT decays, as there."""
     layer_decay: float = setting(1.0, above=0, most=1)
     """Learning rate of each block over that of the next one, for fine-tuning; 1 is the same rate for all."""
+    clip_norm: float | None = setting(None, above=0)
+    """Gradients whose norm over all parameters is above it are scaled down to it. The recipe has None."""
+    clip_ratio: float | None = setting(None, above=0)
+    """Adaptive clipping (arXiv 2102.06171): the gradient of each output of a layer over its weights is at most this."""
     beta1: float = setting(0.9, least=0, below=1)
     """Decay of the average of gradients."""
     beta2: float = setting(0.999, least=0, below=1)
@@ -268,6 +275,14 @@ class OptimizerConfig:
     """Decay of the average of weights, once warmed up."""
     ema_warmup: bool = True
     """At update t the decay is at most (1 + t) / (10 + t): short runs are not held back by their initial weights."""
+
+
+HAS_NOT = {
+    "lion": ("epsilon",),
+    "sgd": ("beta2", "epsilon"),
+    "schedule_free": ("min_learning_rate", "cooldown_epochs", "ema_decay", "ema_warmup"),
+}
+"""Fields of `OptimizerConfig` that an optimizer does not have."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,6 +314,9 @@ class TrainConfig(Generic[Model]):
     init_from: str | None = None
     """Model whose parameters the run starts from: a folder, a published name, OWNER/NAME on the hub, an address or a
     checkpoint. Positions are resized to another image size. Classes are matched by name; others get a fresh head."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that stay as they begin, by beginnings of their paths: `word_embedding blocks.0-8`, or `all-but-head`.
+    Running averages of batch norm go on, as in PyTorch."""
     model: Model = dataclasses.field(default_factory=ModelChanges)
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
@@ -350,6 +368,7 @@ def check(config: TrainConfig) -> None:
         raise InputError(f"run_dir is {config.run_dir}, and a run lies on a disk; a bucket can be mounted as one")
     check_data(config.data)
     check_task(config)
+    check_optimizer(config.optimizer)
     peak, end = config.optimizer.learning_rate, config.optimizer.min_learning_rate
     if peak < end:
         raise InputError(
@@ -359,6 +378,18 @@ def check(config: TrainConfig) -> None:
     count, index = config.distributed.num_processes, config.distributed.process_id
     if count is not None and index is not None and index >= count:
         raise InputError(f"distributed.process_id is {index}, and must be below distributed.num_processes, {count}")
+
+
+def check_optimizer(optimizer: OptimizerConfig) -> None:
+    """`check` for what only some optimizers have."""
+    defaults = {field.name: field.default for field in dataclasses.fields(optimizer)}
+    for name in HAS_NOT.get(optimizer.name, ()):
+        if (value := getattr(optimizer, name)) != defaults[name]:
+            raise InputError(
+                f"optimizer.{name} is {value!r}, which {optimizer.name} does not have; leave it at {defaults[name]!r}"
+            )
+    if optimizer.name == "schedule_free" and optimizer.beta1 == 0:
+        raise InputError("optimizer.beta1 is 0, and must be above 0 for schedule_free, which averages with it")
 
 
 def check_data(data: DataConfig) -> None:

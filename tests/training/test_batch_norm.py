@@ -1,5 +1,6 @@
 """Batch norm in training: PyTorch's numbers, whatever the devices, the parts of a step, or rematerialisation."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -62,6 +63,14 @@ def trained(steps=2, devices=1, **changes):
     return _flat(state.params), _flat(state.ema), batches
 
 
+def test_the_average_that_an_optimizer_makes_has_the_running_averages_of_the_steps():
+    params, averaged, _ = trained(3, optimizer=OptimizerConfig("schedule_free"))
+    moved = {name for name in params if (params[name] != averaged[name]).any()}
+    running = {name for name in params if name.endswith(("mean", "var"))}
+    assert running
+    assert moved == set(params) - running
+
+
 LABELS = np.arange(8, dtype=np.int32) % 3
 
 
@@ -71,8 +80,8 @@ def state_and_step(model, **changes):
         data=DataConfig.plain("digits", label_smoothing=0.0, mean=0.0, std=1.0),
         optimizer=OptimizerConfig(ema_decay=0.5, ema_warmup=False, weight_decay=0.5),
         batch_size=8,
-        **changes,
     )
+    config = dataclasses.replace(config, **changes)
     graphdef, params = nnx.split(model)
     optimizer = make_optimizer(config.optimizer, lambda step: 1e-3)
     params = nnx.to_pure_dict(params)

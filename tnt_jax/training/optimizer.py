@@ -1,16 +1,23 @@
-"""Learning rate, AdamW, and which parameters decay."""
+"""Learning rate, the table of optimizers, which parameters decay, and the average of weights."""
+
+import dataclasses
+import operator
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from tnt_jax.config import OptimizerConfig
+from tnt_jax.training.trees import frozen_mask, overwritten
 
 NOT_DECAYED = {"class_token", "word_positions", "sentence_positions"}
 
 
 def learning_rate_schedule(config: OptimizerConfig, *, steps_per_epoch: int, epochs: int) -> optax.Schedule:
     """Step (from 0) to learning rate: a line up, which replaces the first part of a cosine over `epochs`, then its end.
+
+    An optimizer without a schedule stays at the peak.
 
     Source: timm 0.3's CosineLRScheduler with `warmup_prefix=False`, which the published recipe runs once an epoch.
     """
@@ -20,6 +27,7 @@ def learning_rate_schedule(config: OptimizerConfig, *, steps_per_epoch: int, epo
         epoch = step // steps_per_epoch if config.change_every == "epoch" else step / steps_per_epoch
         rising = first + (peak - first) * epoch / max(config.warmup_epochs, 1e-9)
         falling = least + 0.5 * (peak - least) * (1 + jnp.cos(jnp.pi * jnp.minimum(epoch / epochs, 1)))
+        falling = peak if OPTIMIZERS[config.name].schedule_free else falling
         return jnp.where(epoch < config.warmup_epochs, rising, falling)
 
     return schedule
@@ -59,23 +67,117 @@ def decay_mask(params: dict) -> dict:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """AdamW as PyTorch defines it: decay is scaled by the learning rate and applied beside the adaptive step."""
-    adamw = optax.adamw(
-        schedule,
-        b1=config.beta1,
-        b2=config.beta2,
+def muon_dimensions(params: dict) -> dict:
+    """The axes that Muon takes as a matrix, inputs and outputs: of linear maps and convolutions but for the first and
+    the last layer. None for what AdamW moves: vectors, positions, the class token, the words' embedding, the head."""
+
+    def dimensions(path, leaf) -> optax.contrib.MuonDimensionNumbers | None:
+        if path[-1].key != "kernel" or path[0].key in ("word_embedding", "stem", "head"):
+            return None
+        *inputs, output = range(leaf.ndim)
+        return optax.contrib.MuonDimensionNumbers(tuple(inputs), output)
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
+def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Steps as long as AdamW's, so that its learning rate fits both."""
+    muon = optax.contrib.muon(
+        1.0,
+        beta=config.beta1,
         eps=config.epsilon,
-        weight_decay=config.weight_decay,
-        mask=decay_mask,
+        muon_weight_dimension_numbers=muon_dimensions,
+        consistent_rms=0.2,
     )
-    if config.layer_decay == 1:
-        return adamw
+    rules = {
+        "muon": optax.chain(muon, optax.scale(-1.0)),  # a whole optimizer, whose steps go down
+        "adamw": optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+    }
 
-    def scale_layers(updates, params):
-        return jax.tree.map(lambda update, scale: update * scale, updates, layer_scales(params, config.layer_decay))
+    def labels(params: dict) -> dict:
+        axes = muon_dimensions(params)
+        return jax.tree.map(lambda leaf, found: "adamw" if found is None else "muon", params, axes)
 
-    return optax.chain(adamw, optax.stateless(scale_layers))
+    return optax.partition(rules, labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """A line of the table: how gradients become a direction, which is followed by weight decay and learning rate."""
+
+    direction: Callable[[OptimizerConfig], optax.GradientTransformation]
+    trust_ratio: bool = False
+    """The step of what decays is as long, in proportion, as its weights."""
+    schedule_free: bool = False
+    """The learning rate stays at its peak, and the optimizer itself averages the weights."""
+
+
+OPTIMIZERS = {
+    "adamw": Optimizer(lambda config: optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)),
+    "nadamw": Optimizer(lambda config: optax.scale_by_adam(config.beta1, config.beta2, config.epsilon, nesterov=True)),
+    "lamb": Optimizer(lambda config: optax.scale_by_adam(config.beta1, config.beta2, config.epsilon), trust_ratio=True),
+    "lion": Optimizer(lambda config: optax.scale_by_lion(config.beta1, config.beta2)),
+    "sgd": Optimizer(lambda config: optax.trace(config.beta1)),
+    "muon": Optimizer(_muon),
+    # Its average stands in the place of the first moment.
+    "schedule_free": Optimizer(
+        lambda config: optax.scale_by_adam(0.0, config.beta2, config.epsilon), schedule_free=True
+    ),
+}
+"""Sources: AdamW arXiv 1711.05101, NAdam openreview OM0jvwB8jIp57ZJjtNEZ, LAMB arXiv 1904.00962, Lion arXiv 2302.06675,
+Muon arXiv 2502.16982, schedule-free AdamW arXiv 2405.15682."""
+
+
+def make_optimizer(
+    config: OptimizerConfig, schedule: optax.Schedule, freeze: Sequence[str] = ()
+) -> optax.GradientTransformation:
+    """Gradients to updates: clipping, direction, decay, learning rate.
+
+    Decay is PyTorch's AdamW's for all optimizers: beside the step, and scaled by the learning rate. What is frozen has
+    no update and no state.
+    """
+    rule = OPTIMIZERS[config.name]
+    steps = [rule.direction(config), optax.add_decayed_weights(config.weight_decay, decay_mask)]
+    if rule.trust_ratio:
+        steps.append(optax.masked(optax.scale_by_trust_ratio(), decay_mask))
+    made = optax.chain(*steps, optax.scale_by_learning_rate(schedule))
+    outer = []
+    if config.clip_norm is not None:
+        outer.append(optax.clip_by_global_norm(config.clip_norm))
+    if config.clip_ratio is not None:
+        outer.append(optax.adaptive_grad_clip(config.clip_ratio))
+    if config.layer_decay < 1:
+
+        def scale_layers(updates, params):
+            return jax.tree.map(lambda update, scale: update * scale, updates, layer_scales(params, config.layer_decay))
+
+        made = optax.chain(made, optax.stateless(scale_layers))
+    if rule.schedule_free:
+        made = optax.contrib.schedule_free(made, schedule, b1=config.beta1)
+    made = optax.chain(*outer, made) if outer else made
+    if not freeze:
+        return made
+
+    def is_free(params: dict) -> dict:
+        return jax.tree.map(operator.not_, frozen_mask(params, freeze))
+
+    # The gradients of what is frozen are 0.
+    return optax.masked(made, is_free)
+
+
+def average_of_weights(
+    config: OptimizerConfig, update: jax.Array, ema: dict, params: dict, opt_state: optax.OptState, statistics: dict
+) -> dict:
+    """The average of weights after the `update`-th update (from 1), which gave `params` and `opt_state`.
+
+    Args:
+        statistics: the running averages of batch norm among `params`, which no optimizer moves.
+    """
+    if OPTIMIZERS[config.name].schedule_free:
+        found = optax.tree.get(opt_state, "ScheduleFreeState")
+        return overwritten(optax.contrib.schedule_free_eval_params(found, params), statistics)
+    decay = ema_decay(config, update)
+    return jax.tree.map(lambda average, new: decay * average + (1 - decay) * new, ema, params)
 
 
 def ema_decay(config: OptimizerConfig, update: jax.Array) -> jax.Array:

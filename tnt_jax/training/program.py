@@ -42,7 +42,7 @@ class Program:
     def __init__(self, config: TrainConfig, mesh: Mesh, steps_per_epoch: int, objective: Objective | None = None):
         objective = self.objective = objective or objective_of(config)
         schedule = learning_rate_schedule(config.optimizer, steps_per_epoch=steps_per_epoch, epochs=config.epochs)
-        optimizer = make_optimizer(config.optimizer, schedule)
+        optimizer = make_optimizer(config.optimizer, schedule, config.freeze)
         graphdef, params = nnx.split(abstract_model(config.model))
         own = nnx.to_pure_dict(params)
         abstract = jax.eval_shape(lambda params: init_state(params, optimizer), own)

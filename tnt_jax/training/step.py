@@ -14,8 +14,9 @@ from tnt_jax.config import TrainConfig
 from tnt_jax.data.mixing import Normalisation, normalise, prepare_training
 from tnt_jax.storage.trained import average_like
 from tnt_jax.training.mesh import kept_over_batch, to_devices
-from tnt_jax.training.optimizer import ema_decay
+from tnt_jax.training.optimizer import average_of_weights
 from tnt_jax.training.tasks import Objective, objective_of
+from tnt_jax.training.trees import frozen_mask, overwritten, part_of
 
 
 @jax.tree_util.register_dataclass
@@ -60,8 +61,11 @@ def make_train_step(
         objective: by default that of the configuration, without what the training targets say.
     """
     objective = objective or objective_of(config)
+    frozen = frozen_mask(own, config.freeze)
 
     def loss_and_rest(params: dict, images: jax.Array, targets: jax.Array, keys: jax.Array):
+        # No gradient of what is frozen is computed, nor of what lies before it alone.
+        params = jax.tree.map(lambda leaf, still: jax.lax.stop_gradient(leaf) if still else leaf, params, frozen)
         model = nnx.merge(graphdef, jax.tree.map(lambda leaf, to: leaf.astype(to.dtype), params, own))
         logits = model(images, keys)
         measured = objective.measure(logits, targets)
@@ -82,8 +86,8 @@ def make_train_step(
         (loss, (measured, statistics)), grads = grad(state.params, images, targets, keys)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = overwritten(optax.apply_updates(state.params, updates), statistics)
-        decay = ema_decay(config.optimizer, state.step + 1)
-        ema = jax.tree.map(lambda average, new: decay * average + (1 - decay) * new, state.ema, params)
+        ema = average_of_weights(config.optimizer, state.step + 1, state.ema, params, opt_state, statistics)
+        ema = jax.tree.map(lambda average, new, still: new if still else average, ema, params, frozen)
         metrics = {
             "loss": loss,
             **measured,
@@ -94,21 +98,6 @@ def make_train_step(
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
     return train_step
-
-
-def overwritten(params: dict, statistics: dict) -> dict:
-    """Parameters with the running averages that a forward pass has left, a part of the same tree."""
-    return params | {
-        name: overwritten(params[name], value) if isinstance(value, dict) else value
-        for name, value in statistics.items()
-    }
-
-
-def _part_of(params: dict, like: dict) -> dict:
-    """The leaves of a tree that are at the places of another."""
-    return {
-        name: _part_of(params[name], value) if isinstance(value, dict) else params[name] for name, value in like.items()
-    }
 
 
 def accumulated(value_and_grad: Callable, steps: int) -> Callable:
@@ -136,7 +125,7 @@ def accumulated(value_and_grad: Callable, steps: int) -> Callable:
         each = (parts(images), parts(targets), parts(keys))
         statistics, sums = jax.eval_shape(of_part, {}, jax.tree.map(lambda leaf: leaf[0], each))
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), sums)
-        (statistics, sums), _ = jax.lax.scan(add, (_part_of(params, statistics), zeros), each)
+        (statistics, sums), _ = jax.lax.scan(add, (part_of(params, statistics), zeros), each)
         loss, measured, grads = jax.tree.map(lambda leaf: leaf / steps, sums)
         return (loss, (measured, statistics)), grads
 

@@ -1,0 +1,121 @@
+"""Plants one bug at a time, as `.ci/mutants.toml` lists them, runs the nearest tests, and says which bugs they miss.
+
+`make mutants` runs all, which takes about half an hour on two cores; `.ci/mutants.py optimizer` those of files whose
+path has that in it.
+"""
+
+import collections
+import concurrent.futures
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGE, BEGIN, END = ROOT / "docs/contributing.md", "<!-- mutants -->\n", "<!-- end of mutants -->\n"
+CIRCLE = ("--peers", "-m", "not nightly and not gpu and not demo")
+JOBS = 2
+LIMIT = 600  # seconds: an endless loop is noticed too
+
+
+def planted(mutant: dict, text: str) -> str:
+    """The text of the mutant's file with its bug.
+
+    Raises:
+        SystemExit: the line is not there, or not once: the list is older than the file.
+    """
+    if text.count(mutant["old"]) != 1:
+        sys.exit(f"error: {mutant['file']} has {text.count(mutant['old'])} times {mutant['old']!r}, and should once")
+    return text.replace(mutant["old"], mutant["new"])
+
+
+def copy_of_tree(folder: Path) -> Path:
+    """The files of the working tree that git knows."""
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+    subprocess.run(["tar", "-cf", folder / "tree.tar", "--null", "-T", "-"], cwd=ROOT, input=names, check=True)
+    (folder / "tree").mkdir()
+    subprocess.run(["tar", "-xf", folder / "tree.tar", "-C", folder / "tree"], check=True)
+    return folder / "tree"
+
+
+def fails(tree: Path, tests: list[str], cache: Path) -> bool:
+    environment = os.environ | {
+        "PYTHONPATH": str(tree),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+    }
+    command = [sys.executable, "-P", "-m", "pytest", "-n", "0", "-x", "-q", "-p", "no:cacheprovider", *CIRCLE, *tests]
+    try:
+        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        return True
+    if done.returncode > 2:  # 3: an internal error; 4: a wrong path; 5: no test
+        sys.exit(f"error: pytest ended with {done.returncode} for {tests}:\n{done.stdout.decode()[-2000:]}")
+    return done.returncode > 0
+
+
+def main(chosen: str = "") -> None:
+    mutants = tomllib.loads((ROOT / ".ci/mutants.toml").read_text())["mutant"]
+    for mutant in mutants:
+        planted(mutant, (ROOT / mutant["file"]).read_text())
+    asked = [mutant for mutant in mutants if chosen in mutant["file"]]
+    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(JOBS) as pool:
+        trees = queue.SimpleQueue()
+        for job in range(JOBS):
+            (Path(folder) / str(job)).mkdir()
+            trees.put(copy_of_tree(Path(folder) / str(job)))
+        cache = Path(folder) / "compiled"
+
+        def is_found(mutant: dict | None, tests: list[str]) -> bool:
+            tree = trees.get()
+            try:
+                if mutant is None:
+                    return fails(tree, tests, cache)
+                path = tree / mutant["file"]
+                text = path.read_text()
+                path.write_text(planted(mutant, text))
+                try:
+                    return fails(tree, tests, cache)
+                finally:
+                    path.write_text(text)
+            finally:
+                trees.put(tree)
+
+        # Tests that fail by themselves find nothing.
+        files = sorted({test for mutant in asked for test in mutant["tests"]})
+        broken = [
+            tests for tests, bad in zip(files, pool.map(lambda test: is_found(None, [test]), files), strict=True) if bad
+        ]
+        if broken:
+            sys.exit(f"error: without any bug these fail: {', '.join(broken)}")
+        missed = []
+        for mutant, found in zip(asked, pool.map(lambda mutant: is_found(mutant, mutant["tests"]), asked), strict=True):
+            print(
+                "found " if found else "MISSED", f"{mutant['file']}: {mutant['old'].strip()} -> {mutant['new'].strip()}"
+            )
+            sys.stdout.flush()
+            missed += [] if found else [mutant]
+    print(f"{len(asked) - len(missed)} of {len(asked)} found")
+    if not chosen:
+        write_table(asked, missed)
+    sys.exit(bool(missed))
+
+
+def write_table(mutants: list[dict], missed: list[dict]) -> None:
+    def package(mutant: dict) -> str:
+        parts = mutant["file"].split("/")
+        return parts[1] if len(parts) > 2 else "the files beside them"
+
+    planted, left = (collections.Counter(map(package, each)) for each in (mutants, missed))
+    rows = [f"| {name} | {count} | {count - left[name]} |\n" for name, count in sorted(planted.items())]
+    rows.append(f"| all | {len(mutants)} | {len(mutants) - len(missed)} |\n")
+    table = "| package | planted | found |\n|---|---|---|\n" + "".join(rows)
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    PAGE.write_text(before + BEGIN + table + END + rest.partition(END)[2])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
