@@ -286,6 +286,14 @@ HAS_NOT = {
 
 
 @dataclasses.dataclass(frozen=True)
+class EarlyStopConfig:
+    """When a run ends before its last epoch."""
+
+    patience: int | None = setting(None, role="observation", least=1)
+    """Evaluations in a row that are worse than the best, by `best_metric`, after which it ends; None is never."""
+
+
+@dataclasses.dataclass(frozen=True)
 class DistributedConfig:
     """The processes that train together. Those of a TPU pod, GKE, SLURM or MPI find each other; elsewhere each is told.
 
@@ -342,6 +350,7 @@ class TrainConfig(Generic[Model]):
     best_metric: str | None = setting(None, role="observation")
     """Metric of the averaged weights on the evaluated images that chooses the best checkpoint. By default top1 for
     single_label, map for multi_label and r2 for regression; the others are in docs/evaluation.md."""
+    early_stop: EarlyStopConfig = EarlyStopConfig()
     log_every_steps: int = setting(10, role="observation", least=1)
     """Steps between lines of metrics.jsonl and TensorBoard."""
     precision: Literal["default", "high", "highest"] = "default"

@@ -200,6 +200,11 @@ class Checkpoints:
         """The step whose averaged weights are best on the evaluated images, None where nothing was evaluated."""
         return best_of(steps_of(self._run_dir), self._scores, self._best_by)
 
+    @property
+    def best_evaluated(self) -> int | None:
+        """The best of all steps that were evaluated, whether or not it is on the disk by now."""
+        return best_of(sorted(self._scores), self._scores, self._best_by)
+
     def check(self) -> None:
         """Raises WriteError if a checkpoint that is being written has failed."""
         with self._writing():

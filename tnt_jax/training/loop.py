@@ -3,6 +3,8 @@
 import contextlib
 import os
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import rich.console
@@ -24,8 +26,20 @@ LONGEST_WAIT = 90
 """Seconds until a disk that processes share shows all of them what one has made."""
 
 
-def train(config: TrainConfig[ModelChanges]) -> dict[str, float | None]:
+Scores = dict[str, float | None]
+OnStep = Callable[[int, dict[str, jax.Array]], bool | None]
+OnEpoch = Callable[[float, Scores], bool | None]
+
+
+def train(
+    config: TrainConfig[ModelChanges], *, on_step: OnStep | None = None, on_epoch: OnEpoch | None = None
+) -> Scores:
     """Trains from where the run's folder stands to the last step.
+
+    Args:
+        on_step: called with each step, from 1 on, and its metrics, scalars on the devices. True ends the training; the
+            step is evaluated and saved first. Of several processes, all must say the same.
+        on_epoch: the same with the epochs that are over, and the scores, after each evaluation.
 
     Returns:
         The scores of the last step: count, and the metrics of the task (`tnt_jax.config.TASKS`) for the averaged
@@ -56,9 +70,17 @@ def train(config: TrainConfig[ModelChanges]) -> dict[str, float | None]:
         )
         opened.enter_context(contextlib.closing(checkpoints))
         state = run.saved_state(checkpoints) or fresh_state
-        scores = _train_from(state, run, checkpoints, hosts, console, signals, began)
+        called = Calls(on_step, on_epoch)
+        scores = _train_from(state, run, checkpoints, hosts, console, signals, began, called)
         opened.close()
         return scores
+
+
+class Calls(NamedTuple):
+    """What a caller of `train` wants to be told, and may end."""
+
+    on_step: OnStep | None
+    on_epoch: OnEpoch | None
 
 
 def _open_run_dir(
@@ -127,14 +149,15 @@ def _train_from(
     console: rich.console.Console,
     signals: Signals,
     began: float,
-) -> dict[str, float | None]:
+    called: Calls,
+) -> Scores:
     """Trains from a state on, if that is not the last one; the scores of the last step."""
     config, start = run.config, int(state.step)
     # A run that was killed in an evaluation has saved the step, and not its scores.
     evaluated = hosts.share(lambda: start == 0 or not run.evaluates_after(start) or bool(checkpoints.scores(start)))
-    if start == run.total_steps and evaluated:
+    if evaluated and (start == run.total_steps or run.stops_early(start, checkpoints)):
         console.print(f"The run in {config.run_dir} is finished. Use another --run-dir to start a new one.")
-        return hosts.share(lambda: _conclude(checkpoints, run, console))
+        return hosts.share(lambda: _conclude(start, checkpoints, run, console))
     console.print(run.describe(start))
     if run.epochs_before is not None:
         console.print(run.longer_schedule(run.epochs_before, start))
@@ -156,11 +179,14 @@ def _train_from(
         ):
             if not evaluated and (number := _evaluate(run, start, state, checkpoints, report, pauses)):
                 raise _stopped(start, run, number)
-            for step in range(start + 1, run.total_steps + 1):
+            step = start
+            while step < run.total_steps and not run.stops_early(step, checkpoints):
+                step += 1
                 state, metrics = run.train_step(state, next(batches))
                 report.train(step, metrics)
                 checkpoints.check()
-                evaluates, number = run.evaluates_after(step), pauses.stop()
+                ends = called.on_step is not None and called.on_step(step, metrics)
+                evaluates, number = run.evaluates_after(step) or ends, pauses.stop()
                 if not (evaluates or number or pauses.is_save_due(step)):
                     continue
                 # Nothing of a step is saved before its loss and its norms are known to be finite.
@@ -174,12 +200,16 @@ def _train_from(
                 if number and not (step == run.total_steps and evaluates):
                     checkpoints.wait()
                     raise _stopped(step, run, number)
+                if evaluates and called.on_epoch:
+                    ends = called.on_epoch(step / run.steps_per_epoch, checkpoints.scores(step)) or ends
+                if ends:
+                    break
             checkpoints.wait()
     except (NonFiniteError, WriteError) as error:
         step = checkpoints.latest_step
         last = "there is no checkpoint yet" if step is None else f"the last good checkpoint is step {step}"
         raise type(error)(f"{error}; {last}") from error.__cause__
-    return hosts.share(lambda: _conclude(checkpoints, run, console))
+    return hosts.share(lambda: _conclude(step, checkpoints, run, console))
 
 
 def _evaluate(
@@ -214,9 +244,14 @@ def _stopped(step: int, run: Run, number: int) -> StoppedError:
     )
 
 
-def _conclude(checkpoints: Checkpoints, run: Run, console: rich.console.Console) -> dict[str, float | None]:
+def _conclude(step: int, checkpoints: Checkpoints, run: Run, console: rich.console.Console) -> Scores:
     """The scores of the last step; process 0 prints them."""
-    scores, best = checkpoints.scores(run.total_steps), checkpoints.best_step
+    scores, best = checkpoints.scores(step), checkpoints.best_step
+    if run.stops_early(step, checkpoints):
+        console.print(
+            f"Ended after epoch {step / run.steps_per_epoch:.4g} of {run.total_steps / run.steps_per_epoch:.4g}: "
+            f"{run.config.early_stop.patience} evaluations in a row were worse than the best."
+        )
     metric = best_metric(run.config)
     ema, raw = (printed(metric, scores[f"{weights}_{metric}"]) for weights in ("ema", "raw"))
     of_best = ""

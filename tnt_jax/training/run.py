@@ -68,6 +68,13 @@ class Run:
         """Whether the evaluated images are looked at after so many steps."""
         return step % self.steps_between_evaluations == 0 or step == self.total_steps
 
+    def stops_early(self, step: int, checkpoints: Checkpoints) -> bool:
+        """Whether this step is evaluated, and too many evaluations in a row have been worse than the best."""
+        patience, best = self.config.early_stop.patience, checkpoints.best_evaluated
+        if patience is None or best is None or not checkpoints.scores(step):
+            return False
+        return -(-(step - best) // self.steps_between_evaluations) >= patience
+
     def saved_state(self, checkpoints: Checkpoints) -> TrainState | None:
         """The newest sound state, on all devices; None before the first checkpoint."""
         abstract = self.program.abstract_state
