@@ -14,10 +14,12 @@ test: .venv/.installed-test lint
 
 # All that protects a promise: also what compares with PyTorch, timm and transformers, several processes, kills, exports,
 # recipes, notebooks; and of models and the published training the annotated shapes in every call.
+CHECKED = tests/models/test_tnt.py tests/models/test_pyramid_tnt.py tests/models/test_layers.py \
+	tests/data/test_mixing.py tests/training/test_optimizer.py tests/training/test_golden_training.py
+CIRCLE = --peers -m "not nightly and not gpu and not demo"
 check: .venv/.installed-dev lint
-	$(PYTEST) --peers -m "not nightly and not gpu and not demo" --durations=25
-	CHECK_SHAPES=1 $(PYTEST) --peers tests/models/test_tnt.py tests/models/test_pyramid_tnt.py tests/models/test_layers.py \
-		tests/data/test_mixing.py tests/training/test_optimizer.py tests/training/test_golden_training.py
+	$(PYTEST) $(CIRCLE) --durations=25 $(CHECKED:%=--ignore=%)
+	CHECK_SHAPES=1 $(PYTEST) $(CIRCLE) $(CHECKED)
 
 # What takes long and breaks rarely: every size of every kernel, whole recipes, the table of mutants, a second number of
 # devices, programs for GPUs, and an installation from PyPI alone.
