@@ -180,7 +180,10 @@ def most_unreadable(data: DataConfig, count: int) -> int:
 def _too_many(recipe: TrainRecipe, unreadable: dict[int, str]) -> InputError:
     reason = list(unreadable.values())[-1]
     if not recipe.data.skip_unreadable:
-        return InputError(f"{reason}; --data.skip-unreadable 0.01 trains without up to 1% of the images")
+        return InputError(
+            f"{reason}; --data.skip-unreadable 0.01 trains without up to 1% of the images, and "
+            f"tnt-check {recipe.data.source} lists all that cannot be read"
+        )
     return InputError(
         f"{len(unreadable)} of {len(recipe.source)} training images are unreadable, and data.skip_unreadable "
         f"{recipe.data.skip_unreadable} allows {most_unreadable(recipe.data, len(recipe.source))}; the last: {reason}"
