@@ -133,6 +133,17 @@ def test_labels_that_do_not_fit_are_named(task, feature, test, message, tmp_path
         open_split(DataConfig(source, task=task), "test")
 
 
+@pytest.mark.parametrize("disabled", [False, True])
+def test_whether_datasets_shows_bars_is_left_as_it_was(disabled, tmp_path):
+    source = saved(tmp_path, BIRD, [0, 1, 0], [1, 0])
+    try:
+        (datasets.disable_progress_bars if disabled else datasets.enable_progress_bars)()
+        open_split(DataConfig(source), "train")
+        assert datasets.are_progress_bars_disabled() is disabled
+    finally:
+        datasets.enable_progress_bars()
+
+
 def test_a_column_that_is_missing_is_named(tmp_path):
     source = saved(tmp_path, datasets.Value("string"), ["a", "b", "c"], ["a", "b"], column="species")
     with pytest.raises(InputError, match=r"no column 'label' .*; it has 'species': name one .*--data.label-columns"):
