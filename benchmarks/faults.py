@@ -41,6 +41,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SMALL = {"depth": 1, "word-stride": 4, "inner-dim": 4, "outer-dim": 24, "outer-heads": 2}
@@ -155,6 +156,12 @@ def steps(run_dir: pathlib.Path) -> list[int]:
 def damaged(run_dir: pathlib.Path) -> list[str]:
     folder = run_dir / "checkpoints"
     return [name for name in os.listdir(folder) if name.startswith("damaged")] if folder.is_dir() else []
+
+
+def shuffled(kinds: tuple[str, ...], chance: random.Random) -> Iterator[str]:
+    """Kinds without end, each as often as it is among them, so that none stays away by chance."""
+    while True:
+        yield from chance.sample(kinds, len(kinds))
 
 
 def moment(start: Start, run_dir: pathlib.Path, chance: random.Random, start_seconds: float) -> str | None:
@@ -274,13 +281,13 @@ def disturb(folder: pathlib.Path, count: int, minutes: float, chance: random.Ran
         f"undisturbed: {steps(undisturbed)[-1]} steps; a start takes {start_seconds:.1f} s to its first step",
         flush=True,
     )
-    report, ends = Report(), ENDS + (("lost",) * 3 if layouts else ())
+    report, ends = Report(), shuffled(ENDS + (("lost",) * 3 if layouts else ()), chance)
     end_of_time = time.monotonic() + 60 * minutes
     while sum(report.done.values()) < count and time.monotonic() < end_of_time:
         run_dir, harmed = folder / f"run-{report.runs}", set()
         while True:
             enough = sum(report.done.values()) >= count or time.monotonic() >= end_of_time
-            end = "" if enough else chance.choice(ends)
+            end = "" if enough else next(ends)
             processes = chance.choice((2, 4) if end == "lost" else (1, 2, 4)) if layouts else 1
             if one_start(run_dir, cache, end, processes, chance, harmed, start_seconds, report):
                 break
