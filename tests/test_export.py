@@ -231,6 +231,10 @@ def test_a_file_is_read_back_and_one_that_is_too_old_says_since_when(tmp_path):
     path.write_bytes(strange.serialize())
     with pytest.raises(InputError, match="cannot be read: it is damaged, export the model again"):
         load_export(path)
+    about["made"]["versions"]["jax"] = "99.1.0"
+    description_path(path).write_text(json.dumps(about))
+    with pytest.raises(InputError, match=r"jax 99.1.0 made it, and this is jax .*; pip install 'jax>=99.1.0'"):
+        load_export(path)
     about["made"] |= {"date": "2024-02-01", "read_until": "2024-08-01", "versions": {"jax": "0.4.24"}}
     description_path(path).write_text(json.dumps(about))
     message = "jax 0.4.24, which made it on 2024-02-01, promised that it can be read until 2024-08-01, and this is jax"
