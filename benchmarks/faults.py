@@ -48,7 +48,7 @@ SMALL = {"depth": 1, "word-stride": 4, "inner-dim": 4, "outer-dim": 24, "outer-h
 RUN = ["--config", str(ROOT / "configs/digits.py"), "--batch-size", "128", "--epochs", "20"]
 RUN += ["--eval-every-epochs", "1", "--log-every-steps", "1", "--checkpoint-every-steps", "4"]
 RUN += [f"--model.{name}={value}" for name, value in SMALL.items()]
-PATIENCE = 300  # seconds
+PATIENCE = 900  # seconds after which a process hangs; busy machines are slow
 RECOVERY = 15  # seconds from a start to its first step
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "lost": signal.SIGKILL}
 ON_DISK = ("bit", "cut", "gone")
