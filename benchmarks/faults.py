@@ -17,9 +17,9 @@ Then the same run is started again and again, and to each start several things h
 
 A run that is through begins again in a new folder, so that the faults are as many as were asked for.
 Every run must end with bitwise the parameters, the average of parameters, the optimizer and the history of metrics of
-the undisturbed one; with --layouts each start has 1, 2 or 4 processes, and the ends must agree to 1e-6 of the largest
-parameter. No start may begin from step 0 after a checkpoint was written. No checkpoint that was sound may be renamed.
-The first new step must come within 15 s.
+the undisturbed one. With --layouts each start has 1, 2 or 4 processes, whose sums are added in another order, and the
+ends must agree within `BOUNDS`. No start may begin from step 0 after a checkpoint was written. No checkpoint that was
+sound may be renamed. The first new step must come within 15 s.
 
 Prints a table, and exits with 1 if something of this was not so.
 """
@@ -41,13 +41,14 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SMALL = {"depth": 1, "word-stride": 4, "inner-dim": 4, "outer-dim": 24, "outer-heads": 2}
 RUN = ["--config", str(ROOT / "configs/digits.py"), "--batch-size", "128", "--epochs", "20"]
 RUN += ["--eval-every-epochs", "1", "--log-every-steps", "1", "--checkpoint-every-steps", "4"]
 RUN += [f"--model.{name}={value}" for name, value in SMALL.items()]
-PATIENCE = 300  # seconds
+PATIENCE = 900  # seconds after which a process hangs; busy machines are slow
 RECOVERY = 15  # seconds from a start to its first step
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "lost": signal.SIGKILL}
 ON_DISK = ("bit", "cut", "gone")
@@ -55,6 +56,12 @@ INSIDE = ("full disk", "stale", "any read", "worker", "unavailable")
 ENDS = ("SIGKILL",) * 4 + ("SIGTERM",) * 2 + INSIDE + ("version",)
 CODES = {"SIGKILL": (-9,), "SIGTERM": (75,), "full disk": (1, 2, 75), "stale": (75,), "any read": (75,)}
 CODES |= {"worker": (75,), "unavailable": (75,), "version": (2,), "lost": (-9, -6, 75)}
+
+BOUNDS = {"params": 5e-6, "ema": 5e-6, "opt_state": 2e-5}
+"""What layouts may differ by, of the larger of 1 and the largest number, three times what they do without any fault.
+Undisturbed, the runs on 1, 2 and 4 devices end up to 1.5e-6 from each other in parameters and their average, and up to
+5.6e-6 in Adam's averages; two processes with a device each end bitwise as one process with two devices. Four steps
+more or less are 7e-5 of the parameters, 5e-4 of their average and 0.25 of Adam's averages."""
 
 
 class Start:
@@ -157,6 +164,12 @@ def damaged(run_dir: pathlib.Path) -> list[str]:
     return [name for name in os.listdir(folder) if name.startswith("damaged")] if folder.is_dir() else []
 
 
+def shuffled(kinds: tuple[str, ...], chance: random.Random) -> Iterator[str]:
+    """Kinds without end, each as often as it is among them, so that none stays away by chance."""
+    while True:
+        yield from chance.sample(kinds, len(kinds))
+
+
 def moment(start: Start, run_dir: pathlib.Path, chance: random.Random, start_seconds: float) -> str | None:
     """Waits for a random moment, and says which; None if the run ended before it."""
     kind = chance.choice(("starting", "training", "training", "saving"))
@@ -238,7 +251,8 @@ def differs(run_dir: pathlib.Path, undisturbed: pathlib.Path, exactly: bool) -> 
         if exactly and found.tobytes() != expected.tobytes():
             return f"{name} is not bitwise the same"
         worst = float(np.abs(found.astype(np.float64) - expected).max())
-        if not exactly and not worst <= 1e-6 * max(1.0, float(np.abs(expected).max())):
+        bound = BOUNDS[name.partition(".")[0]]
+        if not exactly and not worst <= bound * max(1.0, float(np.abs(expected).max())):
             return f"{name} differs by {worst:.2g}"
     if exactly and metrics(run_dir) != metrics(undisturbed):
         return "its metrics differ"
@@ -274,13 +288,13 @@ def disturb(folder: pathlib.Path, count: int, minutes: float, chance: random.Ran
         f"undisturbed: {steps(undisturbed)[-1]} steps; a start takes {start_seconds:.1f} s to its first step",
         flush=True,
     )
-    report, ends = Report(), ENDS + (("lost",) * 3 if layouts else ())
+    report, ends = Report(), shuffled(ENDS + (("lost",) * 3 if layouts else ()), chance)
     end_of_time = time.monotonic() + 60 * minutes
     while sum(report.done.values()) < count and time.monotonic() < end_of_time:
         run_dir, harmed = folder / f"run-{report.runs}", set()
         while True:
             enough = sum(report.done.values()) >= count or time.monotonic() >= end_of_time
-            end = "" if enough else chance.choice(ends)
+            end = "" if enough else next(ends)
             processes = chance.choice((2, 4) if end == "lost" else (1, 2, 4)) if layouts else 1
             if one_start(run_dir, cache, end, processes, chance, harmed, start_seconds, report):
                 break
@@ -368,7 +382,7 @@ def main() -> None:
     if report.recoveries:
         median = statistics.median(report.recoveries)
         print(f"start to first new step: median {median:.1f} s, longest {slowest:.1f} s, of {len(report.recoveries)}")
-    exact = "to 1e-6" if given.layouts else "bitwise"
+    exact = "within the bounds" if given.layouts else "bitwise"
     print(f"{report.runs} runs ended, {exact} as the undisturbed one, but for {len(report.wrong)} that went wrong")
     if slowest > RECOVERY:
         report.complain(f"a start took {slowest:.1f} s to its first step")

@@ -19,7 +19,7 @@ from small_runs import tiny_run
 import tnt_jax
 from tnt_jax.config import InputError
 from tnt_jax.data.mixing import normalise
-from tnt_jax.export import description_path, export_model, files, formats, load_export
+from tnt_jax.export import description_path, export_model, files, formats, load_export, quantize
 from tnt_jax.export.quantize import Judged
 from tnt_jax.models.variants import with_formulation
 from tnt_jax.storage.description import description_of
@@ -231,6 +231,10 @@ def test_a_file_is_read_back_and_one_that_is_too_old_says_since_when(tmp_path):
     path.write_bytes(strange.serialize())
     with pytest.raises(InputError, match="cannot be read: it is damaged, export the model again"):
         load_export(path)
+    about["made"]["versions"]["jax"] = "99.1.0"
+    description_path(path).write_text(json.dumps(about))
+    with pytest.raises(InputError, match=r"jax 99.1.0 made it, and this is jax .*; pip install 'jax>=99.1.0'"):
+        load_export(path)
     about["made"] |= {"date": "2024-02-01", "read_until": "2024-08-01", "versions": {"jax": "0.4.24"}}
     description_path(path).write_text(json.dumps(about))
     message = "jax 0.4.24, which made it on 2024-02-01, promised that it can be read until 2024-08-01, and this is jax"
@@ -304,6 +308,20 @@ def test_a_layer_that_int8_ruins_stays_in_float32_and_one_that_is_too_many_is_na
     with pytest.raises(InputError, match=message):
         export_model(model, tmp_path / "b.onnx", "onnx", int8=impossible)
     assert not (tmp_path / "b.onnx").exists()
+
+
+def test_int8_knows_the_layers_of_a_bfloat16_model_by_name(tmp_path, monkeypatch):
+    found = {}
+
+    def layers(content, judged, parameters):
+        found.update(quantize._layers(quantize._simplified(content, tmp_path / "simplified.onnx"), parameters))
+        raise InputError("enough")
+
+    monkeypatch.setattr(files, "quantize", layers)
+    model = small_model(dtype="bfloat16", param_dtype="bfloat16")
+    with pytest.raises(InputError, match="enough"):
+        export_model(model, tmp_path / "a.onnx", "onnx", int8=Judged(pixels(2), pixels(2), None, "noise"))
+    assert {"head", "blocks.0.outer.attn.qkv", "blocks.0.inner.mlp.fc1"} <= set(found.values())
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,27 @@ def test_hidden_files_are_no_images_and_what_is_left_out_is_said(tmp_path, caplo
     assert "left out what is no image: 2 .mp4, 1 .txt, 1 .db" in caplog.text.replace("1 .db, 1 .txt", "1 .txt, 1 .db")
 
 
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        ((), None),
+        (("a.txt",), "1 .txt"),
+        ((*(f"{number}.txt" for number in range(10)), "1.mp4", "2.mp4"), "10 .txt, 2 .mp4"),
+    ],
+)
+def test_the_file_of_labels_is_not_among_what_is_left_out(others, said, tmp_path, caplog):
+    for name in ("1.png", "2.png"):
+        write(tmp_path / "train" / name)
+    (tmp_path / "train/labels.txt").write_text("0\n1\n")
+    (tmp_path / "names.txt").write_text("a\nb\n")
+    for name in others:
+        (tmp_path / "train" / name).touch()
+    fields = {"class_names": str(tmp_path / "names.txt"), "other_classes": True}
+    assert files_of(tmp_path, **fields) == ["a:1.png", "b:2.png"]
+    found = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert found == ([f"{tmp_path}/train: left out what is no image: {said}"] if said else [])
+
+
 def test_training_and_prediction_walk_alike(tmp_path):
     for name in ("ant/10.png", "ant/9.png", "ant/deep/1.png", "ant/2.png", "bee/b.png"):
         write(tmp_path / "train" / name)

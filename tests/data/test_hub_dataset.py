@@ -133,6 +133,31 @@ def test_labels_that_do_not_fit_are_named(task, feature, test, message, tmp_path
         open_split(DataConfig(source, task=task), "test")
 
 
+def test_of_a_row_the_image_alone_is_read(tmp_path):
+    """Another column may hold what cannot be decoded, or takes long."""
+    features = {"image": datasets.Image(), "label": BIRD, "mask": datasets.Image()}
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), (7, 0, 0)).save(file, "PNG")
+    images = [{"bytes": file.getvalue(), "path": None}] * 2
+    masks = [{"bytes": b"no image", "path": None}] * 2
+    rows = datasets.Dataset.from_dict({"image": images, "label": [0, 1], "mask": masks}, datasets.Features(features))
+    rows.save_to_disk(str(tmp_path / "rows"))
+    pixels, label = open_split(DataConfig(f"hf:{tmp_path}/rows"), "train")[1]
+    assert pixels[0, 0].tolist() == [7, 0, 0]
+    assert label == 1
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_whether_datasets_shows_bars_is_left_as_it_was(disabled, tmp_path):
+    source = saved(tmp_path, BIRD, [0, 1, 0], [1, 0])
+    try:
+        (datasets.disable_progress_bars if disabled else datasets.enable_progress_bars)()
+        open_split(DataConfig(source), "train")
+        assert datasets.are_progress_bars_disabled() is disabled
+    finally:
+        datasets.enable_progress_bars()
+
+
 def test_a_column_that_is_missing_is_named(tmp_path):
     source = saved(tmp_path, datasets.Value("string"), ["a", "b", "c"], ["a", "b"], column="species")
     with pytest.raises(InputError, match=r"no column 'label' .*; it has 'species': name one .*--data.label-columns"):

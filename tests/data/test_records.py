@@ -1,5 +1,7 @@
+import dataclasses
 import io
 import pickle
+import shutil
 import sys
 import tarfile
 
@@ -10,7 +12,7 @@ from PIL import Image
 
 from tnt_jax.config import DataConfig, InputError
 from tnt_jax.data import prepare
-from tnt_jax.data.check import check_splits
+from tnt_jax.data.check import check_splits, content_of
 from tnt_jax.data.opening import open_split
 from tnt_jax.data.pipeline import train_batches
 from tnt_jax.data.records import RecordImages
@@ -64,6 +66,26 @@ def test_the_archives_become_records_that_can_be_read(tars):
     again = pickle.loads(pickle.dumps(train))
     np.testing.assert_array_equal(again[3][0], train[3][0])
     assert "tensorflow" not in sys.modules
+
+
+def test_records_are_recognised_by_their_shards_wherever_they_lie(tars, tmp_path):
+    """A run does not go on with others, though the labels in them are not read for that."""
+
+    def digest(folder, split="train"):
+        return content_of(open_split(DataConfig(f"array_record:{folder}"), split))["records"]
+
+    folder = prepare.prepare_imagenet(*tars, ARCHIVES, name="small_imagenet")
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    assert digest(folder) == digest(tmp_path / "elsewhere")
+    make_train(tars[0], {"n01": 2, "n02": 2, "n03": 3})  # one image is of another class
+    of_others = [
+        prepare.prepare_imagenet(*tars[:2], str(tmp_path / "other"), ARCHIVES, name="small_imagenet"),
+        prepare.prepare_imagenet(
+            *tars[:2], str(tmp_path / "shards"), dataclasses.replace(ARCHIVES, shard_size=4), name="small_imagenet"
+        ),
+    ]
+    found = [digest(folder), digest(folder, "train[:4]"), digest(folder, "validation"), *map(digest, of_others)]
+    assert len(set(found)) == len(found)
 
 
 def test_tfds_reads_them_by_name_and_by_slices(tars, monkeypatch):

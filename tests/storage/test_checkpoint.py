@@ -2,12 +2,15 @@
 
 import contextlib
 import errno
+import itertools
 import os
 import pathlib
 import random
 import shutil
 import subprocess
 import sys
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -153,6 +156,40 @@ def test_a_stutter_of_the_disk_anywhere_in_reading_is_another_try(place, saved, 
         with pytest.raises(UnreadableError, match=r"cannot be read now .*Stale file handle") as raised:
             read(folder)
         assert raised.value.exit_code == 75
+
+
+def threads_of_orbax():
+    return [thread.name for thread in threading.enumerate() if type(thread).__module__.startswith("orbax")]
+
+
+def test_a_clock_that_jumps_keeps_no_checkpoint_waiting(tmp_path, monkeypatch):
+    truth, looks = time.time, itertools.count()
+    monkeypatch.setattr(time, "time", lambda: truth() + 400 * next(looks))
+    with contextlib.closing(Checkpoints(tmp_path, keep=2)) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, saved_trees(state_of(step)))
+    assert steps_of(tmp_path) == [1, 2]
+
+
+def test_a_folder_that_cannot_be_made_keeps_no_thread_waiting(tmp_path, monkeypatch):
+    """Nor the process, which could not end for five minutes after its message."""
+    make = os.mkdir
+
+    def fail(path, *arguments, **named):
+        if os.path.basename(path).startswith("default"):
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return make(path, *arguments, **named)
+
+    def save_and_wait():
+        checkpoints.save(1, saved_trees(state_of(1)))
+        checkpoints.wait()
+
+    checkpoints = Checkpoints(tmp_path)
+    monkeypatch.setattr(os, "mkdir", fail)
+    with contextlib.closing(checkpoints), pytest.raises(WriteError, match="Stale file handle") as caught:
+        save_and_wait()
+    assert caught.value.exit_code == 75
+    assert threads_of_orbax() == []
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """Files from addresses, against servers on this machine that are slow, break off, move, or give something else."""
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
 import urllib.request
 from hashlib import sha256
 
+import filelock
 import numpy as np
 import pytest
 from commands import ROOT
@@ -211,6 +214,20 @@ def test_two_processes_fetch_once():
         both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
         assert [process.communicate(timeout=60)[0].strip() for process in both] == [sha256(CONTENT).hexdigest()] * 2
     assert len(server.requests) == 1
+
+
+def test_a_disk_without_locks_keeps_nobody_waiting(monkeypatch):
+    def missing(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    class NoWait(filelock.FileLock):
+        def __init__(self, path):
+            super().__init__(path, timeout=1)  # or the test would hang
+
+    monkeypatch.setattr(fcntl, "flock", missing)
+    monkeypatch.setattr(filelock, "FileLock", NoWait)
+    with Files({PATH: CONTENT}) as server, pytest.warns(UserWarning, match="flock not supported"):
+        assert download.download(server.address + PATH).read_bytes() == CONTENT
 
 
 def test_what_is_cleared_is_gone():

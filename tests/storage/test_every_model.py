@@ -119,7 +119,7 @@ def test_every_command_takes_it(kind, everywhere, made, tmp_path, monkeypatch):
         ("x" * 5000, "there is no model 'xxx.*of 5000 letters"),
         ("tnt_ti_patch16_224", "nobody has published weights of tnt_ti_patch16_224"),
         ("ptnt_s_patch16_256", "behind the passwords on https://github.com/huawei-noah"),
-        ("weights/tnt_s", "there is no folder weights/tnt_s and no file"),
+        ("weights/tnt_s", "^there is no folder weights/tnt_s and no file$"),
     ],
 )
 def test_what_is_no_model_is_refused_with_what_to_do(given, message, tmp_path, monkeypatch, own_cache):

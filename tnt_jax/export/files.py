@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -217,8 +218,11 @@ def load_export(path: str | os.PathLike) -> tuple[Callable[[np.ndarray], np.ndar
 
 
 def _reason(made: dict[str, Any]) -> str:
-    """Why a StableHLO file cannot be read: it is too old for this JAX, or damaged."""
+    """Why a StableHLO file cannot be read: it is too new or too old for this JAX, or damaged."""
     version, until = made["versions"]["jax"], made["read_until"]
+    its, ours = ([int(part) for part in re.findall(r"\d+", each)[:3]] for each in (version, jax.__version__))
+    if its > ours:
+        return f"jax {version} made it, and this is jax {jax.__version__}; pip install 'jax>={version}'"
     if datetime.date.fromisoformat(until) >= datetime.date.today():
         return "it is damaged, export the model again"
     return (

@@ -105,7 +105,10 @@ class Checkpoints:
                     preservation_policy=self,
                     enable_async_checkpointing=True,
                     # Orbax measures with the machine's clock, which jumps: a laptop wakes up, a server is set right.
-                    async_options=ocp.options.AsyncOptions(4 * 10**9, self._meet if several else None),
+                    # Where its threads make the folders, all others wait for five minutes by it for those who failed.
+                    async_options=ocp.options.AsyncOptions(
+                        4 * 10**9, self._meet if several else None, create_directories_asynchronously=False
+                    ),
                     single_host_load_and_broadcast=several,
                 ),
             )
@@ -152,7 +155,11 @@ class Checkpoints:
         with self._writing():
             self.wait()
             self._being_written = step
-            saved = self._manager.save(step, args=ocp.args.PyTreeSave(packed), custom_metadata=description)
+            try:
+                saved = self._manager.save(step, args=ocp.args.PyTreeSave(packed), custom_metadata=description)
+            except Exception as error:
+                self._failure = error  # for Orbax the step is being written for ever
+                raise
             if not saved:
                 raise RuntimeError(f"Orbax has left out step {step}")
 

@@ -7,6 +7,7 @@ import re
 import socket
 import ssl
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.parse
@@ -62,7 +63,7 @@ def download(address: str) -> Path:
     try:
         folder = cache_folder() / "downloads" / key
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".lock").touch()
+        tempfile.TemporaryFile(dir=folder).close()
     except (OSError, UnsafeCacheError) as error:
         _say(f"the cache cannot be written ({error}): {without_secrets(address)} is fetched and not kept")
         folder = process_folder() / key

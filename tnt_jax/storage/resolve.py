@@ -73,7 +73,8 @@ def locate(model: str | os.PathLike) -> Place:
     except InputError as error:
         if is_hub_name(given) and not path.parent.exists():
             return Place("hub", given)
-        raise InputError(f"there is no folder {given} and no file, and {error}") from error
+        nothing = f"there is no folder {given} and no file"
+        raise InputError(nothing if os.sep in given else f"{nothing}, and {error}") from error
 
 
 def _kind_of_folder(folder: Path) -> Kind:

@@ -73,8 +73,9 @@ def _families(letters: str) -> list[str]:
     """The usual font, and where it lacks some letters another of this machine that has them, if there is one."""
     from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 
-    usual = FontProperties().get_family()
-    lacking = {ord(letter) for letter in letters if letter.isprintable()} - set(get_font(findfont("")).get_charmap())
+    properties = FontProperties()
+    usual, known = properties.get_family(), set(get_font(findfont(properties)).get_charmap())
+    lacking = {ord(letter) for letter in letters if letter.isprintable()} - known
     if not lacking:
         return usual
     for font in fontManager.ttflist:
