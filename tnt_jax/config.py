@@ -6,14 +6,8 @@ A config file returns one `TrainConfig`, the command line changes its fields.
 import dataclasses
 from typing import Generic, Literal, TypeVar
 
+from tnt_jax.errors import InputError
 from tnt_jax.fields import changes_of, faults, setting
-
-
-class InputError(ValueError):
-    """Something the user gave is wrong. The message names the value and what would be right."""
-
-    exit_code = 2
-
 
 Task = Literal["single_label", "multi_label", "regression"]
 TASKS: dict[Task, tuple[str, ...]] = {

@@ -10,12 +10,12 @@ from small_models import small_model
 
 from tnt_jax.config import DataConfig, InputError
 from tnt_jax.data.sources import Split
-from tnt_jax.evaluation.bootstrap import class_intervals, label_intervals, value_intervals
 from tnt_jax.evaluation.calibration import best_threshold, calibrate, calibrated, fit_temperature, validation_split
 from tnt_jax.evaluation.evaluate import predictions_of
 from tnt_jax.evaluation.predictions import LabelPredictions, ValuePredictions, metrics_of, per_output
 from tnt_jax.evaluation.scores import Predictions
 from tnt_jax.storage.description import Outputs, describe
+from tnt_jax.tasks.bootstrap import class_intervals, label_intervals, value_intervals
 
 RNG = np.random.default_rng(0)
 TRUTH = (RNG.random((200, 3)) < [0.5, 0.2, 0.05]).astype(np.float32)

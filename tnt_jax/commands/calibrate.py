@@ -36,7 +36,7 @@ def main() -> None:
     from tnt_jax.storage.description import description_of
     from tnt_jax.storage.folder import check_destination, save_model
     from tnt_jax.storage.load import load_model
-    from tnt_jax.training.metrics import printed, title_of
+    from tnt_jax.tasks.metrics import printed, title_of
 
     check_destination(arguments.out, overwrite=arguments.overwrite)
     model = load_model(arguments.model)

@@ -121,7 +121,7 @@ def _row_of(done) -> dict:
 def _print_progress(row: dict) -> None:
     """One line for a row of the table; the next may take hours."""
     from tnt_jax.config import TASKS
-    from tnt_jax.training.metrics import printed, title_of
+    from tnt_jax.tasks.metrics import printed, title_of
 
     what = row.get("weights") or row["method"]
     name = next(name for name in ("insertion", *(metrics[0] for metrics in TASKS.values())) if name in row)
@@ -136,7 +136,7 @@ NOT_PRINTED = ("macro_precision", "macro_recall")
 
 def _printed(row: dict) -> dict[str, str]:
     """A row as people read it: a share in percent, and its interval behind it."""
-    from tnt_jax.training.metrics import SHARES, title_of
+    from tnt_jax.tasks.metrics import SHARES, title_of
 
     def text_of(name: str, value: float) -> str:
         if name in ("images", "training_images", "images_per_second"):

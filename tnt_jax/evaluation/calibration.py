@@ -13,7 +13,7 @@ from tnt_jax.evaluation.evaluate import outputs_of
 from tnt_jax.evaluation.scores import calibration_error
 from tnt_jax.models.variants import Model
 from tnt_jax.storage.description import description_of
-from tnt_jax.training.metrics import multi_label_metrics, sigmoid
+from tnt_jax.tasks.metrics import multi_label_metrics, sigmoid
 
 MAX_TEMPERATURE = 20
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from tnt_jax.evaluation.bootstrap import label_intervals, value_intervals
 from tnt_jax.evaluation.scores import Predictions, calibration_error, metrics_of_classes, per_class, wilson
-from tnt_jax.training.metrics import mean_of_defined, multi_label_metrics, ranking, regression_metrics, sigmoid
+from tnt_jax.tasks.bootstrap import label_intervals, value_intervals
+from tnt_jax.tasks.metrics import mean_of_defined, multi_label_metrics, ranking, regression_metrics, sigmoid
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from tnt_jax.evaluation.bootstrap import class_intervals
-from tnt_jax.training.metrics import class_metrics, confusion_counts, ranking
+from tnt_jax.tasks.bootstrap import class_intervals
+from tnt_jax.tasks.metrics import class_metrics, confusion_counts, ranking
 
 Z95 = 1.959963984540054  # of the normal distribution: what 95% of it lie within
 

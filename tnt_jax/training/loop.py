@@ -12,9 +12,9 @@ from tnt_jax.storage.checkpoint import Checkpoints, NonFiniteError, WriteError
 from tnt_jax.storage.lock import RunLock
 from tnt_jax.storage.reading import had_checkpoint, steps_of
 from tnt_jax.storage.run import check_space, claim, compare, is_run
+from tnt_jax.tasks.metrics import printed, spoken
 from tnt_jax.training.agreement import agree_on_kernels
 from tnt_jax.training.hosts import Hosts, facts, joined
-from tnt_jax.training.metrics import printed, spoken
 from tnt_jax.training.report import Report, check_finite
 from tnt_jax.training.run import Run, saved_trees
 from tnt_jax.training.signals import Pauses, Signals, StoppedError, current_signals

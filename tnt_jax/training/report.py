@@ -22,7 +22,7 @@ from tnt_jax.models.summary import count_macs
 from tnt_jax.storage.checkpoint import NonFiniteError, WriteError
 from tnt_jax.storage.config_json import to_json
 from tnt_jax.storage.files import write_text
-from tnt_jax.training.metrics import printed, spoken
+from tnt_jax.tasks.metrics import printed, spoken
 
 METRICS_FILE = "metrics.jsonl"
 DROPPED_FILE = "metrics_dropped.jsonl"

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Num
 from tnt_jax.config import TASKS, InputError, Task, TrainConfig
 from tnt_jax.data.targets import balanced_class_weights, balanced_positive_weights, in_units
 from tnt_jax.storage.description import Outputs
-from tnt_jax.training.metrics import class_metrics, mean_of_defined, multi_label_metrics, regression_metrics
+from tnt_jax.tasks.metrics import class_metrics, mean_of_defined, multi_label_metrics, regression_metrics
 
 Logits = Float[Array | np.ndarray, "batch outputs"]
 PerOutput = Float[np.ndarray, " outputs"]

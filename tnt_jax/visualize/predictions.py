@@ -9,7 +9,7 @@ from tnt_jax.data.samples import visible
 from tnt_jax.data.sources import Split
 from tnt_jax.evaluation.predictions import AnyPredictions, LabelPredictions, ValuePredictions
 from tnt_jax.evaluation.scores import Predictions, confusion_matrix
-from tnt_jax.training.metrics import multi_label_metrics, printed, regression_metrics
+from tnt_jax.tasks.metrics import multi_label_metrics, printed, regression_metrics
 from tnt_jax.visualize.canvas import new_figure, panels, shorten, show_image, title_of
 
 MOST_NUMBERS = 20

@@ -12,7 +12,7 @@ from tnt_jax.config import TASKS, InputError, TrainConfig, best_metric
 from tnt_jax.data.opening import open_split
 from tnt_jax.data.pipeline import steps_per_epoch
 from tnt_jax.storage.run import read_config
-from tnt_jax.training.metrics import SHARES, spoken
+from tnt_jax.tasks.metrics import SHARES, spoken
 from tnt_jax.training.optimizer import learning_rate_schedule
 from tnt_jax.training.report import METRICS_FILE
 from tnt_jax.visualize.canvas import new_figure

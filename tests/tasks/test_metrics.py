@@ -7,7 +7,7 @@ import pytest
 from scipy.special import logit
 from sklearn import metrics as theirs
 
-from tnt_jax.training.metrics import (
+from tnt_jax.tasks.metrics import (
     class_metrics,
     confusion_counts,
     mean_of_defined,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from tnt_jax.training.metrics import class_metrics, ranking, regression_metrics
+from tnt_jax.tasks.metrics import class_metrics, ranking, regression_metrics
 
 RESAMPLES, FEWEST = 1000, 100
 MOST_WORK = 2 * 10**8
