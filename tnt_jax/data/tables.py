@@ -15,6 +15,7 @@ from tnt_jax.config import DataConfig, InputError
 from tnt_jax.data.columns import Column, column_of, is_label, joined, parts, targets_of, weights_of
 from tnt_jax.data.decode import Reading
 from tnt_jax.data.sources import ImageFiles, Images, NoSplitError, Split, names_of_split
+from tnt_jax.tasks.table import TASKS
 
 IMAGE_COLUMNS = ("image", "path", "file", "filename", "file_name", "image_path", "filepath")
 SHOWN = 5  # paths in a message
@@ -147,11 +148,7 @@ def _rows_of(table: Table, split_column: str | None, split: str) -> np.ndarray |
 
 def _say_what_differs(table, class_names, in_training, targets, data: DataConfig, split: str) -> None:
     """Names the classes that only some rows have."""
-    if data.task == "regression":
-        return
-    there = np.unique(targets) if targets.ndim == 1 else np.flatnonzero(targets.any(axis=0))
-    here = np.zeros(len(class_names), bool)
-    here[there] = True
+    here = TASKS[data.task].outputs_in(targets, len(class_names))
     check_classes(class_names, in_training, here, table.path, data, split)
 
 

@@ -1,46 +1,99 @@
-"""What outputs are worth, by task: from labels and what a model says of them to numbers by name.
+"""What a metric is, and the mathematics that tasks share, in NumPy, on the host.
 
-Shares are of 1, errors in the units of the targets. Equal to scikit-learn's where it has them. Plain NumPy, on the
-host.
+Values are scikit-learn's where it has them. Many resamples are computed at once, for which it has no function.
 """
 
+import dataclasses
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Num
+from jaxtyping import Bool, Float, Num
 from numpy.typing import ArrayLike
 
-Counts = Num[np.ndarray, "*resamples classes"]
 Weights = Num[np.ndarray, "resamples images"]
+Z95 = 1.959963984540054  # of the normal distribution: what 95% of it lie within
 
 
-def class_metrics(right: Counts, labelled: Counts, predicted: Counts) -> dict[str, np.ndarray]:
-    """balanced_accuracy, macro_precision, macro_recall and macro_f1, each of shape (*resamples,).
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A number that says how good predictions are. Proportions are of 1, errors in the units of the targets."""
 
-    Balanced accuracy is the mean recall of the classes that images have; the macro means are over these and the classes
-    that were predicted, as scikit-learn has them. A precision of nothing is 0.
+    name: str
+    title: str = ""
+    """What people call it; by default its name, with spaces."""
+    proportion: bool = False
+    """It is printed in percent."""
+    lower_is_better: bool = False
+    function: Callable[[Any], np.ndarray] | None = None
+    """From what its task counts of predictions to a number for each resample; None where the task has it already."""
+    interval: bool = False
+    """It has a 95% interval, by bootstrap."""
+    of_batch: str = ""
+    """The metric of training batches that is like it."""
 
-    Args:
-        right, labelled, predicted: for each class how many images were rightly given it, have it, and were given it.
-    """
-    recall, precision = _over(right, labelled), _over(right, predicted)
-    f1 = _over(2 * right, labelled + predicted)
-    known = labelled + predicted > 0
-    means = {"precision": precision, "recall": recall, "f1": f1}
-    balanced = _over(recall.sum(axis=-1), (labelled > 0).sum(axis=-1))
-    macro = {f"macro_{name}": _over(each.sum(axis=-1), known.sum(axis=-1)) for name, each in means.items()}
-    return {"balanced_accuracy": balanced, **macro}
+    def __post_init__(self):
+        object.__setattr__(self, "title", self.title or self.name.replace("_", " "))
+
+    @property
+    def in_words(self) -> str:
+        """Its title in a sentence: top-1 is called accuracy."""
+        return self.title if self.of_batch in ("", self.name) else self.of_batch
+
+    def text(self, value: float | None) -> str:
+        """A value for people: proportions in percent, with the sign; "-" where it is undefined."""
+        if value is None or math.isnan(value):
+            return "-"
+        return f"{value:.2%}" if self.proportion else f"{value:.4g}"
 
 
-def _over(numerator: ArrayLike, denominator: ArrayLike) -> np.ndarray:
-    """A quotient, 0 where there is nothing to divide by."""
+LOSS = Metric("loss", lower_is_better=True)
+OTHERS = (
+    *(Metric(name, proportion=True) for name in ("accuracy", "precision", "recall")),
+    Metric("ece", "ECE", proportion=True),
+    Metric("ap", "AP", proportion=True),
+    Metric("f1", "F1", proportion=True),
+    Metric("images_per_second", "images/s"),
+)
+"""What is printed beside the metrics of a task."""
+
+
+def computed(metrics: Sequence[Metric], counted: Any) -> dict[str, np.ndarray]:
+    """The metrics that have a function."""
+    return {metric.name: metric.function(counted) for metric in metrics if metric.function}
+
+
+def with_intervals(values: dict[str, float], intervals: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """Each value, followed by the ends of its interval where it has one."""
+    found = {}
+    for name, value in values.items():
+        found[name] = value
+        if name in intervals:
+            found[f"{name}_low"], found[f"{name}_high"] = intervals[name]
+    return found
+
+
+def quotient(numerator: ArrayLike, denominator: ArrayLike) -> np.ndarray:
+    """0 where there is nothing to divide by."""
     numerator, denominator = np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)
     return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 0)
 
 
-def sigmoid(outputs: np.ndarray) -> np.ndarray:
+def mean_of_defined(values: Float[np.ndarray, "*any"]) -> float:
+    """Mean of the numbers that are not NaN; NaN where all are."""
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if len(defined) else math.nan
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
     """Probabilities of labels, in float64."""
-    return np.exp(-np.logaddexp(0, -outputs.astype(np.float64)))
+    return np.exp(-np.logaddexp(0, -logits.astype(np.float64)))
+
+
+def binary_cross_entropy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Of each label, in nats, in float64."""
+    return np.logaddexp(0, logits.astype(np.float64)) - labels * logits
 
 
 def ranking(
@@ -61,112 +114,20 @@ def ranking(
     false = np.cumsum(weights * ~truth, axis=1, dtype=np.float64)[:, ends]
     positives, negatives = true[:, -1], false[:, -1]
     more_true, more_false = (np.diff(each, axis=1, prepend=0) for each in (true, false))
-    precision = _over(true, true + false)
+    precision = quotient(true, true + false)
     area = (more_false * (true - more_true / 2)).sum(axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
         return (more_true * precision).sum(axis=1) / positives, area / (positives * negatives)
 
 
-def multi_label_metrics(
-    labels: Num[np.ndarray, "images labels"],
-    logits: Float[np.ndarray, "images labels"],
-    thresholds: float | Float[np.ndarray, " labels"] = 0.5,
-) -> dict[str, float]:
-    """map and roc_auc (means over the labels that some images have and others have not), and at the thresholds
-    macro_precision, macro_recall, macro_f1, micro_f1 (means over all labels, or of all decisions) and exact_match.
+def wilson(right: int, count: int) -> tuple[float, float]:
+    """The 95% confidence interval of a proportion of right predictions, `right` of `count` (Wilson 1927).
 
-    Logits are ranked, because probabilities are all 1 from 37 on; thresholds are probabilities.
-
-    map and roc_auc are NaN where no label is of that kind.
+    Unlike the interval of the normal approximation it holds for few images and for proportions near 0 and 1.
     """
-    truth, predicted = labels > 0.5, sigmoid(logits) >= thresholds
-    found = [ranking(truth[:, label], logits[:, label]) for label in range(truth.shape[1])]
-    ranked = np.array([[float(each[0]) for each in pair] for pair in found])
-    ranked = ranked[np.isfinite(ranked).all(axis=1)]
-    precision, area = ranked.mean(axis=0) if len(ranked) else (np.nan, np.nan)
-    right, labelled, positive = (truth & predicted).sum(0), truth.sum(0), predicted.sum(0)
-    means = {
-        "macro_precision": _over(right, positive).mean(),
-        "macro_recall": _over(right, labelled).mean(),
-        "macro_f1": _over(2 * right, labelled + positive).mean(),
-        "micro_f1": _over(2 * right.sum(), labelled.sum() + positive.sum()),
-        "exact_match": (truth == predicted).all(axis=1).mean(),
-    }
-    return {"map": float(precision), "roc_auc": float(area)} | {name: float(value) for name, value in means.items()}
-
-
-def regression_metrics(
-    targets: Float[np.ndarray, "images outputs"],
-    values: Float[np.ndarray, "images outputs"],
-    weights: Weights | None = None,
-) -> dict[str, Float[np.ndarray, "resamples outputs"]]:
-    """r2, rmse and mae of each output. R2 is NaN where a target has one value alone.
-
-    Args:
-        weights: as in `ranking`.
-    """
-    targets, values = targets.astype(np.float64), values.astype(np.float64)
-    weights = np.ones((1, len(targets))) if weights is None else weights
-    total = weights.sum(axis=1, keepdims=True)
-    errors, centred = values - targets, targets - targets.mean(axis=0)
-    square, spread = weights @ errors**2 / total, weights @ centred**2 / total
-    variance = spread - (weights @ centred / total) ** 2
-    with np.errstate(invalid="ignore", divide="ignore"):
-        # Of one value alone the difference is what rounding leaves.
-        r2 = np.where(variance > 1e-12 * spread, 1 - square / variance, np.nan)
-    return {"r2": r2, "rmse": np.sqrt(square), "mae": weights @ np.abs(errors) / total}
-
-
-def mean_of_defined(values: Float[np.ndarray, "*any"]) -> float:
-    """Mean of the numbers that are not NaN; NaN where all are."""
-    defined = values[~np.isnan(values)]
-    return float(defined.mean()) if len(defined) else math.nan
-
-
-def confusion_counts(
-    labels: Int[np.ndarray, " images"], predictions: Int[np.ndarray, " images"], classes: int
-) -> tuple[Int[np.ndarray, " classes"], Int[np.ndarray, " classes"], Int[np.ndarray, " classes"]]:
-    """For each class how many images were rightly given it, have it, and were given it."""
-    right = labels[labels == predictions]
-    return tuple(np.bincount(each, minlength=classes) for each in (right, labels, predictions))
-
-
-TITLES = {
-    "top1": "top-1", "top5": "top-5", "ece": "ECE", "map": "mAP", "ap": "AP", "roc_auc": "ROC AUC", "f1": "F1",
-    "macro_f1": "macro F1", "micro_f1": "micro F1", "r2": "R2", "rmse": "RMSE", "mae": "MAE",
-    "images_per_second": "images/s",
-}  # fmt: skip
-"""What people call a metric; what is not here is called by its name, with spaces."""
-SHARES = (
-    "top",
-    "map",
-    "ap",
-    "roc",
-    "macro",
-    "micro",
-    "balanced",
-    "exact",
-    "precision",
-    "recall",
-    "f1",
-    "accuracy",
-    "ece",
-)
-"""Metrics whose names begin so are printed in percent."""
-
-
-def title_of(name: str) -> str:
-    """What people call a metric."""
-    return TITLES.get(name, name.replace("_", " "))
-
-
-def spoken(name: str) -> str:
-    """A metric in a sentence: top-1 is called accuracy."""
-    return "accuracy" if name == "top1" else title_of(name)
-
-
-def printed(name: str, value: float | None) -> str:
-    """A value of a metric for people: shares in percent, with the sign; "-" where it is undefined."""
-    if value is None or math.isnan(value):
-        return "-"
-    return f"{value:.2%}" if name.startswith(SHARES) else f"{value:.4g}"
+    if count == 0:
+        return 0.0, 1.0
+    share = right / count
+    middle = share + Z95**2 / (2 * count)
+    half = Z95 * math.sqrt(share * (1 - share) / count + Z95**2 / (4 * count**2))
+    return (middle - half) / (1 + Z95**2 / count), (middle + half) / (1 + Z95**2 / count)

@@ -12,7 +12,7 @@ from tnt_jax.storage.checkpoint import Checkpoints, NonFiniteError, WriteError
 from tnt_jax.storage.lock import RunLock
 from tnt_jax.storage.reading import had_checkpoint, steps_of
 from tnt_jax.storage.run import check_space, claim, compare, is_run
-from tnt_jax.tasks.metrics import printed, spoken
+from tnt_jax.tasks.table import metric_of
 from tnt_jax.training.agreement import agree_on_kernels
 from tnt_jax.training.hosts import Hosts, facts, joined
 from tnt_jax.training.report import Report, check_finite
@@ -28,7 +28,7 @@ def train(config: TrainConfig[ModelChanges]) -> dict[str, float | None]:
     """Trains from where the run's folder stands to the last step.
 
     Returns:
-        The scores of the last step: count, and the metrics of the task (`tnt_jax.config.TASKS`) for the averaged
+        The scores of the last step: count, and the metrics of the task (`tnt_jax.tasks`) for the averaged
         weights (`ema_`) and for the raw ones (`raw_`), None where one is undefined.
 
     Raises:
@@ -217,14 +217,14 @@ def _stopped(step: int, run: Run, number: int) -> StoppedError:
 def _conclude(checkpoints: Checkpoints, run: Run, console: rich.console.Console) -> dict[str, float | None]:
     """The scores of the last step; process 0 prints them."""
     scores, best = checkpoints.scores(run.total_steps), checkpoints.best_step
-    metric = best_metric(run.config)
-    ema, raw = (printed(metric, scores[f"{weights}_{metric}"]) for weights in ("ema", "raw"))
+    metric = metric_of(best_metric(run.config))
+    ema, raw = (metric.text(scores[f"{weights}_{metric.name}"]) for weights in ("ema", "raw"))
     of_best = ""
     if best is not None:
-        value = printed(metric, checkpoints.scores(best)[f"ema_{metric}"])
+        value = metric.text(checkpoints.scores(best)[f"ema_{metric.name}"])
         of_best = f" (best: {value} after epoch {best / run.steps_per_epoch:.4g})"
     console.print(
-        f"{run.test_source.name} {spoken(metric)} {ema} with averaged weights, {raw} with raw ones, over "
+        f"{run.test_source.name} {metric.in_words} {ema} with averaged weights, {raw} with raw ones, over "
         f"{scores['count']:,} images{of_best}\nThe run lies in {run.config.run_dir}."
     )
     return scores
