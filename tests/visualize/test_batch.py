@@ -50,8 +50,9 @@ def test_captions_tell_labels_and_numbers():
     caption = TASKS["multi_label"].caption
     assert caption(labels, np.array([0.7, 0.3, 1.0]), names) == "ant, cat\n1.00 cat, 0.70 ant, 0.30 bee"
     assert caption(np.zeros(3), np.zeros(3), names) == "none\nnone"
-    caption = TASKS["regression"].caption
-    assert caption(np.array([1990.0, 0.25]), np.array([1995.0, 0.5]), ("year", "share")) == "year 1990, share 0.25\nyear 1995, share 0.5"
+    numbers = np.array([1990.0, 0.25]), np.array([1995.0, 0.5])
+    caption = TASKS["regression"].caption(*numbers, ("year", "share"))
+    assert caption == "year 1990, share 0.25\nyear 1995, share 0.5"
 
 
 def test_a_step_below_zero_is_refused(flags):
