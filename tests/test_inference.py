@@ -15,7 +15,7 @@ from small_models import small_model
 import tnt_jax
 from tnt_jax.config import InputError
 from tnt_jax.data.crop import evaluation_crop
-from tnt_jax.inference import predict_images, probabilities, result_of
+from tnt_jax.inference import predict_images, probabilities
 from tnt_jax.storage.description import describe, description_of
 from tnt_jax.tasks.table import TASKS
 from tnt_jax.tasks.task import Outputs
@@ -306,7 +306,5 @@ def test_a_card_says_what_outputs_mean():
 
 
 def test_a_label_at_its_threshold_is_predicted():
-    described = describe(
-        small_model(num_classes=2).config, class_names=("a", "b"), outputs=Outputs("multi_label", (0.25, 0.75))
-    )
-    assert result_of(np.array([0.25, 0.7499]), described)["pred_labels"] == [0]
+    outputs = Outputs("multi_label", (0.25, 0.75))
+    assert TASKS["multi_label"].result(np.array([0.25, 0.7499]), outputs, ("a", "b"))["pred_labels"] == [0]

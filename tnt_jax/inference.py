@@ -76,7 +76,8 @@ def predict_images(
 def _predict(
     model: Model, images: Iterator[ImageSource], description: ModelDescription, batch_size: int, max_pixels: int
 ) -> Iterator[dict[str, Any] | InputError]:
-    graph, state = nnx.split(model)
+    outputs, names, (graph, state) = description.outputs, description.class_names, nnx.split(model)
+    task = TASKS[outputs.task]
     first = list(itertools.islice(images, batch_size))
     batch_size = min(batch_size, 1 << max(0, len(first) - 1).bit_length())
     with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="images") as pool:
@@ -96,7 +97,6 @@ def _predict(
                 kind = kinds.pop() if len(kinds) == 1 else "float32"
                 batch = np.zeros((batch_size, *readable[0].shape), kind)
                 batch[: len(readable)] = [to_depth(image, kind) for image in readable]
-                outputs = description.outputs
                 computed = np.asarray(probabilities(graph, description.preprocessing, state, batch, outputs.task))
                 if not np.isfinite(computed).all():
                     raise InputError(
@@ -104,7 +104,7 @@ def _predict(
                     )
                 scores = iter(computed)
             for image in pixels:
-                yield image if isinstance(image, InputError) else result_of(next(scores), description)
+                yield image if isinstance(image, InputError) else task.result(next(scores), outputs, names)
             reading = following
 
 
@@ -127,9 +127,3 @@ def probabilities(
     with jax.default_matmul_precision("highest"):  # the published logits are those of float32 products
         logits = nnx.merge(graph, state)(normalise(images, preprocessing))
     return TASKS[task].activated(logits)
-
-
-def result_of(scores: np.ndarray, description: ModelDescription) -> dict[str, Any]:
-    """What `inference_model` returns, from the probabilities of one image or from the outputs of a regression."""
-    outputs = description.outputs
-    return TASKS[outputs.task].result(scores, outputs, description.class_names)

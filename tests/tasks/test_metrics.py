@@ -9,8 +9,10 @@ from sklearn import metrics as theirs
 
 from tnt_jax.tasks.metrics import computed, mean_of_defined, ranking
 from tnt_jax.tasks.multi_label import label_metrics
-from tnt_jax.tasks.regression import METRICS, Errors
-from tnt_jax.tasks.single_label import ClassCounts
+from tnt_jax.tasks.regression import METRICS as OF_NUMBERS
+from tnt_jax.tasks.regression import errors_of
+from tnt_jax.tasks.single_label import METRICS as OF_CLASSES
+from tnt_jax.tasks.single_label import class_counts
 from tnt_jax.tasks.table import metric_of
 
 CLOSE = {"rel": 1e-9, "abs": 1e-12}
@@ -22,13 +24,13 @@ def test_class_metrics_are_scikit_learns(classes):
     labels = rng.choice(classes, 300, p=rng.dirichlet(np.ones(classes)))
     predictions = np.where(rng.random(300) < 0.6, labels, rng.integers(0, classes, 300))
     labels[labels == classes - 1] = 0  # one that is predicted and that no image has
-    ours = ClassCounts.of(labels, predictions, classes + 2)  # and two that nobody has heard of
+    ours = computed(OF_CLASSES, class_counts(labels, predictions, classes + 2))  # and two that nobody has heard of
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = theirs.precision_recall_fscore_support(labels, predictions, average="macro", zero_division=0)
-        assert ours.balanced_accuracy() == pytest.approx(theirs.balanced_accuracy_score(labels, predictions), **CLOSE)
+        assert ours["balanced_accuracy"] == pytest.approx(theirs.balanced_accuracy_score(labels, predictions), **CLOSE)
     for name, value in zip(("precision", "recall", "f1"), expected[:3], strict=True):
-        assert getattr(ours, f"macro_{name}")() == pytest.approx(value, **CLOSE)
+        assert ours[f"macro_{name}"] == pytest.approx(value, **CLOSE)
 
 
 @pytest.mark.parametrize("digits", [1, 9])  # with many equal scores, and with none
@@ -73,7 +75,7 @@ def test_regression_metrics_are_scikit_learns_with_and_without_weights():
     targets = rng.normal(size=(100, 3)) * [1, 50, 1e-3] + [1e5, 0, 0]
     values = targets + rng.normal(size=(100, 3)) * [0.3, 30, 1e-4]
     weights = rng.integers(0, 4, (2, 100)).astype(float)
-    for row, ours in ((None, Errors(targets, values)), (0, Errors(targets, values, weights))):
+    for row, ours in ((None, errors_of(targets, values)), (0, errors_of(targets, values, weights))):
         chosen = {"multioutput": "raw_values", "sample_weight": None if row is None else weights[row]}
         expected = {
             "r2": theirs.r2_score(targets, values, **chosen),
@@ -81,13 +83,13 @@ def test_regression_metrics_are_scikit_learns_with_and_without_weights():
             "mae": theirs.mean_absolute_error(targets, values, **chosen),
         }
         for name, value in expected.items():
-            np.testing.assert_allclose(computed(METRICS, ours)[name][0], value, rtol=1e-9)
+            np.testing.assert_allclose(computed(OF_NUMBERS, ours)[name][0], value, rtol=1e-9)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e9 / 3])
 def test_r2_of_one_value_is_undefined_and_no_metric_else(value):
     targets = np.column_stack([np.full(7, value), np.arange(7.0)])
-    ours = computed(METRICS, Errors(targets, targets + 0.5, np.stack([np.ones(7), np.arange(7.0)])))
+    ours = computed(OF_NUMBERS, errors_of(targets, targets + 0.5, np.stack([np.ones(7), np.arange(7.0)])))
     assert np.isnan(ours["r2"][:, 0]).all()
     assert np.isfinite(ours["r2"][:, 1]).all()
     assert np.isfinite(ours["rmse"]).all()

@@ -187,7 +187,8 @@ def targets_of(
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-    """The labels of a table; see `tnt_jax.tasks.task.Labels`."""
+    """The labels of a table: each way to read its columns gives the targets of all rows, what the classes or numbers
+    are called, and which of them training rows have, None where these are no classes."""
 
     table: "Table"
     data: DataConfig
@@ -221,7 +222,8 @@ class Labels:
         return self._each(_marks, names)
 
     def numbers(self, names: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...], np.ndarray]:
-        return self._each(_numbers, names)
+        targets, names, _ = self._each(_numbers, names)
+        return targets, names, None
 
     def _each(self, read: Callable, names: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...], np.ndarray]:
         targets = np.stack([read(self.table, self.table.columns[name]) for name in names], axis=1)

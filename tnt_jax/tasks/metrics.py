@@ -48,12 +48,15 @@ class Metric:
         return f"{value:.2%}" if self.proportion else f"{value:.4g}"
 
 
+def proportion(name: str, function: Callable | None = None, title: str = "", **options) -> Metric:
+    """A metric that is a proportion."""
+    return Metric(name, title, proportion=True, function=function, **options)
+
+
 LOSS = Metric("loss", lower_is_better=True)
 OTHERS = (
-    *(Metric(name, proportion=True) for name in ("accuracy", "precision", "recall")),
-    Metric("ece", "ECE", proportion=True),
-    Metric("ap", "AP", proportion=True),
-    Metric("f1", "F1", proportion=True),
+    *map(proportion, ("accuracy", "precision", "recall")),
+    *(proportion(title.lower(), title=title) for title in ("ECE", "AP", "F1")),
     Metric("images_per_second", "images/s"),
 )
 """What is printed beside the metrics of a task."""

@@ -1,9 +1,8 @@
 """Any number of labels an image: a sigmoid and binary cross-entropy for each."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -13,109 +12,74 @@ from tnt_jax.tasks.bootstrap import intervals, resamples
 from tnt_jax.tasks.calibration import Calibration, best_threshold, calibration_error, sound_temperature
 from tnt_jax.tasks.metrics import (
     LOSS,
-    Metric,
     Weights,
     binary_cross_entropy,
     computed,
+    proportion,
     quotient,
     ranking,
     sigmoid,
     wilson,
     with_intervals,
 )
-from tnt_jax.tasks.task import Answer, Labels, Matrix, Mistakes, Outputs, Predictions, class_name, most_likely, short
+from tnt_jax.tasks.task import Answer, Matrix, Mistakes, Outputs, Predictions, class_name, short
 
 if TYPE_CHECKING:
     import jax
 
 
-@dataclasses.dataclass(frozen=True)
-class LabelCounts:
-    """What metrics take of predicted labels, for each resample; by default the images as they are.
+class LabelCounts(NamedTuple):
+    """What metrics take of predicted labels, for each resample."""
 
-    Logits are ranked, because probabilities are all 1 from 37 on.
-    """
+    right: Float[np.ndarray, "resamples labels"]
+    """How many images were rightly given each label."""
+    labelled: Float[np.ndarray, "resamples labels"]
+    predicted: Float[np.ndarray, "resamples labels"]
+    exact: Float[np.ndarray, " resamples"]
+    """The proportion of the images without a wrong label."""
+    ranked: Float[np.ndarray, "2 resamples"]
+    """Average precision and area under the ROC curve: the means over the labels that some images have and others have
+    not; NaN where there is none."""
 
-    truth: Bool[np.ndarray, "images labels"]
-    predicted: Bool[np.ndarray, "images labels"]
-    logits: Float[np.ndarray, "images labels"]
-    weights: Weights | None = None
 
-    def _sum(self, values: np.ndarray) -> Float[np.ndarray, "resamples ..."]:
-        weights = np.ones((1, len(values))) if self.weights is None else self.weights
-        return weights @ values.astype(np.float64)
-
-    @functools.cached_property
-    def right(self) -> Float[np.ndarray, "resamples labels"]:
-        """How many images were rightly given each label."""
-        return self._sum(self.truth & self.predicted)
-
-    @functools.cached_property
-    def labelled(self) -> Float[np.ndarray, "resamples labels"]:
-        """How many images have each label."""
-        return self._sum(self.truth)
-
-    @functools.cached_property
-    def positive(self) -> Float[np.ndarray, "resamples labels"]:
-        """How many images were given each label."""
-        return self._sum(self.predicted)
-
-    @functools.cached_property
-    def _ranked(self) -> Float[np.ndarray, "2 resamples"]:
-        """The means over the labels that some images of a resample have and others have not."""
-        labels = range(self.truth.shape[1])
-        ranked = np.array([ranking(self.truth[:, label], self.logits[:, label], self.weights) for label in labels])
-        known = np.isfinite(ranked).all(axis=1, keepdims=True)
-        total, count = np.where(known, ranked, 0).sum(axis=0), known.sum(axis=0).repeat(2, axis=0)
-        return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
-
-    def mean_average_precision(self) -> Float[np.ndarray, " resamples"]:
-        """NaN where no label has both kinds of images."""
-        return self._ranked[0]
-
-    def roc_auc(self) -> Float[np.ndarray, " resamples"]:
-        """NaN where no label has both kinds of images."""
-        return self._ranked[1]
-
-    def macro_precision(self) -> Float[np.ndarray, " resamples"]:
-        """The mean over the labels; that of nothing is 0."""
-        return quotient(self.right, self.positive).mean(axis=1)
-
-    def macro_recall(self) -> Float[np.ndarray, " resamples"]:
-        """The mean over the labels."""
-        return quotient(self.right, self.labelled).mean(axis=1)
-
-    def macro_f1(self) -> Float[np.ndarray, " resamples"]:
-        """The mean over the labels."""
-        return quotient(2 * self.right, self.labelled + self.positive).mean(axis=1)
-
-    def micro_f1(self) -> Float[np.ndarray, " resamples"]:
-        """Of all decisions."""
-        return quotient(2 * self.right.sum(axis=1), self.labelled.sum(axis=1) + self.positive.sum(axis=1))
-
-    def exact_match(self) -> Float[np.ndarray, " resamples"]:
-        """The images without a wrong label."""
-        exact = (self.truth == self.predicted).all(axis=1)
-        return self._sum(exact) / self._sum(np.ones_like(exact))
+def label_counts(
+    truth: Bool[np.ndarray, "images labels"],
+    predicted: Bool[np.ndarray, "images labels"],
+    logits: Float[np.ndarray, "images labels"],
+    weights: Weights | None = None,
+) -> LabelCounts:
+    """Those of predicted labels. Logits are ranked, because probabilities are all 1 from 37 on."""
+    weights = np.ones((1, len(truth))) if weights is None else weights
+    sums = [weights @ each.astype(np.float64) for each in (truth & predicted, truth, predicted)]
+    exact = weights @ (truth == predicted).all(axis=1).astype(np.float64) / weights.sum(axis=1)
+    each = np.array([ranking(truth[:, label], logits[:, label], weights) for label in range(truth.shape[1])])
+    known = np.isfinite(each).all(axis=1, keepdims=True)
+    total, count = np.where(known, each, 0).sum(axis=0), known.sum(axis=0)
+    with np.errstate(invalid="ignore"):
+        return LabelCounts(*sums, exact, total / count)
 
 
 METRICS = (
-    Metric("map", "mAP", proportion=True, function=LabelCounts.mean_average_precision, interval=True),
-    Metric("roc_auc", "ROC AUC", proportion=True, function=LabelCounts.roc_auc, interval=True),
-    Metric("macro_precision", proportion=True, function=LabelCounts.macro_precision),
-    Metric("macro_recall", proportion=True, function=LabelCounts.macro_recall),
-    Metric("macro_f1", "macro F1", proportion=True, function=LabelCounts.macro_f1, interval=True),
-    Metric("micro_f1", "micro F1", proportion=True, function=LabelCounts.micro_f1),
-    Metric("exact_match", proportion=True, function=LabelCounts.exact_match, interval=True),
+    proportion("map", lambda n: n.ranked[0], "mAP", interval=True),
+    proportion("roc_auc", lambda n: n.ranked[1], "ROC AUC", interval=True),
+    proportion("macro_precision", lambda n: quotient(n.right, n.predicted).mean(axis=1)),
+    proportion("macro_recall", lambda n: quotient(n.right, n.labelled).mean(axis=1)),
+    proportion("macro_f1", lambda n: _f1(*n[:3]).mean(axis=1), "macro F1", interval=True),
+    proportion("micro_f1", lambda n: _f1(*(each.sum(axis=1) for each in n[:3])), "micro F1"),
+    proportion("exact_match", lambda n: n.exact, interval=True),
     LOSS,
 )
+
+
+def _f1(right: np.ndarray, labelled: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    return quotient(2 * right, labelled + predicted)
 
 
 def label_metrics(
     labels: np.ndarray, logits: np.ndarray, thresholds: float | Float[np.ndarray, " labels"] = 0.5
 ) -> dict[str, float]:
     """The metrics at the thresholds, which are probabilities."""
-    counts = LabelCounts(labels > 0.5, sigmoid(logits) >= thresholds, logits)
+    counts = label_counts(labels > 0.5, sigmoid(logits) >= thresholds, logits)
     return {name: float(value[0]) for name, value in computed(METRICS, counts).items()}
 
 
@@ -152,7 +116,7 @@ class LabelPredictions(Predictions):
         """The 95% intervals."""
         truth, predicted = self.labels > 0.5, self.predicted
         drawn = resamples(*truth.shape)
-        return intervals(METRICS, (LabelCounts(truth, predicted, self.logits, weights) for weights in drawn))
+        return intervals(METRICS, (label_counts(truth, predicted, self.logits, weights) for weights in drawn))
 
     def per_output(self, names: Sequence[str]) -> list[dict]:
         rows = []
@@ -239,10 +203,10 @@ class MultiLabel(task.Task):
     def is_wrong(self, labels: np.ndarray) -> np.ndarray:
         return (labels != 0) & (labels != 1)
 
-    def usual_columns(self, names: Sequence[str], labels: Labels) -> list[str]:
+    def usual_columns(self, names: Sequence[str], labels: Any) -> list[str]:
         return [name for name in names if labels.has_marks(name)]
 
-    def labels_of_columns(self, names: Sequence[str], labels: Labels) -> tuple:
+    def labels_of_columns(self, names: Sequence[str], labels: Any) -> tuple:
         return labels.marks(names) if len(names) > 1 else labels.lists(names[0])
 
     def soft_targets(self, labels: "jax.Array", outputs: int, smoothing: float) -> "jax.Array":
@@ -290,22 +254,9 @@ class MultiLabel(task.Task):
         return {"pred_labels": predicted, "pred_classes": classes, "pred_scores": scores}
 
     def answer(self, result: dict[str, Any], names: Sequence[str] | None, count: int) -> Answer:
-        rows = most_likely(result, names, count)
-        rows = [{**row, "predicted": row["label"] in result["pred_labels"]} for row in rows]
-        fields = {name: result[name] for name in ("pred_labels", "pred_classes")}
-        cells = {"classes": "|".join(result["pred_classes"])} | task.ranked_cells(rows)
-        return Answer({**fields, "top": rows}, rows, cells)
-
-    def shown(self, result: dict[str, Any], names: Sequence[str] | None) -> dict[str, float]:
-        """A tick marks those that are predicted."""
-        return {
-            f"✓ {row['class']}" if row["label"] in result["pred_labels"] else row["class"]: row["score"]
-            for row in most_likely(result, names, 5)
-        }
-
-    def reasons(self, scores: np.ndarray, outputs: Outputs, names: Sequence[str] | None) -> tuple[list[int], list[str]]:
-        titles = [f"{class_name(label, names)}: {score:.1%}" for label, score in enumerate(scores)]
-        return self.result(scores, outputs, names)["pred_labels"] or [int(scores.argmax())], titles
+        found = super().answer(result, names, count)
+        rows = [{**row, "predicted": row["label"] in result["pred_labels"]} for row in found.rows]
+        return Answer(found.fields | {"top": rows}, rows, {"classes": "|".join(result["pred_classes"])} | found.cells)
 
     def caption(self, label: np.ndarray, target: np.ndarray, names: Sequence[str]) -> str:
         there = ", ".join(names[index] for index in np.flatnonzero(label > 0.5)) or "none"

@@ -4,9 +4,8 @@ They are standardised: the network learns (target - mean) / std, with the mean a
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -15,62 +14,45 @@ from numpy.typing import ArrayLike
 from tnt_jax.tasks import task
 from tnt_jax.tasks.bootstrap import intervals, resamples
 from tnt_jax.tasks.metrics import LOSS, Metric, Weights, computed, mean_of_defined, with_intervals
-from tnt_jax.tasks.task import Answer, Labels, Mistakes, Outputs, Predictions, Scatter, class_name, short
+from tnt_jax.tasks.task import Answer, Mistakes, Outputs, Predictions, Scatter, class_name, short
 
 if TYPE_CHECKING:
     import jax
 
 
-@dataclasses.dataclass(frozen=True)
-class Errors:
-    """What metrics take of predicted numbers: each is (resamples, outputs); by default of the images as they are."""
+class Errors(NamedTuple):
+    """What metrics take of predicted numbers: means over the images of each resample."""
 
-    targets: Float[np.ndarray, "images outputs"]
-    values: Float[np.ndarray, "images outputs"]
-    weights: Weights | None = None
+    square: Float[np.ndarray, "resamples outputs"]
+    absolute: Float[np.ndarray, "resamples outputs"]
+    variance: Float[np.ndarray, "resamples outputs"]
+    """Of the targets; NaN where there is one value alone."""
 
-    def _mean(self, numbers: np.ndarray) -> Float[np.ndarray, "resamples outputs"]:
-        weights = np.ones((1, len(numbers))) if self.weights is None else self.weights
-        return weights @ numbers / weights.sum(axis=1, keepdims=True)
 
-    @functools.cached_property
-    def _errors(self) -> Float[np.ndarray, "images outputs"]:
-        return self.values.astype(np.float64) - self.targets.astype(np.float64)
-
-    @functools.cached_property
-    def _square(self) -> Float[np.ndarray, "resamples outputs"]:
-        return self._mean(self._errors**2)
-
-    def r2(self) -> Float[np.ndarray, "resamples outputs"]:
-        """NaN where a target has one value alone."""
-        targets = self.targets.astype(np.float64)
-        centred = targets - targets.mean(axis=0)
-        spread = self._mean(centred**2)
-        variance = spread - self._mean(centred) ** 2
-        with np.errstate(invalid="ignore", divide="ignore"):
-            # Of one value alone the difference is what rounding leaves.
-            return np.where(variance > 1e-12 * spread, 1 - self._square / variance, np.nan)
-
-    def rmse(self) -> Float[np.ndarray, "resamples outputs"]:
-        """The root of the mean squared error."""
-        return np.sqrt(self._square)
-
-    def mae(self) -> Float[np.ndarray, "resamples outputs"]:
-        """The mean absolute error."""
-        return self._mean(np.abs(self._errors))
+def errors_of(targets: np.ndarray, values: np.ndarray, weights: Weights | None = None) -> Errors:
+    """Those of numbers (images, outputs)."""
+    targets, values = targets.astype(np.float64), values.astype(np.float64)
+    weights = np.ones((1, len(targets))) if weights is None else weights
+    total = weights.sum(axis=1, keepdims=True)
+    errors, centred = values - targets, targets - targets.mean(axis=0)
+    spread = weights @ centred**2 / total
+    variance = spread - (weights @ centred / total) ** 2
+    # Of one value alone the difference is what rounding leaves.
+    variance = np.where(variance > 1e-12 * spread, variance, np.nan)
+    return Errors(weights @ errors**2 / total, weights @ np.abs(errors) / total, variance)
 
 
 METRICS = (
-    Metric("r2", "R2", function=Errors.r2, interval=True, of_batch="r2"),
-    Metric("rmse", "RMSE", lower_is_better=True, function=Errors.rmse, interval=True),
-    Metric("mae", "MAE", lower_is_better=True, function=Errors.mae, interval=True),
+    Metric("r2", "R2", function=lambda errors: 1 - errors.square / errors.variance, interval=True, of_batch="r2"),
+    Metric("rmse", "RMSE", lower_is_better=True, function=lambda errors: np.sqrt(errors.square), interval=True),
+    Metric("mae", "MAE", lower_is_better=True, function=lambda errors: errors.absolute, interval=True),
     LOSS,
 )
 
 
 def value_metrics(targets: np.ndarray, values: np.ndarray) -> dict[str, float]:
     """The metrics, the mean over the outputs."""
-    return {name: mean_of_defined(each) for name, each in computed(METRICS, Errors(targets, values)).items()}
+    return {name: mean_of_defined(each) for name, each in computed(METRICS, errors_of(targets, values)).items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +72,10 @@ class ValuePredictions(Predictions):
     def intervals(self, *, mean: bool = True) -> dict[str, tuple]:
         """The 95% intervals: of the means over the outputs, or of each output."""
         drawn = resamples(*self.targets.shape)
-        return intervals(METRICS, (Errors(self.targets, self.values, weights) for weights in drawn), mean=mean)
+        return intervals(METRICS, (errors_of(self.targets, self.values, weights) for weights in drawn), mean=mean)
 
     def per_output(self, names: Sequence[str]) -> list[dict]:
-        metrics, ends = computed(METRICS, Errors(self.targets, self.values)), self.intervals(mean=False)
+        metrics, ends = computed(METRICS, errors_of(self.targets, self.values)), self.intervals(mean=False)
         rows = []
         for output, name in enumerate(names):
             own = {metric: float(each[0, output]) for metric, each in metrics.items()}
@@ -110,8 +92,8 @@ class ValuePredictions(Predictions):
 
     def confusion(self, names: Sequence[str]) -> Scatter:
         """Each prediction over its target."""
-        errors = Errors(self.targets, self.values)
-        each = zip(errors.r2()[0], errors.mae()[0], strict=True)
+        found = computed(METRICS, errors_of(self.targets, self.values))
+        each = zip(found["r2"][0], found["mae"][0], strict=True)
         return Scatter(self.targets, self.values, [f"R2 {r2:.4f}, MAE {mae:.4g}" for r2, mae in each])
 
     def mistakes(self, names: Sequence[str], count: int) -> Mistakes:
@@ -149,14 +131,11 @@ class Regression(task.Task):
             return f"the target {names[output]!r} is {labels[0, output]:g} for all {len(labels)} training images"
         return None
 
-    def usual_columns(self, names: Sequence[str], labels: Labels) -> list[str]:
+    def usual_columns(self, names: Sequence[str], labels: Any) -> list[str]:
         return list(names)
 
-    def labels_of_columns(self, names: Sequence[str], labels: Labels) -> tuple:
+    def labels_of_columns(self, names: Sequence[str], labels: Any) -> tuple:
         return labels.numbers(names)
-
-    def outputs_in(self, labels: np.ndarray, outputs: int) -> np.ndarray:
-        return np.ones(outputs, bool)
 
     def notes(self, names: Sequence[str], moving: Mapping[str, Any]) -> list[str]:
         named = " and ".join(f"{name} {value}" for name, value in moving.items() if value)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, Num
@@ -11,8 +11,8 @@ from tnt_jax.errors import InputError
 from tnt_jax.tasks import task
 from tnt_jax.tasks.bootstrap import intervals, resamples_within
 from tnt_jax.tasks.calibration import Calibration, calibration_error, sound_temperature
-from tnt_jax.tasks.metrics import LOSS, Metric, computed, quotient, ranking, wilson, with_intervals
-from tnt_jax.tasks.task import Answer, Labels, Matrix, Mistakes, Outputs, Predictions, class_name, most_likely, short
+from tnt_jax.tasks.metrics import LOSS, computed, proportion, quotient, ranking, wilson, with_intervals
+from tnt_jax.tasks.task import Matrix, Mistakes, Outputs, Predictions, class_name, short
 
 if TYPE_CHECKING:
     import jax
@@ -20,52 +20,38 @@ if TYPE_CHECKING:
 Counts = Num[np.ndarray, "*resamples classes"]
 
 
-@dataclasses.dataclass(frozen=True)
-class ClassCounts:
+class ClassCounts(NamedTuple):
     """For each class how many images were rightly given it, have it, and were given it."""
 
     right: Counts
     labelled: Counts
     predicted: Counts
 
-    @classmethod
-    def of(
-        cls, labels: Int[np.ndarray, " images"], predictions: Int[np.ndarray, " images"], classes: int
-    ) -> "ClassCounts":
-        """Of predicted classes."""
-        counted = (labels[labels == predictions], labels, predictions)
-        return cls(*(np.bincount(each, minlength=classes) for each in counted))
-
-    def balanced_accuracy(self) -> Float[np.ndarray, "*resamples"]:
-        """The mean recall of the classes that images have."""
-        recall = quotient(self.right, self.labelled)
-        return quotient(recall.sum(axis=-1), (self.labelled > 0).sum(axis=-1))
-
-    # The macro means are over the classes that images have or that were predicted, as scikit-learn has them.
-
-    def macro_precision(self) -> Float[np.ndarray, "*resamples"]:
-        """The mean precision; that of nothing is 0."""
-        return self._mean(quotient(self.right, self.predicted))
-
-    def macro_recall(self) -> Float[np.ndarray, "*resamples"]:
-        """The mean recall."""
-        return self._mean(quotient(self.right, self.labelled))
+    def mean(self, of_classes: Counts) -> Float[np.ndarray, "*resamples"]:
+        """Over the classes that images have or that were predicted, as scikit-learn takes macro means."""
+        return quotient(of_classes.sum(axis=-1), (self.labelled + self.predicted > 0).sum(axis=-1))
 
     def macro_f1(self) -> Float[np.ndarray, "*resamples"]:
         """The mean F1."""
-        return self._mean(quotient(2 * self.right, self.labelled + self.predicted))
+        return self.mean(quotient(2 * self.right, self.labelled + self.predicted))
 
-    def _mean(self, values: Counts) -> Float[np.ndarray, "*resamples"]:
-        return quotient(values.sum(axis=-1), (self.labelled + self.predicted > 0).sum(axis=-1))
+    def balanced_accuracy(self) -> Float[np.ndarray, "*resamples"]:
+        """The mean recall of the classes that images have."""
+        return quotient(quotient(self.right, self.labelled).sum(axis=-1), (self.labelled > 0).sum(axis=-1))
+
+
+def class_counts(labels: Int[np.ndarray, " images"], top1: Int[np.ndarray, " images"], classes: int) -> ClassCounts:
+    """Those of predicted classes."""
+    return ClassCounts(*(np.bincount(each, minlength=classes) for each in (labels[labels == top1], labels, top1)))
 
 
 METRICS = (
-    Metric("top1", "top-1", proportion=True, of_batch="accuracy"),
-    Metric("top5", "top-5", proportion=True),
-    Metric("balanced_accuracy", proportion=True, function=ClassCounts.balanced_accuracy, interval=True),
-    Metric("macro_precision", proportion=True, function=ClassCounts.macro_precision),
-    Metric("macro_recall", proportion=True, function=ClassCounts.macro_recall),
-    Metric("macro_f1", "macro F1", proportion=True, function=ClassCounts.macro_f1, interval=True),
+    proportion("top1", title="top-1", of_batch="accuracy"),
+    proportion("top5", title="top-5"),
+    proportion("balanced_accuracy", ClassCounts.balanced_accuracy, interval=True),
+    proportion("macro_precision", lambda n: n.mean(quotient(n.right, n.predicted))),
+    proportion("macro_recall", lambda n: n.mean(quotient(n.right, n.labelled))),
+    proportion("macro_f1", ClassCounts.macro_f1, "macro F1", interval=True),
     LOSS,
 )
 
@@ -114,7 +100,7 @@ class ClassPredictions(Predictions):
             right = int(self.right(k).sum())
             found |= with_intervals({f"top{k}": right / count}, {f"top{k}": wilson(right, count)})
         if self.accepted is None:
-            counts = ClassCounts.of(self.labels, self.top[:, 0], self._classes)
+            counts = class_counts(self.labels, self.top[:, 0], self._classes)
             values = {name: float(value) for name, value in computed(METRICS, counts).items()}
             found |= with_intervals(values, self.intervals())
             if self.top.shape[1] == self._classes == 2:
@@ -223,7 +209,7 @@ class SingleLabel(task.Task):
             raise InputError(f"{argument}: {name} has {values.min()} in place {int(values.argmin())}")
         return values.astype(np.int32)
 
-    def labels_of_columns(self, names: Sequence[str], labels: Labels) -> tuple:
+    def labels_of_columns(self, names: Sequence[str], labels: Any) -> tuple:
         if len(names) > 1:
             raise InputError(
                 f"{labels.path}: {len(names)} columns of labels ({', '.join(names)}) fit --data.task multi_label or "
@@ -241,9 +227,6 @@ class SingleLabel(task.Task):
                 "classes; --data.task regression predicts numbers"
             )
         return labels.classes(name)
-
-    def outputs_in(self, labels: np.ndarray, outputs: int) -> np.ndarray:
-        return np.isin(np.arange(outputs), labels)
 
     def notes(self, names: Sequence[str], moving: dict[str, Any]) -> list[str]:
         return [f"all images are of one class, {names[0]!r}: there is nothing to learn"] if len(names) == 1 else []
@@ -316,18 +299,6 @@ class SingleLabel(task.Task):
         label = int(scores.argmax())
         known = {"pred_label": label, "pred_class": class_name(label, names), "pred_score": float(scores[label])}
         return {**known, "pred_scores": scores}
-
-    def answer(self, result: dict[str, Any], names: Sequence[str] | None, count: int) -> Answer:
-        rows = most_likely(result, names, count)
-        fields = {name: result[name] for name in ("pred_label", "pred_class", "pred_score")}
-        return Answer({**fields, "top": rows}, rows, task.ranked_cells(rows))
-
-    def shown(self, result: dict[str, Any], names: Sequence[str] | None) -> dict[str, float]:
-        return {row["class"]: row["score"] for row in most_likely(result, names, 5)}
-
-    def reasons(self, scores: np.ndarray, outputs: Outputs, names: Sequence[str] | None) -> tuple[list[int], list[str]]:
-        titles = [f"{class_name(label, names)}: {score:.1%}" for label, score in enumerate(scores)]
-        return [int(scores.argmax())], titles
 
     def caption(self, label: np.ndarray, target: np.ndarray, names: Sequence[str]) -> str:
         return f"{names[label]}\n{task.likely_targets(target, names, 2)}"

@@ -7,7 +7,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool
@@ -71,34 +71,6 @@ class Mistakes(NamedTuple):
     """Their numbers, the worst first."""
     captions: list[str]
     title: str
-
-
-class Labels(Protocol):
-    """The labels of a table: each way to read its columns gives the targets of all rows, what the classes or numbers
-    are called, and which of them training rows have."""
-
-    path: str
-
-    def texts(self, name: str) -> list[str]:
-        """The different cells of a column."""
-
-    def has_lists(self, name: str) -> bool:
-        """Whether the cells of a column are lists."""
-
-    def has_marks(self, name: str) -> bool:
-        """Whether a column has nothing but 0 and 1."""
-
-    def classes(self, name: str) -> tuple:
-        """A class in each cell: int (rows,)."""
-
-    def lists(self, name: str) -> tuple:
-        """Any number of labels in each cell: 0 and 1, (rows, labels)."""
-
-    def marks(self, names: Sequence[str]) -> tuple:
-        """A label in each column: 0 and 1, (rows, labels)."""
-
-    def numbers(self, names: Sequence[str]) -> tuple:
-        """A number in each cell: (rows, numbers)."""
 
 
 class Predictions(abc.ABC):
@@ -214,17 +186,13 @@ class Task(abc.ABC):
             raise InputError(f"{argument}: {name} has {values[place]} in place {place}, and should have {self.wanted}")
         return values
 
-    def usual_columns(self, names: Sequence[str], labels: Labels) -> list[str]:
-        """The columns with labels of a table in which none is called as usual."""
+    def usual_columns(self, names: Sequence[str], labels: Any) -> list[str]:
+        """The columns with labels of a table in which none is called as usual, of `tnt_jax.data.columns.Labels`."""
         return []
 
     @abc.abstractmethod
-    def labels_of_columns(self, names: Sequence[str], labels: Labels) -> tuple:
-        """The labels of all rows of a table, as `Labels` has them. Raises InputError where the columns do not fit."""
-
-    def outputs_in(self, labels: np.ndarray, outputs: int) -> Bool[np.ndarray, " outputs"]:
-        """The classes or labels that any image has."""
-        return labels.any(axis=0)
+    def labels_of_columns(self, names: Sequence[str], labels: Any) -> tuple:
+        """The labels of all rows of a table, as `labels` reads them. Raises InputError where the columns do not fit."""
 
     def notes(self, names: Sequence[str], moving: Mapping[str, Any]) -> list[str]:
         """What people should know before it is trained; `moving` are the settings that move what an image shows."""
@@ -301,17 +269,24 @@ class Task(abc.ABC):
     def result(self, scores: np.ndarray, outputs: Outputs, names: Sequence[str] | None) -> dict[str, Any]:
         """What `inference_model` returns of an image, from what is `activated`."""
 
-    @abc.abstractmethod
     def answer(self, result: dict[str, Any], names: Sequence[str] | None, count: int) -> Answer:
         """A result for people and programs, with the `count` likeliest classes or labels."""
+        scores, rows = result["pred_scores"], []
+        for label in np.argsort(-scores, kind="stable")[:count].tolist():
+            rows.append({"label": label, "class": class_name(label, names), "score": float(scores[label])})
+        cells = {f"{name}_{rank}": value for rank, row in enumerate(rows, 1) for name, value in row.items()}
+        fields = {name: value for name, value in result.items() if name != "pred_scores"}
+        return Answer(fields | {"top": rows}, rows, cells)
 
-    @abc.abstractmethod
     def shown(self, result: dict[str, Any], names: Sequence[str] | None) -> dict[str, float] | str:
-        """A result as a `gradio.Label` shows it."""
+        """A result as a `gradio.Label` shows it: a tick marks labels that are predicted."""
+        rows = self.answer(result, names, 5).rows
+        return {f"✓ {row['class']}" if row.get("predicted") else row["class"]: row["score"] for row in rows}
 
-    @abc.abstractmethod
     def reasons(self, scores: np.ndarray, outputs: Outputs, names: Sequence[str] | None) -> tuple[list[int], list[str]]:
         """The outputs to explain where nobody names one, and a title for each that there is."""
+        titles = [f"{class_name(label, names)}: {score:.1%}" for label, score in enumerate(scores)]
+        return self.result(scores, outputs, names).get("pred_labels") or [int(scores.argmax())], titles
 
     @abc.abstractmethod
     def caption(self, label: np.ndarray, target: np.ndarray, names: Sequence[str]) -> str:
@@ -327,20 +302,6 @@ class Task(abc.ABC):
 def class_name(label: int, names: Sequence[str] | None) -> str:
     """What a class is called, or its number where no names are known."""
     return names[label] if names and label < len(names) else str(label)
-
-
-def most_likely(result: dict[str, Any], names: Sequence[str] | None, count: int) -> list[dict[str, Any]]:
-    """The `count` most likely classes of a result as label, class and score, the likeliest first."""
-    scores = result["pred_scores"]
-    labels = np.argsort(-scores, kind="stable")[:count]
-    return [
-        {"label": int(label), "class": class_name(int(label), names), "score": float(scores[label])} for label in labels
-    ]
-
-
-def ranked_cells(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The cells of a line of CSV: label, class and score of each rank."""
-    return {f"{name}_{rank}": row[name] for rank, row in enumerate(rows, 1) for name in ("label", "class", "score")}
 
 
 def likely_targets(target: np.ndarray, names: Sequence[str], count: int) -> str:
