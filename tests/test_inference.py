@@ -15,8 +15,10 @@ from small_models import small_model
 import tnt_jax
 from tnt_jax.config import InputError
 from tnt_jax.data.crop import evaluation_crop
-from tnt_jax.inference import predict_images, probabilities, result_of
-from tnt_jax.storage.description import Outputs, describe, description_of
+from tnt_jax.inference import predict_images, probabilities
+from tnt_jax.storage.description import describe, description_of
+from tnt_jax.tasks.table import TASKS
+from tnt_jax.tasks.task import Outputs
 
 NAMES = ("ant", "bee", "cat [spotted]")
 
@@ -282,13 +284,10 @@ def test_outputs_that_no_model_has_are_refused(outputs, message):
 
 
 def test_the_page_shows_labels_with_a_tick_and_numbers_as_lines():
-    from tnt_jax.demo import label_of
-
-    config = small_model().config
-    labels = describe(config, class_names=NAMES, outputs=Outputs("multi_label"))
     result = {"pred_labels": [2], "pred_classes": [NAMES[2]], "pred_scores": np.array([0.1, 0.2, 0.9])}
-    assert label_of(result, labels) == {"✓ cat [spotted]": 0.9, "bee": 0.2, "ant": 0.1}
-    assert label_of({"pred_values": {"year": 2004.0, "share": 0.1}}, labels) == "year: 2004\nshare: 0.1"
+    assert TASKS["multi_label"].shown(result, NAMES) == {"✓ cat [spotted]": 0.9, "bee": 0.2, "ant": 0.1}
+    values = {"pred_values": {"year": 2004.0, "share": 0.1}}
+    assert TASKS["regression"].shown(values, None) == "year: 2004\nshare: 0.1"
 
 
 def test_a_card_says_what_outputs_mean():
@@ -307,7 +306,5 @@ def test_a_card_says_what_outputs_mean():
 
 
 def test_a_label_at_its_threshold_is_predicted():
-    described = describe(
-        small_model(num_classes=2).config, class_names=("a", "b"), outputs=Outputs("multi_label", (0.25, 0.75))
-    )
-    assert result_of(np.array([0.25, 0.7499]), described)["pred_labels"] == [0]
+    outputs = Outputs("multi_label", (0.25, 0.75))
+    assert TASKS["multi_label"].result(np.array([0.25, 0.7499]), outputs, ("a", "b"))["pred_labels"] == [0]

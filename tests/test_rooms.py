@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "tnt_jax"
-FLOORS = ("fields", "config user_cache", "c_compiler chips", "data models", "storage", "training", "inference")
-FLOORS += ("evaluation planning", "visualize", "export demo", "commands")
+FLOORS = ("errors fields", "tasks", "config user_cache", "c_compiler chips", "data models", "storage", "training")
+FLOORS += ("inference", "evaluation planning", "visualize", "export demo", "commands")
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 
 

@@ -19,7 +19,7 @@ _HOME = {
     "train": "training.loop",
 }
 _MODULES = {"attribution": "evaluation.attribution"}
-_ROOMS = ("config", "data", "evaluation", "export", "inference", "models", "storage", "training", "visualize")
+_ROOMS = ("config", "data", "evaluation", "export", "inference", "models", "storage", "tasks", "training", "visualize")
 __all__ = ["__version__", *_HOME, *_MODULES, *_ROOMS]
 
 

@@ -6,23 +6,10 @@ A config file returns one `TrainConfig`, the command line changes its fields.
 import dataclasses
 from typing import Generic, Literal, TypeVar
 
+from tnt_jax.errors import InputError
 from tnt_jax.fields import changes_of, faults, setting
-
-
-class InputError(ValueError):
-    """Something the user gave is wrong. The message names the value and what would be right."""
-
-    exit_code = 2
-
-
-Task = Literal["single_label", "multi_label", "regression"]
-TASKS: dict[Task, tuple[str, ...]] = {
-    "single_label": ("top1", "top5", "balanced_accuracy", "macro_precision", "macro_recall", "macro_f1", "loss"),
-    "multi_label": ("map", "roc_auc", "macro_precision", "macro_recall", "macro_f1", "micro_f1", "exact_match", "loss"),
-    "regression": ("r2", "rmse", "mae", "loss"),
-}
-"""What an image is told to be, and the metrics that training has of it; the first is what it is judged by."""
-LOWER_IS_BETTER = ("loss", "rmse", "mae")
+from tnt_jax.tasks.table import TASKS, TaskName, with_setting
+from tnt_jax.tasks.task import Outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +102,7 @@ class DataConfig:
     """What evaluation reads. By default training evaluates, and chooses the best checkpoint on, the validation split
     where there is one (`val`, `valid` or `validation`), or what `holdout` or `fold` leaves, or the test split; and
     `eval.py` reports the test split where there is one. A name is for both."""
-    task: Task = "single_label"
+    task: TaskName = Outputs.task
     """What is told of an image: one class, any number of classes, or numbers."""
     holdout: float = setting(0.0, least=0, below=1)
     """Share of the training images that is evaluated instead of trained on where the source has no `eval_split`, or by
@@ -415,12 +402,13 @@ def check_task(config: TrainConfig) -> None:
     """`check` for what only some tasks have: sampling, weights, the metric of the best checkpoint."""
     task, loss = config.data.task, config.loss
     only = {
-        "data.sampling": (config.data.sampling != "natural", ("single_label", "multi_label"), "natural"),
-        "loss.class_weights": (loss.class_weights == "balanced", ("single_label", "multi_label"), "none or numbers"),
-        "loss.positive_weights": (loss.positive_weights != "none", ("multi_label",), "none"),
-        "loss.focal_gamma": (loss.focal_gamma > 0, ("single_label", "multi_label"), "0"),
+        "data.sampling": (config.data.sampling != "natural", "natural"),
+        "loss.class_weights": (loss.class_weights == "balanced", "none or numbers"),
+        "loss.positive_weights": (loss.positive_weights != "none", "none"),
+        "loss.focal_gamma": (loss.focal_gamma > 0, "0"),
     }
-    for name, (given, tasks, right) in only.items():
+    for name, (given, right) in only.items():
+        tasks = with_setting(name)
         if given and task not in tasks:
             part, field = name.split(".")
             value = getattr(getattr(config, part), field)
@@ -428,12 +416,13 @@ def check_task(config: TrainConfig) -> None:
                 f"{name} is {value!r}, which only {' and '.join(tasks)} can have; for data.task {task} it must be "
                 f"{right}"
             )
-    if config.best_metric not in (None, *TASKS[task]):
+    metrics = [metric.name for metric in TASKS[task].metrics]
+    if config.best_metric not in (None, *metrics):
         raise InputError(
-            f"best_metric is {config.best_metric!r}, and must be one of {', '.join(TASKS[task])} for data.task {task}"
+            f"best_metric is {config.best_metric!r}, and must be one of {', '.join(metrics)} for data.task {task}"
         )
 
 
 def best_metric(config: TrainConfig) -> str:
     """The metric by which the best checkpoint of a run is chosen."""
-    return config.best_metric or TASKS[config.data.task][0]
+    return config.best_metric or TASKS[config.data.task].metrics[0].name

@@ -2,14 +2,14 @@
 
 import os
 import socket
-from typing import Any
 
 import numpy as np
 
 from tnt_jax.config import InputError
-from tnt_jax.inference import inference_model, most_likely
+from tnt_jax.inference import inference_model
 from tnt_jax.models.variants import Model
-from tnt_jax.storage.description import ModelDescription, description_of
+from tnt_jax.storage.description import description_of
+from tnt_jax.tasks.table import TASKS
 from tnt_jax.visualize.attention import inner_attention, outer_attention
 from tnt_jax.visualize.canvas import preprocess
 from tnt_jax.visualize.why import why
@@ -31,6 +31,7 @@ def make_page(model: Model, name: str):
     description = description_of(model)
     if not description.config.num_classes:
         raise InputError(f"{name} was made with num_classes=0: it has features, and no classes to show")
+    task = TASKS[description.outputs.task]
     height, width = description.config.image_size
     scale = max(1, round(SHOWN / min(height, width)))
     size = description.config.patch_size
@@ -40,7 +41,7 @@ def make_page(model: Model, name: str):
         if image is None:
             return None, None, None, None, None, None
         try:
-            said = label_of(inference_model(model, image), description)
+            said = task.shown(inference_model(model, image), description.class_names)
             pixels = preprocess(model, image).pixels
         except InputError as error:
             raise gradio.Error(str(error)) from error
@@ -79,19 +80,6 @@ def make_page(model: Model, name: str):
         seen.select(clicked, image, [patch, inner, outer])
     page.theme_without_fonts = gradio.themes.Default(**fonts)
     return page
-
-
-def label_of(result: dict[str, Any], description: ModelDescription) -> dict[str, float] | str:
-    """What a `gradio.Label` shows: the five likeliest classes or labels with their probabilities, of which a tick marks
-    those that are predicted; or the values of a regression, one a line.
-    """
-    if "pred_values" in result:
-        return "\n".join(f"{name}: {value:.6g}" for name, value in result["pred_values"].items())
-    predicted = result.get("pred_labels", ())
-    return {
-        f"✓ {row['class']}" if row["label"] in predicted else row["class"]: row["score"]
-        for row in most_likely(result, description.class_names, 5)
-    }
 
 
 def serve_page(model: Model, name: str, port: int) -> None:

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -12,15 +12,16 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Num
 
-from tnt_jax.config import DataConfig, InputError, Task
+from tnt_jax.config import DataConfig, InputError
 from tnt_jax.data.crop import evaluated
 from tnt_jax.data.decode import ImageSource
 from tnt_jax.data.mixing import normalise
 from tnt_jax.data.samples import to_depth
-from tnt_jax.data.targets import in_units
 from tnt_jax.models.variants import Model
 from tnt_jax.storage.description import ModelDescription, Preprocessing, description_of
 from tnt_jax.storage.load import load_model
+from tnt_jax.tasks.table import TASKS
+from tnt_jax.tasks.task import Outputs
 
 
 def inference_model(
@@ -75,7 +76,8 @@ def predict_images(
 def _predict(
     model: Model, images: Iterator[ImageSource], description: ModelDescription, batch_size: int, max_pixels: int
 ) -> Iterator[dict[str, Any] | InputError]:
-    graph, state = nnx.split(model)
+    outputs, names, (graph, state) = description.outputs, description.class_names, nnx.split(model)
+    task = TASKS[outputs.task]
     first = list(itertools.islice(images, batch_size))
     batch_size = min(batch_size, 1 << max(0, len(first) - 1).bit_length())
     with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="images") as pool:
@@ -95,15 +97,14 @@ def _predict(
                 kind = kinds.pop() if len(kinds) == 1 else "float32"
                 batch = np.zeros((batch_size, *readable[0].shape), kind)
                 batch[: len(readable)] = [to_depth(image, kind) for image in readable]
-                task = description.outputs.task
-                computed = np.asarray(probabilities(graph, description.preprocessing, state, batch, task))
+                computed = np.asarray(probabilities(graph, description.preprocessing, state, batch, outputs.task))
                 if not np.isfinite(computed).all():
                     raise InputError(
                         f"{description.config.name} gives scores that are not numbers (NaN): its parameters are damaged"
                     )
                 scores = iter(computed)
             for image in pixels:
-                yield image if isinstance(image, InputError) else result_of(next(scores), description)
+                yield image if isinstance(image, InputError) else task.result(next(scores), outputs, names)
             reading = following
 
 
@@ -120,46 +121,9 @@ def probabilities(
     preprocessing: Preprocessing,
     state: nnx.State,
     images: Num[Array, "batch height width channels"],
-    task: Task = "single_label",
+    task: str = Outputs.task,
 ) -> Float[Array, "batch classes"]:
     """Probabilities of classes or labels; of a regression its outputs as they are."""
     with jax.default_matmul_precision("highest"):  # the published logits are those of float32 products
         logits = nnx.merge(graph, state)(normalise(images, preprocessing))
-    if task == "regression":
-        return logits.astype(jax.numpy.float32)
-    sigmoid = task == "multi_label" or logits.shape[-1] == 1
-    return jax.nn.sigmoid(logits) if sigmoid else jax.nn.softmax(logits, axis=-1)
-
-
-def result_of(scores: np.ndarray, description: ModelDescription) -> dict[str, Any]:
-    """What `inference_model` returns, from the probabilities of one image or from the outputs of a regression."""
-    names, outputs = description.class_names, description.outputs
-    if outputs.task == "regression":
-        values = in_units(scores, outputs.target_mean, outputs.target_std)
-        return {"pred_values": {class_name(index, names): float(value) for index, value in enumerate(values)}}
-    if outputs.task == "multi_label":
-        predicted = np.flatnonzero(scores >= np.asarray(outputs.thresholds or 0.5)).tolist()
-        classes = [class_name(label, names) for label in predicted]
-        return {"pred_labels": predicted, "pred_classes": classes, "pred_scores": scores}
-    label = int(scores.argmax())
-    return {
-        "pred_label": label,
-        "pred_class": class_name(label, names),
-        "pred_score": float(scores[label]),
-        "pred_scores": scores,
-    }
-
-
-def class_name(label: int, class_names: Sequence[str] | None) -> str:
-    """What a class is called, or its number where no names are known."""
-    return class_names[label] if class_names and label < len(class_names) else str(label)
-
-
-def most_likely(result: dict[str, Any], class_names: Sequence[str] | None, count: int) -> list[dict[str, Any]]:
-    """The `count` most likely classes of a result as label, class and score, the likeliest first."""
-    labels = np.argsort(-result["pred_scores"], kind="stable")[:count]
-    scores = result["pred_scores"]
-    return [
-        {"label": int(label), "class": class_name(int(label), class_names), "score": float(scores[label])}
-        for label in labels
-    ]
+    return TASKS[task].activated(logits)

@@ -9,8 +9,9 @@ import pytest
 from tnt_jax.config import DataConfig, InputError
 from tnt_jax.data.check import check_splits
 from tnt_jax.data.pipeline import epoch_order, train_batches
+from tnt_jax.data.sampling import image_shares
 from tnt_jax.data.sources import Split
-from tnt_jax.data.targets import class_counts, image_shares
+from tnt_jax.tasks.weights import class_counts
 
 LABELS = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [400, 90, 10]))
 MANY = np.zeros((500, 3), np.float32)

@@ -13,10 +13,10 @@ import pytest
 from tnt_jax.config import InputError, TrainConfig
 from tnt_jax.models.variants import complete
 from tnt_jax.storage.checkpoint import Checkpoints
-from tnt_jax.storage.description import Outputs
 from tnt_jax.storage.lock import RunningError
 from tnt_jax.storage.reading import UnreadableError, restore
 from tnt_jax.storage.run import claim, compare, is_run
+from tnt_jax.tasks.task import Outputs
 
 NAMES = [str(number) for number in range(10)]
 

@@ -184,9 +184,9 @@ def test_an_exported_file_says_what_the_model_says(name, runs, tmp_path):
 @pytest.mark.slow
 def test_a_run_that_starts_from_a_regression_says_the_same_in_other_units(runs, tmp_path):
     from tnt_jax.models.variants import resolve
-    from tnt_jax.storage.description import Outputs
     from tnt_jax.storage.folder import model_from_parameters
     from tnt_jax.storage.load import load_model, open_for
+    from tnt_jax.tasks.task import Outputs
 
     model = load_model(runs["position"] / "run")
     names = model.description.class_names

@@ -20,7 +20,6 @@ import tnt_jax
 from tnt_jax.chips import CHIPS, GIB, Chip
 from tnt_jax.config import DataConfig, OptimizerConfig
 from tnt_jax.data.sources import Split
-from tnt_jax.evaluation import predictions as scoring
 from tnt_jax.evaluation.evaluate import evaluate_model
 from tnt_jax.storage.checkpoint import NonFiniteError
 from tnt_jax.storage.reading import scores_of
@@ -39,9 +38,7 @@ def test_scores_are_those_of_the_weights_that_are_kept(finished):
     config, scores = finished
     assert scores["count"] == 360
     assert scores["ema_top1"] > 0.15  # chance is 0.1
-    evaluated = {
-        each.weights: scoring.metrics_of(each.predictions) for each in evaluate_model(config.run_dir, batch_size=7)
-    }
+    evaluated = {each.weights: each.predictions.metrics() for each in evaluate_model(config.run_dir, batch_size=7)}
     best = max(
         (line for line in metrics_of(config.run_dir) if line["kind"] == "test"),
         key=lambda line: (line["ema_top1"], line["step"]),

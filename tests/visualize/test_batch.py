@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tnt_jax.visualize.batch import _caption
+from tnt_jax.tasks.table import TASKS
 
 
 def run(*flags):
@@ -40,15 +40,18 @@ def test_another_step_shows_other_images(flags, tmp_path):
 
 def test_captions_tell_the_class_and_the_mixing_weights():
     names = ("ant", "bee", "cat", "dog")
-    assert _caption(np.int32(0), np.array([0.7, 0.3, 0.0, 0.0]), names, "single_label") == "ant\n0.70 ant, 0.30 bee"
-    assert _caption(np.int32(2), np.array([0.0, 0.0, 1.0, 0.0]), names, "single_label") == "cat\n1.00 cat"
+    caption = TASKS["single_label"].caption
+    assert caption(np.int32(0), np.array([0.7, 0.3, 0.0, 0.0]), names) == "ant\n0.70 ant, 0.30 bee"
+    assert caption(np.int32(2), np.array([0.0, 0.0, 1.0, 0.0]), names) == "cat\n1.00 cat"
 
 
 def test_captions_tell_labels_and_numbers():
     names, labels = ("ant", "bee", "cat"), np.array([1.0, 0.0, 1.0])
-    assert _caption(labels, np.array([0.7, 0.3, 1.0]), names, "multi_label") == "ant, cat\n1.00 cat, 0.70 ant, 0.30 bee"
-    assert _caption(np.zeros(3), np.zeros(3), names, "multi_label") == "none\nnone"
-    caption = _caption(np.array([1990.0, 0.25]), np.array([1995.0, 0.5]), ("year", "share"), "regression")
+    caption = TASKS["multi_label"].caption
+    assert caption(labels, np.array([0.7, 0.3, 1.0]), names) == "ant, cat\n1.00 cat, 0.70 ant, 0.30 bee"
+    assert caption(np.zeros(3), np.zeros(3), names) == "none\nnone"
+    numbers = np.array([1990.0, 0.25]), np.array([1995.0, 0.5])
+    caption = TASKS["regression"].caption(*numbers, ("year", "share"))
     assert caption == "year 1990, share 0.25\nyear 1995, share 0.5"
 
 

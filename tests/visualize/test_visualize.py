@@ -13,9 +13,9 @@ import tnt_jax
 from tnt_jax import visualize
 from tnt_jax.config import InputError, OptimizerConfig, TrainConfig
 from tnt_jax.data.sources import Split
-from tnt_jax.evaluation.scores import Predictions
 from tnt_jax.models.variants import abstract_model, model_config
 from tnt_jax.storage.run import CONFIG_FILE
+from tnt_jax.tasks.single_label import ClassPredictions
 from tnt_jax.visualize.attention import attention_of, outer_map, rollout
 from tnt_jax.visualize.canvas import _families, preprocess, shorten
 from tnt_jax.visualize.tokens import embed, tiled
@@ -126,7 +126,7 @@ def test_what_a_picture_cannot_show_is_refused(draw, message, tnt, pyramid):
         draw(tnt, pyramid)
 
 
-ANSWERS = Predictions(
+ANSWERS = ClassPredictions(
     labels=np.array([0, 0, 1, 1, 2]),
     top=np.array([[0, 1], [1, 0], [1, 0], [2, 1], [2, 0]]),
     scores=np.array([[0.9, 0.1], [0.6, 0.4], [0.8, 0.2], [0.7, 0.3], [0.9, 0.05]]),
@@ -276,7 +276,7 @@ def test_names_of_any_kind_and_length_are_drawn_as_they_are(caplog):
     """No formula, no traceback, no page of warnings, and a matrix that is more than a stamp."""
     names = ("$10-$20", "$\\frac$", "蚂蚁", "a" * 120, "b" * 60)
     labels = np.arange(len(names))
-    predictions = Predictions(labels, labels[:, None], np.ones((5, 1)), np.zeros(5), 1.0)
+    predictions = ClassPredictions(labels, labels[:, None], np.ones((5, 1)), np.zeros(5), 1.0)
     figure = visualize.confusion(predictions, names, data="csv:a.csv, val")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -7,6 +7,7 @@ import tyro
 
 from tnt_jax.commands.cli import Flag, command
 from tnt_jax.config import InputError
+from tnt_jax.tasks.table import metric_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,6 @@ def main() -> None:
     from tnt_jax.storage.description import description_of
     from tnt_jax.storage.folder import check_destination, save_model
     from tnt_jax.storage.load import load_model
-    from tnt_jax.training.metrics import printed, title_of
 
     check_destination(arguments.out, overwrite=arguments.overwrite)
     model = load_model(arguments.model)
@@ -51,7 +51,8 @@ def main() -> None:
     print(f"temperature {found.temperature:.4g}, fitted to {found.images:,} images of {data.source}, {images.name}")
     print("before and after on the same images, so what is after is a little flattered:")
     for name, before in found.before.items():
-        print(f"{title_of(name)}: {printed(name, before)} before, {printed(name, found.after[name])} after")
+        metric = metric_of(name)
+        print(f"{metric.title}: {metric.text(before)} before, {metric.text(found.after[name])} after")
     if found.thresholds is not None:
         for name, threshold in zip(images.class_names, found.thresholds, strict=True):
             print(f"threshold of {name}: {threshold:.4g}")

@@ -19,7 +19,7 @@ from tnt_jax.commands.process import (
     quiet_orbax,
     use_cpu_where_there_is_nothing_else,
 )
-from tnt_jax.config import InputError, LossConfig, ModelChanges, TrainConfig
+from tnt_jax.config import DataConfig, InputError, LossConfig, ModelChanges, TrainConfig
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 """A flag without its contrary, --no-FLAG."""
@@ -84,7 +84,7 @@ def smoke(config: TrainConfig) -> TrainConfig:
             dataclasses.replace(
                 config.data,
                 source="synthetic:512",
-                task="single_label",
+                task=DataConfig.task,
                 sampling="natural",
                 fold=None,
                 holdout=0.0,

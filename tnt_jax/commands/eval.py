@@ -11,6 +11,7 @@ from rich.console import Console
 
 from tnt_jax.commands.cli import Flag, command
 from tnt_jax.config import InputError
+from tnt_jax.tasks.table import TASKS, metric_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,6 @@ def main() -> None:
     from tnt_jax.commands.tables import print_rows, write_rows
     from tnt_jax.evaluation.evaluate import evaluate_model, probe_model
     from tnt_jax.evaluation.faithfulness import explain_model
-    from tnt_jax.evaluation.predictions import per_output
     from tnt_jax.storage.files import check_ending
 
     if not arguments.models:
@@ -82,7 +82,7 @@ def main() -> None:
             row = _row_of(found)
             if arguments.per_class:
                 title = f"{found.model}, {found.weights} weights, {found.data}, {found.split}"
-                classes = per_output(found.predictions, found.images.class_names)
+                classes = found.predictions.per_output(found.images.class_names)
                 print_rows(console, [_printed(each) for each in classes], title=title, caption=CAPTION)
             if arguments.out:
                 predictions += _predictions(found)
@@ -111,21 +111,16 @@ def _chosen(arguments: Arguments) -> str | None:
 
 
 def _row_of(done) -> dict:
-    from tnt_jax.evaluation.predictions import metrics_of
-
     row = {"model": done.model, "weights": done.weights, "data": done.data, "split": done.split}
-    row |= metrics_of(done.predictions)
+    row |= done.predictions.metrics()
     return row | {f"published_{name}": value for name, value in done.published.items()}
 
 
 def _print_progress(row: dict) -> None:
     """One line for a row of the table; the next may take hours."""
-    from tnt_jax.config import TASKS
-    from tnt_jax.training.metrics import printed, title_of
-
     what = row.get("weights") or row["method"]
-    name = next(name for name in ("insertion", *(metrics[0] for metrics in TASKS.values())) if name in row)
-    value = f"{title_of(name)} {printed(name, row[name])}"
+    name = next(name for name in ("insertion", *(task.metrics[0].name for task in TASKS.values())) if name in row)
+    value = f"{metric_of(name).title} {metric_of(name).text(row[name])}"
     print(f"{row['model']}, {what}, {row['data']}, {row['split']}: {value}", file=sys.stderr, flush=True)
 
 
@@ -136,13 +131,11 @@ NOT_PRINTED = ("macro_precision", "macro_recall")
 
 def _printed(row: dict) -> dict[str, str]:
     """A row as people read it: a share in percent, and its interval behind it."""
-    from tnt_jax.training.metrics import SHARES, title_of
 
     def text_of(name: str, value: float) -> str:
         if name in ("images", "training_images", "images_per_second"):
             return f"{value:,.0f}"
-        is_share = name.removeprefix("published_").startswith(SHARES)
-        return f"{100 * value:.2f}" if is_share else f"{value:.4f}"
+        return f"{100 * value:.2f}" if metric_of(name.removeprefix("published_")).proportion else f"{value:.4f}"
 
     shown = {}
     for name, value in row.items():
@@ -155,51 +148,13 @@ def _printed(row: dict) -> dict[str, str]:
         if f"{name}_low" in row and text != "-":
             text += f" ({text_of(name, row[f'{name}_low'])} to {text_of(name, row[f'{name}_high'])})"
         is_published = name.startswith("published_")
-        title = title_of(name.removeprefix("published_"))
+        title = metric_of(name.removeprefix("published_")).title
         shown[f"published {title}" if is_published else title] = text
     return shown
 
 
 def _predictions(done) -> list[dict]:
-    """A row for each image: the truth and the prediction, by the task."""
-    from tnt_jax.evaluation.predictions import LabelPredictions, ValuePredictions
-
-    files, by_type = getattr(done.images, "files", None), {LabelPredictions: _of_labels, ValuePredictions: _of_values}
-    rows = by_type.get(type(done.predictions), _of_classes)(done.predictions, done.images.class_names)
+    """A row for each image: the truth and the prediction."""
+    files, rows = getattr(done.images, "files", None), done.predictions.rows(done.images.class_names)
     of_run = {"model": done.model, "weights": done.weights, "data": done.data, "split": done.split}
     return [{**of_run, "image": files[index] if files else index, **row} for index, row in enumerate(rows)]
-
-
-def _of_classes(predictions, names) -> list[dict]:
-    from tnt_jax.inference import class_name
-
-    return [
-        {
-            "label": int(label),
-            "class": class_name(label, names),
-            "pred_label": int(top[0]),
-            "pred_class": class_name(top[0], names),
-            "pred_score": float(scores[0]),
-            "top": " ".join(map(str, top)),
-        }
-        for label, top, scores in zip(predictions.labels, predictions.top, predictions.scores, strict=True)
-    ]
-
-
-def _of_labels(predictions, names) -> list[dict]:
-    def listed(chosen) -> str:
-        return "|".join(name for name, there in zip(names, chosen, strict=True) if there)
-
-    return [
-        {"classes": listed(truth > 0.5), "pred_classes": listed(predicted)}
-        | {f"score_{name}": float(score) for name, score in zip(names, scores, strict=True)}
-        for truth, predicted, scores in zip(predictions.labels, predictions.predicted, predictions.scores, strict=True)
-    ]
-
-
-def _of_values(predictions, names) -> list[dict]:
-    return [
-        {name: float(target) for name, target in zip(names, targets, strict=True)}
-        | {f"pred_{name}": float(value) for name, value in zip(names, values, strict=True)}
-        for targets, values in zip(predictions.targets, predictions.values, strict=True)
-    ]

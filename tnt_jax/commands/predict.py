@@ -16,6 +16,8 @@ from rich.table import Table
 
 from tnt_jax.commands.cli import command
 from tnt_jax.config import DataConfig, InputError
+from tnt_jax.tasks.table import TASKS
+from tnt_jax.tasks.task import Answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +74,7 @@ def main() -> None:
 
     paths, to_read = itertools.tee(_paths(arguments.images, report, note))
     write = {"table": _write_table, "csv": _csv_writer(), "jsonl": _write_json_line}[arguments.format]
-    said = {"multi_label": _labels, "regression": _values}.get(description.outputs.task, _classes)
+    answer = TASKS[description.outputs.task].answer
     columns = (SpinnerColumn(), TextColumn("{task.completed:,.0f} images"), TimeElapsedColumn())
     with Progress(*columns, console=messages, transient=True, disable=not messages.is_terminal) as progress:
         task = progress.add_task("", total=None)
@@ -82,7 +84,7 @@ def main() -> None:
             if isinstance(result, InputError):
                 report(result)
             else:
-                write(path, *said(result, class_names, arguments.top_k))
+                write(path, answer(result, class_names, arguments.top_k))
     if failures:
         raise InputError(f"{failures:,} of what was given could not be read")
 
@@ -104,36 +106,10 @@ def _paths(given: tuple[str, ...], report, note) -> Iterator[str]:
             report(error)
 
 
-Said = tuple[dict, list[dict]]
-"""What is said of an image: a summary, and a row for each class, label or target."""
-
-
-def _classes(result: dict, class_names, top_k: int) -> Said:
-    from tnt_jax.inference import most_likely
-
-    summary = {name: result[name] for name in ("pred_label", "pred_class", "pred_score")}
-    return summary, most_likely(result, class_names, top_k)
-
-
-def _labels(result: dict, class_names, top_k: int) -> Said:
-    from tnt_jax.inference import most_likely
-
-    rows = most_likely(result, class_names, top_k)
-    rows = [{**row, "predicted": row["label"] in result["pred_labels"]} for row in rows]
-    return {name: result[name] for name in ("pred_labels", "pred_classes")}, rows
-
-
-def _values(result: dict, class_names, top_k: int) -> Said:
-    return {"pred_values": result["pred_values"]}, [
-        {"target": name, "value": value} for name, value in result["pred_values"].items()
-    ]
-
-
-def _write_json_line(path: str, summary: dict, rows: list[dict]) -> None:
+def _write_json_line(path: str, answer: Answer) -> None:
     from tnt_jax.commands.tables import json_line
 
-    top = {} if "pred_values" in summary else {"top": rows}
-    print(json_line({"image": path, **summary, **top}), flush=True)
+    print(json_line({"image": path, **answer.fields}), flush=True)
 
 
 def _csv_writer():
@@ -142,24 +118,17 @@ def _csv_writer():
     """
     writer = None
 
-    def write(path: str, summary: dict, rows: list[dict]) -> None:
+    def write(path: str, answer: Answer) -> None:
         nonlocal writer
-        if "pred_values" in summary:
-            fields = summary["pred_values"]
-        else:
-            ranked = {f"{name}_{rank}": row[name] for rank, row in enumerate(rows, 1) for name in RANKED}
-            predicted = {"classes": "|".join(summary["pred_classes"])} if "pred_classes" in summary else {}
-            fields = predicted | ranked
         if writer is None:
             writer = csv.writer(sys.stdout, lineterminator="\n")
-            writer.writerow(["image", *fields])
-        writer.writerow([path, *fields.values()])
+            writer.writerow(["image", *answer.cells])
+        writer.writerow([path, *answer.cells.values()])
         sys.stdout.flush()
 
     return write
 
 
-RANKED = ("label", "class", "score")
 SHOWN = {
     "score": ("probability", "right", lambda value: f"{value:.2%}"),
     "label": ("label", "right", str),
@@ -171,13 +140,13 @@ SHOWN = {
 """Columns of a table: title, alignment, and how a value is printed."""
 
 
-def _write_table(path: str, summary: dict, rows: list[dict]) -> None:
+def _write_table(path: str, answer: Answer) -> None:
     console = Console()
     console.print(path, markup=False, highlight=False, soft_wrap=True)
-    table, columns = Table(), [name for name in SHOWN if name in rows[0]]
+    table, columns = Table(), [name for name in SHOWN if name in answer.rows[0]]
     for name in columns:
         title, justify, _ = SHOWN[name]
         table.add_column(title, justify=justify)
-    for row in rows:
+    for row in answer.rows:
         table.add_row(*(SHOWN[name][2](row[name]) for name in columns))
     console.print(table)

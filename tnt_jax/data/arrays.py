@@ -14,6 +14,7 @@ from tnt_jax.data.columns import Column, LazyColumns, column_of
 from tnt_jax.data.decode import Reading
 from tnt_jax.data.sources import Images, NoSplitError, Split, names_of_split
 from tnt_jax.data.tables import Table, told_of_rows, values_of
+from tnt_jax.tasks.table import TASKS
 
 IMAGES = ("{}_images", "images_{}", "x_{}", "X_{}", "{}_x", "{}/images")
 LABELS = ("{}_labels", "labels_{}", "y_{}", "Y_{}", "{}_y", "{}/labels")
@@ -75,7 +76,8 @@ def open_numpy(argument: str, data: DataConfig, split: str) -> Split:
             raise InputError(f"{argument} has {there}, and no {other[0].format(name)} or {other[2].format(name)}")
     else:
         raise NoSplitError(split, _splits(arrays))
-    pixels, targets = arrays[images], _targets(arrays, labels, data, argument)
+    pixels = arrays[images]
+    targets = TASKS[data.task].labels_of_array(np.asarray(arrays[labels][...]), labels, argument)
     if len(pixels.shape) not in (3, 4) or len(pixels) != len(targets) or not len(targets):
         raise InputError(
             f"{argument} ({split}): {images} {pixels.shape} and {labels} {targets.shape} do not belong together; "
@@ -144,31 +146,6 @@ def _find(arrays: Mapping[str, Any], forms: tuple[str, ...], split: str) -> str 
 
 def _splits(arrays: Mapping[str, Any]) -> list[str]:
     return [name for name in ("train", "val", "valid", "validation", "test") if _find(arrays, IMAGES, name)]
-
-
-def _targets(arrays: Mapping[str, Any], name: str, data: DataConfig, argument: str) -> np.ndarray:
-    targets = np.asarray(arrays[name][...])
-    if data.task == "single_label":
-        if targets.ndim == 2 and targets.shape[1] == 1:
-            targets = targets[:, 0]
-        if targets.ndim != 1 or targets.dtype.kind not in "ui":
-            raise InputError(
-                f"{argument}: {name} is {targets.dtype} {targets.shape}, and should be whole numbers (images,); "
-                "--data.task multi_label or regression takes others"
-            )
-        if targets.size and targets.min() < 0:
-            raise InputError(f"{argument}: {name} has {targets.min()} in place {int(targets.argmin())}")
-        return targets.astype(np.int32)
-    targets = targets[:, None] if targets.ndim == 1 else targets
-    if targets.ndim != 2 or targets.dtype.kind not in "buif":
-        raise InputError(f"{argument}: {name} is {targets.dtype} {targets.shape}; should be numbers (images, outputs)")
-    targets = targets.astype(np.float32)
-    wrong = ~np.isfinite(targets) if data.task == "regression" else ~np.isin(targets, (0, 1))
-    if wrong.any():
-        place = tuple(map(int, np.argwhere(wrong)[0]))
-        wanted = "a finite number" if data.task == "regression" else "0 or 1"
-        raise InputError(f"{argument}: {name} has {targets[place]} in place {place}, and should have {wanted}")
-    return targets
 
 
 def _class_names(arrays: Mapping[str, Any], targets: np.ndarray, data: DataConfig, argument: str) -> tuple[str, ...]:

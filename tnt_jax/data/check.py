@@ -14,7 +14,7 @@ from tnt_jax.data.pipeline import most_unreadable, sample_of
 from tnt_jax.data.samples import to_channels
 from tnt_jax.data.sources import ImageFiles, Images, Split
 from tnt_jax.data.tables import listed
-from tnt_jax.data.targets import check_targets, check_training_targets
+from tnt_jax.tasks.table import TASKS
 
 MAX_SIZES = 200_000
 logger = logging.getLogger(__name__)
@@ -35,15 +35,16 @@ def check_splits(train: Split, test: Split, data: DataConfig, channels: int) -> 
             raise InputError(
                 f"data.{name} has {count} numbers, and should have one, or one for each of {channels} channels"
             )
-    dtypes = []
+    dtypes, task = [], TASKS[data.task]
     for source in (train, test):
         name = f"split {source.name!r} of {data.source}"
         if not len(source):
             raise InputError(f"{name} has no images")
-        if data.task != "single_label" or source.targets is not None:
-            check_targets(source.all_targets, data, source.class_names, name)
-            if source is train:
-                check_training_targets(source.all_targets, data, source.class_names)
+        # Where labels come with their images, each is a class: all are read only for a task that needs other ones.
+        if source.targets is not None or not task.one_class:
+            task.check_labels(source.all_targets, source.class_names, name)
+            if source is train and (reason := task.nothing_to_learn(source.all_targets, source.class_names)):
+                raise InputError(f"{reason} of {data.source}; there is nothing to learn")
         _check_not_empty(source, name, data, source is train)
         pixels = sample_of(source, most_unreadable(data, len(source)) if source is train else 0, channels)
         dtypes.append(data.depth or str(pixels.dtype))

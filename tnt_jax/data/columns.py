@@ -12,6 +12,7 @@ import numpy as np
 
 from tnt_jax.config import DataConfig, InputError
 from tnt_jax.data.listing import FileNames, natural_key
+from tnt_jax.tasks.table import TASKS
 
 if TYPE_CHECKING:
     import pyarrow
@@ -170,53 +171,63 @@ def targets_of(
         raise InputError(f"{table.path} has no row of the training split {data.train_split!r}")
     if missing := [name for name in data.label_columns if name not in table.columns]:
         table.chosen(missing[0], (), "")
-    columns = list(data.label_columns) or _label_columns(table, data, others)
+    task, labels = TASKS[data.task], Labels(table, data, training)
+    columns = list(data.label_columns)
+    if not columns:
+        found = table.chosen(None, task.label_columns, "")
+        unused = [name for name in table.columns if name not in others]
+        columns = [found] if found else task.usual_columns(unused, labels)
+    if not columns:
+        table.chosen(None, LABEL_COLUMNS, "--data.label-columns", required=True)
     for name in columns:
         if (row := table.columns[name].empty) is not None:
             raise InputError(f"{table.place(row)}: the cell of {name!r} is empty")
-    if data.task == "regression":
-        targets = np.stack([_numbers(table, table.columns[name]) for name in columns], axis=1)
-        return targets, tuple(columns), np.ones(len(columns), bool)
-    if data.task == "multi_label" and len(columns) > 1:
-        targets = np.stack([_marks(table, table.columns[name]) for name in columns], axis=1)
-        return targets, tuple(columns), np.ones(len(columns), bool)
-    if len(columns) > 1:
-        raise InputError(
-            f"{table.path}: {len(columns)} columns of labels ({', '.join(columns)}) fit --data.task multi_label or "
-            "regression, and not single_label"
-        )
-    column = table.columns[columns[0]]
-    texts = _texts(table, column)
-    if column.separator and data.task != "multi_label":
-        raise InputError(
-            f"{table.path}: column {column.name!r} has lists, which fit --data.task multi_label, and not {data.task}"
-        )
-    if data.task == "multi_label":
-        return _several(table, column, texts, data, training)
-    _refuse_numbers(table, column, texts)
-    names, numbers, trained = _class_names(table, column, [[text] for text in texts], data, training)
-    if "" in texts:
-        raise InputError(f"{_place(table, column, texts.index(''))}: the cell of {column.name!r} is empty")
-    return np.array([numbers[text] for text in texts], np.int32)[column.codes], names, trained
+    return task.labels_of_columns(columns, labels)
 
 
-def _label_columns(table: "Table", data: DataConfig, others: set[str | None]) -> list[str]:
-    found = table.chosen(None, LABEL_COLUMNS, "")
-    if data.task == "regression":
-        found = table.chosen(None, ("target", "targets", "value", "label"), "")
-        columns = [found] if found else [name for name in table.columns if name not in others]
-    elif found is None and data.task == "multi_label":
-        columns = [name for name, column in table.columns.items() if name not in others and _has_marks(column)]
-    else:
-        columns = [found] if found else []
-    if not columns:
-        table.chosen(None, LABEL_COLUMNS, "--data.label-columns", required=True)
-    return columns
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """The labels of a table: each way to read its columns gives the targets of all rows, what the classes or numbers
+    are called, and which of them training rows have, None where these are no classes."""
 
+    table: "Table"
+    data: DataConfig
+    training: np.ndarray
 
-def _has_marks(column: Column) -> bool:
-    """Whether a column says nothing but 0 and 1."""
-    return len(column.values) <= 4 and {value.strip() for value in parts(column.values)} <= MARKS
+    @property
+    def path(self) -> str:
+        return self.table.path
+
+    def texts(self, name: str) -> list[str]:
+        return _texts(self.table, self.table.columns[name])
+
+    def has_lists(self, name: str) -> bool:
+        return self.table.columns[name].separator is not None
+
+    def has_marks(self, name: str) -> bool:
+        values = self.table.columns[name].values
+        return len(values) <= 4 and {value.strip() for value in parts(values)} <= MARKS
+
+    def classes(self, name: str) -> tuple[np.ndarray, tuple[str, ...], np.ndarray]:
+        column, texts = self.table.columns[name], self.texts(name)
+        names, numbers, trained = _class_names(self.table, column, [[text] for text in texts], self.data, self.training)
+        if "" in texts:
+            raise InputError(f"{_place(self.table, column, texts.index(''))}: the cell of {name!r} is empty")
+        return np.array([numbers[text] for text in texts], np.int32)[column.codes], names, trained
+
+    def lists(self, name: str) -> tuple[np.ndarray, tuple[str, ...], np.ndarray]:
+        return _several(self.table, self.table.columns[name], self.texts(name), self.data, self.training)
+
+    def marks(self, names: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...], np.ndarray]:
+        return self._each(_marks, names)
+
+    def numbers(self, names: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...], np.ndarray]:
+        targets, names, _ = self._each(_numbers, names)
+        return targets, names, None
+
+    def _each(self, read: Callable, names: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...], np.ndarray]:
+        targets = np.stack([read(self.table, self.table.columns[name]) for name in names], axis=1)
+        return targets, tuple(names), np.ones(len(names), bool)
 
 
 def _place(table: "Table", column: Column, code: int) -> str:
@@ -275,15 +286,6 @@ def _marks(table: "Table", column: Column) -> np.ndarray:
             "the label and 0 where not"
         )
     return values
-
-
-def _refuse_numbers(table: "Table", column: Column, texts: list[str]) -> None:
-    """Measurements are no classes."""
-    if len(texts) > 20 and all("." in text and _number(text) is not None for text in texts):
-        raise InputError(
-            f"{table.path}: column {column.name!r} has {len(texts)} different numbers such as {texts[0]}, which are no "
-            "classes; --data.task regression predicts numbers"
-        )
 
 
 def _several(

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Num, PRNGKeyArray
 
 from tnt_jax.config import DataConfig
+from tnt_jax.tasks.table import TASKS
 
 Images = Float[Array, "batch height width channels"]
 Scalar = Float[Array, ""]
@@ -39,33 +40,20 @@ def prepare_training(
     num_classes: int,
     key: PRNGKeyArray,
 ) -> tuple[Images, Float[Array, "batch classes"]]:
-    """What the network is fed and what it should predict: mixed and erased images, and targets as `soft_targets` has
-    them, mixed in the same shares.
+    """What the network is fed and what it should predict: mixed and erased images, and the soft targets of the task,
+    mixed in the same shares.
 
     Sources: mixup arXiv 1710.09412, cutmix arXiv 1905.04899, erasing arXiv 1708.04896, as timm's FastCollateMixup and
     RandomErasing have them.
     """
     mix_key, erase_key = jax.random.split(key)
     inputs = normalise(images, data)
-    targets = soft_targets(labels, data, num_classes)
+    targets = TASKS[data.task].soft_targets(labels, num_classes, data.label_smoothing)
     if data.mixup or data.cutmix:
         inputs, targets = mix(mix_key, inputs, targets, data)
     if data.erasing:
         inputs = erase(erase_key, inputs, data.erasing)
     return inputs, targets
-
-
-def soft_targets(labels: Num[Array, "batch ..."], data: DataConfig, num_classes: int) -> Float[Array, "batch classes"]:
-    """Targets of the labels of a batch, float32 (batch, num_classes).
-
-    single_label, int labels (batch,): probabilities of the classes; smoothing spreads a share evenly over all of them.
-    multi_label, 0 and 1 (batch, labels): probabilities of each label; smoothing spreads a share evenly over there and
-    not there. regression: the numbers (batch, outputs) as they are, for there is nothing to spread over.
-    """
-    smoothing = data.label_smoothing
-    if data.task == "single_label":
-        return jax.nn.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
-    return labels * (1 - smoothing) + smoothing / 2 if data.task == "multi_label" else labels
 
 
 GROUP = 128

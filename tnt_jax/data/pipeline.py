@@ -13,17 +13,19 @@ from tnt_jax.config import DataConfig, InputError, check_data
 from tnt_jax.data.augment import augment
 from tnt_jax.data.crop import evaluation_crop
 from tnt_jax.data.samples import Pixels, to_channels, to_depth
+from tnt_jax.data.sampling import Shares, image_shares, weighted_order
 from tnt_jax.data.sources import Split, Target
-from tnt_jax.data.targets import Shares, image_shares, weighted_order
 from tnt_jax.data.workers import Filled, prepare
+from tnt_jax.tasks.table import TASKS
 
 Batch = dict[str, np.ndarray]
 logger = logging.getLogger(__name__)
 
 
-def target_shape(source: Split, data: DataConfig) -> tuple[int, ...]:
-    """Of the target of an image: () for a class, and otherwise (outputs,)."""
-    return () if data.task == "single_label" else (len(source.class_names),)
+def target_shape(recipe: "TrainRecipe | EvalRecipe") -> tuple[int, ...]:
+    """Of the target of an image."""
+    task, outputs = TASKS[recipe.data.task], len(recipe.source.class_names)
+    return task.label_shape(outputs, recipe.row_shape[:2])
 
 
 def steps_per_epoch(count: int, data: DataConfig, batch_size: int) -> int:
@@ -79,7 +81,7 @@ class TrainRecipe:
 
     @property
     def target_shape(self) -> tuple[int, ...]:
-        return target_shape(self.source, self.data)
+        return target_shape(self)
 
     def fill(self, step: int, rows: Sequence[int], images: np.ndarray, targets: np.ndarray) -> list[tuple[int, str]]:
         """Writes rows of the batch: images (rows, height, width, channels) of `dtype`, and their targets.
@@ -203,7 +205,7 @@ class EvalRecipe:
 
     @property
     def target_shape(self) -> tuple[int, ...]:
-        return target_shape(self.source, self.data)
+        return target_shape(self)
 
     def fill(self, step: int, rows: Sequence[int], images: np.ndarray, targets: np.ndarray) -> list:
         for at, row in enumerate(rows):

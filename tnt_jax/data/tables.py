@@ -15,6 +15,7 @@ from tnt_jax.config import DataConfig, InputError
 from tnt_jax.data.columns import Column, column_of, is_label, joined, parts, targets_of, weights_of
 from tnt_jax.data.decode import Reading
 from tnt_jax.data.sources import ImageFiles, Images, NoSplitError, Split, names_of_split
+from tnt_jax.tasks.weights import class_counts
 
 IMAGE_COLUMNS = ("image", "path", "file", "filename", "file_name", "image_path", "filepath")
 SHOWN = 5  # paths in a message
@@ -107,7 +108,8 @@ def split_of_rows(
     labels = targets_of(table, data, others | {column.name for column in columns.values()}, training)
     targets, class_names, in_training = labels
     targets = targets if len(rows) == len(table) else targets[rows]
-    _say_what_differs(table, class_names, in_training, targets, data, name)
+    if in_training is not None:
+        check_classes(class_names, in_training, class_counts(targets, len(class_names)) > 0, table.path, data, name)
     return Split(images, targets, class_names, name, Reading.of(data), **values_of(table, columns, rows))
 
 
@@ -143,16 +145,6 @@ def _rows_of(table: Table, split_column: str | None, split: str) -> np.ndarray |
         if codes:
             return np.flatnonzero(np.isin(column.codes, codes))
     return None
-
-
-def _say_what_differs(table, class_names, in_training, targets, data: DataConfig, split: str) -> None:
-    """Names the classes that only some rows have."""
-    if data.task == "regression":
-        return
-    there = np.unique(targets) if targets.ndim == 1 else np.flatnonzero(targets.any(axis=0))
-    here = np.zeros(len(class_names), bool)
-    here[there] = True
-    check_classes(class_names, in_training, here, table.path, data, split)
 
 
 def check_classes(

@@ -4,32 +4,15 @@ import dataclasses
 import os
 
 import numpy as np
-from jaxtyping import Bool, Float, Num
 
-from tnt_jax.config import DataConfig, InputError, Task
+from tnt_jax.config import DataConfig, InputError
 from tnt_jax.data.opening import open_reported, open_split
 from tnt_jax.data.sources import NoSplitError, Split
 from tnt_jax.evaluation.evaluate import outputs_of
-from tnt_jax.evaluation.scores import calibration_error
 from tnt_jax.models.variants import Model
 from tnt_jax.storage.description import description_of
-from tnt_jax.training.metrics import multi_label_metrics, sigmoid
-
-MAX_TEMPERATURE = 20
-
-
-@dataclasses.dataclass(frozen=True)
-class Calibration:
-    """The temperature and thresholds, and metrics before and after."""
-
-    temperature: float
-    """What logits are divided by."""
-    thresholds: Float[np.ndarray, " labels"] | None
-    """multi_label: the probability from which on each label is predicted."""
-    images: int
-    before: dict[str, float]
-    """ece and loss, and of labels macro_f1, on the images that it was fitted to."""
-    after: dict[str, float]
+from tnt_jax.tasks.calibration import Calibration
+from tnt_jax.tasks.table import TASKS
 
 
 def calibrate(model: Model, images: Split, data: DataConfig, *, batch_size: int = 64) -> Calibration:
@@ -43,97 +26,11 @@ def calibrate(model: Model, images: Split, data: DataConfig, *, batch_size: int 
         InputError: the model is a regression, the images are of another task or classes, or no temperature is best: all
             are predicted right, or it lies at the end of the range that is searched.
     """
-    task = description_of(model).outputs.task
-    if task == "regression":
-        raise InputError("the model is a regression: it has no probabilities to calibrate")
+    task = TASKS[description_of(model).outputs.task]
+    if not task.has_probabilities:
+        raise InputError(f"the model is a {task.name}: it has no probabilities to calibrate")
     labels, (logits,), _ = outputs_of([model], images, data, batch_size=batch_size)
-    logits = logits.astype(np.float64)
-    _check_mistakes(logits, labels, task, data.source)
-    temperature = fit_temperature(logits, labels, task)
-    if not max(temperature, 1 / temperature) * 1.001 < MAX_TEMPERATURE:
-        raise InputError(
-            f"the least loss on the {len(labels)} images of {data.source} lies at the bound of temperatures, "
-            f"{temperature:.3g}: they do not say how sure the model should be; calibrate on other images, or on more"
-        )
-    if task == "single_label":
-        before, after = (_of_classes(each, labels) for each in (logits, logits / temperature))
-        return Calibration(temperature, None, len(labels), before, after)
-    probabilities, truth = sigmoid(logits / temperature), labels > 0.5
-    thresholds = np.array([best_threshold(*each) for each in zip(truth.T, probabilities.T, strict=True)])
-    return Calibration(
-        temperature,
-        thresholds,
-        len(labels),
-        _of_labels(logits, labels, 0.5),
-        _of_labels(logits / temperature, labels, thresholds),
-    )
-
-
-def _check_mistakes(logits: np.ndarray, labels: np.ndarray, task: Task, source: str) -> None:
-    """Without a mistake the loss falls with the temperature for ever, and probabilities become 100% of anything."""
-    right = logits.argmax(axis=1) == labels if task == "single_label" else (logits > 0) == (labels > 0.5)
-    if right.all():
-        raise InputError(
-            f"all {len(labels)} images of {source} are predicted without a mistake: no temperature is best, since the "
-            "loss falls to 0 with it; calibrate on other images, or on more"
-        )
-
-
-def fit_temperature(
-    logits: Float[np.ndarray, "images outputs"], labels: Num[np.ndarray, "images ..."], task: Task
-) -> float:
-    """The temperature of the least cross-entropy, between 1 / MAX_TEMPERATURE and MAX_TEMPERATURE."""
-    from scipy.optimize import minimize_scalar
-
-    loss = _cross_entropy if task == "single_label" else _binary_cross_entropy
-    found = minimize_scalar(
-        lambda log: loss(logits / np.exp(log), labels).mean(),
-        bounds=(-np.log(MAX_TEMPERATURE), np.log(MAX_TEMPERATURE)),
-        method="bounded",
-        options={"xatol": 1e-6},
-    )
-    return float(np.exp(found.x))
-
-
-def _cross_entropy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    return np.logaddexp.reduce(logits, axis=1) - logits[np.arange(len(labels)), labels]
-
-
-def _binary_cross_entropy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    return np.logaddexp(0, logits) - labels * logits
-
-
-def best_threshold(truth: Bool[np.ndarray, " images"], probabilities: Float[np.ndarray, " images"]) -> float:
-    """The probability from which on a label is predicted so that its F1 is highest; 0.5 where no image has the label.
-
-    It lies in the middle between the last probability that is predicted and the next.
-    """
-    if not truth.any():
-        return 0.5
-    order = np.argsort(-probabilities, kind="stable")
-    scores = probabilities[order]
-    ends = np.append(np.flatnonzero(np.diff(scores)), len(scores) - 1)
-    right = np.cumsum(truth[order])[ends]
-    best = ends[np.argmax(2 * right / (ends + 1 + truth.sum()))]
-    following = scores[best + 1] if best + 1 < len(scores) else 0.0
-    return float((scores[best] + following) / 2)
-
-
-def _of_classes(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    probabilities = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
-    right = probabilities.argmax(axis=1) == labels
-    return {
-        "ece": calibration_error(probabilities.max(axis=1), right),
-        "loss": float(_cross_entropy(logits, labels).mean()),
-    }
-
-
-def _of_labels(logits: np.ndarray, labels: np.ndarray, thresholds: float | np.ndarray) -> dict[str, float]:
-    return {
-        "ece": calibration_error(sigmoid(logits).ravel(), labels.ravel() > 0.5),
-        "loss": float(_binary_cross_entropy(logits, labels).mean()),
-        "macro_f1": multi_label_metrics(labels, logits, thresholds)["macro_f1"],
-    }
+    return task.calibrate(logits.astype(np.float64), labels, data.source)
 
 
 def calibrated(model: Model, found: Calibration, source: dict) -> Model:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tnt_jax.config import DataConfig, InputError, Task
+from tnt_jax.config import DataConfig, InputError
 from tnt_jax.data.classes import Match, match_classes
 from tnt_jax.data.decode import Reading
 from tnt_jax.data.imagenet import RELATIVES, open_imagenet, real_labels
@@ -21,15 +21,15 @@ from tnt_jax.data.mixing import normalise
 from tnt_jax.data.opening import open_reported, open_split, without_unused
 from tnt_jax.data.pipeline import eval_batches
 from tnt_jax.data.sources import Split
-from tnt_jax.data.targets import in_units
-from tnt_jax.evaluation.predictions import AnyPredictions, LabelPredictions, ValuePredictions
 from tnt_jax.evaluation.probes import NEIGHBOURS, linear_probe, nearest_neighbours
 from tnt_jax.evaluation.published import published
-from tnt_jax.evaluation.scores import Predictions, wilson
 from tnt_jax.models.variants import Model
-from tnt_jax.storage.description import Outputs, description_of
+from tnt_jax.storage.description import description_of
 from tnt_jax.storage.load import load_model
 from tnt_jax.storage.run import is_run, read_config
+from tnt_jax.tasks.metrics import wilson
+from tnt_jax.tasks.table import TASKS, check_one_class
+from tnt_jax.tasks.task import Predictions
 from tnt_jax.training.mesh import make_mesh, on_mesh, replicated, to_devices
 
 _log = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def over_images(
 
 def predictions_of(
     models: Sequence[Model], images: Split, data: DataConfig, *, batch_size: int = 64
-) -> list[AnyPredictions]:
+) -> list[Predictions]:
     """The predictions of each model for every image of a source, in its order, in the classes of the source.
 
     Classes, labels and targets are matched by name: another order is mapped, and of more classes only those of the
@@ -104,30 +104,21 @@ def predictions_of(
     Args:
         models: of the same sizes, classes and task, such as the averaged and the raw weights of a run.
 
-    Returns:
-        `Predictions`, `LabelPredictions` or `ValuePredictions`, by the task.
-
     Raises:
         InputError: the source has classes that the models do not have, or it is of another task, or an image cannot be
             read.
         NonFinitePredictionsError: a model gives infinite numbers or NaN.
     """
-    outputs = description_of(models[0]).outputs
-    if outputs.task != "single_label":
-        labels, found, rate = outputs_of(models, images, data, batch_size=batch_size)
-        return [_predictions(labels, each, match_of(models[0], images, data), outputs, rate) for each in found]
-    match = _match_told(models[0], images, data)
+    outputs, match = description_of(models[0]).outputs, _match_told(models[0], images, data)
+    task = TASKS[outputs.task]
     asked = np.zeros(len(images.class_names), bool)
     asked[slice(None) if images.classes is None else images.classes] = True
 
     def compute(model: Model, inputs: jax.Array, labels: jax.Array):
-        logits = model(inputs).astype(jnp.float32)[:, match.of_model]
-        log = jax.nn.log_softmax(jnp.where(asked, logits, -jnp.inf))
-        likeliest, top = jax.lax.top_k(log, min(5, int(asked.sum())))
-        return labels, top, jnp.exp(likeliest), -jnp.take_along_axis(log, labels[:, None], axis=1)[:, 0]
+        return task.of_each_image(model(inputs).astype(jnp.float32)[:, match.of_model], labels, asked)
 
     found, rate = over_images(images, data, models, batch_size, compute)
-    return [Predictions(*arrays, rate) for arrays in found]
+    return [task.predictions(arrays, outputs, match.of_model, rate) for arrays in found]
 
 
 def outputs_of(
@@ -148,21 +139,6 @@ def outputs_of(
 
     found, rate = over_images(images, data, models, batch_size, compute)
     return found[0][0], [outputs for _, outputs in found], rate
-
-
-def _predictions(labels: np.ndarray, logits: np.ndarray, match: Match, outputs: Outputs, rate: float) -> AnyPredictions:
-    """The predictions of a model with several outputs for an image."""
-    if outputs.task == "multi_label":
-        half = np.full(len(match.of_model), 0.5)
-        thresholds = half if outputs.thresholds is None else np.array(outputs.thresholds)[match.of_model]
-        loss = (np.logaddexp(0, logits.astype(np.float64)) - labels * logits).mean(axis=1)
-        return LabelPredictions(labels, logits.astype(np.float64), loss, thresholds, rate)
-    mean, std = (
-        None if each is None else np.asarray(each)[match.of_model] for each in (outputs.target_mean, outputs.target_std)
-    )
-    values = in_units(logits, mean, std)
-    errors = (values - labels) / (1.0 if std is None else std)
-    return ValuePredictions(labels.astype(np.float64), values, np.square(errors).mean(axis=1), rate)
 
 
 def _match_told(model: Model, images: Split, data: DataConfig) -> Match:
@@ -207,7 +183,7 @@ class Evaluation:
     data: str
     split: str
     images: Split
-    predictions: AnyPredictions
+    predictions: Predictions
     published: dict[str, float]
     """top1 and top5 as others published them, where they did."""
 
@@ -280,7 +256,7 @@ def _kind(source: str) -> str:
 HOW_TO_READ = ("image_column", "label_columns", "label_separator", "encoding", "depth", "white", "max_pixels")
 
 
-def test_data(path: str, sources: Sequence[str], task: Task) -> list[DataConfig]:
+def test_data(path: str, sources: Sequence[str], task: str) -> list[DataConfig]:
     """The data that a model of a task is evaluated on: what was given, or that of the training run.
 
     What was given is read as the training run read its own.
@@ -325,8 +301,8 @@ def probe_model(
         InputError: as `evaluate_model`; or a source has no training images, or only one class.
     """
     _, model = next(models_in(path))
-    if (task := description_of(model).outputs.task) != "single_label":
-        raise InputError(f"the task of {path} is {task}, and --probe asks for classes: it needs single_label")
+    task = description_of(model).outputs.task
+    check_one_class(task, path, "--probe")
     wanted = test_data(path, sources, task)
     for data in wanted:
         if data.source.partition(":")[0] in RELATIVES:

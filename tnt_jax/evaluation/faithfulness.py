@@ -11,9 +11,10 @@ from tnt_jax.config import DataConfig, InputError
 from tnt_jax.data.sources import Split
 from tnt_jax.evaluation.attribution import METHODS, Size, shape_of
 from tnt_jax.evaluation.evaluate import match_of, models_in, open_test, over_images, test_data
-from tnt_jax.evaluation.scores import Z95
 from tnt_jax.models.variants import Model, with_formulation
 from tnt_jax.storage.description import description_of
+from tnt_jax.tasks.metrics import Z95
+from tnt_jax.tasks.table import check_one_class
 
 STEPS = 16
 RANDOM = "random order"  # the baseline: a map that knows nothing
@@ -129,8 +130,7 @@ def _opened(path: str, sources: Sequence[str], count: int | None) -> tuple[Model
     """
     _, model = next(models_in(path))
     outputs = description_of(model).outputs
-    if outputs.task != "single_label":
-        raise InputError(f"the task of {path} is {outputs.task}, and --explain asks for classes: it needs single_label")
+    check_one_class(outputs.task, path, "--explain")
     if count is not None and count < 1:
         raise InputError(f"--images is {count}, and must be at least 1")
     tests = []

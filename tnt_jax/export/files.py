@@ -29,6 +29,7 @@ from tnt_jax.models.variants import Model
 from tnt_jax.storage.description import description_of
 from tnt_jax.storage.files import write_whole
 from tnt_jax.storage.folder import model_parameters
+from tnt_jax.tasks.table import TASKS
 
 TOLERANCE = 1e-4  # of logits, beside their size where that is above 1
 MONTHS = 6
@@ -115,8 +116,8 @@ def _check_request(
             raise InputError(f"{each} exists; choose another file, or overwrite it (--overwrite, overwrite=True)")
     if int8 is not None and format != "onnx":
         raise InputError(f"int8 is for --format onnx, and the format is {format}")
-    if int8 is not None and description_of(model).outputs.task != "single_label":
-        raise InputError(f"int8 is judged by top-1, and the task of the model is {description_of(model).outputs.task}")
+    if int8 is not None and not TASKS[task := description_of(model).outputs.task].one_class:
+        raise InputError(f"int8 is judged by top-1, and the task of the model is {task}")
     if not path.parent.is_dir():
         raise InputError(f"{path}: there is no folder {path.parent}")
 

@@ -17,6 +17,7 @@ from tnt_jax.data.samples import full_scale_of, to_depth
 from tnt_jax.export.onnx_graph import simplify
 from tnt_jax.models.variants import Model, with_formulation
 from tnt_jax.storage.description import description_of
+from tnt_jax.tasks.table import TASKS
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 MAX_ONNX_SIZE = 2**31 - 1  # bytes: what a protobuf message can hold
@@ -92,7 +93,7 @@ def logits_of(model: Model, change: Callable[[Model], None] | None = None, sampl
 
 def output_name(model: Model) -> str:
     """What the output of a file is called."""
-    return "values" if description_of(model).outputs.task == "regression" else "logits"
+    return "logits" if TASKS[description_of(model).outputs.task].has_probabilities else "values"
 
 
 def of_equations(model: Model, dtype: str) -> Model:

@@ -9,6 +9,7 @@ from typing import Any
 
 from tnt_jax.models.variants import VARIANTS
 from tnt_jax.storage.description import ModelDescription, without_places
+from tnt_jax.tasks.table import TASKS, metric_of
 
 PAPERS = {False: "arXiv 2103.00112", True: "arXiv 2201.00978"}
 KINDS = {
@@ -38,12 +39,11 @@ def model_card(
     title = name or config.name
     licence = licence or ("apache-2.0" if published else None)
     readers = ["timm", "transformers"] if for_timm else []
-    kind = "image-regression" if description.outputs.task == "regression" else "image-classification"
-    # The hub has no pipeline of regressions.
+    task = TASKS[description.outputs.task]
     head = [f"library_name: {'timm' if for_timm else 'tnt_jax'}"]
-    head += ["pipeline_tag: image-classification"] if kind == "image-classification" else []
+    head += [f"pipeline_tag: {task.pipeline}"] if task.pipeline else []
     head += [f"license: {licence}"] if licence else []
-    head += ["tags:", *(f"- {tag}" for tag in (kind, "tnt_jax", "jax", *readers))]
+    head += ["tags:", *(f"- {tag}" for tag in (task.tag, "tnt_jax", "jax", *readers))]
     parts = ["---", *head, "---", f"# {title}", "", *_what_it_is(description), "", "## Training", ""]
     parts += [*_training(description), "", "## Results", "", *_results(description, results, published), ""]
     parts += ["## Loading", "", *_loading(name or "OWNER/NAME", for_timm), "", "## Licence", ""]
@@ -61,34 +61,17 @@ def _is_published(description: ModelDescription) -> bool:
 def _what_it_is(description: ModelDescription) -> list[str]:
     config, feeding = description.config, description.preprocessing
     height, width = config.image_size
-    classes = f"{config.num_classes} classes" if config.num_classes else "no head: its output is the class token"
+    task = TASKS[description.outputs.task]
+    classes = f"{config.num_classes} {task.noun}" if config.num_classes else "no head: its output is the class token"
     names = description.class_names
     listed = f", {names[0]} to {names[-1]}" if names else ""
-    task = description.outputs.task
-    if config.num_classes and task != "single_label":
-        classes = f"{config.num_classes} {'labels' if task == 'multi_label' else 'targets'}"
     return [
         f"{KINDS[config.architecture]} ({PAPERS[config.architecture == 'pyramid']}), `{config.name}`, for images of "
         f"{height}x{width}, {classes}{listed}.",
         f"Images are resized ({feeding.interpolation}) until they cover 1 / {feeding.crop:g} of that size, cut at the "
         f"centre, and normalised with mean {_numbers(feeding.mean)} and standard deviation {_numbers(feeding.std)}.",
-        *_what_outputs_mean(description),
+        *task.meaning(description.outputs),
     ]
-
-
-def _what_outputs_mean(description: ModelDescription) -> list[str]:
-    outputs = description.outputs
-    if outputs.task == "multi_label":
-        shown = ", ".join(f"{value:g}" for value in outputs.thresholds or (0.5,))
-        return [f"An image has any number of labels: each output is the logit of one, predicted from {shown} on."]
-    if outputs.task == "regression":
-        given = (outputs.target_mean or (0,), outputs.target_std or (1,))
-        mean, std = (", ".join(f"{value:g}" for value in each) for each in given)
-        return [
-            f"The outputs are standardised targets: in their own units they are output * ({std}) + ({mean}), as "
-            "tnt_jax gives them."
-        ]
-    return []
 
 
 def _numbers(values: Sequence[float]) -> str:
@@ -144,8 +127,7 @@ def _results(description: ModelDescription, rows: Sequence[Mapping[str, str]], p
 
 
 def _score(name: str, value: Any) -> str:
-    shares = ("top", "map", "roc", "macro", "micro", "balanced", "exact")
-    return f"{100 * value:.2f}%" if name.startswith(shares) else f"{value:.4f}"
+    return f"{100 * value:.2f}%" if metric_of(name).proportion else f"{value:.4f}"
 
 
 def _cell(text: str) -> str:

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from tnt_jax.config import TASKS, InputError, ModelConfig, Task
+from tnt_jax.config import InputError, ModelConfig
 from tnt_jax.data.classes import named_classes
 from tnt_jax.fields import plain
 from tnt_jax.models.variants import check_sizes
 from tnt_jax.storage.config_json import from_json
 from tnt_jax.storage.files import first_line
+from tnt_jax.tasks.table import check_outputs
+from tnt_jax.tasks.task import Outputs
 
 FORMAT = 1
 DESCRIPTION = "model.json"
@@ -50,19 +52,6 @@ class Preprocessing:
 
 
 @dataclasses.dataclass(frozen=True)
-class Outputs:
-    """What the outputs of a model mean."""
-
-    task: Task = "single_label"
-    """One class (softmax), a probability of each label (sigmoid), or numbers."""
-    thresholds: tuple[float, ...] | None = None
-    """multi_label: the probability from which on each label is predicted; None for 0.5."""
-    target_mean: tuple[float, ...] | None = None
-    """regression: an output times `target_std`, plus this, is in the units of its target; None for 0 and 1."""
-    target_std: tuple[float, ...] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
 class ModelDescription:
     """The metadata of a model. A loaded model carries its own as `model.description`."""
 
@@ -70,7 +59,7 @@ class ModelDescription:
     preprocessing: Preprocessing
     class_names: tuple[str, ...] | None = None
     """Of the classes or labels; of a regression the names of its targets."""
-    outputs: Outputs = Outputs()
+    outputs: Outputs = dataclasses.field(default_factory=Outputs)
     source: Mapping[str, Any] | None = dataclasses.field(default=None, compare=False)
     """Where the numbers came from, for people to read: a file and its checksum, or a run."""
     checksums: Mapping[str, str] | None = dataclasses.field(default=None, compare=False)
@@ -102,7 +91,7 @@ def describe(
     preprocessing = _plain_fields(preprocessing)
     check_preprocessing(preprocessing, config)
     outputs = _plain_fields(outputs or Outputs())
-    check_outputs(outputs, config)
+    check_outputs(outputs, config.num_classes)
     return ModelDescription(config, preprocessing, names, outputs, source)
 
 
@@ -127,27 +116,6 @@ def check_preprocessing(preprocessing: Preprocessing, config: ModelConfig) -> No
         raise InputError(f"crop is {preprocessing.crop}, and should be a share of the image above 0 and at most 1")
     if preprocessing.interpolation not in INTERPOLATIONS:
         raise InputError(f"interpolation is {preprocessing.interpolation!r}; known are {', '.join(INTERPOLATIONS)}")
-
-
-def check_outputs(outputs: Outputs, config: ModelConfig) -> None:
-    """Raises InputError unless a model of this configuration can have such outputs."""
-    if outputs.task not in TASKS:
-        raise InputError(f"outputs.task is {outputs.task!r}, and should be one of {', '.join(TASKS)}")
-    owners = {"thresholds": "multi_label", "target_mean": "regression", "target_std": "regression"}
-    for name, task in owners.items():
-        values = getattr(outputs, name)
-        if values is None:
-            continue
-        sound = isinstance(values, tuple) and all(map(_is_number, values)) and len(values) == config.num_classes
-        if name == "target_std" and sound:
-            sound = min(values, default=1) > 0
-        if not sound or outputs.task != task:
-            raise InputError(
-                f"outputs.{name} is {values}, and a model with task {task} has one number for each of its "
-                f"{config.num_classes} outputs"
-            )
-    if (outputs.target_mean is None) != (outputs.target_std is None):
-        raise InputError("outputs has one of target_mean and target_std, and should have both or none")
 
 
 def _is_number(value: Any) -> bool:

@@ -14,7 +14,7 @@ from tnt_jax.data.classes import match_classes
 from tnt_jax.models import variants
 from tnt_jax.models.adapting import adapt, select_classes
 from tnt_jax.models.variants import Model, changed, get_variant
-from tnt_jax.storage.description import Outputs, describe, description_of, read_description
+from tnt_jax.storage.description import describe, description_of, read_description
 from tnt_jax.storage.download import Unreachable, download, kept_file, without_secrets
 from tnt_jax.storage.folder import model_from_parameters, model_parameters, restore_parameters
 from tnt_jax.storage.hub import fetch_repository, is_hub_name, kept_repository
@@ -22,6 +22,7 @@ from tnt_jax.storage.hub_folder import open_hub_folder
 from tnt_jax.storage.resolve import locate, published_places
 from tnt_jax.storage.torch.checkpoint import Opened, is_published, open_checkpoint
 from tnt_jax.storage.trained import load_run
+from tnt_jax.tasks.task import Outputs
 
 _log = logging.getLogger(__name__)
 
@@ -179,7 +180,7 @@ def open_for(
     elif known.class_names and config.num_classes:
         try:
             match = match_classes(known.class_names, config.num_classes, class_names, data)
-            if outputs.task == "regression":
+            if outputs.target_mean is not None or known.outputs.target_mean is not None:
                 parameters = rescale_head(parameters, known.outputs, match.of_model, outputs)
                 config = dataclasses.replace(config, num_classes=len(class_names))
             else:

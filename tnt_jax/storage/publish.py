@@ -23,14 +23,12 @@ from tnt_jax.storage.folder import check_destination, description_with, model_pa
 from tnt_jax.storage.hub import push_folder
 from tnt_jax.storage.hub_folder import CONFIG, NAMES, TIMM_ARGUMENTS, open_hub_folder
 from tnt_jax.storage.torch.write import state_dict, write_safetensors
+from tnt_jax.tasks.table import TASKS
 
 TIMM = ("tnt_s_patch16_224", "tnt_b_patch16_224", "tnt_s_legacy_patch16_224")
 """timm's architectures."""
 FILES = (NAMES[0], CONFIG, DESCRIPTION, "README.md")
 """What a published folder holds."""
-
-PROBLEM_TYPES = {"multi_label": "multi_label_classification", "regression": "regression"}
-"""What transformers calls tasks other than one class, for which its pipeline takes a sigmoid, or nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +123,8 @@ def hub_config(description: ModelDescription, arguments: dict[str, Any] | None) 
         "num_features": outer_dim,
         "global_pool": "avg" if pyramid else "token",
     }
-    if description.outputs.task in PROBLEM_TYPES:
-        fields["problem_type"] = PROBLEM_TYPES[description.outputs.task]
+    if problem_type := TASKS[description.outputs.task].problem_type:
+        fields["problem_type"] = problem_type
     if description.class_names:
         fields["label_names"] = list(description.class_names)
     if arguments:

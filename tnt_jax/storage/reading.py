@@ -20,9 +20,10 @@ from collections.abc import Callable, Iterator
 
 import orbax.checkpoint as ocp
 
-from tnt_jax.config import LOWER_IS_BETTER, InputError
+from tnt_jax.config import InputError
 from tnt_jax.storage.files import first_line, write_text
 from tnt_jax.storage.packing import Layout, checksums, layout, packed_shapes, unpack
+from tnt_jax.tasks.table import metric_of
 
 CHECKPOINTS = "checkpoints"
 SCORES_FILE = "scores.json"
@@ -86,7 +87,7 @@ def scores_of(run_dir: str | os.PathLike) -> dict[int, dict[str, float]]:
 
 def best_of(steps: list[int], scores: dict[int, dict[str, float]], metric: str) -> int | None:
     """The step whose averaged weights are best by a metric, the later one of equals; None where none has it."""
-    sign, name = -1 if metric in LOWER_IS_BETTER else 1, f"ema_{metric}"
+    sign, name = -1 if metric_of(metric).lower_is_better else 1, f"ema_{metric}"
     scored = (step for step in steps if scores.get(step, {}).get(name) is not None)
     return max(scored, key=lambda step: (sign * scores[step][name], step), default=None)
 

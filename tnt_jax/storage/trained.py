@@ -6,11 +6,12 @@ import os
 import jax
 from flax import nnx
 
-from tnt_jax.config import TASKS, InputError, best_metric
+from tnt_jax.config import InputError, best_metric
 from tnt_jax.models.variants import Model, abstract_model
 from tnt_jax.storage.description import read_description
 from tnt_jax.storage.reading import DamagedError, best_of, kept, restore, scores_of, steps_of
 from tnt_jax.storage.run import read_config
+from tnt_jax.tasks.table import TASKS
 
 TREES = {"ema": "ema", "raw": "params"}
 ATTEMPTS = 3
@@ -78,5 +79,5 @@ def _best(run_dir: str | os.PathLike, steps: list[int]) -> int | None:
     try:
         metric = best_metric(read_config(run_dir))
     except InputError:  # it is not there, or of another version
-        metric = TASKS[read_description(run_dir).outputs.task][0]
+        metric = TASKS[read_description(run_dir).outputs.task].metrics[0].name
     return best_of(steps, scores_of(run_dir), metric)

@@ -14,9 +14,9 @@ from tnt_jax.storage.checkpoint import Checkpoints, NonFiniteError, WriteError
 from tnt_jax.storage.lock import RunLock
 from tnt_jax.storage.reading import had_checkpoint, steps_of
 from tnt_jax.storage.run import check_space, claim, compare, is_run
+from tnt_jax.tasks.table import metric_of
 from tnt_jax.training.agreement import agree_on_kernels
 from tnt_jax.training.hosts import Hosts, facts, joined
-from tnt_jax.training.metrics import printed, spoken
 from tnt_jax.training.report import Report, check_finite
 from tnt_jax.training.run import Run, saved_trees
 from tnt_jax.training.signals import Pauses, Signals, StoppedError, current_signals
@@ -42,7 +42,7 @@ def train(
         on_epoch: the same with the epochs that are over, and the scores, after each evaluation.
 
     Returns:
-        The scores of the last step: count, and the metrics of the task (`tnt_jax.config.TASKS`) for the averaged
+        The scores of the last step: count, and the metrics of the task (`tnt_jax.tasks`) for the averaged
         weights (`ema_`) and for the raw ones (`raw_`), None where one is undefined.
 
     Raises:
@@ -252,14 +252,14 @@ def _conclude(step: int, checkpoints: Checkpoints, run: Run, console: rich.conso
             f"Ended after epoch {step / run.steps_per_epoch:.4g} of {run.total_steps / run.steps_per_epoch:.4g}: "
             f"{run.config.early_stop.patience} evaluations in a row were worse than the best."
         )
-    metric = best_metric(run.config)
-    ema, raw = (printed(metric, scores[f"{weights}_{metric}"]) for weights in ("ema", "raw"))
+    metric = metric_of(best_metric(run.config))
+    ema, raw = (metric.text(scores[f"{weights}_{metric.name}"]) for weights in ("ema", "raw"))
     of_best = ""
     if best is not None:
-        value = printed(metric, checkpoints.scores(best)[f"ema_{metric}"])
+        value = metric.text(checkpoints.scores(best)[f"ema_{metric.name}"])
         of_best = f" (best: {value} after epoch {best / run.steps_per_epoch:.4g})"
     console.print(
-        f"{run.test_source.name} {spoken(metric)} {ema} with averaged weights, {raw} with raw ones, over "
+        f"{run.test_source.name} {metric.in_words} {ema} with averaged weights, {raw} with raw ones, over "
         f"{scores['count']:,} images{of_best}\nThe run lies in {run.config.run_dir}."
     )
     return scores

@@ -9,10 +9,11 @@ from jax.sharding import Mesh
 
 from tnt_jax.config import TrainConfig
 from tnt_jax.models.variants import abstract_model
+from tnt_jax.tasks.losses import Objective
 from tnt_jax.training.mesh import on_mesh, over_batch, replicated, shardings_of
+from tnt_jax.training.objective import objective_of
 from tnt_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from tnt_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
-from tnt_jax.training.tasks import Objective, objective_of
 
 
 class Program:
@@ -51,11 +52,10 @@ class Program:
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
         )
         images = (config.batch_size, *config.model.image_size, config.model.in_channels)
-        single = config.data.task == "single_label"
-        labels = (images[:1], np.int32) if single else ((images[0], config.model.num_classes), np.float32)
+        label = objective.task.label_shape(config.model.num_classes, config.model.image_size)
         self.abstract_batch = {
             "image": jax.ShapeDtypeStruct(images, np.uint8, sharding=over_batch(mesh)),
-            "label": jax.ShapeDtypeStruct(*labels, sharding=over_batch(mesh)),
+            "label": jax.ShapeDtypeStruct((images[0], *label), objective.task.label_dtype, sharding=over_batch(mesh)),
         }
         self.init = jax.jit(lambda params: init_state(params, optimizer), out_shardings=shardings)
         self.train_step = jax.jit(

@@ -22,7 +22,7 @@ from tnt_jax.models.summary import count_macs
 from tnt_jax.storage.checkpoint import NonFiniteError, WriteError
 from tnt_jax.storage.config_json import to_json
 from tnt_jax.storage.files import write_text
-from tnt_jax.training.metrics import printed, spoken
+from tnt_jax.tasks.table import METRICS, metric_of
 
 METRICS_FILE = "metrics.jsonl"
 DROPPED_FILE = "metrics_dropped.jsonl"
@@ -57,7 +57,7 @@ class Report:
         self.split = split
         self.start_step, self.total_steps, self.steps_per_epoch = start_step, total_steps, steps_per_epoch
         self.batch_size, self.log_every = config.batch_size, config.log_every_steps
-        self.console, self.judged_by = console, best_metric(config)
+        self.console, self.judged_by = console, metric_of(best_metric(config))
         self._pending: tuple[int, dict] | None = None
         self._began, self._compiling = began, _compile_seconds()
         self._clock, self._clock_step = time.perf_counter(), start_step
@@ -113,9 +113,9 @@ class Report:
             rate = {} if math.isnan(self._rate) else {"images_per_second": self._rate}
             self._write("train", step, metrics | rate)
         epoch = f"{math.ceil(step / self.steps_per_epoch)}/{math.ceil(self.total_steps / self.steps_per_epoch)}"
-        text = f"loss {metrics['loss']:.3f}  " + (
-            f"accuracy {metrics['accuracy']:.1%}" if "accuracy" in metrics else f"R2 {metrics['r2']:.3f}"
-        )
+        text = f"loss {metrics['loss']:.3f}"
+        for metric in (METRICS[name] for name in metrics if name in METRICS and name != "loss"):
+            text += f"  {metric.title} {metrics[metric.name]:{'.1%' if metric.proportion else '.3f'}}"
         if not math.isnan(self._rate):
             text += f"  {self._rate:.0f} images/s"
         if self._peak_rate and not math.isnan(self._rate):
@@ -129,9 +129,9 @@ class Report:
         """Logs an evaluation after step `step`."""
         self._write("test", step, {"split": self.split} | scores)
         self.console.print(
-            f"epoch {step / self.steps_per_epoch:.4g}  {self.split} {spoken(self.judged_by)} "
-            f"{printed(self.judged_by, scores[f'ema_{self.judged_by}'])} averaged weights, "
-            f"{printed(self.judged_by, scores[f'raw_{self.judged_by}'])} raw"
+            f"epoch {step / self.steps_per_epoch:.4g}  {self.split} {self.judged_by.in_words} "
+            f"{self.judged_by.text(scores[f'ema_{self.judged_by.name}'])} averaged weights, "
+            f"{self.judged_by.text(scores[f'raw_{self.judged_by.name}'])} raw"
         )
         # What passed since the last step was not training.
         self._clock, self._clock_step = time.perf_counter(), step

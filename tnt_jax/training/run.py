@@ -15,12 +15,13 @@ from tnt_jax.models.variants import abstract_model, build_model, complete, resol
 from tnt_jax.storage.checkpoint import Checkpoints
 from tnt_jax.storage.folder import model_from_parameters
 from tnt_jax.storage.load import open_for
+from tnt_jax.tasks.table import TASKS
 from tnt_jax.training.mesh import check_batch_size, make_mesh, rows_of_process, to_devices
+from tnt_jax.training.objective import objective_of
 from tnt_jax.training.optimizer import learning_rate_schedule
 from tnt_jax.training.program import Program
 from tnt_jax.training.report import check_wandb
 from tnt_jax.training.step import TrainState, evaluate
-from tnt_jax.training.tasks import Objective, objective_of
 
 
 def saved_trees(state: TrainState) -> dict[str, dict]:
@@ -48,7 +49,8 @@ class Run:
         self.steps_per_epoch = steps_per_epoch(len(self.train_source), data, config.batch_size)
         self.total_steps = (config.epochs + config.optimizer.cooldown_epochs) * self.steps_per_epoch
         self.steps_between_evaluations = config.eval_every_epochs * self.steps_per_epoch
-        self.program = Program(self.config, self.mesh, self.steps_per_epoch, self._objective())
+        objective = objective_of(self.config, lambda: self.train_source.all_targets)
+        self.program = Program(self.config, self.mesh, self.steps_per_epoch, objective)
         self.epochs_before: int | None = None
         """What `epochs` was, where it was raised since the last start."""
         self._feed = {
@@ -57,12 +59,6 @@ class Run:
             "batch_size": config.batch_size,
             "rows": rows_of_process(config.batch_size, self.mesh),
         }
-
-    def _objective(self) -> Objective:
-        """What is learned, with what the training targets say. They are only looked at where that is needed."""
-        config, source, loss = self.config, self.train_source, self.config.loss
-        needed = config.data.task != "single_label" or "balanced" in (loss.class_weights, loss.positive_weights)
-        return objective_of(config, source.all_targets if needed else None)
 
     def evaluates_after(self, step: int) -> bool:
         """Whether the evaluated images are looked at after so many steps."""
@@ -146,35 +142,23 @@ class Run:
         parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_model(model)))
         device, evaluated = jax.devices()[0], self.test_source
         verb = "Going on with" if start else "Training"
-        outputs = {"multi_label": "labels", "regression": "targets"}.get(self.config.data.task, "classes")
+        outputs = TASKS[self.config.data.task].noun
         return (
             f"{verb} {model.name}: {model.depth} blocks, words {model.inner_dim} and sentences {model.outer_dim} wide, "
             f"{parameters:,} parameters, on {jax.device_count()} {device.device_kind} device(s), "
             f"from step {start} to {self.total_steps}. {len(self.train_source):,} training and "
             f"{len(evaluated):,} {evaluated.name} images of {len(self.train_source.class_names)} {outputs}. "
-            f"Everything of the run lies in {self.config.run_dir}{self._nothing_to_learn()}{self._moved_targets()}"
+            f"Everything of the run lies in {self.config.run_dir}{self._notes()}"
         )
 
-    def _nothing_to_learn(self) -> str:
-        """Notes where the run cannot be what was meant."""
-        epochs, optimizer = self.config.epochs, self.config.optimizer
-        notes = []
-        if self.config.data.task == "single_label" and len(self.train_source.class_names) == 1:
-            notes.append(
-                f"all images are of one class, {self.train_source.class_names[0]!r}: there is nothing to learn"
-            )
+    def _notes(self) -> str:
+        """Notes where the run may not be what was meant."""
+        epochs, optimizer, data = self.config.epochs, self.config.optimizer, self.config.data
+        moving = {f"data.{name}": getattr(data, name) for name in ("random_flip", "cutmix", "crop_area")}
+        notes = TASKS[data.task].notes(self.train_source.class_names, moving)
         if optimizer.warmup_epochs >= epochs:
             notes.append(
                 f"the warm-up of {optimizer.warmup_epochs:g} epochs is not over when the run ends after {epochs}: its "
                 f"learning rate never reaches {optimizer.learning_rate:g}; see --optimizer.warmup-epochs"
             )
         return "".join(f"\nnote: {note}" for note in notes)
-
-    def _moved_targets(self) -> str:
-        """A note where augmentation changes what may be told of an image, and not its target."""
-        data = self.config.data
-        moving = {"random_flip": data.random_flip, "cutmix": data.cutmix, "crop_area": data.crop_area}
-        if data.task != "regression" or not any(moving.values()):
-            return ""
-        named = " and ".join(f"data.{name} {value}" for name, value in moving.items() if value)
-        return f"\nnote: {named} move what an image shows, and not its targets: switch off what does not suit them"

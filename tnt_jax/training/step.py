@@ -13,9 +13,10 @@ from jax.sharding import Mesh
 from tnt_jax.config import TrainConfig
 from tnt_jax.data.mixing import Normalisation, normalise, prepare_training
 from tnt_jax.storage.trained import average_like
+from tnt_jax.tasks.losses import Objective
 from tnt_jax.training.mesh import kept_over_batch, to_devices
+from tnt_jax.training.objective import objective_of
 from tnt_jax.training.optimizer import average_of_weights
-from tnt_jax.training.tasks import Objective, objective_of
 from tnt_jax.training.trees import frozen_mask, overwritten, part_of
 
 
@@ -68,14 +69,14 @@ def make_train_step(
         params = jax.tree.map(lambda leaf, still: jax.lax.stop_gradient(leaf) if still else leaf, params, frozen)
         model = nnx.merge(graphdef, jax.tree.map(lambda leaf, to: leaf.astype(to.dtype), params, own))
         logits = model(images, keys)
-        measured = objective.measure(logits, targets)
+        measured = objective.task.measure(logits, targets)
         return objective.loss(logits, targets), (measured, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
 
     value_and_grad = jax.value_and_grad(loss_and_rest, has_aux=True)
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         mix_key, model_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
-        labels = objective.standardised(batch["label"])
+        labels = objective.task.standardised(batch["label"], objective.outputs)
         images, targets = prepare_training(
             batch["image"], labels, data=config.data, num_classes=config.model.num_classes, key=mix_key
         )
@@ -147,7 +148,7 @@ def make_eval_step(
     def evaluated(params: dict, inputs: jax.Array, labels: jax.Array, mask: jax.Array) -> dict:
         params = jax.tree.map(lambda leaf, to: leaf.astype(to.dtype), params, own)
         outputs = nnx.merge(graphdef, params)(inputs).astype(jnp.float32)
-        return objective.evaluated(outputs, labels, mask)
+        return objective.task.evaluated(outputs, labels, mask)
 
     return eval_step
 
@@ -175,7 +176,7 @@ def evaluate(
             return None
     found, scores = jax.device_get(found), {}
     for name in weights:
-        of_name = objective.scores(batch[name] for batch in found)
+        of_name = objective.task.scores((batch[name] for batch in found), objective.outputs)
         scores["count"] = of_name.pop("count")
         scores |= {f"{name}_{metric}": value for metric, value in of_name.items()}
     return scores

@@ -8,12 +8,13 @@ import math
 import jax
 import numpy as np
 
-from tnt_jax.config import Task, TrainConfig
+from tnt_jax.config import TrainConfig
 from tnt_jax.data.mixing import prepare_training
 from tnt_jax.data.opening import open_split
 from tnt_jax.data.pipeline import read, train_batches, train_recipe
 from tnt_jax.data.samples import visible
 from tnt_jax.models.variants import complete
+from tnt_jax.tasks.table import TASKS
 from tnt_jax.visualize.canvas import new_figure, panels
 
 
@@ -48,25 +49,9 @@ def batch(config: TrainConfig, *, step: int = 0, count: int = 16):
     rows = range(min(count, config.batch_size))
     order, places = recipe.places(step, rows)
     originals = [read(recipe, int(order[place]))[0] for place in places]
-    captions = [_caption(fed_batch["label"][row], targets[row], source.class_names, config.data.task) for row in rows]
+    task = TASKS[config.data.task]
+    captions = [task.caption(fed_batch["label"][row], targets[row], source.class_names) for row in rows]
     return _grid(list(zip(originals, fed, captions, strict=False)))
-
-
-def _caption(label: np.ndarray, target: np.ndarray, class_names: tuple[str, ...], task: Task) -> str:
-    """What is told of the image, and below it what the network should predict."""
-    if task == "regression":
-        told, asked = (
-            ", ".join(f"{name} {value:.4g}" for name, value in zip(class_names, values, strict=True))
-            for values in (label, target)
-        )
-        return f"{told}\n{asked}"
-    if task == "multi_label":
-        told = ", ".join(class_names[index] for index in np.flatnonzero(label > 0.5)) or "none"
-    else:
-        told = class_names[label]
-    shown = 2 if task == "single_label" else 4
-    likely = [index for index in np.argsort(-target, kind="stable")[:shown] if target[index] > 0.05]
-    return f"{told}\n" + (", ".join(f"{target[index]:.2f} {class_names[index]}" for index in likely) or "none")
 
 
 def _grid(examples: list[tuple[np.ndarray, np.ndarray, str]]):

@@ -8,18 +8,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tnt_jax.config import TASKS, InputError, TrainConfig, best_metric
+from tnt_jax.config import InputError, TrainConfig, best_metric
 from tnt_jax.data.opening import open_split
 from tnt_jax.data.pipeline import steps_per_epoch
 from tnt_jax.storage.run import read_config
-from tnt_jax.training.metrics import SHARES, spoken
+from tnt_jax.tasks.table import TASKS, metric_of
 from tnt_jax.training.optimizer import learning_rate_schedule
 from tnt_jax.training.report import METRICS_FILE
 from tnt_jax.visualize.canvas import new_figure
 
 LINES = {"training batch": ("#94a4a2", "-"), "averaged weights": ("#3f90da", "-"), "raw weights": ("#bd1f01", "--")}
-OF_BATCH = {"top1": "accuracy", "r2": "r2"}
-"""Metrics that training batches have too, and what they are called there."""
 
 
 def curves(run_dir: str | os.PathLike):
@@ -31,8 +29,8 @@ def curves(run_dir: str | os.PathLike):
         InputError: the folder holds no run, or the run has logged nothing yet.
     """
     config = read_config(run_dir)
-    metric = best_metric(config)
-    metric = TASKS[config.data.task][0] if metric == "loss" else metric
+    metric = metric_of(best_metric(config))
+    metric = TASKS[config.data.task].metrics[0] if metric.name == "loss" else metric
     path = pathlib.Path(run_dir) / METRICS_FILE
     try:
         lines = [line for line in map(_parsed, path.read_text().splitlines()) if line]
@@ -43,15 +41,15 @@ def curves(run_dir: str | os.PathLike):
         raise InputError(f"{path} has no line of training yet")
     figure = new_figure(10, 3.2)
     loss, measure, rate = figure.subplots(1, 3)
-    scale = 100 if metric.startswith(SHARES) else 1
+    scale = 100 if metric.proportion else 1
     _line(loss, train, "loss", "training batch")
-    if metric in OF_BATCH:
-        _line(measure, train, OF_BATCH[metric], "training batch", scale)
+    if metric.of_batch:
+        _line(measure, train, metric.of_batch, "training batch", scale)
     _line(rate, train, "learning_rate", "training batch")
     for name, weights in (("ema", "averaged weights"), ("raw", "raw weights")):
         _line(loss, test, f"{name}_loss", weights)
-        _line(measure, test, f"{name}_{metric}", weights, scale)
-    named = spoken(metric)
+        _line(measure, test, f"{name}_{metric.name}", weights, scale)
+    named = metric.in_words
     for axes, title in ((loss, "loss"), (measure, f"{named}, %" if scale > 1 else named), (rate, "learning rate")):
         _over_epochs(axes, title)
     figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)

@@ -13,10 +13,11 @@ from jaxtyping import Float
 from tnt_jax.config import InputError
 from tnt_jax.data.decode import ImageSource
 from tnt_jax.evaluation.attribution import METHODS, Size, attribute
-from tnt_jax.inference import class_name, probabilities, result_of
+from tnt_jax.inference import probabilities
 from tnt_jax.models.variants import Model
 from tnt_jax.storage.description import description_of
 from tnt_jax.storage.files import write_whole
+from tnt_jax.tasks.table import TASKS
 from tnt_jax.visualize.canvas import (
     PANEL,
     TITLE_WIDTH,
@@ -106,13 +107,9 @@ def _predicted(model: Model, image: Preprocessed) -> tuple[list[int], list[str]]
     """What is predicted, as numbers: the class, the labels or, where there is none, the likeliest, or all targets; and
     a title for each that could be."""
     description, (graph, state) = description_of(model), nnx.split(model)
-    task, names = description.outputs.task, description.class_names
-    scores = np.asarray(probabilities(graph, description.preprocessing, state, image.pixels[None], task))[0]
-    if task == "regression":
-        values = result_of(scores, description)["pred_values"]
-        return list(range(len(values))), [f"{name}: {value:.4g}" for name, value in values.items()]
-    titles = [f"{class_name(label, names)}: {score:.1%}" for label, score in enumerate(scores)]
-    return result_of(scores, description).get("pred_labels") or [int(scores.argmax())], titles
+    outputs = description.outputs
+    scores = probabilities(graph, description.preprocessing, state, image.pixels[None], outputs.task)
+    return TASKS[outputs.task].reasons(np.asarray(scores)[0], outputs, description.class_names)
 
 
 def draw_explanations(explanations: Sequence[Explanation], methods: Sequence[str]):

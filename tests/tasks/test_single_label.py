@@ -3,10 +3,11 @@ import pytest
 from scipy.stats import binomtest
 from sklearn.metrics import precision_recall_fscore_support
 
-from tnt_jax.evaluation.predictions import metrics_of
-from tnt_jax.evaluation.scores import Predictions, calibration_error, confusion_matrix, per_class, wilson
+from tnt_jax.tasks.calibration import calibration_error
+from tnt_jax.tasks.metrics import wilson
+from tnt_jax.tasks.single_label import ClassPredictions
 
-ANSWERS = Predictions(
+ANSWERS = ClassPredictions(
     labels=np.array([0, 0, 1, 1]),
     top=np.array([[0, 1], [1, 2], [1, 0], [1, 2]]),
     scores=np.array([[0.9, 0.1], [0.6, 0.4], [0.8, 0.2], [0.7, 0.3]]),
@@ -30,7 +31,7 @@ def test_calibration_error_is_the_mean_gap_of_confidence_and_accuracy():
 
 
 def test_the_summary_counts_every_image_once():
-    scores = metrics_of(ANSWERS)
+    scores = ANSWERS.metrics()
     assert (scores["images"], scores["top1"], scores["top5"]) == (4, 0.75, 0.75)
     assert (scores["top1_low"], scores["top1_high"]) == wilson(3, 4)
     assert scores["loss"] == pytest.approx(0.65)
@@ -38,13 +39,13 @@ def test_the_summary_counts_every_image_once():
 
 
 def test_classes_have_recall_and_precision():
-    ant, bee = per_class(ANSWERS, ("ant", "bee", "cat"))
+    ant, bee = ANSWERS.per_output(("ant", "bee", "cat"))
     assert (ant["class"], ant["images"], ant["recall"], ant["precision"]) == ("ant", 2, 0.5, 1.0)
     assert (bee["recall"], bee["precision"]) == (1.0, pytest.approx(2 / 3))
     precision, recall, f1, _ = precision_recall_fscore_support(ANSWERS.labels, ANSWERS.top[:, 0])
     for row, *expected in zip((ant, bee), precision, recall, f1, strict=True):
         assert [row["precision"], row["recall"], row["f1"]] == pytest.approx(expected)
-    np.testing.assert_array_equal(confusion_matrix(ANSWERS, 3), [[1, 1, 0], [0, 2, 0], [0, 0, 0]])
+    np.testing.assert_array_equal(ANSWERS.confusion("abc").counts, [[1, 1, 0], [0, 2, 0], [0, 0, 0]])
 
 
 def test_several_right_answers_count_and_images_without_any_are_left_out():

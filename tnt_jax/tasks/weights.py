@@ -1,0 +1,34 @@
+"""How often the training images have each class, and the weights of the loss that follow."""
+
+import numpy as np
+from jaxtyping import Float, Int, Num
+
+Targets = Num[np.ndarray, "images *outputs"]
+
+
+def class_counts(targets: Targets, classes: int) -> Int[np.ndarray, " classes"]:
+    """How many images have each class or label."""
+    if targets.ndim == 1:
+        return np.bincount(targets, minlength=classes)
+    return np.count_nonzero(targets > 0.5, axis=0)
+
+
+def balanced_class_weights(targets: Targets, classes: int) -> Float[np.ndarray, " classes"]:
+    """Inverse to the number of images, with a mean of 1 over the images: sklearn's `compute_class_weight`.
+
+    A class without images has weight 1.
+    """
+    counts = class_counts(targets, classes)
+    there = counts > 0
+    return np.divide(counts.sum(), there.sum() * counts, out=np.ones(classes), where=there)
+
+
+def balanced_positive_weights(targets: Targets, classes: int) -> Float[np.ndarray, " classes"]:
+    """How many images are without a label over how many have it; 1 for a label that none has, or all have."""
+    counts = class_counts(targets, classes)
+    varies = (counts > 0) & (counts < len(targets))
+    return np.divide(len(targets) - counts, counts, out=np.ones(classes), where=varies)
+
+
+BALANCED = {"class_weights": balanced_class_weights, "positive_weights": balanced_positive_weights}
+"""By the fields of `LossConfig` that can be balanced."""
