@@ -340,6 +340,8 @@ class TrainConfig(Generic[Model]):
     early_stop: EarlyStopConfig = EarlyStopConfig()
     log_every_steps: int = setting(10, role="observation", least=1)
     """Steps between lines of metrics.jsonl and TensorBoard."""
+    log_every_seconds: float = setting(60, role="observation", above=0)
+    """Seconds between lines that are printed where there is no terminal, beside one after each epoch."""
     precision: Literal["default", "high", "highest"] = "default"
     """How accelerators multiply float32 matrices in training: as the hardware is fastest (TPUs round factors to
     bfloat16, NVIDIA GPUs to TF32), in three passes, or as a CPU does. It makes no difference on CPUs and for bfloat16.

@@ -23,8 +23,9 @@ class Arguments:
     outer-attention: a patch's attention over the image, in every block; class-attention: that of the class token, by
     head and rolled out over the depth; words: word embeddings where they lie in the image, in every block; features:
     channels of some blocks as maps; tsne: the last block's feature maps as points, or without an image all test images.
-    Of a run: curves; confusion and mistakes on its test images; schedule: its learning rate; batch: what it trains on.
-    The last two also take a configuration, as configs/digits.py, and the flags of train.py behind it.
+    Of a run: curves, also of several runs together; confusion and mistakes on its test images; schedule: its learning
+    rate; batch: what it trains on. The last two also take a configuration, as configs/digits.py, and the flags of
+    train.py behind it.
     """
 
     what: Annotated[
@@ -36,7 +37,7 @@ class Arguments:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A folder of a run or a model, a published name, OWNER/NAME on the hub, an address, or a checkpoint file."""
     images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE ...")] = ()
-    """Image files."""
+    """Image files; of curves further runs."""
     out: str | None = None
     """File to write: .png, .pdf, .svg, .jpg or .webp; by default WHAT.png."""
     patch: tuple[int, int] | None = None
@@ -69,9 +70,10 @@ def main() -> None:
     check_out(out)
     _refuse_what_is_not_used(arguments)
     if arguments.what == "curves":
-        from tnt_jax.visualize import curves
+        from tnt_jax.visualize.runs import compare_curves, curves
 
-        figure = curves(arguments.model)
+        runs = (arguments.model, *arguments.images)
+        figure = compare_curves(runs) if len(runs) > 1 else curves(arguments.model)
     elif arguments.what in OF_IMAGES:
         figure = _of_images(arguments)
     else:
@@ -82,7 +84,7 @@ def main() -> None:
 
 USED = {"patch": ("inner-attention", "outer-attention"), "block": ("why", "inner-attention", "class-attention")}
 USED |= dict.fromkeys(("class_", "method", "size", "maps"), ("why",))
-USED |= {"images": OF_IMAGES, "source": (*OF_IMAGES, *OF_PREDICTIONS)}
+USED |= {"images": (*OF_IMAGES, "curves"), "source": (*OF_IMAGES, *OF_PREDICTIONS)}
 
 
 def _refuse_what_is_not_used(arguments: Arguments) -> None:

@@ -99,11 +99,7 @@ class RunLock:
         )
 
     def _holder(self) -> dict:
-        try:
-            holder = json.loads((self._folder / HOLDER_FILE).read_text())
-            return holder if isinstance(holder, dict) else {}
-        except (OSError, ValueError):
-            return {}
+        return _holder_of(self._folder)
 
     def _write(self, beat: int) -> None:
         try:
@@ -121,6 +117,32 @@ class RunLock:
             beat += 1
             with contextlib.suppress(InputError):  # a full disk ends the run elsewhere
                 self._write(beat)
+
+
+def is_held(run_dir: str | os.PathLike) -> bool:
+    """Whether a process trains in a run's folder: on this machine by its lock, elsewhere by its latest beat."""
+    folder = pathlib.Path(run_dir)
+    holder = _holder_of(folder)
+    if not holder:
+        return False
+    try:
+        if holder.get("place") != _place():
+            return time.time() - (folder / HOLDER_FILE).stat().st_mtime < 2.5 * BEAT_SECONDS
+        with (folder / LOCK_FILE).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _holder_of(folder: pathlib.Path) -> dict:
+    try:
+        holder = json.loads((folder / HOLDER_FILE).read_text())
+        return holder if isinstance(holder, dict) else {}
+    except (OSError, ValueError):
+        return {}
 
 
 def _who(holder: dict) -> str:

@@ -36,6 +36,16 @@ def check_finite(what: str, values: dict[str, float]) -> None:
             raise NonFiniteError(f"the {name.replace('_', ' ')} of {what} is {value}")
 
 
+def duration(seconds: float) -> str:
+    """For people: 12 s, 7 min, 5 h 20 min, 3 d 4 h."""
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes < 24 * 60 else f"{hours // 24} d {hours % 24} h"
+
+
 class Report:
     """Logs a run, as a context.
 
@@ -62,6 +72,9 @@ class Report:
         self._began, self._compiling = began, _compile_seconds()
         self._clock, self._clock_step = time.perf_counter(), start_step
         self._rate = float("nan")
+        self.log_every_seconds, self._line = config.log_every_seconds, time.perf_counter()
+        self._since: list[dict[str, float]] = []
+        """Metrics of the steps since the last line that was printed where there is no terminal."""
         chip = chip_of(jax.devices()[0].device_kind)
         flops = training_flops(sum(count_macs(config.model).values()))
         self._peak_rate = jax.device_count() * chip.flops / flops if chip else None
@@ -113,6 +126,18 @@ class Report:
             rate = {} if math.isnan(self._rate) else {"images_per_second": self._rate}
             self._write("train", step, metrics | rate)
         epoch = f"{math.ceil(step / self.steps_per_epoch)}/{math.ceil(self.total_steps / self.steps_per_epoch)}"
+        self._progress.update(self._task, completed=step, epoch=epoch, text=self._in_words(metrics))
+        self._since.append(metrics)
+        ends, waited = step % self.steps_per_epoch == 0, now - self._line >= self.log_every_seconds
+        if not self.console.is_terminal and (ends or waited):
+            left = (self.total_steps - step) * self.batch_size / self._rate
+            where = f"epoch {epoch}" if ends else f"epoch {epoch}, step {step:,} of {self.total_steps:,}"
+            means = {name: sum(each[name] for each in self._since) / len(self._since) for name in metrics}
+            rest = "" if math.isnan(left) else f"  {duration(left)} left"
+            self.console.print(f"{where}  {self._in_words(means)}{rest}")
+            self._since, self._line = [], now
+
+    def _in_words(self, metrics: dict[str, float]) -> str:
         text = f"loss {metrics['loss']:.3f}"
         for metric in (METRICS[name] for name in metrics if name in METRICS and name != "loss"):
             text += f"  {metric.title} {metrics[metric.name]:{'.1%' if metric.proportion else '.3f'}}"
@@ -120,10 +145,7 @@ class Report:
             text += f"  {self._rate:.0f} images/s"
         if self._peak_rate and not math.isnan(self._rate):
             text += f"  {self._rate / self._peak_rate:.1%} of the chips' peak"
-        self._progress.update(self._task, completed=step, epoch=epoch, text=text)
-        if not self.console.is_terminal and step % self.steps_per_epoch == 0:
-            left = (self.total_steps - step) * self.batch_size / self._rate
-            self.console.print(f"epoch {epoch}  {text}" + ("" if math.isnan(left) else f"  {left:.0f} s left"))
+        return text
 
     def test(self, step: int, scores: dict[str, float]) -> None:
         """Logs an evaluation after step `step`."""
