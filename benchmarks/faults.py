@@ -43,6 +43,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+os.environ["JAX_PLATFORMS"] = "cpu"
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SMALL = {"depth": 1, "word-stride": 4, "inner-dim": 4, "outer-dim": 24, "outer-heads": 2}
 RUN = ["--config", str(ROOT / "configs/digits.py"), "--batch-size", "128", "--epochs", "20"]
@@ -69,7 +70,7 @@ class Start:
 
     def __init__(self, run_dir: pathlib.Path, cache: pathlib.Path, processes: int = 1, faults=(), seed: int = 0):
         self.began, self.first_step = time.monotonic(), None
-        environment = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+        environment = {"JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
         environment |= {"FAULTS": ",".join(faults), "FAULT_SEED": str(seed), "TRAIN": str(ROOT / "train.py")}
         environment |= {"OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "FAULT_ORDER": str(seed)}
         workers = ["--data.num-workers", "1"] if "worker" in faults else []
