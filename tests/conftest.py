@@ -29,7 +29,7 @@ if os.environ.get("CHECK_SHAPES"):  # `make check`: every annotated shape is che
     # What reads images is given anything, and says itself what is none.
     data = [path.stem for path in (pathlib.Path(__file__).parent.parent / "tnt_jax/data").rglob("*.py")]
     checked = [f"tnt_jax.data.{name}" for name in data if name not in ("__init__", "crop", "decode")]
-    install_import_hook(["tnt_jax.models", "tnt_jax.training", *checked], "shapes.checked")
+    install_import_hook(["tnt_jax.models", "tnt_jax.tasks", "tnt_jax.training", *checked], "shapes.checked")
 
 
 PEERS = re.compile(r"^(import|from) (torch|torch_files|others|mutations|state_dicts)\b", re.M)
