@@ -273,6 +273,20 @@ HAS_NOT = {
 
 
 @dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """A teacher, whose logits for the same augmented images are targets too."""
+
+    teacher: str | None = None
+    """A folder of a run or a model, a published name, OWNER/NAME on the hub, an address, or a checkpoint file."""
+    alpha: float = setting(0.5, above=0, most=1)
+    """Share of the teacher in the loss; the rest is that of the labels."""
+    temperature: float = setting(1.0, above=0)
+    """What the logits of both are divided by (soft); the loss is multiplied by its square."""
+    kind: Literal["soft", "hard"] = "soft"
+    """soft is the Kullback-Leibler divergence from the teacher's probabilities, hard cross-entropy with its class."""
+
+
+@dataclasses.dataclass(frozen=True)
 class EarlyStopConfig:
     """When a run ends before its last epoch."""
 
@@ -316,6 +330,7 @@ class TrainConfig(Generic[Model]):
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    distill: DistillConfig = DistillConfig()
     batch_size: int = setting(64, least=1)
     """Images of a step over all devices."""
     accumulation_steps: int = setting(1, role="execution", least=1)
@@ -367,6 +382,10 @@ def check(config: TrainConfig) -> None:
     check_data(config.data)
     check_task(config)
     check_optimizer(config.optimizer)
+    if config.distill.kind == "hard" and config.distill.temperature != 1:
+        raise InputError(
+            f"distill.temperature is {config.distill.temperature:g}, which distill.kind hard does not have"
+        )
     peak, end = config.optimizer.learning_rate, config.optimizer.min_learning_rate
     if peak < end:
         raise InputError(

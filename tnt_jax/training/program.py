@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from tnt_jax.config import TrainConfig
 from tnt_jax.models.variants import abstract_model
 from tnt_jax.tasks.losses import Objective
+from tnt_jax.training.distillation import Teacher
 from tnt_jax.training.mesh import on_mesh, over_batch, replicated, shardings_of
 from tnt_jax.training.objective import objective_of
 from tnt_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -24,6 +25,7 @@ class Program:
 
     Args:
         config: its model is resolved, and its batch can be divided among the devices.
+        teacher: of a distillation. A plan leaves it out.
         objective: by default that of the configuration, without what the training targets say.
     """
 
@@ -40,7 +42,14 @@ class Program:
     eval_step: Callable[[dict[str, dict], dict], dict]
     """As `make_eval_step` has it."""
 
-    def __init__(self, config: TrainConfig, mesh: Mesh, steps_per_epoch: int, objective: Objective | None = None):
+    def __init__(
+        self,
+        config: TrainConfig,
+        mesh: Mesh,
+        steps_per_epoch: int,
+        objective: Objective | None = None,
+        teacher: Teacher | None = None,
+    ):
         objective = self.objective = objective or objective_of(config)
         schedule = learning_rate_schedule(config.optimizer, steps_per_epoch=steps_per_epoch, epochs=config.epochs)
         optimizer = make_optimizer(config.optimizer, schedule, config.freeze)
@@ -57,9 +66,14 @@ class Program:
             "image": jax.ShapeDtypeStruct(images, np.uint8, sharding=over_batch(mesh)),
             "label": jax.ShapeDtypeStruct((images[0], *label), objective.task.label_dtype, sharding=over_batch(mesh)),
         }
+        if teacher:
+            self.abstract_batch["teacher"] = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), teacher.params
+            )
+        step = make_train_step(graphdef, own, optimizer, schedule, config, objective, teacher)
         self.init = jax.jit(lambda params: init_state(params, optimizer), out_shardings=shardings)
         self.train_step = jax.jit(
-            on_mesh(mesh, make_train_step(graphdef, own, optimizer, schedule, config, objective), config.precision),
+            on_mesh(mesh, step, config.precision),
             donate_argnums=0,
             out_shardings=(shardings, replicated(mesh)),
         )

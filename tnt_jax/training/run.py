@@ -16,6 +16,7 @@ from tnt_jax.storage.checkpoint import Checkpoints
 from tnt_jax.storage.folder import model_from_parameters
 from tnt_jax.storage.load import open_for
 from tnt_jax.tasks.table import TASKS
+from tnt_jax.training.distillation import open_teacher
 from tnt_jax.training.mesh import check_batch_size, make_mesh, rows_of_process, to_devices
 from tnt_jax.training.objective import objective_of
 from tnt_jax.training.optimizer import learning_rate_schedule
@@ -50,7 +51,8 @@ class Run:
         self.total_steps = (config.epochs + config.optimizer.cooldown_epochs) * self.steps_per_epoch
         self.steps_between_evaluations = config.eval_every_epochs * self.steps_per_epoch
         objective = objective_of(self.config, lambda: self.train_source.all_targets)
-        self.program = Program(self.config, self.mesh, self.steps_per_epoch, objective)
+        self.teacher = open_teacher(self.config, self.train_source.class_names, self.mesh)
+        self.program = Program(self.config, self.mesh, self.steps_per_epoch, objective, self.teacher)
         self.epochs_before: int | None = None
         """What `epochs` was, where it was raised since the last start."""
         self._feed = {
@@ -95,7 +97,8 @@ class Run:
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         """One step on all devices. The memory of `state` is used again: it cannot be read afterwards."""
-        return self.program.train_step(state, to_devices(batch, self.mesh))
+        taught = {"teacher": self.teacher.params} if self.teacher else {}
+        return self.program.train_step(state, to_devices(batch, self.mesh) | taught)
 
     def batches(self, start: int) -> Iterator[Batch]:
         """Training batches after `start` steps."""
@@ -113,7 +116,8 @@ class Run:
     def content(self) -> dict[str, str]:
         """Digests of what the data of both splits holds, by what they are of."""
         sources = {"training": self.train_source, "evaluated": self.test_source}
-        return {
+        taught = {"parameters of the teacher": self.teacher.digest()} if self.teacher else {}
+        return taught | {
             f"{what} of the {split} images": digest
             for split, source in sources.items()
             for what, digest in content_of(source).items()

@@ -14,6 +14,7 @@ from tnt_jax.config import TrainConfig
 from tnt_jax.data.mixing import Normalisation, normalise, prepare_training
 from tnt_jax.storage.trained import average_like
 from tnt_jax.tasks.losses import Objective
+from tnt_jax.training.distillation import Teacher, distillation_loss
 from tnt_jax.training.mesh import kept_over_batch, to_devices
 from tnt_jax.training.objective import objective_of
 from tnt_jax.training.optimizer import average_of_weights
@@ -50,10 +51,12 @@ def make_train_step(
     schedule: optax.Schedule,
     config: TrainConfig,
     objective: Objective | None = None,
+    teacher: Teacher | None = None,
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
     """The function (state, batch) -> (state, metrics), for a configuration whose model is resolved.
 
-    The batch holds image (batch, height, width, channels) and label, int32 (batch,) or float32 (batch, outputs).
+    The batch holds image (batch, height, width, channels) and label, int32 (batch,) or float32 (batch, outputs); with a
+    teacher its parameters too.
     Metrics are float32 scalars: loss and grad_norm before the update, param_norm after it, learning_rate, and what the
     objective measures of the batch.
 
@@ -64,13 +67,18 @@ def make_train_step(
     objective = objective or objective_of(config)
     frozen = frozen_mask(own, config.freeze)
 
-    def loss_and_rest(params: dict, images: jax.Array, targets: jax.Array, keys: jax.Array):
+    def loss_and_rest(params: dict, images: jax.Array, wanted: tuple[jax.Array, jax.Array | None], keys: jax.Array):
+        targets, of_teacher = wanted
         # No gradient of what is frozen is computed, nor of what lies before it alone.
         params = jax.tree.map(lambda leaf, still: jax.lax.stop_gradient(leaf) if still else leaf, params, frozen)
         model = nnx.merge(graphdef, jax.tree.map(lambda leaf, to: leaf.astype(to.dtype), params, own))
         logits = model(images, keys)
         measured = objective.task.measure(logits, targets)
-        return objective.loss(logits, targets), (measured, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
+        loss = objective.loss(logits, targets)
+        if of_teacher is not None:
+            measured["distillation_loss"] = distillation_loss(config.distill, logits, of_teacher)
+            loss = (1 - config.distill.alpha) * loss + config.distill.alpha * measured["distillation_loss"]
+        return loss, (measured, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
 
     value_and_grad = jax.value_and_grad(loss_and_rest, has_aux=True)
 
@@ -84,7 +92,8 @@ def make_train_step(
         keys = jax.vmap(jax.random.fold_in, (None, 0))(model_key, jnp.arange(len(images)))
         images, targets, keys = kept_over_batch(images), kept_over_batch(targets), kept_over_batch(keys)
         grad = accumulated(value_and_grad, config.accumulation_steps)
-        (loss, (measured, statistics)), grads = grad(state.params, images, targets, keys)
+        of_teacher = teacher and teacher.logits(batch["teacher"], images, config.data)
+        (loss, (measured, statistics)), grads = grad(state.params, images, (targets, of_teacher), keys)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = overwritten(optax.apply_updates(state.params, updates), statistics)
         ema = average_of_weights(config.optimizer, state.step + 1, state.ema, params, opt_state, statistics)
@@ -114,7 +123,7 @@ def accumulated(value_and_grad: Callable, steps: int) -> Callable:
         # Every part takes images from every device, so that none has to move.
         return x.reshape(-1, steps, *x.shape[1:]).swapaxes(0, 1)
 
-    def of_all_parts(params: dict, images: jax.Array, targets: jax.Array, keys: jax.Array):
+    def of_all_parts(params: dict, images: jax.Array, wanted: tuple, keys: jax.Array):
         def of_part(statistics: dict, part: tuple):
             (loss, (measured, statistics)), grads = value_and_grad(overwritten(params, statistics), *part)
             return statistics, (loss, measured, grads)
@@ -123,7 +132,7 @@ def accumulated(value_and_grad: Callable, steps: int) -> Callable:
             statistics, new = of_part(sums[0], part)
             return (statistics, jax.tree.map(jnp.add, sums[1], new)), None
 
-        each = (parts(images), parts(targets), parts(keys))
+        each = jax.tree.map(parts, (images, wanted, keys))
         statistics, sums = jax.eval_shape(of_part, {}, jax.tree.map(lambda leaf: leaf[0], each))
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), sums)
         (statistics, sums), _ = jax.lax.scan(add, (part_of(params, statistics), zeros), each)
