@@ -46,7 +46,7 @@ def test_a_port_in_use_and_a_port_that_is_none_are_refused(folder):
         port = taken.getsockname()[1]
         code, out, err = commands.run("demo.py", folder, "--port", port)
     assert (code, out) == (2, "")
-    assert f"port {port} cannot be used (Address already in use); choose another one with --port" in err
+    assert f"port {port} of 127.0.0.1 cannot be used (Address already in use); choose another one with --port" in err
     code, _, err = commands.run("demo.py", folder, "--port", "70000")
     assert code == 2
     assert "--port is 70000, and must lie between 1 and 65535" in err

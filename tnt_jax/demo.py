@@ -82,29 +82,29 @@ def make_page(model: Model, name: str):
     return page
 
 
-def serve_page(model: Model, name: str, port: int) -> None:
-    """Serves the page on this machine until Ctrl-C.
+def serve_page(model: Model, name: str, port: int, host: str = "127.0.0.1") -> None:
+    """Serves the page at an address of this machine until Ctrl-C.
 
     Raises:
         InputError: as `make_page`, or the port is in use.
     """
-    check_port(port)
+    check_port(port, host)
     page = make_page(model, name)
-    print(f"http://127.0.0.1:{port} shows {name}; Ctrl-C ends it", flush=True)
-    page.launch(server_name="127.0.0.1", server_port=port, quiet=True, theme=page.theme_without_fonts, footer_links=[])
+    print(f"http://{host}:{port} shows {name}; Ctrl-C ends it", flush=True)
+    page.launch(server_name=host, server_port=port, quiet=True, theme=page.theme_without_fonts, footer_links=[])
 
 
-def check_port(port: int) -> None:
-    """Raises InputError unless this machine can be listened to at a port."""
+def check_port(port: int, host: str = "127.0.0.1") -> None:
+    """Raises InputError unless this machine can be listened to at a port of an address."""
     if not 1 <= port <= 65535:
         raise InputError(f"--port is {port}, and must lie between 1 and 65535")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind((host, port))
         except OSError as error:
             raise InputError(
-                f"port {port} cannot be used ({error.strerror}); choose another one with --port"
+                f"port {port} of {host} cannot be used ({error.strerror}); choose another one with --port, or --host"
             ) from error
 
 

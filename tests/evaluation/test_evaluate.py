@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import json
 
 import commands
@@ -14,7 +15,7 @@ import tnt_jax
 from tnt_jax.config import DataConfig, InputError
 from tnt_jax.data.imagenet import open_imagenet, real_labels
 from tnt_jax.data.sources import Split
-from tnt_jax.evaluation.evaluate import _kind, evaluate_model, features_of, predictions_of
+from tnt_jax.evaluation.evaluate import View, _kind, evaluate_model, features_of, predictions_of
 from tnt_jax.evaluation.probes import _vote, linear_probe, nearest_neighbours
 from tnt_jax.evaluation.published import published
 
@@ -35,6 +36,30 @@ def test_answers_are_those_of_single_images_in_their_order():
     np.testing.assert_array_equal(predictions.labels, source.targets)
     with pytest.raises(InputError, match="the model has 4 classes, and any has 3"):
         predictions_of([small_model(num_classes=4)], source, DataConfig("any"))
+
+
+def test_the_mirror_image_counts_as_much_as_the_image():
+    model, source = View(crop=1.0).of(small_model()), images(5)
+    (predictions,) = predictions_of([model], source, DataConfig("any"), batch_size=3, tta="flip")
+    mirrored = source.images[:, :, ::-1]
+    logits = [np.log([result["pred_scores"] for result in tnt_jax.inference_model(model, list(each))])
+              for each in (source.images, mirrored)]  # fmt: skip
+    scores = np.exp(sum(logits) / 2)
+    scores /= scores.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(predictions.scores, -np.sort(-scores), rtol=1e-4)
+
+
+def test_images_are_shown_at_another_size_and_crop(tmp_path):
+    """As those of a model that was made for them."""
+    tnt_jax.save_model(small_model(in_channels=1, num_classes=10), tmp_path / "small")
+    view = View((48, 64), 0.8, None)
+    (found,) = evaluate_model(tmp_path / "small", ["digits"], view=view)
+    assert found.weights == "as loaded, 48x64, crop 0.8"
+    model = tnt_jax.create_model("small", pretrained=tmp_path / "small", image_size=(48, 64))
+    preprocessing = dataclasses.replace(model.description.preprocessing, crop=0.8)
+    model.description = dataclasses.replace(model.description, preprocessing=preprocessing)
+    (expected,) = predictions_of([model], found.images, DataConfig("digits"))
+    np.testing.assert_array_equal(found.predictions.scores, expected.scores)
 
 
 def test_features_are_the_class_token_of_each_image():
@@ -190,6 +215,9 @@ def test_the_command_probes_features_with_classes_that_the_model_does_not_have(t
         (["MODEL", "--source", "digits", "--out", "nowhere/a.csv"], "there is no folder nowhere"),
         (["MODEL", "--source", "imagenet-a:a", "--probe", "knn"], "imagenet-a:a has no training images"),
         (["MODEL", "--source", "digits", "--probe", "knn", "--per-class"], "--per-class is of the plain evaluation"),
+        (["MODEL", "--source", "digits", "--probe", "knn", "--tta", "flip"], "--tta is of the plain evaluation"),
+        (["MODEL", "--source", "digits", "--crop", "1.5"], "crop is 1.5, and must be above 0 and at most 1"),
+        (["MODEL", "--source", "digits", "--image-size", "0", "32"], "image_size is (0, 32)"),
     ],
 )
 def test_the_command_refuses_what_it_cannot_evaluate(arguments, message, tmp_path, monkeypatch):

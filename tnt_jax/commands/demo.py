@@ -15,7 +15,9 @@ class Arguments:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A folder of a run or a model, a published name, OWNER/NAME on the hub, an address, or a checkpoint file."""
     port: int = 7860
-    """Where the page is: http://127.0.0.1:PORT"""
+    """Where the page is: http://HOST:PORT"""
+    host: str = "127.0.0.1"
+    """Address that is listened at: 0.0.0.0 lets every machine of the network in, without a password."""
 
 
 @command
@@ -24,5 +26,5 @@ def main() -> None:
     from tnt_jax.demo import check_port, serve_page
     from tnt_jax.storage.load import load_model
 
-    check_port(arguments.port)
-    serve_page(load_model(arguments.model), arguments.model, arguments.port)
+    check_port(arguments.port, arguments.host)
+    serve_page(load_model(arguments.model), arguments.model, arguments.port, arguments.host)

@@ -47,13 +47,19 @@ class Arguments:
     """Images that are computed together, over all devices; rounded up to a multiple of them."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """What is computed in; by default what the model was trained or published in."""
+    image_size: tuple[int, int] | None = None
+    """Height and width that images are shown at; by default the model's. Positions are resized."""
+    crop: float | None = None
+    """Share of the shorter side that is kept, above 0 and at most 1; by default the model's."""
+    tta: Literal["flip"] | None = None
+    """flip: the mean of the outputs for each image and its mirror image."""
 
 
 @command
 def main() -> None:
     arguments = tyro.cli(Arguments)
     from tnt_jax.commands.tables import print_rows, write_rows
-    from tnt_jax.evaluation.evaluate import evaluate_model, probe_model
+    from tnt_jax.evaluation.evaluate import View, evaluate_model, probe_model
     from tnt_jax.evaluation.faithfulness import explain_model
     from tnt_jax.storage.files import check_ending
 
@@ -75,6 +81,7 @@ def main() -> None:
         tables = [explain_model(model, arguments.source, **options) for model in arguments.models]
     else:
         options |= {"split": arguments.split, "real_labels_file": arguments.real_labels, "dtype": arguments.dtype}
+        options |= {"view": View(arguments.image_size, arguments.crop, arguments.tta)}
         tables = [evaluate_model(model, arguments.source, **options) for model in arguments.models]
     for found in itertools.chain.from_iterable(tables):
         row = found
@@ -101,7 +108,8 @@ def _chosen(arguments: Arguments) -> str | None:
     if len(chosen) > 1:
         raise InputError(f"--{chosen[0]} and --{chosen[1]} are two tables; ask for one at a time")
     table = chosen[0] if chosen else None
-    for name in ("split", "real_labels", "per_class", "out", "dtype") if table else ():
+    plain = ("split", "real_labels", "per_class", "out", "dtype", "image_size", "crop", "tta")
+    for name in plain if table else ():
         if getattr(arguments, name):
             raise InputError(f"--{name.replace('_', '-')} is of the plain evaluation, and has no use with --{table}")
     for name in ("size", "images") if table != "explain" else ():

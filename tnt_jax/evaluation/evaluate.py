@@ -23,8 +23,10 @@ from tnt_jax.data.pipeline import eval_batches
 from tnt_jax.data.sources import Split
 from tnt_jax.evaluation.probes import NEIGHBOURS, linear_probe, nearest_neighbours
 from tnt_jax.evaluation.published import published
-from tnt_jax.models.variants import Model
+from tnt_jax.models.adapting import adapt
+from tnt_jax.models.variants import Model, changed
 from tnt_jax.storage.description import description_of
+from tnt_jax.storage.folder import model_from_parameters, model_parameters
 from tnt_jax.storage.load import load_model
 from tnt_jax.storage.run import is_run, read_config
 from tnt_jax.tasks.metrics import wilson
@@ -93,8 +95,48 @@ def over_images(
     return [[np.concatenate(part) for part in zip(*each, strict=True)] for each in zip(*parts, strict=True)], rate
 
 
+@dataclasses.dataclass(frozen=True)
+class View:
+    """How images are shown to a model that is evaluated, where it is not as it was trained."""
+
+    image_size: tuple[int, int] | None = None
+    """Height and width; positions are resized to it."""
+    crop: float | None = None
+    """Share of the shorter side that is kept, above 0 and at most 1."""
+    tta: Literal["flip"] | None = None
+    """flip: the mean of the outputs for an image and for its mirror image."""
+
+    def of(self, model: Model) -> Model:
+        """The model that is shown images so. Raises InputError if it cannot be."""
+        if self.crop is not None and not 0 < self.crop <= 1:
+            raise InputError(f"crop is {self.crop:g}, and must be above 0 and at most 1")
+        described, wanted = description_of(model), model.config
+        if self.image_size and self.image_size != wanted.image_size:
+            wanted = changed(wanted, {"image_size": self.image_size})
+            parameters, _ = adapt(model_parameters(model), model.config, wanted)
+            model = model_from_parameters(wanted, parameters)
+        shown = described.preprocessing.adapted(wanted)
+        shown = dataclasses.replace(shown, crop=self.crop or shown.crop)
+        model.description = dataclasses.replace(described, config=wanted, preprocessing=shown)
+        return model
+
+    @property
+    def text(self) -> str:
+        """For the name of the weights."""
+        size = f", {self.image_size[0]}x{self.image_size[1]}" if self.image_size else ""
+        return size + (f", crop {self.crop:g}" if self.crop else "") + (f", {self.tta}" if self.tta else "")
+
+
+AS_TRAINED = View()
+
+
 def predictions_of(
-    models: Sequence[Model], images: Split, data: DataConfig, *, batch_size: int = 64
+    models: Sequence[Model],
+    images: Split,
+    data: DataConfig,
+    *,
+    batch_size: int = 64,
+    tta: Literal["flip"] | None = None,
 ) -> list[Predictions]:
     """The predictions of each model for every image of a source, in its order, in the classes of the source.
 
@@ -103,6 +145,7 @@ def predictions_of(
 
     Args:
         models: of the same sizes, classes and task, such as the averaged and the raw weights of a run.
+        tta: as `View.tta`.
 
     Raises:
         InputError: the source has classes that the models do not have, or it is of another task, or an image cannot be
@@ -115,7 +158,10 @@ def predictions_of(
     asked[slice(None) if images.classes is None else images.classes] = True
 
     def compute(model: Model, inputs: jax.Array, labels: jax.Array):
-        return task.of_each_image(model(inputs).astype(jnp.float32)[:, match.of_model], labels, asked)
+        logits = model(inputs).astype(jnp.float32)
+        if tta == "flip":
+            logits = (logits + model(inputs[:, :, ::-1]).astype(jnp.float32)) / 2
+        return task.of_each_image(logits[:, match.of_model], labels, asked)
 
     found, rate = over_images(images, data, models, batch_size, compute)
     return [task.predictions(arrays, outputs, match.of_model, rate) for arrays in found]
@@ -196,6 +242,7 @@ def evaluate_model(
     real_labels_file: str | None = None,
     batch_size: int = 64,
     dtype: Literal["float32", "bfloat16"] | None = None,
+    view: View = AS_TRAINED,
 ) -> Iterator[Evaluation]:
     """Evaluates what lies in a folder: the averaged and the raw weights of a training run, or the one set of a model.
 
@@ -208,11 +255,12 @@ def evaluate_model(
             those that training evaluated.
         real_labels_file: ReaL's labels; each `imagenet:` source is then scored with them too.
         dtype: what is computed in; by default what the model was trained or published in.
+        view: how the images are shown. What others published is of images as the model was trained.
 
     Raises:
         InputError: there is no such model, no source is known, or its classes are not those of the model.
     """
-    names, models = zip(*models_in(path, dtype), strict=True)
+    names, models = zip(*((name + view.text, view.of(model)) for name, model in models_in(path, dtype)), strict=True)
     task = description_of(models[0]).outputs.task
     white = description_of(models[0]).preprocessing.white
     wanted = [dataclasses.replace(data, white=data.white or white) for data in test_data(path, sources, task)]
@@ -232,9 +280,10 @@ def evaluate_model(
             kind, name = _kind(data.source), images.name
             # What others published is of all classes.
             whole = images.classes is None or len(images.classes) == RELATIVES[kind]
+            whole = whole and view == AS_TRAINED
             known = published(models[0].config, kind) if whole else {}
             for weights, predictions in zip(
-                names, predictions_of(models, images, data, batch_size=batch_size), strict=True
+                names, predictions_of(models, images, data, batch_size=batch_size, tta=view.tta), strict=True
             ):
                 yield Evaluation(path, weights, data.source, name, images, predictions, known)
                 if data.source in accepted:
