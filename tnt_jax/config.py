@@ -213,6 +213,9 @@ class LossConfig:
     cross-entropy of each label (multi_label), squared error of standardised targets (regression).
     """
 
+    name: Literal["cross_entropy", "binary_cross_entropy", "squared_error"] | None = None
+    """Another loss that the task can have: binary_cross_entropy for single_label, as DeiT III (arXiv 2204.07118) has
+    it; predictions and evaluations are those of a softmax all the same."""
     class_weights: Literal["none", "balanced"] | tuple[float, ...] = setting("none", least=0)
     """Weight of each class, label or target. balanced is inverse to how many training images have it, with a mean of 1
     over the classes of the images: scikit-learn's formula."""
@@ -437,6 +440,10 @@ def check_task(config: TrainConfig) -> None:
                 f"{name} is {value!r}, which only {' and '.join(tasks)} can have; for data.task {task} it must be "
                 f"{right}"
             )
+    if loss.name not in (None, *TASKS[task].losses):
+        raise InputError(
+            f"loss.name is {loss.name!r}, and must be {' or '.join(TASKS[task].losses)} for data.task {task}"
+        )
     metrics = [metric.name for metric in TASKS[task].metrics]
     if config.best_metric not in (None, *metrics):
         raise InputError(

@@ -38,6 +38,14 @@ def test_one_class_is_torchs_cross_entropy_of_probabilities(weights):
     assert float(of_task("single_label", class_weights=weights).loss(LOGITS, SOFT)) == pytest.approx(expected, 1e-5)
 
 
+def test_a_loss_is_chosen_by_its_name():
+    expected = of_torch(functional.binary_cross_entropy_with_logits, SOFT)
+    config = complete(TrainConfig(loss=LossConfig("binary_cross_entropy")), 5)
+    assert float(objective_of(config).loss(LOGITS, SOFT)) == pytest.approx(expected, 1e-5)
+    with pytest.raises(InputError, match=r"must be cross_entropy or binary_cross_entropy for data\.task single_label"):
+        check(TrainConfig(loss=LossConfig("squared_error")))
+
+
 @pytest.mark.parametrize("targets", [MANY, SOFT])
 def test_labels_are_torchs_binary_cross_entropy_with_positive_and_class_weights(targets):
     expected = of_torch(functional.binary_cross_entropy_with_logits, targets, pos_weight=WEIGHTS + 1, weight=WEIGHTS)

@@ -26,33 +26,43 @@ class Arguments:
 @command
 def main() -> None:
     arguments = tyro.cli(Arguments, prog="tnt-runs")
-    from rich.console import Console
-
-    from tnt_jax.commands.tables import print_rows, write_rows
     from tnt_jax.storage.files import check_ending
-    from tnt_jax.storage.run import by_role, is_run, read_config
 
     if arguments.table:
         check_ending(arguments.table, (".csv", ".jsonl", ".md"), "a table")
-    if not os.path.isdir(arguments.folder):
-        raise InputError(f"{arguments.folder} is not a folder")
-    found = sorted(path for path in _folders(pathlib.Path(arguments.folder)) if is_run(path))
+    list_runs(arguments.folder, arguments.table)
+
+
+def list_runs(folder: str, path: str | None = None) -> None:
+    """Prints a line for each run below a folder, and writes them to a file.
+
+    Raises:
+        InputError: there are none.
+    """
+    from rich.console import Console
+
+    from tnt_jax.commands.tables import print_rows, write_rows
+    from tnt_jax.storage.run import by_role, is_run, read_config
+
+    if not os.path.isdir(folder):
+        raise InputError(f"{folder} is not a folder")
+    found = sorted(each for each in _folders(pathlib.Path(folder)) if is_run(each))
     runs, rows = {}, []
-    for path in found:
-        name = os.path.relpath(path, arguments.folder)
+    for each in found:
+        name = os.path.relpath(each, folder)
         try:
-            runs[name] = {field: value for field, (value, _) in by_role(read_config(path)).items()}
-            rows.append({"run": name} | _progress(path))
+            runs[name] = {field: value for field, (value, _) in by_role(read_config(each)).items()}
+            rows.append({"run": name} | _progress(each))
         except InputError as error:
             print(f"note: {error}")
     if not rows:
-        raise InputError(f"{arguments.folder} holds no run")
+        raise InputError(f"{folder} holds no run")
     fields = {field for values in runs.values() for field in values}
     different = [field for field in sorted(fields) if len({repr(values.get(field)) for values in runs.values()}) > 1]
     rows = [row | {field: _text(runs[row["run"]].get(field)) for field in different} for row in rows]
     print_rows(Console(highlight=False), rows)
-    if arguments.table:
-        write_rows(arguments.table, rows)
+    if path:
+        write_rows(path, rows)
 
 
 def _folders(folder: pathlib.Path) -> Iterator[pathlib.Path]:

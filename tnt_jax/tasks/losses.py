@@ -21,6 +21,8 @@ class Objective:
     task: Task
     outputs: Outputs
     """The meaning of the model's outputs, as `model.json` has it."""
+    name: str | None = None
+    """Of `LOSSES`; None for the first that the task has."""
     focal_gamma: float = 0.0
     class_weights: PerOutput | None = None
     """Weight of each class, label or target in the loss; None for 1."""
@@ -29,7 +31,7 @@ class Objective:
 
     def loss(self, logits: Logits, targets: Logits) -> Float[Array, ""]:
         """Mean over the batch, and where each output has a loss over the outputs, in float32."""
-        return LOSSES[self.task.losses[0]](self, logits.astype(jnp.float32), targets).mean()
+        return LOSSES[self.name or self.task.losses[0]](self, logits.astype(jnp.float32), targets).mean()
 
 
 def cross_entropy(objective: Objective, logits: Logits, targets: Logits) -> Float[Array, " batch"]:

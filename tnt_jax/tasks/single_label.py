@@ -181,7 +181,7 @@ class SingleLabel(task.Task):
     name = "single_label"
     noun = "classes"
     metrics = METRICS
-    losses = ("cross_entropy",)
+    losses = ("cross_entropy", "binary_cross_entropy")
     settings = ("data.sampling", "loss.class_weights", "loss.focal_gamma")
     one_class = True
     label_columns = ("label", "labels", "class", "target", "category")

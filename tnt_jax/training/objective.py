@@ -32,4 +32,4 @@ def objective_of(config: TrainConfig, labels: Callable[[], np.ndarray] | None = 
                 raise InputError(f"loss.{name} has {len(value)} numbers, and {config.data.source} has {count} outputs")
             weights[name] = np.array(value, np.float64)
     statistics = task.statistics(labels) if labels is not None else {}
-    return Objective(task, Outputs(task.name, **statistics), config.loss.focal_gamma, **weights)
+    return Objective(task, Outputs(task.name, **statistics), config.loss.name, config.loss.focal_gamma, **weights)
