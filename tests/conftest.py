@@ -69,6 +69,7 @@ MAX_BYTES = 2 * 2**30
 """Of a worker: programs that are loaded and will not be called again are more than all else."""
 
 
+@pytest.hookimpl(trylast=True)  # after what a test has patched is as it was
 def pytest_runtest_teardown(item, nextitem):
     statm = pathlib.Path("/proc/self/statm")
     if statm.exists() and int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > MAX_BYTES:
