@@ -8,8 +8,9 @@ import typing
 
 import numpy as np
 import pytest
+from commands import run
 
-from tnt_jax.commands.cli import smoke, training_config
+from tnt_jax.commands.cli import CALLED, smoke, training_config
 from tnt_jax.config import (
     DataConfig,
     InputError,
@@ -22,6 +23,7 @@ from tnt_jax.config import (
 from tnt_jax.fields import role_of
 from tnt_jax.models.variants import VARIANTS, changes_to, complete, resolve
 from tnt_jax.storage.config_json import from_json, to_json
+from tnt_jax.storage.run import by_role
 
 CONFIG = complete(TrainConfig(), num_classes=10)
 
@@ -157,3 +159,27 @@ def test_the_file_that_a_run_leaves_names_the_run(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
     assert training_config(["--config", str(tmp_path / "config.json")]).epochs == 7
     assert training_config(["--config", str(tmp_path)]).epochs == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lr", "1e-3"], "--lr is not a flag of this command; here it is --optimizer.learning-rate"),
+        (["--img_size=224"], "--img_size=224 is not a flag of this command; here it is --model.image-size"),
+        (["--resume"], "here it is the same command again, which goes on by itself"),
+        (["--model.image-size", "224x192"], "write height and width as two numbers: 224 192"),
+    ],
+)
+def test_words_of_other_tools_are_answered_with_ours(arguments, message):
+    code, out, err = run("train.py", *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_no_flag_of_ours_is_taken_for_one_of_others():
+    """And what is said to be ours is."""
+    flags = {f"--{name.replace('_', '-')}" for name in by_role(training_config([]))}
+    others = {name for names in CALLED.values() for name in names}
+    assert not others & flags
+    told = {ours.split()[0] for ours in CALLED if ours.startswith("--")}
+    assert told <= flags | {"--run-dir"}

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
 import os
+import re
 import runpy
 import signal
 import sys
@@ -36,6 +38,44 @@ class Chosen:
     """Shrink the run to a minute, to see whether it holds together."""
 
 
+CALLED = {
+    "--optimizer.learning-rate": ("--lr", "--learning-rate"),
+    "--optimizer.weight-decay": ("--weight-decay", "--wd"),
+    "--optimizer.name": ("--opt", "--optimizer"),
+    "--optimizer.warmup-epochs": ("--warmup-epochs",),
+    "--optimizer.clip-norm": ("--clip-grad", "--max-grad-norm"),
+    "--optimizer.ema-decay": ("--model-ema-decay", "--ema-decay"),
+    "--batch-size": ("-b", "--batch", "--bs"),
+    "--data.num-workers": ("-j", "--workers", "--num-workers"),
+    "--data.label-smoothing": ("--smoothing", "--label-smoothing"),
+    "--data.mixup": ("--mixup",),
+    "--data.cutmix": ("--cutmix",),
+    "--data.erasing": ("--reprob",),
+    "--data.source folder:PATH": ("--data-dir", "--data-path", "--dataset"),
+    "--model.name": ("--model", "--arch", "-a"),
+    "--model.image-size HEIGHT WIDTH": ("--img-size", "--imgsz", "--input-size", "--image-size"),
+    "--model.drop-path-rate": ("--drop-path",),
+    "--model.dtype bfloat16": ("--amp", "--fp16", "--bf16"),
+    "--init-from MODEL": ("--pretrained", "--finetune", "--checkpoint"),
+    "--run-dir": ("--output", "--output-dir", "--out-dir", "--project"),
+    "the same command again, which goes on by itself": ("--resume", "--auto-resume"),
+    "JAX_PLATFORMS or CUDA_VISIBLE_DEVICES in the environment; all devices are taken": ("--device", "--gpu", "--gpus"),
+}
+"""What others call a flag, by what it is here."""
+
+
+def check_words(arguments: Sequence[str]) -> None:
+    """Raises InputError for a flag of another tool, with what it is here."""
+    for before, argument in itertools.pairwise(["", *arguments]):
+        name = argument.partition("=")[0].replace("_", "-")
+        for ours, theirs in CALLED.items():
+            if name in theirs:
+                raise InputError(f"{argument} is not a flag of this command; here it is {ours}")
+        if before.replace("_", "-").endswith("image-size") and re.fullmatch(r"\d+x\d+", argument):
+            height, width = argument.split("x")
+            raise InputError(f"{argument} is no size here; write height and width as two numbers: {height} {width}")
+
+
 def parse_with_config(kind: type, arguments: Sequence[str] | None = None) -> tuple:
     """The arguments of a command, an instance of `kind`, and the configuration that they choose and change.
 
@@ -47,6 +87,7 @@ def parse_with_config(kind: type, arguments: Sequence[str] | None = None) -> tup
         InputError: there is no such configuration.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    check_words(arguments)
     # The values of the configuration are the defaults of the flags, so it is read before they are.
     without_help = [argument for argument in arguments if argument not in ("-h", "--help")]
     chosen, _ = tyro.cli(kind, args=without_help, return_unknown_args=True, add_help=False)

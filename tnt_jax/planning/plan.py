@@ -34,7 +34,7 @@ def environment_for(topology: str) -> dict[str, str]:
     """
     on_gpus = gpus.is_gpu(topology)
     if not on_gpus and not re.fullmatch(r"cpu:[1-9]\d{0,3}|(v\d|tpu)\w*:\d+(x\d+){1,2}", topology):
-        raise InputError(f"{topology!r} is no topology; there are {KNOWN}")
+        raise InputError(f"{topology!r} is no topology{_guess(topology)}; there are {KNOWN}")
     kind, _, size = topology.partition(":")
     environment = {"JAX_PLATFORMS": "cpu"}
     if kind == "cpu":
@@ -240,3 +240,12 @@ def _state_bytes(config: TrainConfig, devices: list) -> int:
     from tnt_jax.training.program import Program
 
     return bytes_of(Program(config, make_mesh(config.fsdp, devices), 1000).abstract_state)
+
+
+def _guess(topology: str) -> str:
+    """What Google's name of a slice of v5e or v6e, by its number of chips, is here."""
+    found = re.fullmatch(r"v(5litepod|5e|5lite|6e)-(\d+)", topology)
+    sizes = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+    if not found or int(found[2]) not in sizes:
+        return ""
+    return f" (did you mean {'v6e' if found[1] == '6e' else 'v5e'}:{sizes[int(found[2])]}?)"
