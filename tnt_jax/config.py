@@ -214,8 +214,8 @@ class LossConfig:
     """
 
     name: Literal["cross_entropy", "binary_cross_entropy", "squared_error"] | None = None
-    """Another loss that the task can have: binary_cross_entropy for single_label, as DeiT III (arXiv 2204.07118) has
-    it; predictions and evaluations are those of a softmax all the same."""
+    """Another loss that the task can have: binary_cross_entropy (BCE) for single_label, as DeiT III (arXiv 2204.07118)
+    has it; predictions and evaluations are those of a softmax all the same."""
     class_weights: Literal["none", "balanced"] | tuple[float, ...] = setting("none", least=0)
     """Weight of each class, label or target. balanced is inverse to how many training images have it, with a mean of 1
     over the classes of the images: scikit-learn's formula."""

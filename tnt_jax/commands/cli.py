@@ -45,6 +45,7 @@ CALLED = {
     "--optimizer.warmup-epochs": ("--warmup-epochs",),
     "--optimizer.clip-norm": ("--clip-grad", "--max-grad-norm"),
     "--optimizer.ema-decay": ("--model-ema-decay", "--ema-decay"),
+    "--loss.name binary_cross_entropy": ("--bce-loss",),
     "--batch-size": ("-b", "--batch", "--bs"),
     "--data.num-workers": ("-j", "--workers", "--num-workers"),
     "--data.label-smoothing": ("--smoothing", "--label-smoothing"),
