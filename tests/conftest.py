@@ -65,17 +65,25 @@ def pytest_runtest_setup(item):
     jax.config.update("jax_default_device", jax.devices()[0] if alone else None)
 
 
-MAX_BYTES = 2 * 2**30
-"""Of a worker: programs that are loaded and will not be called again are more than all else."""
+GROWTH = 2**30
+"""Bytes by which a worker grows until it forgets the programs that it has loaded, which are more than all else."""
+grown_to = GROWTH
 
 
 @pytest.hookimpl(trylast=True)  # after what a test has patched is as it was
 def pytest_runtest_teardown(item, nextitem):
-    statm = pathlib.Path("/proc/self/statm")
-    if statm.exists() and int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > MAX_BYTES:
+    global grown_to
+    if resident() > grown_to + GROWTH:
         import jax
 
         jax.clear_caches()
+        grown_to = max(grown_to, resident())
+
+
+def resident() -> int:
+    """Bytes in memory, where Linux says it."""
+    statm = pathlib.Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
 
 @pytest.fixture
