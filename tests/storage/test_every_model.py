@@ -80,7 +80,7 @@ def test_every_command_takes_it(kind, everywhere, made, tmp_path, monkeypatch):
         assert locate("run").kind == "run"
     given, served = everywhere(kind), []
     monkeypatch.setattr(
-        "tnt_jax.demo.serve_page", lambda model, name, port: served.append((model.config.outer_dim, name))
+        "tnt_jax.demo.serve_page", lambda model, name, port, host: served.append((model.config.outer_dim, name))
     )
     lines = {
         "predict.py": ("digit.png", "--top-k", "2"),
