@@ -93,15 +93,19 @@ def test_erasing_fills_one_rectangle_of_a_quarter_of_the_images_with_noise():
     hit = (erased != 9.0).all(-1)
     some = hit.any(axis=(1, 2))
     assert abs(some.mean() - 0.25) < 0.07
-    areas = []
+    areas, aspects = [], []
     for mask in hit[some]:
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         assert mask.sum() == len(rows) * len(columns)
         areas.append(mask.mean())
+        aspects.append(np.log(len(rows) / len(columns)))
     # timm: area 2% to a third, height over width 0.3 to 3.3; rounding to whole pixels
     assert min(areas) > 0.015
     assert max(areas) < 0.36
     assert abs(np.mean(areas) - (0.02 + 1 / 3) / 2) < 0.03
+    assert np.abs(aspects).max() < np.log(4)
+    assert abs(np.mean(aspects)) < 0.25
+    assert abs(np.std(aspects) - np.log(1 / 0.3) / np.sqrt(3)) < 0.15  # the logarithm is uniform
     noise = np.unique(erased[hit])  # one image of noise serves the batch
     assert abs(noise.mean()) < 0.06  # 3,072 numbers
     assert abs(noise.std() - 1) < 0.05
