@@ -101,7 +101,7 @@ def write_table(mutants: list[dict], missed: list[dict]) -> None:
     planted, left = (collections.Counter(map(package, each)) for each in (mutants, missed))
     rows = [f"| {name} | {count} | {count - left[name]} |\n" for name, count in sorted(planted.items())]
     rows.append(f"| all | {len(mutants)} | {len(mutants) - len(missed)} |\n")
-    table = "| package | planted | found |\n|---|---|---|\n" + "".join(rows)
+    table = "What the last whole run found:\n\n| package | planted | found |\n|---|---|---|\n" + "".join(rows)
     before, _, rest = PAGE.read_text().partition(BEGIN)
     PAGE.write_text(before + BEGIN + table + END + rest.partition(END)[2])
 
