@@ -104,3 +104,14 @@ def test_a_run_with_another_optimizer_goes_on_exactly_and_learns(name, tmp_path)
     goes_on(tiny_run(tmp_path / "run", optimizer=optimizer))
     ema, raw = (parameters(tmp_path / "run", weights=weights) for weights in ("ema", "raw"))
     assert any((ours != theirs).any() for ours, theirs in zip(ema, raw, strict=True))
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "muon", "schedule_free"])
+def test_what_is_frozen_is_left_out_by_every_kind_of_optimizer(name):
+    optimizer = OptimizerConfig(name, clip_norm=1.0, clip_ratio=0.1, layer_decay=0.9)
+    config = complete(tiny_run("unused", optimizer=optimizer, freeze=("blocks.0.inner",)), 10)
+    program = Program(config, make_mesh(devices=jax.devices()[:1]), steps_per_epoch=11)
+    program.check()
+    whole = Program(dataclasses.replace(config, freeze=()), make_mesh(devices=jax.devices()[:1]), steps_per_epoch=11)
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(each.abstract_state.opt_state)) for each in (program, whole)]
+    assert sizes[0] < sizes[1]

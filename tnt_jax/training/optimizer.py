@@ -174,8 +174,14 @@ def average_of_weights(
         statistics: the running averages of batch norm among `params`, which no optimizer moves.
     """
     if OPTIMIZERS[config.name].schedule_free:
-        found = optax.tree.get(opt_state, "ScheduleFreeState")
-        return overwritten(optax.contrib.schedule_free_eval_params(found, params), statistics)
+        state = optax.tree.get(opt_state, "ScheduleFreeState")
+
+        def averaged(fast: jax.Array | optax.MaskedNode, param: jax.Array) -> jax.Array:
+            frozen = isinstance(fast, optax.MaskedNode)
+            return param if frozen else optax.contrib.schedule_free_eval_params(state._replace(z=fast), param)
+
+        is_frozen = {"is_leaf": lambda leaf: isinstance(leaf, optax.MaskedNode)}
+        return overwritten(jax.tree.map(averaged, state.z, params, **is_frozen), statistics)
     decay = ema_decay(config, update)
     return jax.tree.map(lambda average, new: decay * average + (1 - decay) * new, ema, params)
 
