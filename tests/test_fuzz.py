@@ -29,7 +29,7 @@ ODD = (
 def replaced(config, chance: random.Random):
     """A few fields of a configuration with values of any kind."""
     fields = [field.name for field in dataclasses.fields(config)]
-    for name in chance.sample(fields, chance.randint(1, 3)):
+    for name in chance.sample(fields, min(len(fields), chance.randint(1, 3))):
         value = getattr(config, name)
         inside = dataclasses.is_dataclass(value) and chance.random() < 0.9
         config = dataclasses.replace(config, **{name: replaced(value, chance) if inside else chance.choice(ODD)})

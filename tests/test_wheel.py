@@ -26,9 +26,7 @@ def test_every_package_is_listed():
 def test_every_script_has_a_command_in_the_wheel():
     scripts = {path.stem for path in ROOT.glob("*.py")}
     assert {f"tnt-{script.removesuffix('_torch_weights')}" for script in scripts} | {
-        "tnt-prepare",
-        "tnt-cache",
-        "tnt-calibrate",
+        *("tnt-prepare", "tnt-cache", "tnt-calibrate", "tnt-check", "tnt-runs", "tnt-embed"),
     } == set(PROJECT["project"]["scripts"])
 
 
