@@ -133,7 +133,7 @@ def test_steps_are_those_of_others(name, problem):
         np.testing.assert_allclose(params[each], tensor.detach().numpy(), rtol=2e-5, atol=2e-6)
     if name == "schedule_free":
         other.eval()
-        averaged = average_of_weights(config, jnp.int32(STEPS), None, params, state, {})
+        averaged = average_of_weights(config, jnp.int32(STEPS), {}, params, state, {})
         for each, tensor in tensors.items():
             np.testing.assert_allclose(averaged[each], tensor.detach().numpy(), rtol=2e-5, atol=2e-6)
 
