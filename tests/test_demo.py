@@ -113,11 +113,19 @@ def test_an_image_is_dropped_and_a_patch_clicked(page, browser, folder, tmp_path
         offset = int((right - 0.5) * side), int((down - 0.5) * side)
         ActionChains(browser).move_to_element_with_offset(seen, *offset).click().perform()
 
-    click(0.9, 0.1)
-    wait_for(lambda: "Patch in row 0, column 3" in found("#patch")[0].text)
+    def shows(right, down, text):
+        """After a click. A plot that comes moves the page, so that a click may miss: then once more."""
+        click(right, down)
+        end = time.monotonic() + 10
+        while text not in found("#patch")[0].text:
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.2)
+        return True
+
+    wait_for(lambda: shows(0.9, 0.1, "Patch in row 0, column 3"))
     first = wait_for(lambda: plot("inner")), wait_for(lambda: plot("outer"))
-    click(0.4, 0.6)
-    wait_for(lambda: "Patch in row 2, column 1" in found("#patch")[0].text)
+    wait_for(lambda: shows(0.4, 0.6, "Patch in row 2, column 1"))
     wait_for(lambda: plot("inner") != first[0] and plot("outer") != first[1])
     wait_for(lambda: found("#classes button"))[0].click()
     wait_for(lambda: plot("why"))

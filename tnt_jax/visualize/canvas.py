@@ -55,6 +55,8 @@ def new_figure(width: float, height: float):
     from matplotlib.text import Text
 
     class FigureOfNames(Figure):
+        __module__ = Figure.__module__  # by which Gradio knows that a figure is matplotlib's
+
         def draw(self, renderer) -> None:
             texts = [text for text in self.findobj(Text) if "\\mathdefault" not in text.get_text()]
             families = _families("".join(sorted({letter for text in texts for letter in text.get_text()})))
