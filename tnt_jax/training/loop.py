@@ -196,8 +196,7 @@ def _train_from(
                 # Saved first: a run that is killed in its evaluation has lost no step.
                 if evaluates and not number:
                     number = _evaluate(run, step, state, checkpoints, report, pauses)
-                    evaluates = number is None
-                if number and not (step == run.total_steps and evaluates):
+                if number:  # also of the last step, which the next start evaluates
                     checkpoints.wait()
                     raise _stopped(step, run, number)
                 if evaluates and called.on_epoch:
