@@ -1,6 +1,9 @@
 """A run that ends before its last epoch: because it has got worse, or because a caller says so."""
 
 import dataclasses
+import os
+import signal
+import time
 
 import pytest
 from small_runs import assert_ended_as, metrics_of, tiny_run
@@ -9,6 +12,7 @@ import tnt_jax
 from tnt_jax.config import EarlyStopConfig
 from tnt_jax.storage.reading import steps_of
 from tnt_jax.training.run import Run
+from tnt_jax.training.signals import StoppedError
 
 ACCURACY = (0.5, 0.6, 0.55, 0.6, 0.4, 0.3, 0.9, 0.9)  # after each epoch
 
@@ -76,3 +80,17 @@ def test_early_stop_binds_no_run(finished, copy):
     """It decides when a run ends, and not what a step computes."""
     tnt_jax.train(dataclasses.replace(copy, early_stop=EarlyStopConfig(100)))
     assert_ended_as(copy, finished)
+
+
+def test_a_stop_at_the_very_last_step_is_said_and_the_next_start_evaluates_it(finished, tmp_path):
+    config = dataclasses.replace(finished, run_dir=str(tmp_path / "run"))
+
+    def stop_at_the_last(step, metrics):
+        if step == 33:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)  # until the thread that listens has it
+
+    with pytest.raises(StoppedError, match="stopped after step 33 of 33, which is saved"):
+        tnt_jax.train(config, on_step=stop_at_the_last)
+    tnt_jax.train(config)
+    assert_ended_as(config, finished)
