@@ -72,6 +72,9 @@ class ModelConfig:
     """How the inner transformers are computed; auto is what is fastest on the platform. The results are the same. With
     auto or native, attention of the others on CPUs is a function in C too; with cuda, on GPUs, it is cuDNN's. cuda has
     not run on a GPU yet, and auto does not choose it: docs/gpus.md."""
+    head: Literal["class", "linear", "mlp"] = "class"
+    """What gives the logits: one map of the class token (PyramidTNT: of the mean), for the image; or for every pixel
+    linear, Segmenter's head over the last sentences, or mlp, SegFormer's over maps of four scales."""
 
 
 ModelChanges = changes_of(
@@ -94,8 +97,9 @@ class DataConfig:
     """
 
     source: str = setting("digits", role="execution")
-    """`digits`, `idx:FOLDER`, `folder:PATH`, `csv:FILE`, `npy:PATH`, `hf:NAME`, `tfds:NAME`, `array_record:PATH` or
-    `synthetic`; see docs/data.md. A run may go on with the same data at another place: what it holds is compared."""
+    """`digits`, `idx:FOLDER`, `folder:PATH`, `csv:FILE`, `npy:PATH`, `hf:NAME`, `tfds:NAME`, `array_record:PATH`,
+    `masks:PATH` or `synthetic`; see docs/data.md. A run may go on with the same data at another place: what it holds is
+    compared."""
     train_split: str = "train"
     """What training reads. TFDS takes its slices here, `train[:90%]`."""
     eval_split: str | None = setting(None, role="execution")
@@ -103,7 +107,7 @@ class DataConfig:
     where there is one (`val`, `valid` or `validation`), or what `holdout` or `fold` leaves, or the test split; and
     `eval.py` reports the test split where there is one. A name is for both."""
     task: TaskName = Outputs.task
-    """What is told of an image: one class, any number of classes, or numbers."""
+    """What is told of an image: one class, any number of classes, numbers, or the class of each pixel."""
     holdout: float = setting(0.0, least=0, below=1)
     """Share of the training images that is evaluated instead of trained on where the source has no `eval_split`, or by
     default no validation split. It is drawn by `split_seed` and stratified: each class gives the same share."""
@@ -120,7 +124,11 @@ class DataConfig:
     """Column of a table (`csv:`, `hf:`) with the paths of the images; by default `image`, `path`, `file` and so on."""
     label_columns: tuple[str, ...] = ()
     """Columns with the labels: one of class names or numbers, or for multi_label and regression one for each output.
-    By default `label`, `labels` and so on; for regression `target`, or all other columns of numbers."""
+    By default `label`, `labels` and so on; for regression `target`, or all other columns of numbers; for segmentation
+    `mask`, with the path of a mask."""
+    ignore: tuple[int, ...] = setting((), least=0)
+    """segmentation: values of masks that are no class, beside 255, or 65535 of more than 255 classes. The classes are
+    the other values in their order: of ADE20K, whose 0 is unlabelled, 0 makes 1 the first class."""
     label_separator: str | None = None
     """What stands between the labels of a cell (multi_label); by default the first of `|`, `;`, `,` that occurs."""
     split_column: str | None = None
@@ -152,6 +160,9 @@ class DataConfig:
     """Random resized crop: share of the image's area that is cut out. None cuts out the middle, as evaluation does."""
     crop_aspect: tuple[float, float] = setting((3 / 4, 4 / 3), above=0)
     """Random resized crop: width over height."""
+    scale_jitter: tuple[float, float] | None = setting(None, above=0)
+    """Large-scale jitter, instead of a random crop: the whole image, fitted into the input, is scaled by a factor
+    between these, such as 0.1 and 2, and cut or padded to the input at a random place."""
     interpolation: Literal["random", "bilinear", "bicubic"] = "random"
     """How training resizes, shears and turns: `random` draws bilinear or bicubic each time. Evaluation is bicubic."""
     random_shift: float = setting(0.0, least=0, most=1)
@@ -210,12 +221,17 @@ class DataConfig:
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
     """How outputs and targets are compared; the task decides by what: softmax cross-entropy (single_label), binary
-    cross-entropy of each label (multi_label), squared error of standardised targets (regression).
+    cross-entropy of each label (multi_label), squared error of standardised targets (regression), cross-entropy of each
+    pixel plus Dice (segmentation).
     """
 
-    name: Literal["cross_entropy", "binary_cross_entropy", "squared_error"] | None = None
+    name: (
+        Literal["cross_entropy", "binary_cross_entropy", "squared_error", "cross_entropy_dice", "pixel_cross_entropy"]
+        | None
+    ) = None
     """Another loss that the task can have: binary_cross_entropy (BCE) for single_label, as DeiT III (arXiv 2204.07118)
-    has it; predictions and evaluations are those of a softmax all the same."""
+    has it; predictions and evaluations are those of a softmax all the same. pixel_cross_entropy is segmentation's
+    without Dice."""
     class_weights: Literal["none", "balanced"] | tuple[float, ...] = setting("none", least=0)
     """Weight of each class, label or target. balanced is inverse to how many training images have it, with a mean of 1
     over the classes of the images: scikit-learn's formula."""
@@ -354,7 +370,8 @@ class TrainConfig(Generic[Model]):
     """Latest checkpoints that are kept, beside the best one."""
     best_metric: str | None = setting(None, role="observation")
     """Metric of the averaged weights on the evaluated images that chooses the best checkpoint. By default top1 for
-    single_label, map for multi_label and r2 for regression; the others are in docs/evaluation.md."""
+    single_label, map for multi_label, r2 for regression and miou for segmentation; the others are in
+    docs/evaluation.md."""
     early_stop: EarlyStopConfig = EarlyStopConfig()
     log_every_steps: int = setting(10, role="observation", least=1)
     """Steps between lines of metrics.jsonl and TensorBoard."""
@@ -416,7 +433,9 @@ def check_data(data: DataConfig) -> None:
     """`check` for the part of a configuration that a data pipeline needs."""
     for fault in faults(data, "data."):
         raise InputError(fault)
-    for name in ("crop_area", "crop_aspect"):
+    if data.crop_area and data.scale_jitter:
+        raise InputError(f"data.scale_jitter is {data.scale_jitter}, instead of which data.crop_area must be None")
+    for name in ("crop_area", "crop_aspect", "scale_jitter"):
         low, high = getattr(data, name) or (1, 1)
         if low > high:
             raise InputError(f"data.{name} is {low} to {high}, and must rise")
@@ -430,6 +449,7 @@ def check_task(config: TrainConfig) -> None:
         "loss.class_weights": (loss.class_weights == "balanced", "none or numbers"),
         "loss.positive_weights": (loss.positive_weights != "none", "none"),
         "loss.focal_gamma": (loss.focal_gamma > 0, "0"),
+        **{f"data.{name}": (getattr(config.data, name) > 0, "0") for name in ("mixup", "cutmix", "label_smoothing")},
     }
     for name, (given, right) in only.items():
         tasks = with_setting(name)
@@ -440,6 +460,9 @@ def check_task(config: TrainConfig) -> None:
                 f"{name} is {value!r}, which only {' and '.join(tasks)} can have; for data.task {task} it must be "
                 f"{right}"
             )
+    if (config.model.head in (None, "class")) == TASKS[task].dense:
+        right = "linear or mlp, which give something for every pixel" if TASKS[task].dense else "class"
+        raise InputError(f"model.head is {config.model.head or 'class'}, and must be {right}, for data.task {task}")
     if loss.name not in (None, *TASKS[task].losses):
         raise InputError(
             f"loss.name is {loss.name!r}, and must be {' or '.join(TASKS[task].losses)} for data.task {task}"

@@ -26,7 +26,7 @@ class FailingRecipe:
 
     row_shape = (4, 4, 3)
     dtype = "uint8"
-    target_shape = ()
+    target_shape, target_dtype = (), "int32"
     error: Exception
 
     def fill(self, step, rows, images, labels):

@@ -1,4 +1,4 @@
-"""What training does to one image on the host: random crop, flip, RandAugment or colour jitter.
+"""What training does to one image on the host: random crop or jitter, shift, flip, RandAugment or colour jitter.
 
 Every function takes pixels (height, width, channels) and returns new ones. What moves pixels is for images of any type
 and number of channels; what changes colours is for 1 and 3 channels of 8 bits, and leaves others as they are. All that
@@ -12,31 +12,61 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from tnt_jax.config import DataConfig
+from tnt_jax.data.moving import Places, fitted
 from tnt_jax.data.resample import affine, from_pillow, mirror, resize, to_pillow
 from tnt_jax.data.samples import Pixels, full_scale_of
+from tnt_jax.tasks.table import TASKS
 
 
-def augment(image: Pixels, data: DataConfig, size: tuple[int, int], rng: np.random.Generator) -> Pixels:
-    """A training image of `size` (height, width) from a whole one."""
-    if data.crop_area:
-        image = random_resized_crop(image, data, size, rng)
-    if data.random_shift:
-        image = random_shift(image, data.random_shift, rng)
-    if rng.random() < data.random_flip:
-        image = mirror(image)
+def augment(
+    image: Pixels, data: DataConfig, size: tuple[int, int], rng: np.random.Generator
+) -> tuple[Pixels, Places]:
+    """A training image of `size` (height, width) from a whole one, and where its pixels come from.
+
+    Of a dense task only what `Places` can say moves pixels: RandAugment leaves out its `GEOMETRY`.
+    """
+    image, places = move(image, data, size, rng)
     if data.randaugment_ops:
-        return randaugment(image, data, rng)
+        return randaugment(image, data, rng), places
     jitters = data.color_jitter and has_colours(image)
-    return color_jitter(image, data.color_jitter, rng) if jitters else image
+    return color_jitter(image, data.color_jitter, rng) if jitters else image, places
 
 
-def random_resized_crop(image: Pixels, data: DataConfig, size: tuple[int, int], rng: np.random.Generator) -> Pixels:
+def move(image: Pixels, data: DataConfig, size: tuple[int, int], rng: np.random.Generator) -> tuple[Pixels, Places]:
+    """The part of `augment` that moves what is told of pixels too: crop or large-scale jitter, shift, flip."""
+    if data.crop_area:
+        image, places = random_resized_crop(image, data, size, rng)
+    elif data.scale_jitter:
+        image, places = scale_jitter(image, data, size, rng)
+    elif TASKS[data.task].dense:
+        image, places = fitted(image, size, draw_interpolation(data, rng), fill_of(image, data))
+    else:
+        places = Places.of_box((0, 0, *image.shape[:2]), image.shape[:2])
+    if data.random_shift:
+        image, places = random_shift(image, places, data.random_shift, rng)
+    if rng.random() < data.random_flip:
+        image, places = mirror(image), places.mirrored()
+    return image, places
+
+
+def random_resized_crop(
+    image: Pixels, data: DataConfig, size: tuple[int, int], rng: np.random.Generator
+) -> tuple[Pixels, Places]:
     """Cuts out a rectangle of random area and aspect and resizes it.
 
     Source: timm's RandomResizedCropAndInterpolation.
     """
-    top, left, height, width = crop_box(*image.shape[:2], data, rng)
-    return resize(image[top : top + height, left : left + width], size, draw_interpolation(data, rng))
+    top, left, height, width = box = crop_box(*image.shape[:2], data, rng)
+    part = image[top : top + height, left : left + width]
+    return resize(part, size, draw_interpolation(data, rng)), Places.of_box(box, size)
+
+
+def scale_jitter(
+    image: Pixels, data: DataConfig, size: tuple[int, int], rng: np.random.Generator
+) -> tuple[Pixels, Places]:
+    """Large-scale jitter (arXiv 2012.07177): the whole image times a random factor, at a random place."""
+    factor, at = rng.uniform(*data.scale_jitter), (rng.random(), rng.random())
+    return fitted(image, size, draw_interpolation(data, rng), fill_of(image, data), factor=factor, at=at)
 
 
 def crop_box(height: int, width: int, data: DataConfig, rng: np.random.Generator) -> tuple[int, int, int, int]:
@@ -64,13 +94,15 @@ def draw_interpolation(data: DataConfig, rng: np.random.Generator) -> Image.Resa
     return Image.Resampling[data.interpolation.upper()]
 
 
-def random_shift(image: Pixels, share: float, rng: np.random.Generator) -> Pixels:
-    """Moves the image by up to `share` of its sides; the edge is repeated."""
+def random_shift(
+    image: Pixels, places: Places, share: float, rng: np.random.Generator
+) -> tuple[Pixels, Places]:
+    """Moves the image by up to `share` of its sides; the edge is repeated, of which nothing is told."""
     height, width, _ = image.shape
     most = [round(share * side) for side in (height, width)]
     down, right = (rng.integers(0, 2 * pixels + 1) - pixels for pixels in most)
     rows, columns = np.arange(height) + down, np.arange(width) + right
-    return image[rows.clip(0, height - 1)[:, None], columns.clip(0, width - 1)]
+    return image[rows.clip(0, height - 1)[:, None], columns.clip(0, width - 1)], places.take(rows, columns)
 
 
 # RandAugment. `level` is the strength over 10, so from 0 to 1, and `sign` 1 or -1. Source: timm's auto_augment.py, its
@@ -175,7 +207,7 @@ GEOMETRY = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
 def randaugment(image: Pixels, data: DataConfig, rng: np.random.Generator) -> Pixels:
     """Draws operations with replacement and applies each with probability 0.5, at a strength of its own."""
     fill = fill_of(image, data)
-    coloured = has_colours(image)
+    coloured, still = has_colours(image), TASKS[data.task].dense
     operations = list(OPERATIONS)
     for drawn in rng.integers(len(operations), size=data.randaugment_ops):
         if rng.random() < 0.5:
@@ -183,7 +215,7 @@ def randaugment(image: Pixels, data: DataConfig, rng: np.random.Generator) -> Pi
         level = min(10, max(0, rng.normal(data.randaugment_magnitude, data.randaugment_std))) / 10
         sign = -1 if rng.random() < 0.5 else 1
         interpolation, name = draw_interpolation(data, rng), operations[drawn]
-        if coloured or name in GEOMETRY:
+        if coloured if name not in GEOMETRY else not still:
             image = OPERATIONS[name](image, level, sign, interpolation, fill)
     return image
 

@@ -5,10 +5,12 @@ import io
 import os
 import struct
 from collections.abc import Callable
+from pathlib import Path
 from typing import BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
 import simplejpeg
+from jaxtyping import UInt16
 from PIL import Image
 
 from tnt_jax.config import DataConfig, InputError
@@ -102,6 +104,46 @@ def read_image(
         raise InputError(f"there is no image {name}{link}") from None
     except Exception as error:  # decoders raise nearly everything for a damaged file
         raise InputError(f"{_called(name, given)} cannot be read as an image: {_reason(error)}") from error
+
+
+def read_mask(
+    source: str | bytes, max_pixels: int = DataConfig.max_pixels, name: str = "the mask"
+) -> UInt16[np.ndarray, "height width"]:
+    """The values of a mask, upright: a number for each pixel, of a palette the place in it.
+
+    Args:
+        source: path, or bytes of a file, which `name` names for errors.
+
+    Raises:
+        InputError: there is no such file, or it is no mask.
+    """
+    name = source if isinstance(source, str) else name
+    try:
+        content = Path(source).read_bytes() if isinstance(source, str) else source
+        if content.startswith(b"\x93NUMPY"):
+            values = np.load(io.BytesIO(content), allow_pickle=False)
+        else:
+            image = _open(content)
+            check_size(image.height, image.width, 1, max_pixels)
+            if image.format in ("JPEG", "WEBP"):
+                raise ValueError(f"it is {image.format}, which changes the numbers of classes; PNG keeps them")
+            image.load()
+            values = upright(np.asarray(image), _orientation(image))
+        if values.ndim == 3 and (values == values[..., :1]).all():  # grey that was saved as colours
+            values = values[..., 0]
+        if values.ndim != 2 or values.dtype.kind not in "uib":
+            raise ValueError(
+                f"it is {values.dtype} {values.shape}, and should have one channel with the number of a class in each "
+                "pixel: grey, or a palette"
+            )
+        check_size(*values.shape, 1, max_pixels)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"its values are {values.min()} to {values.max()}, and should be 0 to 65535")
+        return values.astype(np.uint16)
+    except FileNotFoundError:
+        raise InputError(f"there is no mask {name}") from None
+    except Exception as error:  # decoders raise nearly everything for a damaged file
+        raise InputError(f"{name} cannot be read as a mask: {_reason(error)}") from error
 
 
 def _called(name: str | Callable[[], str] | None, source: ImageSource) -> str:

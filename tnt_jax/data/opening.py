@@ -12,10 +12,12 @@ from tnt_jax.data.arrays import open_numpy
 from tnt_jax.data.folders import open_folder
 from tnt_jax.data.hub_dataset import open_hub_dataset
 from tnt_jax.data.idx import open_idx
+from tnt_jax.data.masks import open_masks
 from tnt_jax.data.records import open_array_record, open_tfds
 from tnt_jax.data.sources import Noise, NoSplitError, Split, names_of_split
 from tnt_jax.data.splits import divided
 from tnt_jax.data.tables import open_table
+from tnt_jax.tasks.table import TASKS
 
 VALIDATION = "validation"
 
@@ -103,7 +105,8 @@ def _open(data: DataConfig, split: str) -> Split:
     """A split as the source has it."""
     name, _, argument = data.source.partition(":")
     if name not in SOURCES or (name != "synthetic" and bool(argument) != (name != "digits")):
-        known = "digits, idx:FOLDER, folder:PATH, csv:FILE, npy:PATH, hf:NAME, tfds:NAME, array_record:PATH, synthetic"
+        known = "digits, idx:FOLDER, folder:PATH, csv:FILE, npy:PATH, hf:NAME, tfds:NAME, "
+        known += "array_record:PATH, masks:PATH, synthetic"
         raise InputError(f"data source {data.source!r} is none of {known}, synthetic:COUNT{_guess(data.source)}")
     source = SOURCES[name]
     for option in OPTIONS:
@@ -112,7 +115,11 @@ def _open(data: DataConfig, split: str) -> Split:
             flag = f"--data.{option.replace('_', '-')}"
             raise InputError(f"{flag} was given, and {name}{':' * bool(argument)} has no use for it; {others} have")
     try:
-        return source.open(os.path.expanduser(argument), data, split)
+        found, dense = source.open(os.path.expanduser(argument), data, split), TASKS[data.task].dense
+        if found.dense != dense:
+            has, fits = ("a mask", "segmentation") if found.dense else ("no mask", "masks:PATH, csv:FILE, tfds:NAME")
+            raise InputError(f"{data.source} has {has} of each image, and data.task is {data.task}: take {fits}")
+        return found
     except NoSplitError as error:
         if split == data.train_split or data.holdout:
             raise
@@ -165,6 +172,8 @@ def _open_synthetic(argument: str, data: DataConfig, split: str) -> Split:
     if argument and not argument.isdecimal():
         raise InputError(f"data source synthetic:{argument} is not synthetic:COUNT with a number of images")
     count = int(argument) if argument else counts[split]
+    if TASKS[data.task].dense:
+        return Split(Noise(count, dense=True), None, ("left", "right"), split)
     return Split(Noise(count), np.arange(count, dtype=np.int32) % 1000, tuple(map(str, range(1000))), split)
 
 
@@ -177,7 +186,7 @@ class Source(NamedTuple):
 
 GROUPED = ("fold_column", "group_column", "weight_column")
 LABELS = ("label_columns", "label_separator", "class_names", "other_classes")
-OPTIONS = (*LABELS, *GROUPED, "image_column", "split_column", "encoding")
+OPTIONS = (*LABELS, *GROUPED, "image_column", "split_column", "encoding", "ignore")
 """Fields of `DataConfig` that only some sources have a use for. One that was given is never ignored."""
 
 SOURCES = {
@@ -187,7 +196,8 @@ SOURCES = {
     "csv": Source(open_table, OPTIONS),
     "npy": Source(open_numpy, ("class_names", *GROUPED)),
     "hf": Source(open_hub_dataset, (*LABELS, *GROUPED, "image_column")),
-    "tfds": Source(open_tfds),
-    "array_record": Source(open_array_record),
+    "tfds": Source(open_tfds, ("class_names", "ignore")),
+    "array_record": Source(open_array_record, ("class_names", "ignore")),
+    "masks": Source(open_masks, ("class_names", "ignore")),
     "synthetic": Source(_open_synthetic),
 }

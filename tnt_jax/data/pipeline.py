@@ -8,10 +8,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+from PIL import Image
 
 from tnt_jax.config import DataConfig, InputError, check_data
-from tnt_jax.data.augment import augment
+from tnt_jax.data.augment import augment, fill_of
 from tnt_jax.data.crop import evaluation_crop
+from tnt_jax.data.moving import Places, fitted
 from tnt_jax.data.samples import Pixels, to_channels, to_depth
 from tnt_jax.data.sampling import Shares, image_shares, weighted_order
 from tnt_jax.data.sources import Split, Target
@@ -26,6 +28,11 @@ def target_shape(recipe: "TrainRecipe | EvalRecipe") -> tuple[int, ...]:
     """Of the target of an image."""
     task, outputs = TASKS[recipe.data.task], len(recipe.source.class_names)
     return task.label_shape(outputs, recipe.row_shape[:2])
+
+
+def target_dtype(recipe: "TrainRecipe | EvalRecipe") -> str:
+    """Of the target of an image."""
+    return TASKS[recipe.data.task].label_dtype
 
 
 def steps_per_epoch(count: int, data: DataConfig, batch_size: int) -> int:
@@ -83,6 +90,10 @@ class TrainRecipe:
     def target_shape(self) -> tuple[int, ...]:
         return target_shape(self)
 
+    @property
+    def target_dtype(self) -> str:
+        return target_dtype(self)
+
     def fill(self, step: int, rows: Sequence[int], images: np.ndarray, targets: np.ndarray) -> list[tuple[int, str]]:
         """Writes rows of the batch: images (rows, height, width, channels) of `dtype`, and their targets.
 
@@ -114,8 +125,8 @@ class TrainRecipe:
                 unreadable.append((index, str(error)))
         raise _too_many(self, dict(unreadable))
 
-    def _augmented(self, pixels: Pixels, rng: np.random.Generator) -> Pixels:
-        if not self.data.crop_area:
+    def _augmented(self, pixels: Pixels, rng: np.random.Generator) -> tuple[Pixels, Places]:
+        if not (self.data.crop_area or self.data.scale_jitter or TASKS[self.data.task].dense):
             pixels = evaluation_crop(pixels, self.row_shape[:2], self.data.crop)
         return augment(pixels, self.data, self.row_shape[:2], rng)
 
@@ -139,12 +150,14 @@ def read(recipe: "TrainRecipe | EvalRecipe", index: int) -> tuple[Pixels, Target
 
 
 def prepared(
-    recipe: "TrainRecipe | EvalRecipe", index: int, prepare_one: Callable[[Pixels], Pixels]
+    recipe: "TrainRecipe | EvalRecipe", index: int, prepare_one: Callable[[Pixels], tuple[Pixels, Places]]
 ) -> tuple[Pixels, Target]:
-    """An image of the source as it goes into the batch. Whatever is raised for it names it."""
+    """An image of the source as it goes into the batch, and its target, which of a dense task moves with it. Whatever
+    is raised for it names it."""
     pixels, target = read(recipe, index)
     try:
-        return prepare_one(pixels), target
+        pixels, places = prepare_one(pixels)
+        return pixels, TASKS[recipe.data.task].moved(target, places)
     except MemoryError as error:
         raise InputError(f"{recipe.source.image_name(index)}: there is not enough memory to resize it") from error
 
@@ -207,6 +220,10 @@ class EvalRecipe:
     def target_shape(self) -> tuple[int, ...]:
         return target_shape(self)
 
+    @property
+    def target_dtype(self) -> str:
+        return target_dtype(self)
+
     def fill(self, step: int, rows: Sequence[int], images: np.ndarray, targets: np.ndarray) -> list:
         for at, row in enumerate(rows):
             index = step * self.batch_size + row
@@ -216,8 +233,12 @@ class EvalRecipe:
             images[at], targets[at] = prepared(self, index, self._cropped)
         return []
 
-    def _cropped(self, pixels: Pixels) -> Pixels:
-        return evaluation_crop(pixels, self.row_shape[:2], self.data.crop, self.interpolation)
+    def _cropped(self, pixels: Pixels) -> tuple[Pixels, Places]:
+        size = self.row_shape[:2]
+        if TASKS[self.data.task].dense:  # also what a crop would leave out counts
+            return fitted(pixels, size, Image.Resampling[self.interpolation.upper()], fill_of(pixels, self.data))
+        pixels = evaluation_crop(pixels, size, self.data.crop, self.interpolation)
+        return pixels, Places.of_box((0, 0, *size), size)
 
 
 def train_recipe(
@@ -252,7 +273,8 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Batches without end, beginning with that of `start_step`.
 
-    Each is {"image": (rows, height, width, channels), "label": int32 (rows,) or float32 (rows, outputs)}.
+    Each is {"image": (rows, height, width, channels), "label": int32 (rows,), float32 (rows, outputs) or uint16 (rows,
+    height, width)}.
     Images are of `dtype`; by default of `data.depth`, or of the type of the first, which is read for it. `batch_size`
     counts the images of a step over all processes; `rows` are those of them that this one wants, by default all. The
     workers end when the iterator is closed or the process ends.

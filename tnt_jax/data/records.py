@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 
 from tnt_jax.config import DataConfig, InputError
-from tnt_jax.data.decode import Reading
+from tnt_jax.data.classes import read_class_names
+from tnt_jax.data.decode import Reading, read_mask
+from tnt_jax.data.masks import Meaning, class_numbers
 from tnt_jax.data.sources import Images, NoSplitError, Split
+from tnt_jax.tasks.table import TASKS
 
 INSTALL = "pip install tensorflow-datasets array_record"
 
@@ -56,12 +59,12 @@ class RecordImages(Images):
         """The classes of all records, which are all read for them once."""
         return np.array([self.labelled(index)[1] for index in range(len(self))], np.int32)
 
-    def _record(self, index: int) -> dict[str, Any]:
+    def _record(self, index: int, target: str = "label") -> dict[str, Any]:
         """Raises InputError, with the shard and the place in it, where a record is damaged."""
         try:
             record = self.records[index]
-            if record.get("label") is None or record.get("image") is None:
-                raise ValueError("it has no image, or no label")
+            if record.get(target) is None or record.get("image") is None:
+                raise ValueError(f"it has no image, or no {target.replace('_', ' ')}")
             return record
         except Exception as error:  # a cut shard, a flipped bit, other features: nearly everything is raised
             reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -75,6 +78,44 @@ class RecordImages(Images):
             return f", record {place} of {os.path.basename(source._read_instructions[reader].filename)},"
         except Exception:  # what TFDS and array_record do not promise
             return ""
+
+
+MASK = "segmentation_mask"
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedRecords(RecordImages):
+    """Records with an image and its mask."""
+
+    meaning: Meaning | None = None
+    dense = True
+
+    def _record(self, index: int, target: str = MASK) -> dict[str, Any]:
+        return super()._record(index, target)
+
+    def labelled(self, index: int) -> tuple[bytes, np.ndarray]:
+        name, record = f"the mask of {self.name(index)}", self._record(index)
+        return record["image"], self.meaning.classes(read_mask(record[MASK], name=name), name)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """No class of a whole image is told: all are alike."""
+        return np.zeros(len(self), np.int32)
+
+
+def _masked(builder, tfds, name: str, data: DataConfig, split: str, records: Any) -> Split:
+    known = _checksum(builder.info, split)
+    if data.class_names:
+        names = read_class_names(data.class_names)
+    else:
+        training = builder.as_data_source(split=data.train_split, decoders=_undecoded(tfds, ("image", MASK)))
+        names = class_numbers([training[index][MASK] for index in range(len(training))], data)
+    images = MaskedRecords(f"{name} {split}", records, len(names), known, Meaning(names, data.ignore))
+    return Split(images, None, names, split, Reading.of(data))
+
+
+def _undecoded(tfds, features: tuple[str, ...]) -> dict[str, Any]:
+    return {feature: tfds.decode.SkipDecoding() for feature in features}
 
 
 def open_tfds(name: str, data: DataConfig, split: str) -> Split:
@@ -124,14 +165,20 @@ def _open(tfds, builder, name: str, data: DataConfig, split: str) -> Split:
             f"installed, `tfds convert_format --dataset_version_dir={builder.data_dir} --out_file_format=array_record` "
             "adds a version that can"
         )
-    if not {"image", "label"} <= set(info.features) or not hasattr(info.features["label"], "names"):
-        raise InputError(f"{name} has the features {', '.join(info.features)}, and an image and a label are needed")
+    dense = TASKS[data.task].dense
+    target = MASK if dense else "label"
+    if not {"image", target} <= set(info.features) or not (dense or hasattr(info.features[target], "names")):
+        needed = target.replace("_", " ")
+        raise InputError(f"{name} has the features {', '.join(info.features)}, and an image and a {needed} are needed")
     if split == "test" and "test" not in info.splits and "validation" in info.splits:
         split = "validation"
     try:
-        records = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+        encoded = ("image", MASK) if dense else ("image",)
+        records = builder.as_data_source(split=split, decoders=_undecoded(tfds, encoded))
     except ValueError as error:
         raise NoSplitError(split, sorted(info.splits)) from error
+    if dense:
+        return _masked(builder, tfds, name, data, split, records)
     class_names = tuple(info.features["label"].names)
     images = RecordImages(f"{name} {split}", records, len(class_names), _checksum(info, split))
     return Split(images, None, class_names, split, Reading.of(data))

@@ -14,7 +14,8 @@ from tnt_jax.data.listing import FileNames
 from tnt_jax.data.samples import Pixels
 
 Target = int | np.ndarray
-"""A class; or float32 (outputs,): 0 or 1 for each class (multi_label), or numbers (regression)."""
+"""A class; or float32 (outputs,): 0 or 1 for each class (multi_label), or numbers (regression); or a mask, uint16
+(height, width)."""
 
 
 class NoSplitError(InputError):
@@ -42,6 +43,9 @@ def names_of_split(split: str) -> tuple[str, ...]:
 
 class Images(Sequence):
     """Images by their places, each as `read_image` takes it. Can be pickled, so that worker processes read it too."""
+
+    dense = False
+    """Whether each comes with a mask."""
 
     def name(self, index: int) -> str:
         """What an image is called in messages."""
@@ -73,7 +77,11 @@ class _Taken(Images):
     def digest(self) -> str | None:
         return self.images.digest() if isinstance(self.images, Images) else None
 
-    def labelled(self, index: int) -> tuple[ImageSource, int]:
+    @property
+    def dense(self) -> bool:
+        return isinstance(self.images, Images) and self.images.dense
+
+    def labelled(self, index: int) -> tuple[ImageSource, Target]:
         return self.images.labelled(int(self.indices[index]))
 
     @property
@@ -151,11 +159,21 @@ class Split:
         if isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[2] < 4:
             channels = None  # they have no alpha to leave out; whether they fit is asked of the whole split
         name = functools.partial(self.image_name, index)
-        return read_image(image, channels, at_least=at_least, reading=self.reading, name=name), target
+        at_least = None if self.dense else at_least  # a mask is of the whole size
+        pixels = read_image(image, channels, at_least=at_least, reading=self.reading, name=name)
+        if self.dense and target.shape != pixels.shape[:2]:
+            sizes = [f"{width} x {height}" for height, width in (target.shape, pixels.shape[:2])]
+            raise InputError(f"{name()} is {sizes[1]} pixels, and its mask {sizes[0]}; both must be of one size")
+        return pixels, target
 
     def image_name(self, index: int) -> str:
         """What an image is called in messages."""
         return name_of(self.images, index)
+
+    @property
+    def dense(self) -> bool:
+        """Whether each image comes with a mask."""
+        return isinstance(self.images, Images) and self.images.dense
 
     @property
     def files(self) -> FileNames | None:
@@ -185,9 +203,18 @@ class Noise(Images):
     """Noise, without reading or decoding anything: for timing the device alone, and for trying a run out."""
 
     length: int
+    dense: bool = False
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> Any:
         return np.random.default_rng(index).integers(0, 256, (256, 256, 3), np.uint8)
+
+    def labelled(self, index: int) -> tuple[Any, Target]:
+        """With two classes by halves."""
+        return self[index], np.repeat(np.arange(2, dtype=np.uint16), 128)[None].repeat(256, 0)
+
+    @property
+    def labels(self) -> np.ndarray:
+        return np.zeros(self.length, np.int32)

@@ -12,9 +12,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from tnt_jax.config import DataConfig, InputError
+from tnt_jax.data.classes import read_class_names
 from tnt_jax.data.columns import Column, column_of, is_label, joined, parts, targets_of, weights_of
 from tnt_jax.data.decode import Reading
 from tnt_jax.data.sources import ImageFiles, Images, NoSplitError, Split, names_of_split
+from tnt_jax.tasks.table import TASKS
 from tnt_jax.tasks.weights import class_counts
 
 IMAGE_COLUMNS = ("image", "path", "file", "filename", "file_name", "image_path", "filepath")
@@ -82,7 +84,29 @@ def open_table(argument: str, data: DataConfig, split: str) -> Split:
     _check_images(table, names, folder)
     name = table.columns[split_column].text_of(int(rows[0])) if split_column else data.train_split
     images = ImageFiles(folder, names.files_of(rows))
+    if TASKS[data.task].dense:
+        return _with_masks(table, data, images, rows, training, name)
     return split_of_rows(table, data, images, rows, training, name, {image, split_column})
+
+
+def _with_masks(
+    table: Table, data: DataConfig, images: ImageFiles, rows: np.ndarray, training: np.ndarray | None, name: str
+) -> Split:
+    """Some rows of a table whose labels are the paths of masks, relative to the table."""
+    from tnt_jax.data.masks import CLASSES, class_numbers, split_of_files
+
+    given = data.label_columns[0] if data.label_columns else None
+    column = table.columns[table.chosen(given, TASKS[data.task].label_columns, "--data.label-columns", required=True)]
+    if (row := column.empty_row()) is not None:
+        raise InputError(f"{table.place(row)}: the cell of {column.name!r} is empty")
+    _check_there(table, column, images.folder, "masks")
+    beside = os.path.join(images.folder, CLASSES)
+    classes = data.class_names or (beside if os.path.isfile(beside) else None)
+    trained = ImageFiles(images.folder, column.files_of(rows if training is None else training))
+    names = read_class_names(classes) if classes else class_numbers(trained, data)
+    files = images, ImageFiles(images.folder, column.files_of(rows))
+    told = values_of(table, told_of_rows(table, data), rows)
+    return dataclasses.replace(split_of_files(files, names, data, name), **told)
 
 
 def split_of_rows(
@@ -177,7 +201,6 @@ def _check_images(table: Table, column: Column, folder: str) -> None:
     if (row := column.empty_row()) is not None:
         raise InputError(f"{table.place(row)}: the cell of {column.name!r} is empty")
     # By 64 bits of each path instead of the path: a tenth of the memory.
-    keys = np.fromiter(map(hash, parts(column.cells)), np.int64, len(table))
     one_spelling = np.fromiter((hash(_plain(name, folder)) for name in parts(column.cells)), np.int64, len(table))
     different, first = np.unique(one_spelling, return_index=True)
     if len(different) < len(table):
@@ -187,11 +210,17 @@ def _check_images(table: Table, column: Column, folder: str) -> None:
         raise InputError(
             f"{table.place(int(again[0]))}: {name} is there for the second time, first in {table.place(before)}{others}"
         )
+    _check_there(table, column, folder, "images")
+
+
+def _check_there(table: Table, column: Column, folder: str, what: str) -> None:
+    """Every row has a file that is there."""
+    keys = np.fromiter(map(hash, parts(column.cells)), np.int64, len(table))
     missing = np.flatnonzero(~np.isin(keys, _keys_of_files(os.fsencode(folder), column)))
     if len(missing):
         names = listed([_name(column, row) for row in missing[:SHOWN].tolist()], len(missing))
         raise InputError(
-            f"{table.place(int(missing[0]))}: {len(missing):,} of {len(table):,} images are not there, looked for in "
+            f"{table.place(int(missing[0]))}: {len(missing):,} of {len(table):,} {what} are not there, looked for in "
             f"{folder}: {names}"
         )
 

@@ -39,7 +39,8 @@ class Recipe(Protocol):
     dtype: str
     """Of the images: uint8, uint16 or float32."""
     target_shape: tuple[int, ...]
-    """() for a class, (outputs,) for what is float32."""
+    """Of the target of an image."""
+    target_dtype: str
 
     def fill(self, step: int, rows: Sequence[int], images: np.ndarray, targets: np.ndarray) -> list[Any]:
         """Writes images and targets of these rows of the batch, and returns what there is to report."""
@@ -63,7 +64,7 @@ STEPS_AHEAD = 2
 def prepare(
     recipe: Recipe, rows: Sequence[int], steps: range, *, num_workers: int, num_threads: int
 ) -> Iterator[Filled]:
-    """These rows of the batch of each step: images, targets (int32 classes, or float32 outputs), reports.
+    """These rows of the batch of each step: images, targets, reports.
 
     Raises:
         InputError, WorkerError: as soon as a worker fails.
@@ -75,7 +76,7 @@ def prepare(
 
 def _empty(recipe: Recipe, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Where so many rows of a batch go."""
-    targets = np.empty((count, *recipe.target_shape), np.float32 if recipe.target_shape else np.int32)
+    targets = np.empty((count, *recipe.target_shape), recipe.target_dtype)
     return np.empty((count, *recipe.row_shape), recipe.dtype), targets
 
 

@@ -160,8 +160,8 @@ def predictions_of(
     def compute(model: Model, inputs: jax.Array, labels: jax.Array):
         logits = model(inputs).astype(jnp.float32)
         if tta == "flip":
-            logits = (logits + model(inputs[:, :, ::-1]).astype(jnp.float32)) / 2
-        return task.of_each_image(logits[:, match.of_model], labels, asked)
+            logits = (logits + task.mirrored(model(inputs[:, :, ::-1])).astype(jnp.float32)) / 2
+        return task.of_each_image(logits[..., match.of_model], labels, asked)
 
     found, rate = over_images(images, data, models, batch_size, compute)
     return [task.predictions(arrays, outputs, match.of_model, rate) for arrays in found]

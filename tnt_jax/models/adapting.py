@@ -5,16 +5,19 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float
 
 from tnt_jax.config import InputError, ModelConfig
+from tnt_jax.models.heads import decoder_dim
 from tnt_jax.models.layers import normal_init, resize_positions
 from tnt_jax.models.pyramid_tnt import SPATIAL_REDUCTION, key_grid, stage_grids
 from tnt_jax.models.tnt import grid_size
+from tnt_jax.models.variants import abstract_model
 
 # What of a configuration says nothing of the parameters, or what `adapt` knows how to change.
 _FREE = {"name", "image_size", "in_channels", "num_classes", "drop_rate", "attn_drop_rate", "drop_path_rate"}
-_FREE |= {"dtype", "param_dtype", "remat", "inner"}
+_FREE |= {"dtype", "param_dtype", "remat", "inner", "head"}
 
 
 def adapt(
@@ -49,11 +52,15 @@ def adapt(
         adapted |= _resized(parameters, config, wanted)
         sizes = [f"{height}x{width}" for height, width in (config.image_size, wanted.image_size)]
         notes.append(f"sentence positions were resized from images of {sizes[0]} to {sizes[1]}")
-    if wanted.num_classes != config.num_classes:
+    if wanted.head != config.head:
+        adapted = {path: value for path, value in adapted.items() if not path.startswith("decoder.")}
+        adapted |= fresh_decoder(wanted, seed)
+        notes.append(f"the head is {wanted.head}, and that of the checkpoint {config.head}")
+    if wanted.num_classes != config.num_classes or wanted.head != config.head:
         for name in ("head.kernel", "head.bias"):
             adapted.pop(name, None)
         if wanted.num_classes:
-            shape = (len(parameters["norm.bias"]), wanted.num_classes)
+            shape = (decoder_dim(wanted), wanted.num_classes)
             adapted["head.kernel"] = normal_init(None, shape, wanted.param_dtype).draw((seed,))
             adapted["head.bias"] = np.zeros(wanted.num_classes, adapted["head.kernel"].dtype)
             notes.append(
@@ -62,6 +69,13 @@ def adapt(
         else:
             notes.append(f"the head of {config.num_classes} classes was left out")
     return adapted, notes
+
+
+def fresh_decoder(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
+    """The initial parameters between the blocks and the last map of a head, each seeded by its path."""
+    flat = nnx.to_flat_state(nnx.state(abstract_model(config)))
+    paths = {".".join(map(str, path)): variable.get_value() for path, variable in flat if path[0] == "decoder"}
+    return {path: undrawn.draw((seed, *path.encode())) for path, undrawn in paths.items()}
 
 
 FIRST_FILTERS = ("word_embedding.conv.kernel", "stem.common.conv.kernel")

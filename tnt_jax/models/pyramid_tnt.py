@@ -348,12 +348,14 @@ class PyramidTNT(nnx.Module):
         blocks: tuple[int, ...] | None = None,
         *,
         words: bool = False,
+        key: Keys | None = None,
     ) -> list:
         """The sentences that the blocks with these indices return, as maps, in the order of the blocks.
 
         Args:
             blocks: counted from 0 over all stages; by default the last of each stage, a pyramid with strides 8 to 64.
             words: also gives the words of each patch.
+            key: as for a call, trains.
 
         Returns:
             A list of (batch, rows, columns, outer). With `words=True`, a list of pairs: that map and
@@ -364,11 +366,12 @@ class PyramidTNT(nnx.Module):
         """
         ends = np.cumsum(self.config.depth).tolist()
         wanted = block_indices([end - 1 for end in ends] if blocks is None else blocks, ends[-1])
-        outputs, state = [], self.embed(images)
+        embed_key, *stage_keys = split_key(key, 1 + STAGES)
+        outputs, state = [], self.embed(images, embed_key)
         for index, (end, stage) in enumerate(zip(ends, self.stages, strict=True)):
             if end - len(stage.blocks) > max(wanted, default=-1):
                 break
-            of_blocks = self.stage_outputs(index, *state)
+            of_blocks = self.stage_outputs(index, *state, stage_keys[index])
             state = of_blocks[-1]
             for block, (inner, sentences) in enumerate(of_blocks, start=end - len(stage.blocks)):
                 if block in wanted:

@@ -11,6 +11,7 @@ from flax import nnx
 
 from tnt_jax.config import ModelConfig
 from tnt_jax.models.formulations.inner import choose
+from tnt_jax.models.heads import head_macs
 from tnt_jax.models.pyramid_tnt import SPATIAL_REDUCTION, STAGES, key_grid, stage_config, stage_grids
 from tnt_jax.models.tnt import WordEmbedding, grid_size, words_per_side
 from tnt_jax.models.variants import abstract_model, model_config
@@ -24,13 +25,13 @@ TNT_PARTS = {
     "words": ("word_embedding", "word_positions"),
     "sentences": ("sentence_embedding", "class_token", "sentence_positions"),
     **_BLOCK_PARTS,
-    "norm and head": ("norm", "head"),
+    "norm and head": ("norm", "decoder", "head"),
 }
 PYRAMID_PARTS = {
     "stem": ("stem", "word_positions", "sentence_positions"),
     **_BLOCK_PARTS,
     "aggregations": ("aggregations",),
-    "norm and head": ("norm", "head"),
+    "norm and head": ("norm", "decoder", "head"),
 }
 
 
@@ -50,7 +51,7 @@ def _tnt_macs(config: ModelConfig) -> dict[str, int]:
         "words": patches * words * config.inner_dim * WordEmbedding.kernel_size**2 * config.in_channels,
         "sentences": patches * words * config.inner_dim * config.outer_dim,
         **blocks,
-        "norm and head": config.outer_dim * config.num_classes,
+        "norm and head": head_macs(config),
     }
 
 
@@ -73,7 +74,7 @@ def _pyramid_macs(config: ModelConfig) -> dict[str, int]:
     for count, before, after in zip(patches[1:], sizes[:-1], sizes[1:], strict=True):
         words = words_per_side(config) ** 2 * before.inner_dim * after.inner_dim
         macs["aggregations"] += 9 * count * (words + before.outer_dim * after.outer_dim)
-    return macs | {"norm and head": sizes[-1].outer_dim * config.num_classes}
+    return macs | {"norm and head": head_macs(config)}
 
 
 def _block_macs(config: ModelConfig, patches: int, tokens: int, keys: int, depth: int, inner: int) -> dict[str, int]:

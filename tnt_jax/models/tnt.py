@@ -323,9 +323,10 @@ class TNT(nnx.Module):
         blocks: tuple[int, ...] | None = None,
         *,
         words: bool = False,
+        key: Keys | None = None,
     ) -> list:
         """The sentences that the blocks with these indices return (all by default), as maps, in the order of the
-        blocks.
+        blocks. With a key, as for a call, dropout and stochastic depth are drawn from it.
 
         Returns:
             A list of (batch, rows, columns, outer). With `words=True`, a list of pairs: that map and the words of each
@@ -337,12 +338,14 @@ class TNT(nnx.Module):
         """
         wanted = block_indices(range(len(self.blocks)) if blocks is None else blocks, len(self.blocks))
         outputs = []
-        inner, sentences = self.embed(images)
+        embed_key, *block_keys = split_key(key, 1 + len(self.blocks))
+        inner, sentences = self.embed(images, embed_key)
         grid = (images.shape[0], *grid_size(self.config))
-        for index, block in enumerate(self.blocks):
+        run = rematerialised(Block.__call__, self.config.remat)
+        for index, (block, block_key) in enumerate(zip(self.blocks, block_keys, strict=True)):
             if index > max(wanted, default=-1):
                 break
-            inner, sentences = block(inner, sentences)
+            inner, sentences = run(block, inner, sentences, block_key)
             if index in wanted:
                 maps = sentences[:, 1:].reshape(*grid, -1)
                 outputs.append((maps, inner.reshape(*grid, *inner.shape[1:])) if words else maps)

@@ -12,7 +12,8 @@ from flax import nnx
 
 from tnt_jax.config import InputError, ModelChanges, ModelConfig, TrainConfig, check
 from tnt_jax.fields import faults, plain
-from tnt_jax.models import pyramid_tnt
+from tnt_jax.models import heads, pyramid_tnt
+from tnt_jax.models.heads import DensePyramidTNT, DenseTNT
 from tnt_jax.models.layers import ABSTRACT
 from tnt_jax.models.pyramid_tnt import PyramidTNT
 from tnt_jax.models.tnt import TNT
@@ -192,6 +193,7 @@ SIZES = tuple(
     field.name
     for field in dataclasses.fields(ModelConfig)
     if field.name not in ("name", "image_size", "in_channels", "num_classes", "dtype", "param_dtype", "remat", "inner")
+    and field.name != "head"
     and not field.name.startswith(("drop_", "attn_drop_"))
 )
 """The fields that say which network it is, whatever it is fed and however it is computed."""
@@ -259,6 +261,7 @@ def check_sizes(config: ModelConfig) -> None:
     _check_stages(config)
     if config.architecture == "pyramid":
         pyramid_tnt.check(config)
+    heads.check(config)
     if min(config.image_size) < config.patch_size or any(side % config.patch_size for side in config.image_size):
         nearest = tuple(max(1, round(side / config.patch_size)) * config.patch_size for side in config.image_size)
         raise InputError(
@@ -352,7 +355,8 @@ def build_model(config: ModelConfig, seed: int = 0) -> Model:
 
 def abstract_model(config: ModelConfig) -> Model:
     """The module that a configuration describes with shapes in the place of parameters. Nothing is allocated."""
-    return (PyramidTNT if config.architecture == "pyramid" else TNT)(config, rngs=ABSTRACT)
+    networks = (TNT, PyramidTNT) if config.head == "class" else (DenseTNT, DensePyramidTNT)
+    return networks[config.architecture == "pyramid"](config, rngs=ABSTRACT)
 
 
 def with_formulation(model: Model, inner: str, **changes: Any) -> Model:

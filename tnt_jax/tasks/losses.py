@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, UInt16
 
 from tnt_jax.tasks.task import Outputs, Task
 
-Logits = Float[Array | np.ndarray, "batch outputs"]
+Logits = Float[Array | np.ndarray, "batch *places outputs"]
+Labels = UInt16[Array | np.ndarray, "batch height width"]
 PerOutput = Float[np.ndarray, " outputs"]
 
 
@@ -29,7 +30,7 @@ class Objective:
     positive_weights: PerOutput | None = None
     """Weight of each label where an image has it; None for 1."""
 
-    def loss(self, logits: Logits, targets: Logits) -> Float[Array, ""]:
+    def loss(self, logits: Logits, targets: Logits | Labels) -> Float[Array, ""]:
         """Mean over the batch, and where each output has a loss over the outputs, in float32."""
         return LOSSES[self.name or self.task.losses[0]](self, logits.astype(jnp.float32), targets).mean()
 
@@ -78,9 +79,44 @@ def _weighted(objective: Objective, losses: Logits) -> Logits:
     return losses if objective.class_weights is None else losses * objective.class_weights.astype(np.float32)
 
 
+def pixel_cross_entropy(objective: Objective, logits: Logits, labels: Labels) -> Float[Array, " batch"]:
+    """Of each image the mean over its pixels that have a class, weighed by it, as PyTorch's `cross_entropy` has it.
+
+    An image by itself, so that the parts of a batch have the same loss as the whole. Without such a pixel it is 0.
+    """
+    own = _own_class(logits, labels)
+    losses = jax.nn.logsumexp(logits, -1) - jnp.where(own, logits, 0).sum(-1)
+    weights = own.any(-1).astype(logits.dtype)
+    if objective.class_weights is not None:
+        weights = jnp.where(own, objective.class_weights.astype(np.float32), 0).sum(-1)
+    total = weights.sum((1, 2))
+    return (losses * weights).sum((1, 2)) / jnp.where(total > 0, total, 1)
+
+
+def cross_entropy_dice(objective: Objective, logits: Logits, labels: Labels) -> Float[Array, " batch"]:
+    """Cross-entropy plus Dice: of each class that an image has, 1 - (2 sum(p t) + 1) / (sum(p) + sum(t) + 1) over its
+    pixels that have a class, and the mean over these classes.
+
+    Source: V-Net (arXiv 1606.04797), with MaskFormer's 1.
+    """
+    own = _own_class(logits, labels)
+    p = jnp.where(own.any(-1, keepdims=True), jax.nn.softmax(logits), 0)
+    both, of_p, of_t = (each.sum((1, 2)) for each in (jnp.where(own, p, 0), p, own.astype(p.dtype)))
+    there = of_t > 0
+    dice = jnp.where(there, 1 - (2 * both + 1) / (of_p + of_t + 1), 0).sum(-1) / jnp.maximum(there.sum(-1), 1)
+    return pixel_cross_entropy(objective, logits, labels) + dice
+
+
+def _own_class(logits: Logits, labels: Labels) -> Bool[Array, "batch height width outputs"]:
+    """Whether a class is that of the pixel; none is of what is ignored. No gather: its gradient is a scatter."""
+    return labels[..., None] == jnp.arange(logits.shape[-1], dtype=labels.dtype)
+
+
 LOSSES = {
     "cross_entropy": cross_entropy,
     "binary_cross_entropy": binary_cross_entropy,
     "squared_error": squared_error,
+    "cross_entropy_dice": cross_entropy_dice,
+    "pixel_cross_entropy": pixel_cross_entropy,
 }
 """From an objective, what the head gives and soft targets to a loss of each image, or of each of its outputs."""

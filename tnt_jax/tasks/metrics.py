@@ -56,7 +56,7 @@ def proportion(name: str, function: Callable | None = None, title: str = "", **o
 LOSS = Metric("loss", lower_is_better=True)
 OTHERS = (
     *map(proportion, ("accuracy", "precision", "recall")),
-    *(proportion(title.lower(), title=title) for title in ("ECE", "AP", "F1")),
+    *(proportion(title.lower(), title=title) for title in ("ECE", "AP", "F1", "IoU")),
     Metric("images_per_second", "images/s"),
 )
 """What is printed beside the metrics of a task."""

@@ -193,7 +193,7 @@ class MultiLabel(task.Task):
     noun = "labels"
     metrics = METRICS
     losses = ("binary_cross_entropy",)
-    settings = ("data.sampling", "loss.class_weights", "loss.positive_weights", "loss.focal_gamma")
+    settings = (*task.MIXING, "data.sampling", "loss.class_weights", "loss.positive_weights", "loss.focal_gamma")
     output_fields = ("thresholds",)
     label_columns = ("label", "labels", "class", "target", "category")
     needs = "0 or 1 for each label of each image"

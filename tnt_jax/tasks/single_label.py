@@ -182,7 +182,7 @@ class SingleLabel(task.Task):
     noun = "classes"
     metrics = METRICS
     losses = ("cross_entropy", "binary_cross_entropy")
-    settings = ("data.sampling", "loss.class_weights", "loss.focal_gamma")
+    settings = (*task.MIXING, "data.sampling", "loss.class_weights", "loss.focal_gamma")
     one_class = True
     label_columns = ("label", "labels", "class", "target", "category")
     needs = "one class of each image"

@@ -18,6 +18,7 @@ from tnt_jax.tasks.metrics import Metric
 
 if TYPE_CHECKING:
     import jax
+    from PIL.Image import Image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +49,14 @@ class Matrix(NamedTuple):
     """A confusion matrix."""
 
     counts: np.ndarray
-    """Images by what is right (rows) and what was predicted (columns)."""
+    """By what is right (rows) and what was predicted (columns)."""
     totals: np.ndarray
-    """Images of each row."""
+    """Of each row."""
     rows: Sequence[str]
     columns: Sequence[str]
     title: str
+    of: str = "images"
+    """What is counted."""
 
 
 class Scatter(NamedTuple):
@@ -71,6 +74,8 @@ class Mistakes(NamedTuple):
     """Their numbers, the worst first."""
     captions: list[str]
     title: str
+    pictures: Sequence[np.ndarray] | None = None
+    """What is drawn beside each, 8 bits RGB."""
 
 
 class Predictions(abc.ABC):
@@ -105,6 +110,9 @@ class Predictions(abc.ABC):
         return {"loss": float(self.loss.mean()), "images_per_second": self.images_per_second}
 
 
+MIXING = ("data.mixup", "data.cutmix", "data.label_smoothing")
+
+
 class Task(abc.ABC):
     """What is told of an image, and all that follows from it.
 
@@ -119,8 +127,10 @@ class Task(abc.ABC):
     """Those that training has; by the first the best checkpoint is chosen."""
     losses: tuple[str, ...]
     """Of `tnt_jax.tasks.losses.LOSSES`; the first is taken."""
-    settings: tuple[str, ...] = ()
+    settings: tuple[str, ...] = MIXING
     """Fields of a configuration that not every task can have, and this one can."""
+    dense: bool = False
+    """Whether what is told of an image lies over its pixels: it moves with them, and evaluation shows images whole."""
     output_fields: tuple[str, ...] = ()
     """Fields of `Outputs` that are its own: a number for each output."""
     one_class: bool = False
@@ -200,6 +210,10 @@ class Task(abc.ABC):
 
     # Training
 
+    def moved(self, label: Any, places: Any) -> Any:
+        """The label of an image that was prepared; `places` are `tnt_jax.data.moving.Places`."""
+        return label
+
     def statistics(self, labels: Callable[[], np.ndarray]) -> dict[str, tuple[float, ...]]:
         """Fields of `Outputs` that the training labels say."""
         return {}
@@ -246,6 +260,10 @@ class Task(abc.ABC):
 
     # Evaluation
 
+    def mirrored(self, logits: "jax.Array") -> "jax.Array":
+        """The logits of mirror images as those of the images."""
+        return logits
+
     def of_each_image(self, logits: "jax.Array", labels: "jax.Array", asked: np.ndarray) -> tuple["jax.Array", ...]:
         """What `predictions` needs of each image of a batch; `asked` are the classes that the source has, bool."""
         return labels, logits
@@ -265,6 +283,16 @@ class Task(abc.ABC):
     def activated(self, logits: "jax.Array") -> "jax.Array":
         """Probabilities, or numbers as they are."""
 
+    def join(
+        self, windows: "Iterable[tuple[slice, slice, np.ndarray]]", shape: tuple[int, int], size: tuple[int, int]
+    ) -> np.ndarray:
+        """What `result` takes of an image of `size`, of a dense task.
+
+        Args:
+            windows: rows, columns and what is `activated` of each part of the image, which is made of `shape` for them.
+        """
+        raise NotImplementedError
+
     @abc.abstractmethod
     def result(self, scores: np.ndarray, outputs: Outputs, names: Sequence[str] | None) -> dict[str, Any]:
         """What `inference_model` returns of an image, from what is `activated`."""
@@ -277,6 +305,10 @@ class Task(abc.ABC):
         cells = {f"{name}_{rank}": value for rank, row in enumerate(rows, 1) for name, value in row.items()}
         fields = {name: value for name, value in result.items() if name != "pred_scores"}
         return Answer(fields | {"top": rows}, rows, cells)
+
+    def pictures(self, result: dict[str, Any], image: np.ndarray) -> "dict[str, Image]":
+        """What is written of a result as pictures, by the ends of their names; `image` is 8 bits RGB."""
+        raise InputError(f"pictures are written of masks, and the task of the model is {self.name}")
 
     def shown(self, result: dict[str, Any], names: Sequence[str] | None) -> dict[str, float] | str:
         """A result as a `gradio.Label` shows it: a tick marks labels that are predicted."""

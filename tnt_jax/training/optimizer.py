@@ -46,7 +46,7 @@ def layer_scales(params: dict, decay: float) -> dict:
         keys = [entry.key for entry in path]
         stage = keys[1] if keys[0] in ("stages", "aggregations") else 0
         # What a stage's blocks share, and the way from it to the next one, belong to its first and to its last block.
-        layer = depth + 1 if keys[0] in ("norm", "head") else 0
+        layer = depth + 1 if keys[0] in ("norm", "decoder", "head") else 0
         if "blocks" in keys:
             layer = 1 + sum(depths[:stage]) + keys[keys.index("blocks") + 1]
         elif keys[0] == "stages":

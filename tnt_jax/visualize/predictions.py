@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tnt_jax.data.crop import resized_to_fit
 from tnt_jax.data.samples import visible
 from tnt_jax.data.sources import Split
 from tnt_jax.tasks.task import Matrix, Predictions, Scatter
@@ -35,7 +36,7 @@ def _titled(title: str, data: str) -> str:
 
 
 def _matrix(shown: Matrix):
-    counts, totals, rows, columns, title = shown
+    counts, totals, rows, columns, title, of = shown
     shares = 100 * counts / np.maximum(totals, 1)[:, None]
     few = len(columns) <= MOST_NUMBERS
     rows, columns = (list(map(shorten, names)) for names in (rows, columns))
@@ -44,7 +45,7 @@ def _matrix(shown: Matrix):
     figure = new_figure(max(side + 0.8 + of_names, 0.085 * len(title)), side + of_names)
     axes = figure.subplots()
     drawn = axes.imshow(shares, cmap="cividis", vmin=0, vmax=100)
-    figure.colorbar(drawn, label="% of the images of the class", shrink=0.8)
+    figure.colorbar(drawn, label=f"% of the {of} of the class", shrink=0.8)
     axes.set_xlabel("prediction")
     axes.set_ylabel("right class")
     if few:
@@ -82,6 +83,15 @@ def _scatter(shown: Scatter, names: Sequence[str], data: str):
     return figure
 
 
+def beside(pixels: np.ndarray, picture: np.ndarray) -> np.ndarray:
+    """An image and a picture of it, whole, at the height of the picture."""
+    height = picture.shape[0]
+    small = resized_to_fit(pixels, height)
+    padded = np.full((height, height, 3), 128, np.uint8)
+    padded[: small.shape[0], : small.shape[1]] = small
+    return np.concatenate([padded, picture], axis=1)
+
+
 def mistakes(predictions: Predictions, images: Split, *, count: int = 24, data: str = ""):
     """The worst predictions, as images, with the prediction and the truth.
 
@@ -92,13 +102,18 @@ def mistakes(predictions: Predictions, images: Split, *, count: int = 24, data: 
     Raises:
         InputError: there is no wrong prediction.
     """
-    chosen, captions, title = predictions.mistakes(images.class_names, count)
-    columns = min(8, len(chosen))
+    chosen, captions, title, pictures = predictions.mistakes(images.class_names, count)
+    wide = 1 if pictures is None else 3
+    columns = min(8 // wide, len(chosen))
     rows = -(-len(chosen) // columns)
     lines = max(caption.count("\n") for caption in captions)
-    figure = new_figure(1.5 * columns, (1.7 + 0.15 * lines) * rows + 0.4)
-    for axes, index, caption in zip(panels(figure, len(chosen), columns), chosen, captions, strict=True):
-        show_image(axes, visible(np.asarray(images[int(index)][0])))
-        title_of(axes, caption)
+    figure = new_figure(1.5 * wide * columns, (1.7 + 0.15 * lines) * rows + 0.4)
+    axes = panels(figure, len(chosen), columns)
+    for place, (each, index, caption) in enumerate(zip(axes, chosen, captions, strict=True)):
+        pixels = visible(np.asarray(images[int(index)][0]))
+        if pictures is not None:
+            pixels = beside(pixels, pictures[place])
+        show_image(each, pixels)
+        title_of(each, caption)
     figure.suptitle(_titled(title, data), fontsize=9)
     return figure

@@ -1,0 +1,68 @@
+"""Digits pasted into scenes, each pixel with its class: data for segmentation that anybody can make.
+
+    python benchmarks/scenes.py data/scenes
+
+writes images/ and masks/ for training (4,000 scenes), validation (300) and test (300), and classes.txt. A scene has 64 x
+64 pixels of dark noise and one to four of scikit-learn's digits at sizes of 14 to 28 pixels that do not overlap. The
+digits of one split are in no scene of another.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+
+SIDE, MOST = 64, 4
+NAMES = ("background", *map(str, range(10)))
+COUNTS = {"train": 4000, "val": 300, "test": 300}
+SHARES = {"train": slice(0, 1237), "val": slice(1237, 1437), "test": slice(1437, 1797)}
+"""Of the 1,797 digits, in a random order."""
+
+
+def scene(rng, images, labels):
+    """An image and its mask, both uint8 (64, 64)."""
+    image = rng.integers(0, 60, (SIDE, SIDE)).astype(np.uint8)
+    mask, free = np.zeros((SIDE, SIDE), np.uint8), np.ones((SIDE, SIDE), bool)
+    for _ in range(rng.integers(1, MOST + 1)):
+        for _ in range(20):
+            side = int(rng.integers(14, 29))
+            top, left = rng.integers(0, SIDE - side + 1, 2)
+            place = slice(top, top + side), slice(left, left + side)
+            if free[place].all():
+                break
+        else:
+            break
+        chosen = rng.integers(len(images))
+        ink = np.asarray(Image.fromarray(images[chosen]).resize((side, side), Image.Resampling.BILINEAR))
+        image[place] = np.maximum(image[place], ink)
+        mask[place][ink > 96] = labels[chosen] + 1
+        free[place] = False
+    return image, mask
+
+
+def scenes(split, count):
+    """Images and masks of a split, uint8 (count, 64, 64) each."""
+    digits = load_digits()
+    chosen = np.random.default_rng(0).permutation(len(digits.images))[SHARES[split]]
+    images = (digits.images[chosen] / 16 * 255).astype(np.uint8)
+    rng = np.random.default_rng((1, list(SHARES).index(split)))
+    return tuple(map(np.stack, zip(*(scene(rng, images, digits.target[chosen]) for _ in range(count)), strict=True)))
+
+
+def write(folder, counts=COUNTS):
+    """The scenes of every split as `masks:FOLDER` reads them."""
+    folder = Path(folder)
+    for split, count in counts.items():
+        for kind, pixels in zip(("images", "masks"), scenes(split, count), strict=True):
+            (folder / split / kind).mkdir(parents=True)
+            for index, each in enumerate(pixels):
+                Image.fromarray(each).save(folder / split / kind / f"{index:04}.png")
+    (folder / "classes.txt").write_text("\n".join(NAMES) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder")
+    write(parser.parse_args().folder)

@@ -1,0 +1,148 @@
+"""Networks that give logits of every pixel: TNT and PyramidTNT with a head over their maps instead of one over a token.
+
+`linear` is Segmenter's (arXiv 2105.05633): the classes of a patch from its last sentence, one linear map.
+`mlp` is SegFormer's (arXiv 2105.15203): four maps, each brought to one width and to the size of the finest, fused by a
+linear map with batch norm. Of a TNT they are the blocks 3, 6, 9 and 12 through `FeaturePyramid`, of a PyramidTNT its
+four stages.
+Either's last map is the model's `head`, as that of a classifier is; logits are brought to the size of the image,
+bilinear.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from tnt_jax.config import InputError, ModelConfig
+from tnt_jax.models.calling import Images, explains_forward_mode, training_key
+from tnt_jax.models.features import FeaturePyramid
+from tnt_jax.models.functions import Keys, dropout, split_key
+from tnt_jax.models.layers import BatchNorm, LayerNorm, Linear, Rngs
+from tnt_jax.models.pyramid_tnt import PyramidTNT, stage_grids
+from tnt_jax.models.tnt import TNT, grid_size, make_head
+
+DECODER_DIM = 256
+"""Channels of the fused map at most, as of SegFormer-B0 and B1; a narrower network has its own width."""
+Maps = Float[Array, "batch rows columns channels"]
+
+
+def resized(maps: Maps, size: tuple[int, int]) -> Float[Array, "batch height width channels"]:
+    """Bilinear, as PyTorch's `interpolate(mode="bilinear", align_corners=False)` enlarges."""
+    return jax.image.resize(maps, (maps.shape[0], *size, maps.shape[3]), "linear")
+
+
+def map_dims(config: ModelConfig) -> tuple[int, ...]:
+    """Channels of the four maps, the finest first."""
+    return config.outer_dim if config.architecture == "pyramid" else (config.outer_dim,) * 4
+
+
+def decoder_dim(config: ModelConfig) -> int:
+    """Channels of what the last map of the head takes."""
+    return min(DECODER_DIM, map_dims(config)[-1]) if config.head == "mlp" else map_dims(config)[-1]
+
+
+def map_blocks(config: ModelConfig) -> tuple[int, ...]:
+    """The blocks whose maps are taken, counted from 0: the last of each stage, or of each quarter of a TNT."""
+    if config.architecture == "pyramid":
+        return tuple(int(end) - 1 for end in np.cumsum(config.depth))
+    return tuple(-(-config.depth * quarter // 4) - 1 for quarter in range(1, 5))
+
+
+def check(config: ModelConfig) -> None:
+    """Raises InputError for a head that the network cannot have."""
+    if config.head == "linear" and config.architecture == "pyramid":
+        raise InputError(
+            "head linear gives the classes of a patch from its last sentence, of which a PyramidTNT has one for 64 x 64 "
+            "pixels; take head mlp"
+        )
+
+
+class MlpDecoder(nnx.Module):
+    """Four maps to one (SegFormer's decode head without its last map, transformers' `SegformerDecodeHead`)."""
+
+    def __init__(self, dims: Sequence[int], dim: int, *, config: ModelConfig, rngs: Rngs):
+        self.drop_rate = config.drop_rate
+        self.linears = nnx.List([Linear(each, dim, config=config, rngs=rngs) for each in dims])
+        self.fuse = Linear(4 * dim, dim, use_bias=False, config=config, rngs=rngs)
+        self.norm = BatchNorm(dim, config=config, rngs=rngs)
+
+    def __call__(self, maps: Sequence[Maps], key: Keys | None = None) -> Maps:
+        """With a key batch norm trains."""
+        size = maps[0].shape[1:3]
+        wide = [resized(linear(each), size) for linear, each in zip(self.linears, maps, strict=True)]
+        fused = self.norm(self.fuse(jnp.concatenate(wide[::-1], axis=-1)), training=key is not None)
+        return dropout(nnx.relu(fused), self.drop_rate, key)
+
+
+class Decoder(nnx.Module):
+    """What is between the maps of the blocks and the last map of the head `mlp`.
+
+    SegFormer's stages end with a norm, and those of TNT and PyramidTNT do not: each map has one here, the last one the
+    model's own.
+    """
+
+    def __init__(self, *, config: ModelConfig, rngs: Rngs):
+        dims = map_dims(config)
+        self.norms = nnx.List([LayerNorm(dim, config=config, rngs=rngs) for dim in dims[:-1]])
+        self.pyramid = None if config.architecture == "pyramid" else FeaturePyramid(config, rngs=rngs)
+        self.mlp = MlpDecoder(dims, decoder_dim(config), config=config, rngs=rngs)
+
+    def __call__(self, maps: Sequence[Maps], last: LayerNorm, key: Keys | None = None) -> Maps:
+        maps = [norm(each) for norm, each in zip([*self.norms, last], maps, strict=True)]
+        return self.mlp(maps if self.pyramid is None else self.pyramid(maps, key), key)
+
+
+class _Dense:
+    """What both networks have in common: a mixin before TNT or PyramidTNT."""
+
+    def __init__(self, config: ModelConfig, *, rngs: Rngs):
+        super().__init__(config, rngs=rngs)
+        self.decoder = Decoder(config=config, rngs=rngs) if config.head == "mlp" else None
+        self.head = make_head(decoder_dim(config), config=config, rngs=rngs)
+
+    @explains_forward_mode
+    def __call__(
+        self, images: Images, key: Keys | None = None, *, rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "batch height width classes"]:
+        """Logits of every pixel in float32; with `num_classes=0` the map that the head would take."""
+        key = training_key(self, key, rngs)
+        if self.decoder is None:
+            tokens = self.forward_features(images, key)[:, -int(np.prod(grid_size(self.config))) :]
+            found = tokens.reshape(tokens.shape[0], *grid_size(self.config), -1)
+        else:
+            blocks_key, decoder_key = split_key(key, 2)
+            blocks = map_blocks(self.config)
+            found = self.forward_intermediates(images, blocks, key=blocks_key)
+            of_block = dict(zip(sorted(set(blocks)), found, strict=True))
+            found = self.decoder([of_block[block] for block in blocks], self.norm, decoder_key)
+        found = found.astype(jnp.float32)
+        return found if self.head is None else resized(self.head(found), self.config.image_size)
+
+
+class DenseTNT(_Dense, TNT):
+    """A TNT that gives logits of every pixel."""
+
+
+class DensePyramidTNT(_Dense, PyramidTNT):
+    """A PyramidTNT that gives logits of every pixel."""
+
+
+def head_macs(config: ModelConfig) -> int:
+    """Multiply-accumulates of an image behind the blocks, as `count_macs` counts."""
+    if config.head == "class":
+        return map_dims(config)[-1] * config.num_classes
+    rows, columns = grid_size(config)
+    if config.head == "linear":
+        return rows * columns * map_dims(config)[-1] * config.num_classes
+    dims, dim = map_dims(config), decoder_dim(config)
+    if config.architecture == "pyramid":
+        places, pyramid = [height * width for height, width in stage_grids(config)], 0
+    else:
+        places = [16 * rows * columns, 4 * rows * columns, rows * columns, -(-rows // 2) * -(-columns // 2)]
+        # Of the transposed convolutions 1 + 4 and 1 times the grid, of the 3x3 convolution nine times a quarter of it.
+        pyramid = dims[0] ** 2 * (4 * (1 + 4 + 1) * rows * columns + 9 * places[3])
+    linears = sum(count * each * dim for count, each in zip(places, dims, strict=True))
+    return pyramid + linears + places[0] * (4 * dim * dim + dim * config.num_classes)
