@@ -3,7 +3,7 @@
     python benchmarks/scenes.py data/scenes
 
 writes images/ and masks/ for training (4,000 scenes), validation (300) and test (300), and classes.txt. A scene has 64 x
-64 pixels of dark noise and one to four of scikit-learn's digits at sizes of 14 to 28 pixels that do not overlap. The
+64 pixels of dark noise and one to three of scikit-learn's digits at sizes of 20 to 36 pixels that do not overlap. The
 digits of one split are in no scene of another.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-SIDE, MOST = 64, 4
+SIDE, MOST = 64, 3
 NAMES = ("background", *map(str, range(10)))
 COUNTS = {"train": 4000, "val": 300, "test": 300}
 SHARES = {"train": slice(0, 1237), "val": slice(1237, 1437), "test": slice(1437, 1797)}
@@ -27,7 +27,7 @@ def scene(rng, images, labels):
     mask, free = np.zeros((SIDE, SIDE), np.uint8), np.ones((SIDE, SIDE), bool)
     for _ in range(rng.integers(1, MOST + 1)):
         for _ in range(20):
-            side = int(rng.integers(14, 29))
+            side = int(rng.integers(20, 37))
             top, left = rng.integers(0, SIDE - side + 1, 2)
             place = slice(top, top + side), slice(left, left + side)
             if free[place].all():
@@ -37,7 +37,7 @@ def scene(rng, images, labels):
         chosen = rng.integers(len(images))
         ink = np.asarray(Image.fromarray(images[chosen]).resize((side, side), Image.Resampling.BILINEAR))
         image[place] = np.maximum(image[place], ink)
-        mask[place][ink > 96] = labels[chosen] + 1
+        mask[place][ink > 64] = labels[chosen] + 1
         free[place] = False
     return image, mask
 

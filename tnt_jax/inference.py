@@ -11,12 +11,15 @@ import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Num
+from PIL import Image
 
 from tnt_jax.config import DataConfig, InputError
+from tnt_jax.data.augment import fill_of
 from tnt_jax.data.crop import evaluated
-from tnt_jax.data.decode import ImageSource
+from tnt_jax.data.decode import ImageSource, Reading, read_image
 from tnt_jax.data.mixing import normalise
-from tnt_jax.data.samples import to_depth
+from tnt_jax.data.moving import fitted
+from tnt_jax.data.samples import to_channels, to_depth
 from tnt_jax.models.variants import Model
 from tnt_jax.storage.description import ModelDescription, Preprocessing, description_of
 from tnt_jax.storage.load import load_model
@@ -40,6 +43,8 @@ def inference_model(
         a single output is its sigmoid.
         multi_label: pred_labels and pred_classes (lists, of what is at or above its threshold), pred_scores.
         regression: pred_values (dictionary from the name of each target to its value, in its units).
+        segmentation: pred_mask (uint16 (height, width), the class of each pixel of the image), pred_shares (dictionary
+        from the name of each class that is there to its share of the pixels).
 
     Raises:
         InputError: an image cannot be read, or the model cannot be loaded or has no classes.
@@ -54,7 +59,12 @@ def inference_model(
 
 
 def predict_images(
-    model: Model, images: Iterable[ImageSource], *, batch_size: int = 32, max_pixels: int = DataConfig.max_pixels
+    model: Model,
+    images: Iterable[ImageSource],
+    *,
+    batch_size: int = 32,
+    max_pixels: int = DataConfig.max_pixels,
+    zoom: float = 1.0,
 ) -> Iterator[dict[str, Any] | InputError]:
     """For each image in turn what `inference_model` returns, or the error that says why it cannot be read.
 
@@ -62,14 +72,24 @@ def predict_images(
     have one size, and the last is filled up with black images. Fewer images than `batch_size` are filled up to the next
     power of two, so that a service that gets any number of them compiles the model only a few times.
 
+    Args:
+        zoom: segmentation: how much larger than it fits whole into the model's input an image is seen; above 1 it is
+            seen in windows that overlap by a half, of which the mean counts.
+
     Raises:
-        InputError: the model has no classes, or the batch size is not positive.
+        InputError: the model has no classes, or the batch size is not positive; or the task has no use for a zoom.
     """
     description = description_of(model)
     if not description.config.num_classes:
         raise InputError(f"{description.config.name} was made with num_classes=0: it has features, and no classes")
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}, and must be at least 1")
+    task = TASKS[description.outputs.task]
+    if zoom != 1 and not task.dense or not zoom > 0:
+        needed = "above 0" if task.dense else f"1 for task {task.name}"
+        raise InputError(f"zoom is {zoom:g}, and must be {needed}")
+    if task.dense:
+        return (_predict_windows(model, image, description, batch_size, max_pixels, zoom) for image in images)
     return _predict(model, iter(images), description, batch_size, max_pixels)
 
 
@@ -99,13 +119,66 @@ def _predict(
                 batch[: len(readable)] = [to_depth(image, kind) for image in readable]
                 computed = np.asarray(probabilities(graph, description.preprocessing, state, batch, outputs.task))
                 if not np.isfinite(computed).all():
-                    raise InputError(
-                        f"{description.config.name} gives scores that are not numbers (NaN): its parameters are damaged"
-                    )
+                    raise _not_finite(description)
                 scores = iter(computed)
             for image in pixels:
                 yield image if isinstance(image, InputError) else task.result(next(scores), outputs, names)
             reading = following
+
+
+def _predict_windows(
+    model: Model,
+    image: ImageSource,
+    description: ModelDescription,
+    batch_size: int,
+    max_pixels: int,
+    zoom: float,
+) -> dict[str, Any] | InputError:
+    """What a model of a dense task says of an image at its own size, from windows of the size of the model's input."""
+    task, shown, (graph, state) = TASKS[description.outputs.task], description.preprocessing, nnx.split(model)
+    try:
+        pixels = read_image(image, description.config.in_channels, reading=Reading(shown.white, max_pixels))
+        pixels = to_channels(pixels, description.config.in_channels)
+    except InputError as error:
+        return error
+    size = shown.image_size
+    scale = zoom * min(to / side for to, side in zip(size, pixels.shape[:2], strict=True))
+    canvas = tuple(max(to, round(side * scale)) for to, side in zip(size, pixels.shape[:2], strict=True))
+    factor = scale / min(to / side for to, side in zip(canvas, pixels.shape[:2], strict=True))
+    interpolation = Image.Resampling[shown.interpolation.upper()]
+    seen, places = fitted(pixels, canvas, interpolation, fill_of(pixels, shown), factor=factor)
+    # The image in the canvas, which is wider only where there is one window.
+    inside = [np.flatnonzero(~np.isnan(each)) for each in (places.rows, places.columns)]
+    (top, height), (left, width) = ((each[0], len(each)) for each in inside)
+    starts = list(itertools.product(*map(_starts, canvas, size)))
+
+    def windows() -> Iterator[tuple[slice, slice, np.ndarray]]:
+        for at in range(0, len(starts), batch_size):
+            some = starts[at : at + batch_size]
+            batch = np.zeros((1 << (len(some) - 1).bit_length(), *size, seen.shape[2]), seen.dtype)
+            for place, (row, column) in zip(batch, some, strict=False):
+                place[:] = seen[row : row + size[0], column : column + size[1]]
+            computed = np.asarray(probabilities(graph, shown, state, batch, task.name))
+            if not np.isfinite(computed).all():
+                raise _not_finite(description)
+            for found, (row, column) in zip(computed, some, strict=False):
+                found = found[top : top + height, left : left + width]  # all of it where there are several
+                yield slice(row, row + found.shape[0]), slice(column, column + found.shape[1]), found
+
+    scores = task.join(windows(), (height, width), pixels.shape[:2])
+    return task.result(scores, description.outputs, description.class_names)
+
+
+def _starts(length: int, window: int) -> list[int]:
+    """Where windows begin that cover a length, each half over the one before it."""
+    count = -(-2 * (length - window) // window) + 1
+    return np.linspace(0, length - window, count).round().astype(int).tolist()
+
+
+def _not_finite(description: ModelDescription) -> InputError:
+    return InputError(
+        f"{description.config.name} gives scores that are not numbers (NaN): its parameters are damaged"
+    )
 
 
 def _pixels(image: ImageSource, description: ModelDescription, max_pixels: int) -> np.ndarray | InputError:
@@ -122,7 +195,7 @@ def probabilities(
     state: nnx.State,
     images: Num[Array, "batch height width channels"],
     task: str = Outputs.task,
-) -> Float[Array, "batch classes"]:
+) -> Float[Array, "batch *places classes"]:
     """Probabilities of classes or labels; of a regression its outputs as they are."""
     with jax.default_matmul_precision("highest"):  # the published logits are those of float32 products
         logits = nnx.merge(graph, state)(normalise(images, preprocessing))

@@ -5,7 +5,8 @@ import dataclasses
 import itertools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -17,13 +18,13 @@ from rich.table import Table
 from tnt_jax.commands.cli import command
 from tnt_jax.config import DataConfig, InputError
 from tnt_jax.tasks.table import TASKS
-from tnt_jax.tasks.task import Answer
+from tnt_jax.tasks.task import Answer, Task
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     """Says what images show, in their order, each as soon as it is known: the likeliest classes, the probabilities of
-    labels and whether they are predicted, or the values of a regression.
+    labels and whether they are predicted, the values of a regression, or the classes of the pixels.
 
     Images that cannot be read are named on standard error, the others done, and the exit code is 2.
     """
@@ -42,6 +43,12 @@ class Arguments:
     """What is computed in; by default what the model was trained or published in."""
     max_pixels: int = DataConfig.max_pixels
     """Images of more pixels are taken for decompression bombs, and are refused before they are decoded."""
+    out: str | None = None
+    """segmentation: a new folder for NAME.png, the classes of the pixels, and NAME_overlay.png, the image in their
+    colours."""
+    zoom: float = 1.0
+    """segmentation: how much larger than it fits whole into the model's input an image is seen; above 1 in windows that
+    overlap by a half."""
 
 
 @command
@@ -55,6 +62,7 @@ def main() -> None:
         raise InputError("top_k must be at least 1" if arguments.images else "no images were given")
     model = load_model(arguments.model, dtype=arguments.dtype)
     description = description_of(model)
+    written = _pictures(arguments.out, TASKS[description.outputs.task]) if arguments.out else None
     class_names = description.class_names
     messages = Console(stderr=True)
     if hasattr(sys.stdout, "reconfigure"):
@@ -78,13 +86,15 @@ def main() -> None:
     columns = (SpinnerColumn(), TextColumn("{task.completed:,.0f} images"), TimeElapsedColumn())
     with Progress(*columns, console=messages, transient=True, disable=not messages.is_terminal) as progress:
         task = progress.add_task("", total=None)
-        options = {"batch_size": arguments.batch_size, "max_pixels": arguments.max_pixels}
+        options = {"batch_size": arguments.batch_size, "max_pixels": arguments.max_pixels, "zoom": arguments.zoom}
         for path, result in zip(paths, predict_images(model, to_read, **options), strict=False):
             progress.advance(task)
             if isinstance(result, InputError):
                 report(result)
             else:
                 write(path, answer(result, class_names, arguments.top_k))
+                if written and (error := written(path, result)):
+                    report(error)
     if failures:
         raise InputError(f"{failures:,} of what was given could not be read")
 
@@ -104,6 +114,30 @@ def _paths(given: tuple[str, ...], report, note) -> Iterator[str]:
                 note(f"note: {path} holds what is no image, left out: {others}")
         except InputError as error:
             report(error)
+
+
+def _pictures(out: str, task: Task) -> Callable[[str, dict], InputError | None]:
+    """What writes the pictures of a result, and returns why it cannot."""
+    from tnt_jax.data.decode import read_image
+    from tnt_jax.data.samples import visible
+    from tnt_jax.storage.files import write_whole
+
+    if not task.dense:
+        raise InputError(f"--out is for masks, and the task of the model is {task.name}")
+    folder = Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"--out is {out}, which is there already; name a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def write(path: str, result: dict) -> InputError | None:
+        for ending, picture in task.pictures(result, visible(read_image(path))).items():
+            file = folder / f"{Path(path).stem}{ending}"
+            if file.exists():
+                return InputError(f"{path} is not written: {file} is of another image with this name")
+            write_whole(file, lambda unfinished, picture=picture: picture.save(unfinished, "PNG"))
+        return None
+
+    return write
 
 
 def _write_json_line(path: str, answer: Answer) -> None:
@@ -136,6 +170,7 @@ SHOWN = {
     "predicted": ("prediction", "left", lambda value: "yes" if value else "no"),
     "target": ("target", "left", escape),
     "value": ("value", "right", lambda value: f"{value:.6g}"),
+    "share": ("share of the pixels", "right", lambda value: f"{value:.2%}"),
 }
 """Columns of a table: title, alignment, and how a value is printed."""
 

@@ -7,6 +7,7 @@ is random is drawn from the generator that is passed in, as often for the ones a
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -225,9 +226,9 @@ def has_colours(image: Pixels) -> bool:
     return image.dtype == np.uint8 and image.shape[2] in (1, 3)
 
 
-def fill_of(image: Pixels, data: DataConfig) -> tuple[float, ...]:
-    """What comes in from outside of an image: the mean of each channel."""
-    mean = np.broadcast_to(data.mean, image.shape[2])
+def fill_of(image: Pixels, by: Any) -> tuple[float, ...]:
+    """What comes in from outside of an image: the `mean` of each channel."""
+    mean = np.broadcast_to(by.mean, image.shape[2])
     if image.dtype.kind == "f":
         return tuple(map(float, mean))
     white = full_scale_of(image.dtype)

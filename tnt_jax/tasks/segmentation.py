@@ -224,8 +224,7 @@ class Segmentation(task.Task):
         total, times = np.zeros(0, np.float32), np.zeros((*shape, 1), np.float32)
         for rows, columns, found in windows:
             total = total if total.size else np.zeros((*shape, found.shape[-1]), np.float32)
-            height, width, _ = times[rows, columns].shape
-            total[rows, columns] += found[:height, :width]
+            total[rows, columns] += found
             times[rows, columns] += 1
         total /= times
         # Class by class: all at once are gigabytes of a large photograph.

@@ -289,7 +289,7 @@ class Task(abc.ABC):
         """What `result` takes of an image of `size`, of a dense task.
 
         Args:
-            windows: rows, columns and what is `activated` of each part of the image, which is made of `shape` for them.
+            windows: rows, columns and what is `activated` of each part of the image, which was resized to `shape`.
         """
         raise NotImplementedError
 
