@@ -72,9 +72,10 @@ class ModelConfig:
     """How the inner transformers are computed; auto is what is fastest on the platform. The results are the same. With
     auto or native, attention of the others on CPUs is a function in C too; with cuda, on GPUs, it is cuDNN's. cuda has
     not run on a GPU yet, and auto does not choose it: docs/gpus.md."""
-    head: Literal["class", "linear", "mlp"] = "class"
+    head: Literal["class", "linear", "mlp", "retinanet", "detr"] = "class"
     """What gives the logits: one map of the class token (PyramidTNT: of the mean), for the image; or for every pixel
-    linear, Segmenter's head over the last sentences, or mlp, SegFormer's over maps of four scales."""
+    linear, Segmenter's head over the last sentences, or mlp, SegFormer's over maps of four scales; or for boxes
+    retinanet, or detr, which is for a TNT."""
 
 
 ModelChanges = changes_of(

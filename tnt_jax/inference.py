@@ -176,9 +176,7 @@ def _starts(length: int, window: int) -> list[int]:
 
 
 def _not_finite(description: ModelDescription) -> InputError:
-    return InputError(
-        f"{description.config.name} gives scores that are not numbers (NaN): its parameters are damaged"
-    )
+    return InputError(f"{description.config.name} gives scores that are not numbers (NaN): its parameters are damaged")
 
 
 def _pixels(image: ImageSource, description: ModelDescription, max_pixels: int) -> np.ndarray | InputError:

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from tnt_jax.config import InputError, ModelConfig
-from tnt_jax.models.heads import decoder_dim
+from tnt_jax.models.heads import DETECTORS, decoder_dim
 from tnt_jax.models.layers import normal_init, resize_positions
 from tnt_jax.models.pyramid_tnt import SPATIAL_REDUCTION, key_grid, stage_grids
 from tnt_jax.models.tnt import grid_size
@@ -59,7 +59,12 @@ def adapt(
     if wanted.num_classes != config.num_classes or wanted.head != config.head:
         for name in ("head.kernel", "head.bias"):
             adapted.pop(name, None)
-        if wanted.num_classes:
+        if wanted.head in DETECTORS:
+            fresh = fresh_decoder(wanted, seed)
+            changed = {path: new for path, new in fresh.items() if np.shape(adapted.get(path)) != new.shape}
+            adapted |= changed
+            notes.append(f"{len(changed)} arrays of the head {wanted.head} are new")
+        elif wanted.num_classes:
             shape = (decoder_dim(wanted), wanted.num_classes)
             adapted["head.kernel"] = normal_init(None, shape, wanted.param_dtype).draw((seed,))
             adapted["head.bias"] = np.zeros(wanted.num_classes, adapted["head.kernel"].dtype)

@@ -1,4 +1,4 @@
-"""Networks that give logits of every pixel: TNT and PyramidTNT with a head over their maps instead of one over a token.
+"""Networks that give logits of every pixel, or boxes: TNT and PyramidTNT with a head over their maps.
 
 `linear` is Segmenter's (arXiv 2105.05633): the classes of a patch from its last sentence, one linear map.
 `mlp` is SegFormer's (arXiv 2105.15203): four maps, each brought to one width and to the size of the finest, fused by a
@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from tnt_jax.config import InputError, ModelConfig
+from tnt_jax.models import detectors
 from tnt_jax.models.calling import Images, explains_forward_mode, training_key
 from tnt_jax.models.features import FeaturePyramid
 from tnt_jax.models.functions import Keys, dropout, split_key
@@ -53,6 +54,7 @@ def map_blocks(config: ModelConfig) -> tuple[int, ...]:
 
 def check(config: ModelConfig) -> None:
     """Raises InputError for a head that the network cannot have."""
+    detectors.check(config)
     if config.head == "linear" and config.architecture == "pyramid":
         raise InputError(
             "head linear gives the classes of a patch from its last sentence, of which a PyramidTNT has one for 64 x 64 "
@@ -84,8 +86,7 @@ class Decoder(nnx.Module):
     model's own.
     """
 
-    def __init__(self, *, config: ModelConfig, rngs: Rngs):
-        dims = map_dims(config)
+    def __init__(self, dims: Sequence[int], *, config: ModelConfig, rngs: Rngs):
         self.norms = nnx.List([LayerNorm(dim, config=config, rngs=rngs) for dim in dims[:-1]])
         self.pyramid = None if config.architecture == "pyramid" else FeaturePyramid(config, rngs=rngs)
         self.mlp = MlpDecoder(dims, decoder_dim(config), config=config, rngs=rngs)
@@ -95,19 +96,25 @@ class Decoder(nnx.Module):
         return self.mlp(maps if self.pyramid is None else self.pyramid(maps, key), key)
 
 
+DETECTORS = ("retinanet", "detr")
+DECODERS = {"mlp": Decoder, "retinanet": detectors.RetinaNet, "detr": detectors.Detr}
+
+
 class _Dense:
     """What both networks have in common: a mixin before TNT or PyramidTNT."""
 
     def __init__(self, config: ModelConfig, *, rngs: Rngs):
         super().__init__(config, rngs=rngs)
-        self.decoder = Decoder(config=config, rngs=rngs) if config.head == "mlp" else None
-        self.head = make_head(decoder_dim(config), config=config, rngs=rngs)
+        decoder = DECODERS.get(config.head)
+        self.decoder = decoder and decoder(map_dims(config), config=config, rngs=rngs)
+        self.head = None if config.head in DETECTORS else make_head(decoder_dim(config), config=config, rngs=rngs)
 
     @explains_forward_mode
     def __call__(
         self, images: Images, key: Keys | None = None, *, rngs: nnx.Rngs | None = None
-    ) -> Float[Array, "batch height width classes"]:
-        """Logits of every pixel in float32; with `num_classes=0` the map that the head would take."""
+    ) -> Float[Array, "batch height width classes"] | Float[Array, "batch *boxes outputs"]:
+        """Logits of every pixel in float32; with `num_classes=0` the map that the head would take. Of a detector what
+        `tnt_jax.models.detectors` says."""
         key = training_key(self, key, rngs)
         if self.decoder is None:
             tokens = self.forward_features(images, key)[:, -int(np.prod(grid_size(self.config))) :]
@@ -119,6 +126,8 @@ class _Dense:
             of_block = dict(zip(sorted(set(blocks)), found, strict=True))
             found = self.decoder([of_block[block] for block in blocks], self.norm, decoder_key)
         found = found.astype(jnp.float32)
+        if self.config.head in DETECTORS:
+            return found
         return found if self.head is None else resized(self.head(found), self.config.image_size)
 
 
@@ -132,6 +141,8 @@ class DensePyramidTNT(_Dense, PyramidTNT):
 
 def head_macs(config: ModelConfig) -> int:
     """Multiply-accumulates of an image behind the blocks, as `count_macs` counts."""
+    if config.head in DETECTORS:
+        return detectors.head_macs(config)
     if config.head == "class":
         return map_dims(config)[-1] * config.num_classes
     rows, columns = grid_size(config)
