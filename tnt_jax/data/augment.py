@@ -19,9 +19,7 @@ from tnt_jax.data.samples import Pixels, full_scale_of
 from tnt_jax.tasks.table import TASKS
 
 
-def augment(
-    image: Pixels, data: DataConfig, size: tuple[int, int], rng: np.random.Generator
-) -> tuple[Pixels, Places]:
+def augment(image: Pixels, data: DataConfig, size: tuple[int, int], rng: np.random.Generator) -> tuple[Pixels, Places]:
     """A training image of `size` (height, width) from a whole one, and where its pixels come from.
 
     Of a dense task only what `Places` can say moves pixels: RandAugment leaves out its `GEOMETRY`.
@@ -95,9 +93,7 @@ def draw_interpolation(data: DataConfig, rng: np.random.Generator) -> Image.Resa
     return Image.Resampling[data.interpolation.upper()]
 
 
-def random_shift(
-    image: Pixels, places: Places, share: float, rng: np.random.Generator
-) -> tuple[Pixels, Places]:
+def random_shift(image: Pixels, places: Places, share: float, rng: np.random.Generator) -> tuple[Pixels, Places]:
     """Moves the image by up to `share` of its sides; the edge is repeated, of which nothing is told."""
     height, width, _ = image.shape
     most = [round(share * side) for side in (height, width)]

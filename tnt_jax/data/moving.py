@@ -82,4 +82,6 @@ def fitted(
         part = whole
     box = tuple(begin * side / whole for begin, side, whole in zip(cut, shape, new, strict=True))
     box += tuple(many * side / whole for many, side, whole in zip(length, shape, new, strict=True))
-    return part, Places.of_box(box, length).take(*(np.arange(to) - first for to, first in zip(size, start, strict=True)))
+    return part, Places.of_box(box, length).take(
+        *(np.arange(to) - first for to, first in zip(size, start, strict=True))
+    )

@@ -153,7 +153,9 @@ class Segmentation(task.Task):
         """Each mask is checked where it is read."""
 
     def labels_of_array(self, values: np.ndarray, name: str, argument: str) -> np.ndarray:
-        raise InputError(f"{argument} is read for classes and numbers of images; masks are read by masks:PATH, csv:FILE")
+        raise InputError(
+            f"{argument} is read for classes and numbers of images; masks are read by masks:PATH, csv:FILE"
+        )
 
     def labels_of_columns(self, names: Sequence[str], labels: Any) -> tuple:
         raise InputError(f"{labels.path}: masks are read by masks:PATH, csv:FILE and tfds:NAME")
