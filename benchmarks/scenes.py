@@ -2,9 +2,9 @@
 
     python benchmarks/scenes.py data/scenes
 
-writes images/ and masks/ for training (4,000 scenes), validation (300) and test (300), and classes.txt. A scene has 64 x
-64 pixels of dark noise, and in one to four of its quarters one of scikit-learn's digits, 24 to 32 pixels large. The digits
-of one split are in no scene of another.
+writes images/ and masks/ for training (4,000 scenes), validation (300) and test (300), and classes.txt. A scene is
+64 x 64 pixels of dark noise; in one to four of its quarters stands one of scikit-learn's digits, 24 to 32 pixels large.
+The digits of one split are in no scene of another.
 """
 
 import argparse

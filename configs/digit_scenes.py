@@ -1,7 +1,7 @@
 """The class of every pixel in scenes of digits, which `benchmarks/scenes.py` makes.
 
-    python benchmarks/scenes.py data/scenes
-    python train.py --config configs/digit_scenes.py
+python benchmarks/scenes.py data/scenes
+python train.py --config configs/digit_scenes.py
 """
 
 from tnt_jax.config import DataConfig, ModelChanges, OptimizerConfig, TrainConfig

@@ -85,7 +85,7 @@ def predict_images(
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}, and must be at least 1")
     task = TASKS[description.outputs.task]
-    if zoom != 1 and not task.dense or not zoom > 0:
+    if (zoom != 1 and not task.dense) or not zoom > 0:
         needed = "above 0" if task.dense else f"1 for task {task.name}"
         raise InputError(f"zoom is {zoom:g}, and must be {needed}")
     if task.dense:

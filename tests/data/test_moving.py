@@ -31,7 +31,10 @@ def places_as_pixels(height=50, width=70):
 @pytest.mark.parametrize("ways", WAYS.values(), ids=WAYS)
 def test_the_places_are_those_that_the_image_itself_shows(ways):
     """Where it is not padding or the repeated edge, and to what resizing blurs at the border of the image."""
-    data, image = DataConfig.plain("", task="segmentation", mean=0.0, interpolation="bilinear", **ways), places_as_pixels()
+    data, image = (
+        DataConfig.plain("", task="segmentation", mean=0.0, interpolation="bilinear", **ways),
+        places_as_pixels(),
+    )
     seen = 0
     for seed in range(20):
         pixels, places = move(image, data, (32, 48), np.random.default_rng(seed))

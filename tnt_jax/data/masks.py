@@ -134,10 +134,8 @@ def _of_split(root: Path, split: str, data: DataConfig) -> tuple[str, Path, Path
                 return here[name], *pair
         if all(both) and all((each / name).is_dir() for each in both):
             return name, *(each / name for each in both)
-    divided = all(both) and any(
-        (both[0] / name).is_dir() for each in ("train", "test") for name in names_of_split(each)
-    )
-    if all(both) and not divided and split in names_of_split(data.train_split):
+    splits = {*names_of_split("train"), *names_of_split("test")}
+    if all(both) and splits.isdisjoint(folders_in(both[0])) and split in names_of_split(data.train_split):
         return data.train_split, *both
     return None
 
@@ -180,7 +178,5 @@ def class_numbers(masks: Sequence, data: DataConfig) -> tuple[str, ...]:
     if not len(values):
         raise InputError(f"no mask of {data.source} has a class: all of their pixels are ignored")
     count = np.setdiff1d(np.arange(values[-1] + 1), data.ignore).size
-    logger.info(
-        "%s: the greatest class of %d masks is %d; %s names the classes", data.source, len(masks), values[-1], CLASSES
-    )
+    logger.info("%s: the greatest class of all masks is %d; a %s can name them", data.source, values[-1], CLASSES)
     return tuple(map(str, range(count)))

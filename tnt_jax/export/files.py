@@ -156,7 +156,15 @@ def describe(model: Model, compute: Callable, format: str, samples: Samples = EI
     known = description_of(model)
     channels, (height, width) = known.config.in_channels, known.preprocessing.image_size
     one = jax.ShapeDtypeStruct((1, height, width, channels), samples.dtype)
-    width_of_output = jax.eval_shape(compute, one).shape[1]
+    output = jax.eval_shape(compute, one).shape[1:]
+    cut = {
+        "resize_to_cover": [math.floor(side / known.preprocessing.crop) for side in (height, width)],
+        "interpolation": known.preprocessing.interpolation,
+        "cut_at_centre": [height, width],
+    }
+    if TASKS[known.outputs.task].dense:
+        fitted = {"fit_whole_into": [height, width], "fill_around_it": known.preprocessing.mean}
+        cut = fitted | {"interpolation": known.preprocessing.interpolation}
     return {
         "model": known.config.name,
         "format": format,
@@ -167,11 +175,9 @@ def describe(model: Model, compute: Callable, format: str, samples: Samples = EI
             "white": 255 if samples.white is None else samples.white,
             "shape": ["batch", height, width, channels],
             "mode": {1: "L", 3: "RGB"}.get(channels),
-            "resize_to_cover": [math.floor(side / known.preprocessing.crop) for side in (height, width)],
-            "interpolation": known.preprocessing.interpolation,
-            "cut_at_centre": [height, width],
+            **cut,
         },
-        "output": {"name": output_name(model), "dtype": "float32", "shape": ["batch", width_of_output]},
+        "output": {"name": output_name(model), "dtype": "float32", "shape": ["batch", *output]},
         "task": known.outputs.task,
         "thresholds": known.outputs.thresholds,
         "class_names": known.class_names,

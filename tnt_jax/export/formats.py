@@ -79,7 +79,7 @@ def logits_of(model: Model, change: Callable[[Model], None] | None = None, sampl
         None if each is None else np.array(each, np.float32) for each in (outputs.target_std, outputs.target_mean)
     )
 
-    def logits(pixels: Num[Array, "batch height width channels"]) -> Float[Array, "batch classes"]:
+    def logits(pixels: Num[Array, "batch height width channels"]) -> Float[Array, "batch *places classes"]:
         with jax.default_matmul_precision("highest"):
             traced = nnx.merge(graphdef, state)
             if change is not None:

@@ -18,7 +18,9 @@ from tnt_jax.evaluation.observed import ObservedAttention, blocks_of
 from tnt_jax.export.files import Exported, check_difference, describe
 from tnt_jax.export.formats import FORMATS, Samples, logits_of, of_equations, output_name, to_onnx
 from tnt_jax.models.variants import Model
+from tnt_jax.storage.description import description_of
 from tnt_jax.storage.files import write_whole
+from tnt_jax.tasks.table import TASKS
 
 PAGE = Path(__file__).with_name("page.html")
 PACKAGE = "onnxruntime-web@1.30.0"
@@ -41,6 +43,8 @@ def export_web(
     folder, channels = Path(folder), model.config.in_channels
     if channels not in (1, 3):
         raise InputError(f"a page shows images of 1 or 3 channels, and the model takes {channels}")
+    if TASKS[task := description_of(model).outputs.task].dense:
+        raise InputError(f"a page shows predictions of whole images, and the task of the model is {task}: export onnx")
     if Samples.of(model, images).white is not None:
         raise InputError("a page shows images of 8 bits, and the model was trained on others; export it as onnx")
     if folder.exists() and not (overwrite and (folder / "model.onnx").is_file()):

@@ -31,8 +31,21 @@ Maps = Float[Array, "batch rows columns channels"]
 
 
 def resized(maps: Maps, size: tuple[int, int]) -> Float[Array, "batch height width channels"]:
-    """Bilinear, as PyTorch's `interpolate(mode="bilinear", align_corners=False)` enlarges."""
-    return jax.image.resize(maps, (maps.shape[0], *size, maps.shape[3]), "linear")
+    """Bilinear, as PyTorch's `interpolate(mode="bilinear", align_corners=False)` enlarges.
+
+    Two matrix products, as `jax.image.resize` computes it too, which cannot be exported for any number of images.
+    """
+    for spec, length, to in zip(("bhwc,yh->bywc", "bhwc,xw->bhxc"), maps.shape[1:3], size, strict=True):
+        if length != to:
+            matrix = jnp.asarray(bilinear(length, to), maps.dtype)
+            maps = jnp.einsum(spec, maps, matrix, precision=jax.lax.Precision.HIGHEST)
+    return maps
+
+
+def bilinear(length: int, to: int) -> Float[np.ndarray, "to length"]:
+    """Shares of the old places in each new one."""
+    places = ((np.arange(to) + 0.5) * length / to - 0.5).clip(0, length - 1)
+    return np.maximum(0, 1 - abs(places[:, None] - np.arange(length))).astype(np.float32)
 
 
 def map_dims(config: ModelConfig) -> tuple[int, ...]:
@@ -57,8 +70,8 @@ def check(config: ModelConfig) -> None:
     detectors.check(config)
     if config.head == "linear" and config.architecture == "pyramid":
         raise InputError(
-            "head linear gives the classes of a patch from its last sentence, of which a PyramidTNT has one for 64 x 64 "
-            "pixels; take head mlp"
+            "head is linear, which gives the classes of a patch from its last sentence: a PyramidTNT has one for 64 x "
+            "64 pixels; take head mlp"
         )
 
 

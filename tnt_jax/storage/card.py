@@ -65,11 +65,13 @@ def _what_it_is(description: ModelDescription) -> list[str]:
     classes = f"{config.num_classes} {task.noun}" if config.num_classes else "no head: its output is the class token"
     names = description.class_names
     listed = f", {names[0]} to {names[-1]}" if names else ""
+    shown = f"cover 1 / {feeding.crop:g} of that size, cut at the centre"
+    shown = "fit whole into that size, which the mean fills" if task.dense else shown
     return [
         f"{KINDS[config.architecture]} ({PAPERS[config.architecture == 'pyramid']}), `{config.name}`, for images of "
         f"{height}x{width}, {classes}{listed}.",
-        f"Images are resized ({feeding.interpolation}) until they cover 1 / {feeding.crop:g} of that size, cut at the "
-        f"centre, and normalised with mean {_numbers(feeding.mean)} and standard deviation {_numbers(feeding.std)}.",
+        f"Images are resized ({feeding.interpolation}) until they {shown}, and normalised with mean "
+        f"{_numbers(feeding.mean)} and standard deviation {_numbers(feeding.std)}.",
         *task.meaning(description.outputs),
     ]
 

@@ -95,7 +95,9 @@ def _compare(folder: Path, parameters: dict[str, np.ndarray], description: Model
 
 def timm_arguments(config: ModelConfig) -> dict[str, Any] | None:
     """What to tell timm's `create_model` beside the architecture; None if timm has nothing of this form."""
-    if config.architecture == "pyramid" or config.squeeze_excitation or config.mlp_ratio != 4:
+    if config.head != "class" or config.architecture == "pyramid":
+        return None
+    if config.squeeze_excitation or config.mlp_ratio != 4:
         return None
     if not (config.word_positions and config.sentence_positions and config.inner_blocks == tuple(range(config.depth))):
         return None

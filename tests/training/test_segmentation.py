@@ -1,0 +1,292 @@
+"""The class of every pixel, from masks to a trained model, and every command that follows it."""
+
+import csv
+import dataclasses
+import json
+
+import commands
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+from sklearn.metrics import jaccard_score
+from small_models import small_model
+from small_runs import history
+
+import tnt_jax
+from benchmarks.scenes import NAMES, scenes, write
+from tnt_jax.config import DataConfig, InputError, LossConfig, ModelChanges, OptimizerConfig, TrainConfig, check
+from tnt_jax.inference import predict_images
+from tnt_jax.models.variants import build_model, complete
+from tnt_jax.storage.description import read_description
+from tnt_jax.tasks.segmentation import IGNORED
+from tnt_jax.training.loop import train
+from tnt_jax.training.mesh import make_mesh, to_devices
+from tnt_jax.training.program import Program
+from tnt_jax.training.run import Run
+
+MODEL = ModelChanges(
+    "tnt_ti_patch16_224",
+    image_size=64,
+    in_channels=1,
+    depth=4,
+    inner_dim=8,
+    inner_heads=2,
+    outer_dim=96,
+    outer_heads=3,
+    drop_path_rate=0.0,
+    head="mlp",
+)
+SMALL = dataclasses.replace(MODEL, depth=2, outer_dim=12, inner_dim=4, drop_path_rate=0.1)
+FEW = {"train": 48, "val": 10, "test": 10}
+
+
+def run_of(folder, source, model=SMALL, **changes):
+    config = TrainConfig(
+        run_dir=str(folder),
+        model=model,
+        data=DataConfig.plain(f"masks:{source}", task="segmentation", label_smoothing=0.0, random_shift=0.1),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_epochs=1, ema_decay=0.9),
+        batch_size=16,
+        epochs=2,
+    )
+    return dataclasses.replace(config, **changes)
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes") / "few"
+    write(folder, FEW)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["mlp", "linear", pytest.param("pyramid", marks=pytest.mark.slow)])
+def finished(request, few, tmp_path_factory):
+    """A run of each head; `mlp` of a TNT and of a PyramidTNT."""
+    model = dataclasses.replace(SMALL, head="linear")
+    if request.param != "linear":
+        model = SMALL
+    if request.param == "pyramid":
+        sizes = {"depth": (1, 1, 1, 1), "inner_dim": (2, 4, 4, 4), "inner_heads": (1, 2, 2, 2)}
+        sizes |= {"outer_dim": (8, 12, 16, 16), "outer_heads": (2, 2, 2, 2)}
+        model = ModelChanges("ptnt_ti_patch16_192", image_size=64, in_channels=1, head="mlp", **sizes)
+    config = run_of(tmp_path_factory.mktemp(request.param) / "run", few, model)
+    train(config)
+    return config
+
+
+def states(run_dir, step=6):
+    return jax.tree.leaves(nnx.state(tnt_jax.load_model(run_dir, weights="raw", step=step)))
+
+
+def test_a_stopped_run_ends_as_one_that_was_not(finished, tmp_path):
+    again = dataclasses.replace(finished, run_dir=str(tmp_path / "run"))
+    train(again, on_step=lambda step, _: step == 4)
+    train(again)
+    for ours, theirs in zip(states(again.run_dir), states(finished.run_dir), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    of_training = [[line for line in history(each.run_dir) if line["kind"] == "train"] for each in (again, finished)]
+    assert of_training[0][-1] == of_training[1][-1]
+
+
+def test_a_model_is_described_saved_and_loaded_with_its_head(finished, tmp_path):
+    described = read_description(finished.run_dir)
+    assert (described.config.head, described.outputs.task, described.class_names) == (
+        finished.model.head,
+        "segmentation",
+        NAMES,
+    )
+    model = tnt_jax.load_model(finished.run_dir)
+    tnt_jax.save_model(model, tmp_path / "model")
+    again = tnt_jax.load_model(tmp_path / "model")
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 64, 64, 1)), jnp.float32)
+    ours, theirs = (nnx.jit(lambda model: model(images))(each) for each in (model, again))
+    assert ours.shape == (2, 64, 64, 11)
+    np.testing.assert_array_equal(ours, theirs)
+    assert again.description == model.description
+
+
+def step_of(config, devices):
+    """Loss and parameters after a step on so many devices."""
+    config = complete(config, len(NAMES))
+    program = Program(config, make_mesh(devices=jax.devices()[:devices]), 3)
+    program.check()
+    images, masks = scenes("train", config.batch_size)
+    masks = masks.astype(np.uint16)
+    masks[0, :20], masks[1] = IGNORED, IGNORED
+    state = program.init(jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(build_model(config.model, 0)))))
+    mesh = make_mesh(devices=jax.devices()[:devices])
+    state, metrics = program.train_step(state, to_devices({"image": images[..., None], "label": masks}, mesh))
+    return float(metrics["loss"]), state.params
+
+
+@pytest.mark.parametrize("head", ["mlp", "linear"])
+def test_a_step_is_the_same_on_several_devices(head, few, tmp_path):
+    config = run_of(tmp_path, few, dataclasses.replace(SMALL, head=head))
+    (one, alone), (four, together) = (step_of(config, devices) for devices in (1, 4))
+    assert one == pytest.approx(four, rel=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_parts_of_a_batch_have_the_loss_of_the_whole(few, tmp_path):
+    """Without batch norm, which sees a part at a time."""
+    config = run_of(tmp_path, few, dataclasses.replace(SMALL, head="linear"))
+    whole, parts = step_of(config, 1)[0], step_of(dataclasses.replace(config, accumulation_steps=4), 1)[0]
+    assert whole == pytest.approx(parts, rel=1e-5)
+
+
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+def test_bfloat16_trains_and_its_logits_are_float32(param_dtype, few, tmp_path):
+    model = dataclasses.replace(SMALL, dtype="bfloat16", param_dtype=param_dtype)
+    loss, _ = step_of(run_of(tmp_path, few, model, loss=LossConfig("pixel_cross_entropy")), 1)
+    assert np.isfinite(loss)
+    built = build_model(complete(run_of(tmp_path, few, model), 11).model)
+    assert nnx.eval_shape(lambda: built(jnp.zeros((1, 64, 64, 1)))).dtype == jnp.float32
+
+
+def test_weights_of_classes_are_numbers(few, tmp_path):
+    weights = tuple(np.linspace(0, 1, 11).tolist())
+    plain, weighed = (
+        step_of(run_of(tmp_path, few, loss=LossConfig(class_weights=each)), 1)[0] for each in ("none", weights)
+    )
+    assert plain != pytest.approx(weighed, rel=0.01)
+
+
+def test_a_run_starts_from_a_classifier_and_from_another_segmenter(finished, few, tmp_path, caplog):
+    """The blocks are those of the classifier, the head is fresh; the same classes keep their head."""
+    if finished.model.name.startswith("ptnt"):  # the classifier below is a TNT
+        return
+    changes = dataclasses.asdict(SMALL) | {"head": "class", "num_classes": 3, "image_size": 32}
+    classifier = small_model(**{name: value for name, value in changes.items() if value is not None})
+    tnt_jax.save_model(classifier, tmp_path / "classifier")
+    config = dataclasses.replace(finished, run_dir=str(tmp_path / "run"), init_from=str(tmp_path / "classifier"))
+    begun = Run(config).initial_state().params
+    np.testing.assert_array_equal(
+        begun["blocks"][0]["outer"]["mlp"]["fc1"]["kernel"], classifier.blocks[0].outer.mlp.fc1.kernel[...]
+    )
+    assert begun["sentence_positions"].shape == (1, 17, 12)
+    assert "its outputs are of task single_label, and segmentation is wanted: the head is fresh" in caplog.text
+    again = Run(dataclasses.replace(config, init_from=finished.run_dir)).initial_state().params
+    best = nnx.to_pure_dict(nnx.state(tnt_jax.load_model(finished.run_dir)))
+    assert jax.tree.all(jax.tree.map(lambda ours, theirs: bool((ours == theirs).all()), again, best))
+
+
+def run(script, *arguments):
+    code, out, err = commands.run(script, *arguments)
+    assert code == 0, err
+    return out
+
+
+def test_every_command(finished, few, tmp_path):
+    folder, table = finished.run_dir, tmp_path / "table.csv"
+    run("eval.py", folder, "--per-class", "--table", table, "--out", tmp_path / "a.jsonl")
+    averaged, _ = csv.DictReader(table.open())
+    assert float(averaged["miou_low"]) <= float(averaged["miou"]) <= float(averaged["miou_high"])
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 * FEW["test"]
+    image = few / "test/images/0003.png"
+    out = run("predict.py", folder, image, "--format", "jsonl", "--out", tmp_path / "masks")
+    shares = json.loads(out)["pred_shares"]
+    mask = Image.open(tmp_path / "masks/0003.png")
+    assert (mask.mode, mask.size) == ("P", (64, 64))
+    counts = np.bincount(np.asarray(mask).ravel(), minlength=11) / 64**2
+    assert shares == pytest.approx({NAMES[label]: counts[label] for label in np.flatnonzero(counts)})
+    assert Image.open(tmp_path / "masks/0003_overlay.png").mode == "RGB"
+    assert float(rows[3]["pixel_accuracy"]) == pytest.approx(
+        (np.asarray(mask) == np.asarray(Image.open(few / "test/masks/0003.png"))).mean(), abs=1e-3
+    )
+    code, _, err = commands.run("predict.py", folder, image, "--out", tmp_path / "masks")
+    assert (code, "which is there already; name a new folder" in err) == (2, True)
+
+
+@pytest.mark.slow
+def test_pictures_and_files(finished, few, tmp_path):
+    folder = finished.run_dir
+    for what in ("confusion", "mistakes", "curves", "batch"):
+        run("visualize.py", what, folder, "--out", tmp_path / "a.png")
+        assert np.asarray(Image.open(tmp_path / "a.png")).std() > 5
+    for kind in ("onnx", "stablehlo"):
+        run("export.py", folder, "--format", kind, "--out", tmp_path / f"a.{kind}")
+        about = json.loads((tmp_path / f"a.{kind}.json").read_text())
+        assert about["output"]["shape"] == ["batch", 64, 64, 11]
+        assert about["input"]["fit_whole_into"] == [64, 64]
+    run("export.py", folder, "--format", "hub", "--out", tmp_path / "hub")
+    images = jnp.zeros((1, 64, 64, 1))
+    both = [nnx.jit(lambda model: model(images))(tnt_jax.load_model(each)) for each in (folder, tmp_path / "hub")]
+    np.testing.assert_array_equal(*both)
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("export.py", ["--format", "web"], "a page shows predictions of whole images, and the task of the model is"),
+        ("visualize.py", ["why"], "what is explained is one prediction of an image"),
+        ("eval.py", ["--probe", "knn"], "is segmentation, and --probe asks for classes"),
+    ],
+)
+def test_what_cannot_be_is_one_line(script, arguments, message, finished, few, tmp_path):
+    where = [arguments[0], finished.run_dir] if script == "visualize.py" else [finished.run_dir, *arguments]
+    code, _, err = commands.run(script, *where)
+    assert (code, message in err) == (2, True)
+
+
+def test_the_metrics_of_a_run_are_scikit_learns(finished, few):
+    """Over all pixels, of the averaged weights at the last step."""
+    model = tnt_jax.load_model(finished.run_dir, step=6)
+    paths = sorted((few / "val/images").iterdir())
+    found = np.stack([each["pred_mask"] for each in tnt_jax.inference_model(model, paths)])
+    masks = np.stack([np.asarray(Image.open(path)) for path in sorted((few / "val/masks").iterdir())])
+    last = [line for line in history(finished.run_dir) if line["kind"] == "test"][-1]
+    wanted = jaccard_score(masks.ravel(), found.ravel(), average="macro")
+    assert last["ema_miou"] == pytest.approx(wanted, abs=2e-3)
+    assert last["ema_pixel_accuracy"] == pytest.approx((masks == found).mean(), abs=2e-3)
+
+
+def test_windows_say_the_same_where_one_is_enough_and_cover_large_images(finished, few):
+    model = tnt_jax.load_model(finished.run_dir)
+    pixels = np.asarray(Image.open(few / "test/images/0000.png"))[..., None]
+    (whole,) = predict_images(model, [pixels])
+    logits = np.asarray(nnx.jit(lambda model: model((pixels[None] / 255 - 0.5) / 0.5))(model))[0]
+    np.testing.assert_array_equal(whole["pred_mask"], logits.argmax(-1))
+    large = np.tile(pixels, (2, 3, 1))[:100, :170]
+    for zoom in (1.0, 2.6, 4.0):
+        (found,) = predict_images(model, [large], zoom=zoom, batch_size=3)
+        assert found["pred_mask"].shape == (100, 170)
+        assert sum(found["pred_shares"].values()) == pytest.approx(1)
+    with pytest.raises(InputError, match="zoom is 0, and must be above 0"):
+        next(predict_images(model, [large], zoom=0))
+    with pytest.raises(InputError, match="zoom is 2, and must be 1 for task single_label"):
+        next(predict_images(small_model(), [large], zoom=2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": ModelChanges("tnt_s_patch16_224")}, r"model\.head is class, and must be linear or mlp, which"),
+        ({"data": {"task": "single_label"}}, r"model\.head is mlp, and must be class, for data\.task single_label"),
+        (
+            {"data": {"mixup": 0.2}},
+            r"data\.mixup is 0\.2, which only .* can have; for data\.task segmentation it must be 0",
+        ),
+        ({"data": {"label_smoothing": 0.1}}, r"data\.label_smoothing is 0\.1, which only"),
+        ({"loss": LossConfig("cross_entropy")}, r"must be cross_entropy_dice or pixel_cross_entropy"),
+        ({"loss": LossConfig(class_weights="balanced")}, r"loss\.class_weights is 'balanced', which only"),
+        ({"best_metric": "top1"}, r"must be one of miou, pixel_accuracy, loss"),
+    ],
+)
+def test_what_a_configuration_cannot_have_is_said(changes, message, few):
+    config = run_of("unused", few)
+    given = {
+        name: dataclasses.replace(getattr(config, name), **value) if isinstance(value, dict) else value
+        for name, value in changes.items()
+    }
+    with pytest.raises(InputError, match=message):
+        check(dataclasses.replace(config, **given))
+
+
+def test_a_pyramid_has_no_linear_head():
+    with pytest.raises(InputError, match="head is linear, which gives the classes of a patch from its last sentence"):
+        tnt_jax.create_model("ptnt_ti_patch16_192", head="linear")
