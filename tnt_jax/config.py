@@ -99,8 +99,8 @@ class DataConfig:
 
     source: str = setting("digits", role="execution")
     """`digits`, `idx:FOLDER`, `folder:PATH`, `csv:FILE`, `npy:PATH`, `hf:NAME`, `tfds:NAME`, `array_record:PATH`,
-    `masks:PATH` or `synthetic`; see docs/data.md. A run may go on with the same data at another place: what it holds is
-    compared."""
+    `masks:PATH`, `coco:PATH`, `voc:PATH`, `boxes:PATH` or `synthetic`; see docs/data.md. A run may go on with the same
+    data at another place: what it holds is compared."""
     train_split: str = "train"
     """What training reads. TFDS takes its slices here, `train[:90%]`."""
     eval_split: str | None = setting(None, role="execution")
@@ -228,11 +228,12 @@ class LossConfig:
 
     name: (
         Literal["cross_entropy", "binary_cross_entropy", "squared_error", "cross_entropy_dice", "pixel_cross_entropy"]
+        | Literal["detection", "detection_giou"]
         | None
     ) = None
     """Another loss that the task can have: binary_cross_entropy (BCE) for single_label, as DeiT III (arXiv 2204.07118)
     has it; predictions and evaluations are those of a softmax all the same. pixel_cross_entropy is segmentation's
-    without Dice."""
+    without Dice; detection_giou is RetinaNet's with 1 - GIoU of the boxes."""
     class_weights: Literal["none", "balanced"] | tuple[float, ...] = setting("none", least=0)
     """Weight of each class, label or target. balanced is inverse to how many training images have it, with a mean of 1
     over the classes of the images: scikit-learn's formula."""
@@ -371,7 +372,7 @@ class TrainConfig(Generic[Model]):
     """Latest checkpoints that are kept, beside the best one."""
     best_metric: str | None = setting(None, role="observation")
     """Metric of the averaged weights on the evaluated images that chooses the best checkpoint. By default top1 for
-    single_label, map for multi_label, r2 for regression and miou for segmentation; the others are in
+    single_label, map for multi_label, r2 for regression, miou for segmentation and ap for detection; the others are in
     docs/evaluation.md."""
     early_stop: EarlyStopConfig = EarlyStopConfig()
     log_every_steps: int = setting(10, role="observation", least=1)
@@ -461,9 +462,9 @@ def check_task(config: TrainConfig) -> None:
                 f"{name} is {value!r}, which only {' and '.join(tasks)} can have; for data.task {task} it must be "
                 f"{right}"
             )
-    if (config.model.head in (None, "class")) == TASKS[task].dense:
-        right = "linear or mlp, which give something for every pixel" if TASKS[task].dense else "class"
-        raise InputError(f"model.head is {config.model.head or 'class'}, and must be {right}, for data.task {task}")
+    if (head := config.model.head or "class") not in TASKS[task].heads:
+        right = " or ".join(TASKS[task].heads)
+        raise InputError(f"model.head is {head}, and must be {right} for data.task {task}")
     if loss.name not in (None, *TASKS[task].losses):
         raise InputError(
             f"loss.name is {loss.name!r}, and must be {' or '.join(TASKS[task].losses)} for data.task {task}"

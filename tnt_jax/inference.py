@@ -24,7 +24,7 @@ from tnt_jax.models.variants import Model
 from tnt_jax.storage.description import ModelDescription, Preprocessing, description_of
 from tnt_jax.storage.load import load_model
 from tnt_jax.tasks.table import TASKS
-from tnt_jax.tasks.task import Outputs
+from tnt_jax.tasks.task import Canvas, Outputs
 
 
 def inference_model(
@@ -152,7 +152,7 @@ def _predict_windows(
     (top, height), (left, width) = ((each[0], len(each)) for each in inside)
     starts = list(itertools.product(*map(_starts, canvas, size)))
 
-    def windows() -> Iterator[tuple[slice, slice, np.ndarray]]:
+    def windows() -> Iterator[tuple[int, int, np.ndarray]]:
         for at in range(0, len(starts), batch_size):
             some = starts[at : at + batch_size]
             batch = np.zeros((1 << (len(some) - 1).bit_length(), *size, seen.shape[2]), seen.dtype)
@@ -162,10 +162,9 @@ def _predict_windows(
             if not np.isfinite(computed).all():
                 raise _not_finite(description)
             for found, (row, column) in zip(computed, some, strict=False):
-                found = found[top : top + height, left : left + width]  # all of it where there are several
-                yield slice(row, row + found.shape[0]), slice(column, column + found.shape[1]), found
+                yield row, column, found
 
-    scores = task.join(windows(), (height, width), pixels.shape[:2])
+    scores = task.join(windows(), Canvas(size, top, left, height, width, pixels.shape[:2]))
     return task.result(scores, description.outputs, description.class_names)
 
 

@@ -38,6 +38,27 @@ class Places:
     def mirrored(self) -> "Places":
         return Places(self.rows, self.columns[::-1])
 
+    def of_boxes(
+        self, boxes: Float[np.ndarray, "boxes 4"]
+    ) -> tuple[tuple[float, float, float, float], Float[np.ndarray, "boxes 4"]]:
+        """The prepared image as a box of the whole one, and boxes of the whole one as shares of the prepared one.
+
+        Boxes are left, top, right, bottom in pixels. What lies outside of what is shown is cut off: of a box of which
+        nothing is shown nothing is left.
+        """
+        whole, found = np.zeros(4), np.zeros(boxes.shape)
+        for axis, at in enumerate((self.columns, self.rows)):
+            shown = np.flatnonzero(~np.isnan(at))
+            first, last = shown[[0, -1]] if len(shown) else (0, -1)
+            # From one pixel to the next; of a single one the side is not known, and nothing is left of boxes.
+            step = (at[last] - at[first]) / (last - first) if last > first else np.nan
+            ends = [at[first] + (edge - first - 0.5) * step for edge in (0, len(at))] if last > first else [0, 0]
+            whole[[axis, axis + 2]] = ends
+            if last > first:
+                edges = (boxes[:, [axis, axis + 2]] - at[first]) / step + first + 0.5
+                found[:, [axis, axis + 2]] = np.sort(edges, axis=1).clip(first, last + 1) / len(at)
+        return tuple(whole), found
+
     def of_mask(
         self, mask: UInt16[np.ndarray, "height width"], outside: int
     ) -> UInt16[np.ndarray, "new_height new_width"]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from tnt_jax.config import DataConfig, InputError
 from tnt_jax.data.arrays import open_numpy
+from tnt_jax.data.boxes import open_box_table, open_coco, open_voc
 from tnt_jax.data.folders import open_folder
 from tnt_jax.data.hub_dataset import open_hub_dataset
 from tnt_jax.data.idx import open_idx
@@ -106,7 +107,7 @@ def _open(data: DataConfig, split: str) -> Split:
     name, _, argument = data.source.partition(":")
     if name not in SOURCES or (name != "synthetic" and bool(argument) != (name != "digits")):
         known = "digits, idx:FOLDER, folder:PATH, csv:FILE, npy:PATH, hf:NAME, tfds:NAME, "
-        known += "array_record:PATH, masks:PATH, synthetic"
+        known += "array_record:PATH, masks:PATH, coco:PATH, voc:PATH, boxes:PATH, synthetic"
         raise InputError(f"data source {data.source!r} is none of {known}, synthetic:COUNT{_guess(data.source)}")
     source = SOURCES[name]
     for option in OPTIONS:
@@ -115,10 +116,13 @@ def _open(data: DataConfig, split: str) -> Split:
             flag = f"--data.{option.replace('_', '-')}"
             raise InputError(f"{flag} was given, and {name}{':' * bool(argument)} has no use for it; {others} have")
     try:
-        found, dense = source.open(os.path.expanduser(argument), data, split), TASKS[data.task].dense
-        if found.dense != dense:
-            has, fits = ("a mask", "segmentation") if found.dense else ("no mask", "masks:PATH, csv:FILE, tfds:NAME")
-            raise InputError(f"{data.source} has {has} of each image, and data.task is {data.task}: take {fits}")
+        found, told = source.open(os.path.expanduser(argument), data, split), TASKS[data.task].told
+        if found.tells != told:
+            fits = {"label": "single_label", "mask": "segmentation", "boxes": "detection"}[found.tells]
+            raise InputError(
+                f"{data.source} has a {found.tells} for each image, and data.task is {data.task}, which needs "
+                f"{TASKS[data.task].needs}: take data.task {fits}, or {SOURCES_OF[told]}"
+            )
         return found
     except NoSplitError as error:
         if split == data.train_split or data.holdout:
@@ -173,7 +177,7 @@ def _open_synthetic(argument: str, data: DataConfig, split: str) -> Split:
         raise InputError(f"data source synthetic:{argument} is not synthetic:COUNT with a number of images")
     count = int(argument) if argument else counts[split]
     if TASKS[data.task].dense:
-        return Split(Noise(count, dense=True), None, ("left", "right"), split)
+        return Split(Noise(count, TASKS[data.task].told), None, ("left", "right"), split)
     return Split(Noise(count), np.arange(count, dtype=np.int32) % 1000, tuple(map(str, range(1000))), split)
 
 
@@ -199,5 +203,15 @@ SOURCES = {
     "tfds": Source(open_tfds, ("class_names", "ignore")),
     "array_record": Source(open_array_record, ("class_names", "ignore")),
     "masks": Source(open_masks, ("class_names", "ignore")),
+    "coco": Source(open_coco, ("class_names",)),
+    "voc": Source(open_voc, ("class_names",)),
+    "boxes": Source(open_box_table, ("class_names",)),
     "synthetic": Source(_open_synthetic),
 }
+
+SOURCES_OF = {
+    "label": "a source of labels",
+    "mask": "masks:PATH, csv:FILE or tfds:NAME",
+    "boxes": "coco:PATH, voc:PATH or boxes:PATH",
+}
+"""By what they tell of an image."""

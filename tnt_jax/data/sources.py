@@ -15,7 +15,7 @@ from tnt_jax.data.samples import Pixels
 
 Target = int | np.ndarray
 """A class; or float32 (outputs,): 0 or 1 for each class (multi_label), or numbers (regression); or a mask, uint16
-(height, width)."""
+(height, width); or boxes, float32 (boxes, 7)."""
 
 
 class NoSplitError(InputError):
@@ -44,12 +44,20 @@ def names_of_split(split: str) -> tuple[str, ...]:
 class Images(Sequence):
     """Images by their places, each as `read_image` takes it. Can be pickled, so that worker processes read it too."""
 
-    dense = False
-    """Whether each comes with a mask."""
+    tells = "label"
+    """Of each: as `Task.told`."""
 
     def name(self, index: int) -> str:
         """What an image is called in messages."""
         return f"image {index}"
+
+    def check_size(self, index: int, target: Target, size: tuple[int, int]) -> None:
+        """Raises InputError where the target of an image is not for one of this height and width."""
+        if self.tells == "mask" and target.shape != size:
+            sizes = [f"{width} x {height}" for height, width in (target.shape, size)]
+            raise InputError(
+                f"{self.name(index)} is {sizes[1]} pixels, and its mask {sizes[0]}; both must be of one size"
+            )
 
     def take(self, indices: np.ndarray) -> "Images":
         """Some of the images, in this order."""
@@ -78,8 +86,11 @@ class _Taken(Images):
         return self.images.digest() if isinstance(self.images, Images) else None
 
     @property
-    def dense(self) -> bool:
-        return isinstance(self.images, Images) and self.images.dense
+    def tells(self) -> str:
+        return self.images.tells if isinstance(self.images, Images) else "label"
+
+    def check_size(self, index: int, target: Target, size: tuple[int, int]) -> None:
+        self.images.check_size(int(self.indices[index]), target, size)
 
     def labelled(self, index: int) -> tuple[ImageSource, Target]:
         return self.images.labelled(int(self.indices[index]))
@@ -159,11 +170,10 @@ class Split:
         if isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[2] < 4:
             channels = None  # they have no alpha to leave out; whether they fit is asked of the whole split
         name = functools.partial(self.image_name, index)
-        at_least = None if self.dense else at_least  # a mask is of the whole size
+        at_least = at_least if self.tells == "label" else None  # masks and boxes are of the whole size
         pixels = read_image(image, channels, at_least=at_least, reading=self.reading, name=name)
-        if self.dense and target.shape != pixels.shape[:2]:
-            sizes = [f"{width} x {height}" for height, width in (target.shape, pixels.shape[:2])]
-            raise InputError(f"{name()} is {sizes[1]} pixels, and its mask {sizes[0]}; both must be of one size")
+        if isinstance(self.images, Images):
+            self.images.check_size(index, target, pixels.shape[:2])
         return pixels, target
 
     def image_name(self, index: int) -> str:
@@ -171,9 +181,9 @@ class Split:
         return name_of(self.images, index)
 
     @property
-    def dense(self) -> bool:
-        """Whether each image comes with a mask."""
-        return isinstance(self.images, Images) and self.images.dense
+    def tells(self) -> str:
+        """As `Task.told`."""
+        return self.images.tells if isinstance(self.images, Images) else "label"
 
     @property
     def files(self) -> FileNames | None:
@@ -203,7 +213,7 @@ class Noise(Images):
     """Noise, without reading or decoding anything: for timing the device alone, and for trying a run out."""
 
     length: int
-    dense: bool = False
+    tells: str = "label"
 
     def __len__(self) -> int:
         return self.length
@@ -213,6 +223,9 @@ class Noise(Images):
 
     def labelled(self, index: int) -> tuple[Any, Target]:
         """With two classes by halves."""
+        if self.tells == "boxes":
+            halves = [(0, 0, 128, 256, 0, 0, 128 * 256), (128, 0, 256, 256, 1, 0, 128 * 256)]
+            return self[index], np.array(halves, np.float32)
         return self[index], np.repeat(np.arange(2, dtype=np.uint16), 128)[None].repeat(256, 0)
 
     @property

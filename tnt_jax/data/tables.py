@@ -84,7 +84,7 @@ def open_table(argument: str, data: DataConfig, split: str) -> Split:
     _check_images(table, names, folder)
     name = table.columns[split_column].text_of(int(rows[0])) if split_column else data.train_split
     images = ImageFiles(folder, names.files_of(rows))
-    if TASKS[data.task].dense:
+    if TASKS[data.task].told == "mask":
         return _with_masks(table, data, images, rows, training, name)
     return split_of_rows(table, data, images, rows, training, name, {image, split_column})
 

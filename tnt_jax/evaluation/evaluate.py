@@ -161,7 +161,7 @@ def predictions_of(
         logits = model(inputs).astype(jnp.float32)
         if tta == "flip":
             logits = (logits + task.mirrored(model(inputs[:, :, ::-1])).astype(jnp.float32)) / 2
-        return task.of_each_image(logits[..., match.of_model], labels, asked)
+        return task.of_each_image(task.in_classes(logits, match.of_model), labels, asked)
 
     found, rate = over_images(images, data, models, batch_size, compute)
     return [task.predictions(arrays, outputs, match.of_model, rate) for arrays in found]

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, UInt16
 
+from tnt_jax.tasks.detection_losses import detection_loss
 from tnt_jax.tasks.task import Outputs, Task
 
 Logits = Float[Array | np.ndarray, "batch *places outputs"]
@@ -118,5 +119,7 @@ LOSSES = {
     "squared_error": squared_error,
     "cross_entropy_dice": cross_entropy_dice,
     "pixel_cross_entropy": pixel_cross_entropy,
+    "detection": lambda objective, logits, labels: detection_loss(logits, labels),
+    "detection_giou": lambda objective, logits, labels: detection_loss(logits, labels, by_giou=True),
 }
 """From an objective, what the head gives and soft targets to a loss of each image, or of each of its outputs."""

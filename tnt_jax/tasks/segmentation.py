@@ -16,7 +16,7 @@ from tnt_jax.tasks import task
 from tnt_jax.tasks.bootstrap import intervals, resamples
 from tnt_jax.tasks.metrics import LOSS, Metric, computed, mean_of_defined, proportion, quotient, with_intervals
 from tnt_jax.tasks.single_label import ClassCounts
-from tnt_jax.tasks.task import Answer, Matrix, Mistakes, Outputs, Predictions, class_name, short
+from tnt_jax.tasks.task import Answer, Canvas, Matrix, Mistakes, Outputs, Predictions, class_name, short
 
 if TYPE_CHECKING:
     import jax
@@ -136,7 +136,8 @@ class Segmentation(task.Task):
 
     name = "segmentation"
     noun = "classes"
-    dense = True
+    told = "mask"
+    heads = ("linear", "mlp")
     metrics = METRICS
     losses = ("cross_entropy_dice", "pixel_cross_entropy")
     settings = ()
@@ -220,14 +221,18 @@ class Segmentation(task.Task):
         return jax.nn.softmax(logits)
 
     def join(
-        self, windows: Iterable[tuple[slice, slice, np.ndarray]], shape: tuple[int, int], size: tuple[int, int]
+        self, windows: Iterable[tuple[int, int, np.ndarray]], canvas: Canvas
     ) -> UInt16[np.ndarray, "height width"]:
         """The class of the highest probability: the mean over the windows, brought to the size of the image."""
+        shape, size = (canvas.height, canvas.width), canvas.image
         total, times = np.zeros(0, np.float32), np.zeros((*shape, 1), np.float32)
-        for rows, columns, found in windows:
+        for row, column, found in windows:
+            # The image lies inside of the only window, or all windows inside of the image.
+            found = found[canvas.top :, canvas.left :][: canvas.height, : canvas.width]
+            place = slice(row, row + found.shape[0]), slice(column, column + found.shape[1])
             total = total if total.size else np.zeros((*shape, found.shape[-1]), np.float32)
-            total[rows, columns] += found
-            times[rows, columns] += 1
+            total[place] += found
+            times[place] += 1
         total /= times
         # Class by class: all at once are gigabytes of a large photograph.
         most, likeliest = np.full(size, -1, np.float32), np.zeros(size, np.uint16)

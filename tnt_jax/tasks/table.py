@@ -4,6 +4,7 @@ import math
 from typing import Any, Literal
 
 from tnt_jax.errors import InputError
+from tnt_jax.tasks.detection import Detection
 from tnt_jax.tasks.metrics import OTHERS, Metric
 from tnt_jax.tasks.multi_label import MultiLabel
 from tnt_jax.tasks.regression import Regression
@@ -11,7 +12,8 @@ from tnt_jax.tasks.segmentation import Segmentation
 from tnt_jax.tasks.single_label import SingleLabel
 from tnt_jax.tasks.task import Outputs, Task
 
-TASKS: dict[str, Task] = {task.name: task for task in (SingleLabel(), MultiLabel(), Regression(), Segmentation())}
+_ALL = (SingleLabel(), MultiLabel(), Regression(), Segmentation(), Detection())
+TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 TaskName = Literal[tuple(TASKS)]
 METRICS = {metric.name: metric for task in TASKS.values() for metric in task.metrics}
 METRICS |= {metric.name: metric for metric in OTHERS}

@@ -7,7 +7,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool
@@ -78,6 +78,20 @@ class Mistakes(NamedTuple):
     """What is drawn beside each, 8 bits RGB."""
 
 
+class Canvas(NamedTuple):
+    """An image, resized, in an array that windows cover: a place, and sizes (height, width)."""
+
+    window: tuple[int, int]
+    """Of each window."""
+    top: int
+    left: int
+    height: int
+    width: int
+    """Of the resized image, which begins at `top` and `left`."""
+    image: tuple[int, int]
+    """Of the image itself."""
+
+
 class Predictions(abc.ABC):
     """A model's predictions for a number of images."""
 
@@ -129,8 +143,10 @@ class Task(abc.ABC):
     """Of `tnt_jax.tasks.losses.LOSSES`; the first is taken."""
     settings: tuple[str, ...] = MIXING
     """Fields of a configuration that not every task can have, and this one can."""
-    dense: bool = False
-    """Whether what is told of an image lies over its pixels: it moves with them, and evaluation shows images whole."""
+    told: Literal["label", "mask", "boxes"] = "label"
+    """Of an image: a label of all of it, or a mask or boxes, which move with its pixels; evaluation shows it whole."""
+    heads: tuple[str, ...] = ("class",)
+    """Of a model: the first is for the image; the others over its pixels. As `ModelConfig.head` has them."""
     output_fields: tuple[str, ...] = ()
     """Fields of `Outputs` that are its own: a number for each output."""
     one_class: bool = False
@@ -147,6 +163,11 @@ class Task(abc.ABC):
     tag: str = "image-classification"
     problem_type: str | None = None
     """As transformers calls it, where it is not one class."""
+
+    @property
+    def dense(self) -> bool:
+        """True if labels move with the pixels of their image."""
+        return self.told != "label"
 
     # What a source says of images
 
@@ -260,6 +281,10 @@ class Task(abc.ABC):
 
     # Evaluation
 
+    def in_classes(self, logits: "jax.Array", chosen: Any) -> "jax.Array":
+        """The logits of some of the classes, in another order."""
+        return logits[..., chosen]
+
     def mirrored(self, logits: "jax.Array") -> "jax.Array":
         """The logits of mirror images as those of the images."""
         return logits
@@ -283,13 +308,11 @@ class Task(abc.ABC):
     def activated(self, logits: "jax.Array") -> "jax.Array":
         """Probabilities, or numbers as they are."""
 
-    def join(
-        self, windows: "Iterable[tuple[slice, slice, np.ndarray]]", shape: tuple[int, int], size: tuple[int, int]
-    ) -> np.ndarray:
-        """What `result` takes of an image of `size`, of a dense task.
+    def join(self, windows: "Iterable[tuple[int, int, np.ndarray]]", canvas: Canvas) -> np.ndarray:
+        """The argument of `result` for an image, of a dense task.
 
         Args:
-            windows: rows, columns and what is `activated` of each part of the image, which was resized to `shape`.
+            windows: the first row and column of each, and what is `activated` of it.
         """
         raise NotImplementedError
 

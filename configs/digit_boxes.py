@@ -1,0 +1,35 @@
+"""The boxes of digits in scenes, which `benchmarks/scenes.py` makes.
+
+    python benchmarks/scenes.py data/scenes
+    python train.py --config configs/digit_boxes.py
+
+needs `pip install tnt-jax[coco]`, for average precision.
+"""
+
+from tnt_jax.config import DataConfig, ModelChanges, OptimizerConfig, TrainConfig
+
+
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        run_dir="runs/digit_boxes",
+        model=ModelChanges(
+            name="tnt_ti_patch16_224",
+            image_size=64,
+            in_channels=1,
+            patch_size=8,
+            word_stride=2,
+            depth=4,
+            inner_dim=8,
+            inner_heads=2,
+            outer_dim=96,
+            outer_heads=3,
+            drop_path_rate=0.0,
+            head="retinanet",
+        ),
+        data=DataConfig.plain("coco:data/scenes", task="detection", label_smoothing=0.0),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_epochs=1, ema_decay=0.995, clip_norm=1.0),
+        batch_size=32,
+        epochs=12,
+        eval_every_epochs=2,
+        log_every_steps=20,
+    )
