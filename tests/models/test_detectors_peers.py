@@ -173,7 +173,7 @@ def detrs():
     return ours, theirs
 
 
-NAMES = {"q_proj": "query", "k_proj": "keys", "v_proj": "value", "o_proj": "proj"}
+NAMES = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "proj"}
 
 
 def ours_of(ours, name, tensor):

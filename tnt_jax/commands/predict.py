@@ -170,6 +170,7 @@ SHOWN = {
     "predicted": ("prediction", "left", lambda value: "yes" if value else "no"),
     "target": ("target", "left", escape),
     "value": ("value", "right", lambda value: f"{value:.6g}"),
+    "box": ("left, top, width, height", "left", escape),
     "share": ("share of the pixels", "right", lambda value: f"{value:.2%}"),
 }
 """Columns of a table: title, alignment, and how a value is printed."""

@@ -174,12 +174,12 @@ class CrossAttention(nnx.Module):
     def __init__(self, dim: int, *, config: ModelConfig, rngs: Rngs):
         make = functools.partial(Linear, dim, dim, config=config, rngs=rngs)
         self.num_heads = dim // HEAD_DIM
-        self.query, self.keys, self.value, self.proj = (make() for _ in range(4))
+        self.q, self.k, self.v, self.proj = (make() for _ in range(4))
 
     def __call__(self, queries: Array, keys: Array, values: Array, key: Keys | None = None) -> Array:
         q, k, v = (
             linear(tokens).reshape(*tokens.shape[:2], self.num_heads, -1)
-            for linear, tokens in ((self.query, queries), (self.keys, keys), (self.value, values))
+            for linear, tokens in ((self.q, queries), (self.k, keys), (self.v, values))
         )
         logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
         weights = dropout(jax.nn.softmax(logits), DROP_RATE, key).astype(v.dtype)
