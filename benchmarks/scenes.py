@@ -3,8 +3,8 @@
     python benchmarks/scenes.py data/scenes
 
 writes images/ and masks/ for training (4,000 scenes), validation (300) and test (300), classes.txt, and the boxes as
-COCO has them in annotations/. A scene is
-64 x 64 pixels of dark noise; in one to four of its quarters stands one of scikit-learn's digits, 24 to 32 pixels large.
+COCO has them in annotations/. A scene is 64 x 64 pixels of dark noise; in two to four of its quarters stands one of
+scikit-learn's digits, 24 to 32 pixels large.
 The digits of one split are in no scene of another.
 """
 
@@ -27,7 +27,7 @@ def scene(rng, images, labels):
     """An image and its mask, both uint8 (64, 64), and left, top, width, height and digit of each of its boxes."""
     image, mask = rng.integers(0, 60, (SIDE, SIDE)).astype(np.uint8), np.zeros((SIDE, SIDE), np.uint8)
     boxes = []
-    for quarter in rng.permutation(4)[: rng.integers(1, 5)]:
+    for quarter in rng.permutation(4)[: rng.integers(2, 5)]:
         side, chosen = int(rng.integers(24, SIDE // 2 + 1)), rng.integers(len(images))
         top, left = rng.integers(0, SIDE // 2 - side + 1, 2) + SIDE // 2 * np.array(divmod(int(quarter), 2))
         place = slice(top, top + side), slice(left, left + side)

@@ -3,6 +3,9 @@
 import csv
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import commands
 import jax
@@ -113,7 +116,7 @@ def step_of(config, devices):
     config = complete(config, len(NAMES))
     program = Program(config, make_mesh(devices=jax.devices()[:devices]), 3)
     program.check()
-    images, masks = scenes("train", config.batch_size)
+    images, masks, _ = scenes("train", config.batch_size)
     masks = masks.astype(np.uint16)
     masks[0, :20], masks[1] = IGNORED, IGNORED
     state = program.init(jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(build_model(config.model, 0)))))
@@ -285,6 +288,26 @@ def test_what_a_configuration_cannot_have_is_said(changes, message, few):
     }
     with pytest.raises(InputError, match=message):
         check(dataclasses.replace(config, **given))
+
+
+def learned(folder, counts, *arguments):
+    """mIoU of `configs/digit_scenes.py` on scenes whose digits were never trained on, as its user runs it."""
+    write(folder / "scenes", counts)
+    command = [sys.executable, "train.py", "--config", "digit_scenes", "--data.source", f"masks:{folder / 'scenes'}"]
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": ""}
+    command += ["--run-dir", str(folder / "run"), *arguments]
+    subprocess.run(command, cwd=commands.ROOT, env=environment, check=True, capture_output=True)
+    return history(folder / "run")[-1]["ema_miou"]
+
+
+def test_digits_in_scenes_are_found(tmp_path):
+    """At least 0.5 over the background and ten digits, after one look at 3,600 scenes."""
+    assert learned(tmp_path, {"train": 3600, "val": 200}, "--epochs", "1") >= 0.5
+
+
+@pytest.mark.nightly
+def test_digits_in_scenes_are_found_well(tmp_path):
+    assert learned(tmp_path, {"train": 4000, "val": 300}) >= 0.8
 
 
 def test_a_pyramid_has_no_linear_head():

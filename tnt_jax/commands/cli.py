@@ -22,6 +22,7 @@ from tnt_jax.commands.process import (
     use_cpu_where_there_is_nothing_else,
 )
 from tnt_jax.config import DataConfig, InputError, LossConfig, ModelChanges, TrainConfig
+from tnt_jax.tasks.table import TASKS
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 """A flag without its contrary, --no-FLAG."""
@@ -106,7 +107,7 @@ def parse_with_config(kind: type, arguments: Sequence[str] | None = None) -> tup
 
 def smoke(config: TrainConfig) -> TrainConfig:
     """The same run shrunk to a minute on a laptop: two blocks (one in each stage of a PyramidTNT, as narrow as in the
-    smallest one), few patches, a few steps on noise of one class an image, in a folder of its own.
+    smallest one), few patches, a few steps on noise of one class an image, or with masks, in a folder of its own.
 
     What it trains is worth nothing; that it trains shows that the configuration holds together.
     """
@@ -126,7 +127,7 @@ def smoke(config: TrainConfig) -> TrainConfig:
             dataclasses.replace(
                 config.data,
                 source="synthetic:512",
-                task=DataConfig.task,
+                task=config.data.task if TASKS[config.data.task].dense else DataConfig.task,
                 sampling="natural",
                 fold=None,
                 holdout=0.0,

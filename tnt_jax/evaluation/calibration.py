@@ -29,6 +29,8 @@ def calibrate(model: Model, images: Split, data: DataConfig, *, batch_size: int 
     task = TASKS[description_of(model).outputs.task]
     if not task.has_probabilities:
         raise InputError(f"the model is a {task.name}: it has no probabilities to calibrate")
+    if task.dense:
+        raise InputError(f"probabilities of whole images are calibrated, and the model is a {task.name}")
     labels, (logits,), _ = outputs_of([model], images, data, batch_size=batch_size)
     return task.calibrate(logits.astype(np.float64), labels, data.source)
 
