@@ -229,7 +229,14 @@ def _of_coco(path: Path, root: Path, data: DataConfig, split: str) -> Split:
             (left, top, left + width, top + height, names[category], crowd, area if _number(area) else None, at)
         )
     classes = _class_names(data, ()) if data.class_names else tuple(names[number] for number in sorted(names))
-    beside = [root / path.stem.removeprefix("instances_"), root / split / "images", root / split, root / "images" / split, root / "images", root]
+    beside = [
+        root / path.stem.removeprefix("instances_"),
+        root / split / "images",
+        root / split,
+        root / "images" / split,
+        root / "images",
+        root,
+    ]
     beside += [path.parent / "images", path.parent]
     annotated = list(images.values())
     return split_of(annotated, classes, _folder_of(beside, annotated[0].path, str(path)), data, split, str(path))

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from tnt_jax.config import InputError, ModelConfig
-from tnt_jax.models.heads import DETECTORS, decoder_dim
+from tnt_jax.models.heads import DETECTORS, decoder_dim, of_classes
 from tnt_jax.models.layers import normal_init, resize_positions
 from tnt_jax.models.pyramid_tnt import SPATIAL_REDUCTION, key_grid, stage_grids
 from tnt_jax.models.tnt import grid_size
@@ -107,11 +107,13 @@ def select_classes(
     parameters: Mapping[str, np.ndarray | jax.Array], config: ModelConfig, classes: np.ndarray | None
 ) -> tuple[dict[str, np.ndarray], ModelConfig]:
     """The same model with a head of some of its classes, in this order, or with none."""
-    chosen = dict(parameters)
-    for name in ("head.kernel", "head.bias"):
-        value = chosen.pop(name)
+    chosen, part = dict(parameters), of_classes(config)
+    for name in (f"{part.path}.kernel", f"{part.path}.bias"):
+        value = np.asarray(chosen.pop(name))
         if classes is not None:
-            chosen[name] = np.asarray(value)[..., classes]
+            each = value.reshape(*value.shape[:-1], part.groups, -1)
+            kept = [*classes, *range(config.num_classes, each.shape[-1])]
+            chosen[name] = each[..., kept].reshape(*value.shape[:-1], -1)
     return chosen, dataclasses.replace(config, num_classes=0 if classes is None else len(classes))
 
 

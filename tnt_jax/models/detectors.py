@@ -27,6 +27,8 @@ DIM = 256
 """Channels of a head at most; a narrower network has its own width."""
 LEVELS = 5
 ASPECTS, SCALES = (0.5, 1.0, 2.0), (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
+ANCHORS = len(ASPECTS) * len(SCALES)
+"""At each place."""
 ANCHOR_SIZE = 4
 """In strides of the level (arXiv 1708.02002, section 4)."""
 PRIOR = 0.01
@@ -38,7 +40,7 @@ Maps = Float[Array, "batch rows columns channels"]
 
 def head_dim(config: ModelConfig) -> int:
     """Channels of the head."""
-    return min(DIM, np.ravel(config.outer_dim)[-1])
+    return min(DIM, int(np.ravel(config.outer_dim)[-1]))
 
 
 def check(config: ModelConfig) -> None:
@@ -124,9 +126,9 @@ class RetinaNet(nnx.Module):
         self.lateral = nnx.List([make(each, dim, 1) for each in dims])
         self.smooth = nnx.List([make(dim, dim, 3) for _ in dims])
         self.coarser = nnx.List([make(dim, dim, 3, stride=2) for _ in range(LEVELS - len(dims))])
-        count, prior = len(ASPECTS) * len(SCALES), -math.log((1 - PRIOR) / PRIOR)
-        self.classes = Tower(dim, count * config.num_classes, bias=prior, config=config, rngs=rngs)
-        self.boxes = Tower(dim, count * 4, bias=0.0, config=config, rngs=rngs)
+        prior = -math.log((1 - PRIOR) / PRIOR)
+        self.classes = Tower(dim, ANCHORS * config.num_classes, bias=prior, config=config, rngs=rngs)
+        self.boxes = Tower(dim, ANCHORS * 4, bias=0.0, config=config, rngs=rngs)
 
     def __call__(
         self, maps: Sequence[Maps], last: LayerNorm, key: Keys | None = None
@@ -273,7 +275,7 @@ def head_macs(config: ModelConfig) -> int:
         )
         last = QUERIES * dim * (2 * dim + 4 + config.num_classes + 1)
         return places * config.outer_dim * dim + encoder + decoder + last
-    outputs, dims = len(ASPECTS) * len(SCALES) * (config.num_classes + 4), np.ravel(config.outer_dim).tolist()
+    outputs, dims = ANCHORS * (config.num_classes + 4), np.ravel(config.outer_dim).tolist()
     if config.architecture == "pyramid":
         shapes, total = [list(shape) for shape in stage_grids(config)], 0
     else:

@@ -8,7 +8,8 @@ Either's last map is the model's `head`, as that of a classifier is; logits are 
 bilinear.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -150,6 +151,34 @@ class DenseTNT(_Dense, TNT):
 
 class DensePyramidTNT(_Dense, PyramidTNT):
     """A PyramidTNT that gives logits of every pixel."""
+
+
+class OfClasses(NamedTuple):
+    """The linear map or convolution whose outputs are those of the classes."""
+
+    path: str = "head"
+    groups: int = 1
+    """Of outputs, each with all classes."""
+    others: int = 0
+    """Outputs behind the classes of each group."""
+
+
+OF_CLASSES = {
+    "retinanet": OfClasses("decoder.classes.last", detectors.ANCHORS),
+    "detr": OfClasses("decoder.classes", others=1),
+}
+
+
+def of_classes(config: ModelConfig) -> OfClasses:
+    """The part of a model that gives its classes."""
+    return OF_CLASSES.get(config.head, OfClasses())
+
+
+def count_classes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """The number of classes that a model's parameters have, whose shapes are given by path; 0 without a head."""
+    part = of_classes(config)
+    shape = shapes.get(f"{part.path}.bias", ())
+    return max(0, shape[0] // part.groups - part.others) if len(shape) == 1 else 0
 
 
 def head_macs(config: ModelConfig) -> int:

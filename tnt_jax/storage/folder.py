@@ -20,6 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tnt_jax.config import InputError, ModelConfig
 from tnt_jax.fields import plain
+from tnt_jax.models.heads import count_classes
 from tnt_jax.models.variants import Model, abstract_model, check_sizes
 from tnt_jax.storage.description import (
     DESCRIPTION,
@@ -137,7 +138,7 @@ def config_of_parameters(config: ModelConfig, parameters: Mapping[str, Any]) -> 
         InputError: the parameters are not those of such a model; the message lists every one that differs.
     """
     shapes = {path: tuple(value.shape) for path, value in parameters.items()}
-    classes = shapes["head.bias"][0] if len(shapes.get("head.bias", ())) == 1 else 0
+    classes = count_classes(config, shapes)
     dtypes = {str(value.dtype) for value in parameters.values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else config.param_dtype
     dtype = dtype if dtype in ("float32", "bfloat16") else config.param_dtype
