@@ -28,7 +28,7 @@ def get_config() -> TrainConfig:
         data=DataConfig.plain("masks:data/scenes", task="segmentation", label_smoothing=0.0),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_epochs=0.1, ema_decay=0.98),
         batch_size=32,
-        epochs=6,
+        epochs=3,
         eval_every_epochs=1,
         log_every_steps=20,
     )

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import tnt_jax
+from tnt_jax.models import heads
 from tnt_jax.models.summary import count_macs, count_parameters, summary
 from tnt_jax.models.tnt import grid_size, words_per_side
 from tnt_jax.models.variants import VARIANTS, abstract_model, model_config
@@ -52,6 +53,24 @@ def test_macs_are_the_published_ones_and_those_of_the_program(name):
     config = model_config(name)
     assert sum(count_macs(config).values()) == VARIANTS[name].macs
     assert traced_macs(config) == VARIANTS[name].macs
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "size"),
+    [
+        ("tnt_s_patch16_224", "linear", (64, 96)),
+        ("tnt_s_patch16_224", "mlp", (64, 80)),
+        ("ptnt_ti_patch16_192", "mlp", (64, 96)),
+    ],
+)
+def test_macs_of_a_head_for_pixels_are_those_of_the_program(name, head, size, monkeypatch):
+    """Without the enlarging of maps, which is no layer."""
+    monkeypatch.setattr(heads, "resized", lambda maps, to: jnp.zeros((len(maps), *to, maps.shape[3])) + maps.sum())
+    config = model_config(name, head=head, image_size=size, num_classes=7)
+    assert sum(count_macs(config).values()) == traced_macs(config)
+    assert sum(count_parameters(config).values()) == sum(
+        leaf.size for leaf in jax.tree.leaves(nnx.state(abstract_model(config), nnx.Param))
+    )
 
 
 def test_parts_of_tnt_s_are_those_of_the_published_table():

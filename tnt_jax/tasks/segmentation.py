@@ -84,9 +84,9 @@ class MaskPredictions(Predictions):
         values = {name: float(value) for name, value in found.items()}
         return {"images": len(self.loss)} | with_intervals(values, self.intervals(METRICS)) | self._loss_and_rate()
 
-    def intervals(self, metrics: Sequence[Metric]) -> dict[str, tuple]:
-        """The 95% intervals over the images."""
-        each = counts_of(self.confusions)
+    def intervals(self, metrics: Sequence[Metric], classes: Any = slice(None)) -> dict[str, tuple]:
+        """The 95% intervals over the images, from some of the classes."""
+        each = ClassCounts(*(of_images[:, classes] for of_images in counts_of(self.confusions)))
 
         def resampled() -> Iterator[ClassCounts]:
             for drawn in resamples(*each.right.shape):
@@ -97,11 +97,13 @@ class MaskPredictions(Predictions):
     def per_output(self, names: Sequence[str]) -> list[dict]:
         """For each class that images have or that was predicted: in how many masks it is, IoU, recall and precision."""
         total, each = counts_of(self.confusions.sum(axis=0)), counts_of(self.confusions)
-        found, (low, high), rows = iou(total), self.intervals([OF_CLASS])["iou"], []
+        found, rows = iou(total), []
+        there = np.flatnonzero(~np.isnan(found))
+        ends = zip(*self.intervals([OF_CLASS], there)["iou"], strict=True)
         recall, precision = quotient(total.right, total.labelled), quotient(total.right, total.predicted)
-        for label in np.flatnonzero(~np.isnan(found)):
+        for label, interval in zip(there, ends, strict=True):
             row = {"class": names[label], "images": int((each.labelled[:, label] > 0).sum())}
-            row |= with_intervals({"iou": float(found[label])}, {"iou": (low[label], high[label])})
+            row |= with_intervals({"iou": float(found[label])}, {"iou": interval})
             rows.append(row | {"recall": float(recall[label]), "precision": float(precision[label])})
         return rows
 
