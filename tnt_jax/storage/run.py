@@ -4,12 +4,14 @@
 (digests of what the data holds) and `starts.jsonl` (a line for each start, with the fields that changed).
 """
 
+import contextlib
 import dataclasses
+import errno
 import json
 import os
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -26,7 +28,7 @@ from tnt_jax.storage.description import (
 )
 from tnt_jax.storage.files import UNFINISHED, free_space, write_text
 from tnt_jax.storage.lock import HOLDER_FILE, LOCK_FILE, RunningError
-from tnt_jax.storage.reading import readable, steps_of
+from tnt_jax.storage.reading import UnreadableError, readable, steps_of
 
 CONFIG_FILE = "config.json"
 DATA_FILE = "data.json"
@@ -88,11 +90,9 @@ def compare(config: TrainConfig, content: Mapping[str, str]) -> dict[str, list] 
         UnreadableError: it cannot be read now.
     """
     folder = pathlib.Path(config.run_dir)
-    try:
+    with _writable(folder):
         if not folder.exists() or _is_unclaimed(folder):
             return None
-    except OSError as error:
-        raise InputError(f"cannot write into the run's folder {folder}: {error.strerror}") from error
     there, wanted = by_role(read_config(folder)), by_role(config)
     changed = {
         name: [there.get(name, (None,))[0], value]
@@ -167,12 +167,13 @@ def claim(
 
     Raises:
         InputError: it cannot be written.
+        UnreadableError: it cannot be written now.
         RunningError: another start has claimed the folder since.
     """
     folder = pathlib.Path(config.run_dir)
     if compare(config, content) != changed:  # between the two nobody held the lock
         raise RunningError(f"{folder} was claimed by another start of the run meanwhile; start this one again")
-    try:
+    with _writable(folder):
         if changed is None:
             write_description(folder, _description(config, class_names, outputs))
         if not (folder / DATA_FILE).exists():
@@ -182,7 +183,16 @@ def claim(
             file.write(json.dumps(line, default=str) + "\n")
         if changed is None or changed:
             write_text(folder / CONFIG_FILE, json.dumps(to_json(config), indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def _writable(folder: pathlib.Path) -> Iterator[None]:
+    """Raises InputError where a run's folder cannot be written, UnreadableError where another try may succeed."""
+    try:
+        yield
     except OSError as error:
+        if error.errno in (errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR):
+            raise UnreadableError(f"{folder} cannot be used now ({error}). Nothing is lost; start again") from error
         raise InputError(f"cannot write into the run's folder {folder}: {error.strerror or error}") from error
 
 
