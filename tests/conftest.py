@@ -1,6 +1,8 @@
 """For all tests: four devices, and one folder of compiled programs that worker processes and commands share."""
 
 import atexit
+import ctypes
+import gc
 import os
 import pathlib
 import re
@@ -65,19 +67,18 @@ def pytest_runtest_setup(item):
     jax.config.update("jax_default_device", jax.devices()[0] if alone else None)
 
 
-GROWTH = 2**30
-"""Bytes by which a worker grows until it forgets the programs that it has loaded, which are more than all else."""
-grown_to = GROWTH
+MEMORY = 2 * 10**9
+"""Bytes from which on a worker forgets the programs that it has loaded, which are more than all else."""
 
 
 @pytest.hookimpl(trylast=True)  # after what a test has patched is as it was
 def pytest_runtest_teardown(item, nextitem):
-    global grown_to
-    if resident() > grown_to + GROWTH:
+    if resident() > MEMORY:
         import jax
 
         jax.clear_caches()
-        grown_to = max(grown_to, resident())
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what glibc keeps of it is half of all
 
 
 def resident() -> int:

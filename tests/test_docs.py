@@ -14,6 +14,7 @@ from PIL import Image
 PAGES = sorted(["README.md", *(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))])
 BLOCK = re.compile(r"(?:^<!-- not run: (.+?) -->\n)?(?:^<!-- [^\n]* -->\n)?^```(\w*)\n(.*?)^```$", re.M | re.S)
 RUN_ELSEWHERE = {"docs/weights.md"}  # tests/test_weights_page.py runs the table, test_publish.py and others the rest
+LONG = {"docs/own_images.md"}  # two trainings; its commands have tests of their own
 NOT_COMMANDS = {"yaml", "dockerfile", "json", "text"}
 
 
@@ -60,8 +61,14 @@ def test_what_is_not_run_says_why(page):
     assert text.count("<!-- not run") == sum(bool(reason) for reason, _, _ in blocks(page))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if page not in RUN_ELSEWHERE])
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=getattr(pytest.mark, "nightly" if page in LONG else "slow"))
+        for page in PAGES
+        if page not in RUN_ELSEWHERE
+    ],
+)
 def test_every_block_runs(page, folder, monkeypatch):
     monkeypatch.chdir(folder)
     names = {"tnt_jax": __import__("tnt_jax")}
