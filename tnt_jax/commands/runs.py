@@ -18,7 +18,7 @@ class Arguments:
     """Lists the runs below a folder: how far each has come, its best metric, and in what they differ."""
 
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")] = "runs"
-    """Where to look."""
+    """The folder to look in."""
     table: str | None = None
     """Also write the table to this file: .csv, .jsonl or .md."""
 

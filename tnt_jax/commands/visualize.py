@@ -33,7 +33,7 @@ class Arguments:
         tyro.conf.Positional,
         tyro.conf.arg(metavar="WHAT"),
     ]
-    """What to draw."""
+    """The picture to draw."""
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A folder of a run or a model, a published name, OWNER/NAME on the hub, an address, or a checkpoint file."""
     images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE ...")] = ()
@@ -53,7 +53,7 @@ class Arguments:
     maps: str | None = None
     """For why: also write the maps to this file: .npy, (images and classes, methods, rows, columns)."""
     source: str | None = None
-    """Where test images come from, as for eval.py; a training run knows its own."""
+    """The source of test images, as for eval.py; a training run knows its own."""
     count: int = 24
     """For mistakes: how many."""
 

@@ -1,4 +1,4 @@
-"""What training does to one image on the host: random crop, flip, RandAugment or colour jitter.
+"""Augmentation of one training image on the host: random crop, flip, RandAugment or colour jitter.
 
 Every function takes pixels (height, width, channels) and returns new ones. What moves pixels is for images of any type
 and number of channels; what changes colours is for 1 and 3 channels of 8 bits, and leaves others as they are. All that
@@ -189,12 +189,12 @@ def randaugment(image: Pixels, data: DataConfig, rng: np.random.Generator) -> Pi
 
 
 def has_colours(image: Pixels) -> bool:
-    """Whether operations on colours are defined: 1 or 3 channels of 8 bits."""
+    """True if operations on colours are defined: 1 or 3 channels of 8 bits."""
     return image.dtype == np.uint8 and image.shape[2] in (1, 3)
 
 
 def fill_of(image: Pixels, data: DataConfig) -> tuple[float, ...]:
-    """What comes in from outside of an image: the mean of each channel."""
+    """The fill for pixels outside of an image: the mean of each channel."""
     mean = np.broadcast_to(data.mean, image.shape[2])
     if image.dtype.kind == "f":
         return tuple(map(float, mean))

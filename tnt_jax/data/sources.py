@@ -36,7 +36,7 @@ SPLIT_NAMES = {
 
 
 def names_of_split(split: str) -> tuple[str, ...]:
-    """What a split may be called in a source, the best first."""
+    """The usual names of a split in a source, the best first."""
     return SPLIT_NAMES.get(split, (split,))
 
 
@@ -44,7 +44,7 @@ class Images(Sequence):
     """Images by their places, each as `read_image` takes it. Can be pickled, so that worker processes read it too."""
 
     def name(self, index: int) -> str:
-        """What an image is called in messages."""
+        """The name of an image in messages."""
         return f"image {index}"
 
     def take(self, indices: np.ndarray) -> "Images":
@@ -105,7 +105,7 @@ class ImageFiles(Images):
 
 
 def name_of(images: Sequence, index: int) -> str:
-    """What an image is called in messages."""
+    """The name of an image in messages."""
     return images.name(index) if isinstance(images, Images) else f"image {index}"
 
 
@@ -120,7 +120,7 @@ class Split:
     class_names: tuple[str, ...]
     """Of the classes; for regression of the numbers."""
     name: str = "train"
-    """What the source calls the split, whatever was asked for."""
+    """The source's own name of the split, whatever was asked for."""
     reading: Reading = AS_IT_IS
     groups: np.ndarray | None = None
     """int (images,): what must not be divided between training and evaluation."""
@@ -154,7 +154,7 @@ class Split:
         return read_image(image, channels, at_least=at_least, reading=self.reading, name=name), target
 
     def image_name(self, index: int) -> str:
-        """What an image is called in messages."""
+        """The name of an image in messages."""
         return name_of(self.images, index)
 
     @property

@@ -1,4 +1,4 @@
-"""Why this class: what a class's logit owes to each sentence, word or pixel of an image.
+"""Attribution: the part of a class's logit that each sentence, word or pixel of an image has.
 
 Every method gives float32 maps, a number for each place. Those of attention exist at the size of sentences and of
 words: how much a patch matters is what the outer transformer says, how that is divided among its words is what the
@@ -32,7 +32,7 @@ EPSILON = 1e-12
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a block lies in the network."""
+    """A block's place in the network."""
 
     grid: tuple[int, int]
     """Rows and columns of its sentences."""
@@ -69,7 +69,7 @@ def shape_of(model: Model, size: Size) -> tuple[int, int]:
 def attribute(
     model: Model, images: Images, classes: Classes, method: str = "rollout", *, size: Size = "words", **options
 ) -> Maps:
-    """What the logit of a class owes to each place of an image, for a batch of normalised images.
+    """The attribution of a class's logit to each place of an image, for a batch of normalised images.
 
     Args:
         classes: the class that is explained, of every image.
@@ -212,7 +212,7 @@ def _rolled_back(flows: Sequence[Array], places: Sequence[Place], *, has_class_t
 
 
 def _over_squares(of_keys: Array, place: Place) -> Array:
-    """What keys have, divided among the sentences that each is the mean of: (batch, rows, columns)."""
+    """Values of keys, divided among the sentences that each key is the mean of: (batch, rows, columns)."""
     maps = of_keys.reshape(len(of_keys), *place.keys) / place.reduction**2
     return _upsampled(maps, place.reduction, place.grid)
 

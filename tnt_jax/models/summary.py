@@ -1,4 +1,4 @@
-"""What a model is made of: parameters and multiply-accumulates, per part."""
+"""The summary of a model: parameters and multiply-accumulates, per part."""
 
 import io
 
@@ -104,7 +104,7 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 
 
 def _output_shapes(config: ModelConfig) -> dict[str, str]:
-    """What each part gives for one image: sentences x words x channels, or tokens x channels."""
+    """The output shape of each part for one image: sentences x words x channels, or tokens x channels."""
     words_each = words_per_side(config) ** 2
     if config.architecture == "pyramid":
         ends = [(0, 0), (-1, STAGES - 1)]
@@ -128,7 +128,7 @@ def _output_shapes(config: ModelConfig) -> dict[str, str]:
 
 
 def _formulation(config: ModelConfig) -> str:
-    """How the inner transformers are computed on this machine, in training."""
+    """The way in which the inner transformers are computed on this machine, in training."""
     model = abstract_model(config)
     blocks = model.blocks if config.architecture != "pyramid" else [b for stage in model.stages for b in stage.blocks]
     rows, columns = grid_size(config)

@@ -263,7 +263,7 @@ class TNT(nnx.Module):
         self.head = make_head(config.outer_dim, config=config, rngs=rngs)
 
     def set_view(self, deterministic: bool | None = None) -> None:
-        """What `nnx.view` changes: whether calls evaluate whatever they are given, train, or decide (None)."""
+        """The mode that `nnx.view` changes: calls evaluate whatever they are given, train, or decide (None)."""
         self.deterministic = deterministic
 
     def __call__(
@@ -353,7 +353,7 @@ class TNT(nnx.Module):
         return (self.forward_features(images)[:, 0],)
 
     def attention_maps(self, images: Images) -> tuple[list[Array | None], list[Array]]:
-        """What attends to what, in every block.
+        """The attention weights of every block.
 
         Returns:
             inner: per block (batch, rows, columns, heads, words, words), None for one without an inner transformer;

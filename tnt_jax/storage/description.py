@@ -26,7 +26,7 @@ INTERPOLATIONS = ("bicubic", "bilinear")
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes an input: shorter side to floor(size / crop), centre crop, (x / white - mean) / std."""
+    """Preprocessing of an image: shorter side to floor(size / crop), centre crop, (x / white - mean) / std."""
 
     image_size: tuple[int, int]
     crop: float
@@ -61,7 +61,7 @@ class ModelDescription:
     """Of the classes or labels; of a regression the names of its targets."""
     outputs: Outputs = dataclasses.field(default_factory=Outputs)
     source: Mapping[str, Any] | None = dataclasses.field(default=None, compare=False)
-    """Where the numbers came from, for people to read: a file and its checksum, or a run."""
+    """The origin of the numbers, for people to read: a file and its checksum, or a run."""
     checksums: Mapping[str, str] | None = dataclasses.field(default=None, compare=False)
     """CRC-32 of the bytes of each parameter by its path. None where no parameters lie beside the description."""
 

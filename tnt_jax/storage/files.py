@@ -80,7 +80,7 @@ def check_space(path: str | os.PathLike, size: int) -> None:
 
 
 def may_merge(folder: Path) -> bool:
-    """Whether Orbax may write what processes merge into one file: it looks for the parts with the path as a pattern.
+    """True if Orbax may write what processes merge into one file: it looks for the parts with the path as a pattern.
 
     Source: orbax/checkpoint/_src/serialization/ocdbt_utils.py, merge_ocdbt_per_process_files.
     """

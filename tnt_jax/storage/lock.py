@@ -120,7 +120,7 @@ class RunLock:
 
 
 def is_held(run_dir: str | os.PathLike) -> bool:
-    """Whether a process trains in a run's folder: on this machine by its lock, elsewhere by its latest beat."""
+    """True if a process trains in a run's folder: on this machine by its lock, elsewhere by its latest beat."""
     folder = pathlib.Path(run_dir)
     holder = _holder_of(folder)
     if not holder:
@@ -150,7 +150,7 @@ def _who(holder: dict) -> str:
 
 
 def _place() -> str:
-    """What process numbers are unique in: a start of a machine, and of a container on it."""
+    """The scope in which process numbers are unique: a start of a machine, and of a container on it."""
     with contextlib.suppress(OSError):
         boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

@@ -1,4 +1,4 @@
-"""What lies in the checkpoints of a run, read and verified.
+"""Reading of the checkpoints of a run, with verification.
 
 A run's folder has in `checkpoints/`: a folder for each step that is kept, as Orbax writes it, and beside it the
 checksums of its files in `STEP.files.json`; the scores of the steps in `scores.json`; what was found damaged, as
@@ -30,7 +30,7 @@ SCORES_FILE = "scores.json"
 LAST_CHECKPOINT = "last_checkpoint.json"
 FORMAT = 1
 FIELDS = {"layouts", "checksums", "least_alone", "crc32"}
-"""What is saved beside the arrays of a step. `format` came later, and is there where it is not 1."""
+"""The values that are saved beside the arrays of a step. `format` came later, and is there where it is not 1."""
 FIRST_FIELDS = {"layouts", "checksums", "scores"}
 """The same in the first versions."""
 
@@ -39,7 +39,7 @@ Trees = dict[str, dict]
 
 
 class DamagedError(InputError):
-    """What lies on the disk is not what was saved."""
+    """The files on the disk are not what was saved."""
 
 
 class LayoutError(InputError):
@@ -93,7 +93,7 @@ def best_of(steps: list[int], scores: dict[int, dict[str, float]], metric: str) 
 
 
 def had_checkpoint(run_dir: str | os.PathLike) -> bool:
-    """Whether a run has ever had a checkpoint, whatever has become of it."""
+    """True if a run has ever had a checkpoint, whatever has become of it."""
     run_dir = pathlib.Path(run_dir)
     folder = run_dir / CHECKPOINTS
     with readable(folder):
@@ -153,7 +153,7 @@ def name_of(folder: pathlib.Path) -> str:
 
 
 def _description(folder: pathlib.Path) -> dict:
-    """What was saved beside the arrays of a step. Raises ValueError if it is damaged."""
+    """The values that were saved beside the arrays of a step. Raises ValueError if they are damaged."""
     # Orbax's own reader hides why it could not read the file.
     description = json.loads((folder / "_CHECKPOINT_METADATA").read_text()).get("custom_metadata")
     fields = set(description) if isinstance(description, dict) else set()
@@ -173,7 +173,7 @@ def description_crc(description: dict) -> int:
 
 
 def _differences(saved: Layout | int, wanted: Layout, least_alone: int) -> str | None:
-    """How two layouts differ, in words; None where they do not."""
+    """The difference of two layouts, in words; None where they are equal."""
     if saved == wanted:
         return None
     if isinstance(saved, int):  # the first versions kept a checksum
@@ -196,7 +196,7 @@ NOT_NOW = re.compile(
 
 
 def _explained(folder: pathlib.Path, error: Exception) -> DamagedError | UnreadableError:
-    """What an error in reading a step means: damage only where the files prove it."""
+    """The outcome that an error in reading a step means: damage only where the files prove it."""
     reason = f"{type(error).__name__}: {first_line(error)}"
     unreadable = UnreadableError(f"{name_of(folder)} cannot be read now ({reason}). Nothing was touched; try again")
     causes = list(chain_of(error))

@@ -1,4 +1,4 @@
-"""What a MODEL is: the one place that decides it, for every command and function that takes one.
+"""The resolution of a MODEL: the one place that decides it, for every command and function that takes one.
 
 A model folder, the folder of a training run, a published name (ours, mmpretrain's, timm's), OWNER/NAME or
 OWNER/NAME@REVISION on the Hugging Face hub, `hf-hub:OWNER/NAME`, `local-dir:FOLDER` of a hub repository, an address of
@@ -26,7 +26,7 @@ Kind = Literal["folder", "run", "hub folder", "file", "published", "hub", "addre
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a model is."""
+    """The place of a model."""
 
     kind: Kind
     where: str
@@ -39,7 +39,7 @@ class Place:
 
 
 def locate(model: str | os.PathLike) -> Place:
-    """Where a MODEL is. Nothing is read but names of files, and nothing is fetched.
+    """The place of a MODEL. Nothing is read but names of files, and nothing is fetched.
 
     Raises:
         InputError: it is nothing of all this; the message says what is nearest.
@@ -88,7 +88,7 @@ def _kind_of_folder(folder: Path) -> Kind:
 
 
 def published_places(name: str) -> tuple[str, ...]:
-    """Where the weights of a published name lie, in the order in which they are tried: on the hub, and addresses.
+    """The places of the weights of a published name, in the order in which they are tried: on the hub, and addresses.
 
     Raises:
         InputError: nobody has published weights of it, or they lie where no program can fetch them.

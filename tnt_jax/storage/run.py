@@ -57,7 +57,7 @@ def read_config(run_dir: str | os.PathLike) -> TrainConfig:
 
 
 def is_run(folder: str | os.PathLike) -> bool:
-    """Whether a training run, or something of one, lies in a folder. A hub repository has a `config.json` as well."""
+    """True if a training run, or something of one, lies in a folder. A hub repository has a `config.json` as well."""
     folder = pathlib.Path(folder)
     if any((folder / name).exists() for name in RUN_FILES):
         return True
@@ -65,7 +65,7 @@ def is_run(folder: str | os.PathLike) -> bool:
 
 
 def is_hub_folder(folder: str | os.PathLike) -> bool:
-    """Whether a folder is a repository as timm's hub has it: its `config.json` names an architecture."""
+    """True if a folder is a repository as timm's hub has it: its `config.json` names an architecture."""
     try:
         fields = json.loads((pathlib.Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -74,7 +74,7 @@ def is_hub_folder(folder: str | os.PathLike) -> bool:
 
 
 def compare(config: TrainConfig, content: Mapping[str, str]) -> dict[str, list] | None:
-    """What has changed since the run in `config.run_dir` was started last; None where no run is there.
+    """The changes since the run in `config.run_dir` was started last; None where no run is there.
 
     Nothing is written.
 
@@ -123,7 +123,7 @@ def compare(config: TrainConfig, content: Mapping[str, str]) -> dict[str, list] 
 
 
 def _is_unclaimed(folder: pathlib.Path) -> bool:
-    """Whether a folder is empty, or holds what a start left that ended before it had claimed the folder."""
+    """True if a folder is empty, or holds what a start left that ended before it had claimed the folder."""
     left = {DESCRIPTION, DATA_FILE, STARTS_FILE, *LOCK_FILES}
     empty = (folder / CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).stat().st_size
     left |= {CONFIG_FILE} if empty else set()

@@ -77,7 +77,7 @@ def train(
 
 
 class Calls(NamedTuple):
-    """What a caller of `train` wants to be told, and may end."""
+    """The callbacks of `train`, each of which may end it."""
 
     on_step: OnStep | None
     on_epoch: OnEpoch | None

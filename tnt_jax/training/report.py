@@ -1,4 +1,4 @@
-"""What a person watches: a progress bar or plain lines, TensorBoard, and metrics.jsonl in the run's folder."""
+"""The report of a run: a progress bar or plain lines, TensorBoard, and metrics.jsonl in the run's folder."""
 
 import contextlib
 import importlib.util
@@ -292,7 +292,7 @@ def check_wandb(config: TrainConfig) -> None:
 
 
 def _open_logs(config: TrainConfig, start_step: int, evaluates_first: bool, say: Callable[[str], None]) -> list:
-    """Where metrics go. Only the first process writes."""
+    """The loggers of metrics. Only the first process writes."""
     if jax.process_index() > 0:
         return []
     folder = pathlib.Path(config.run_dir)

@@ -78,7 +78,7 @@ def check_patch(model: Model, patch: tuple[int, int] | None) -> tuple[int, int]:
 
 
 def outer_map(model: Model, outer: list[np.ndarray], block: int, patch: tuple[int, int]) -> Map:
-    """What the sentence over a patch attends to in a block: a share for each place, the mean over the heads.
+    """The attention of the sentence over a patch in a block: a share for each place, the mean over the heads.
 
     A PyramidTNT halves its grid from stage to stage: it is the sentence that covers the patch. Where keys are means
     over squares of sentences, a share is that of a square; sentences at an uneven border that no key has get none.
@@ -97,7 +97,7 @@ def outer_map(model: Model, outer: list[np.ndarray], block: int, patch: tuple[in
 
 
 def outer_attention(model: Model, images: Images, *, patch: tuple[int, int] | None = None):
-    """What one patch attends to over the image, in every block, the mean over the heads (figure 6).
+    """The attention of one patch over the image, in every block, the mean over the heads (figure 6).
 
     Args:
         patch: row and column from 0, in patches of `patch_size` pixels; by default the middle one.
@@ -125,7 +125,7 @@ def outer_attention(model: Model, images: Images, *, patch: tuple[int, int] | No
 
 
 def inner_attention(model: Model, images: Images, *, patch: tuple[int, int] | None = None, block: int | None = None):
-    """What each word of a patch attends to inside the patch, the mean over the heads (figure 5).
+    """The attention of each word of a patch inside the patch, the mean over the heads (figure 5).
 
     The words lie as in the patch; in each one's map a red cross stands at the word itself.
 
@@ -177,7 +177,7 @@ def draw_words(axes, weights: Float[np.ndarray, "words words"]):
 
 
 def rollout(outer: Sequence[Float[np.ndarray, "heads tokens tokens"]]) -> Float[np.ndarray, "tokens tokens"]:
-    """Where the content of every token comes from after all blocks; rows sum to one.
+    """The origin of the content of every token after all blocks; rows sum to one.
 
     Heads are averaged, half of each token stays where it is (the residual), and blocks are multiplied.
     Source: attention rollout, arXiv 2005.00928.
@@ -189,7 +189,7 @@ def rollout(outer: Sequence[Float[np.ndarray, "heads tokens tokens"]]) -> Float[
 
 
 def class_attention(model: Model, images: Images, *, block: int | None = None):
-    """What the class token attends to: over the image, by each head, and rolled out over the depth (figure 7).
+    """The attention of the class token: over the image, by each head, and rolled out over the depth (figure 7).
 
     Args:
         block: from 0; by default the last.

@@ -1,4 +1,4 @@
-"""What the pictures share: an image as the model sees it, figures with a part for each image, maps over an image."""
+"""Shared by pictures: an image as the model sees it, figures with a part for each image, maps over an image."""
 
 import dataclasses
 import functools
@@ -159,7 +159,7 @@ def show_map(
 
 
 def colour_bar(part, drawn, axes, label: str) -> None:
-    """What the colours of a map mean, beside it or beside several."""
+    """The colour bar of a map, beside it or beside several."""
     bar = part.colorbar(drawn, ax=axes, shrink=0.85, aspect=18, pad=0.02)
     bar.set_label(label, fontsize=7)
     bar.ax.tick_params(labelsize=6)

@@ -1,4 +1,4 @@
-"""Where a model errs, by its task: confusion and mistakes. Each returns a matplotlib figure."""
+"""The mistakes of a model, by its task: confusion and the worst images. Each returns a matplotlib figure."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""How a run went: curves and schedule. Each returns a matplotlib figure."""
+"""The course of a run: curves and schedule. Each returns a matplotlib figure."""
 
 import json
 import math
