@@ -34,17 +34,19 @@ if os.environ.get("CHECK_SHAPES"):  # `make check`: every annotated shape is che
     install_import_hook(["tnt_jax.models", "tnt_jax.tasks", "tnt_jax.training", *checked], "shapes.checked")
 
 
-PEERS = re.compile(r"^(import|from) (torch|torch_files|others|mutations|state_dicts)\b", re.M)
+PEERS = re.compile(r"^(import|from) (torch|torch_files|others|mutations|state_dicts|cuda_in_c)\b", re.M)
 
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--peers", action="store_true", help="also the files that compare with PyTorch, timm, transformers"
+        "--peers",
+        action="store_true",
+        help="also the files that compare with PyTorch, timm, transformers, or compile for GPUs",
     )
 
 
 def pytest_ignore_collect(collection_path, config):
-    """Files that need PyTorch, whose builds are gigabytes. `.ci/run` runs all; golden records stay for the others."""
+    """Files that need PyTorch or NVRTC, whose builds are gigabytes. `.ci/run` runs all; golden records stay for others."""
     if collection_path.suffix == ".py" and not config.getoption("--peers"):
         return True if PEERS.search(collection_path.read_text()) else None
     return None
