@@ -41,12 +41,12 @@ def pytest_addoption(parser):
     parser.addoption(
         "--peers",
         action="store_true",
-        help="also the files that compare with PyTorch, timm, transformers, or compile for GPUs",
+        help="also what compares with PyTorch, timm, transformers, or compiles for GPUs",
     )
 
 
 def pytest_ignore_collect(collection_path, config):
-    """Files that need PyTorch or NVRTC, whose builds are gigabytes. `.ci/run` runs all; golden records stay for others."""
+    """Files that need PyTorch or NVRTC, whose builds are gigabytes. `.ci/run` runs all; golden records stay."""
     if collection_path.suffix == ".py" and not config.getoption("--peers"):
         return True if PEERS.search(collection_path.read_text()) else None
     return None
