@@ -252,6 +252,9 @@ class PyramidTNT(nnx.Module):
     running averages.
     """
 
+    num_prefix_tokens = 0
+    """Tokens before those of the patches: it has no class token."""
+
     def __init__(self, config: ModelConfig, *, rngs: Rngs):
         self.config = config
         self.deterministic: bool | None = None

@@ -241,6 +241,9 @@ class TNT(nnx.Module):
     stochastic depth are drawn from the key. Modules hold parameters and sizes, no random state.
     """
 
+    num_prefix_tokens = 1
+    """Tokens before those of the patches, as timm calls it: the class token."""
+
     def __init__(self, config: ModelConfig, *, rngs: Rngs):
         self.config = config
         self.deterministic: bool | None = None
@@ -251,7 +254,7 @@ class TNT(nnx.Module):
         self.word_positions = positions(config.word_positions, words, config.inner_dim, config, rngs)
         self.sentence_embedding = WordsToSentence(use_bias=True, config=config, rngs=rngs)
         self.class_token = nnx.Param(normal_init(rngs.params(), (1, 1, config.outer_dim), param_dtype))
-        tokens = 1 + rows * columns
+        tokens = self.num_prefix_tokens + rows * columns
         self.sentence_positions = positions(config.sentence_positions, tokens, config.outer_dim, config, rngs)
         self.blocks = nnx.List(
             [
@@ -344,7 +347,7 @@ class TNT(nnx.Module):
                 break
             inner, sentences = block(inner, sentences)
             if index in wanted:
-                maps = sentences[:, 1:].reshape(*grid, -1)
+                maps = sentences[:, self.num_prefix_tokens :].reshape(*grid, -1)
                 outputs.append((maps, inner.reshape(*grid, *inner.shape[1:])) if words else maps)
         return outputs
 

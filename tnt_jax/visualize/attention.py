@@ -87,7 +87,7 @@ def outer_map(model: Model, outer: list[np.ndarray], block: int, patch: tuple[in
     finest = grid_size(model.config)
     row, column = (place * side // full for place, side, full in zip(patch, grid, finest, strict=True))
     weights = outer[block].mean(axis=0)
-    first = weights.shape[1] - math.prod(keys)  # 1 where a class token stands in front
+    first = model.num_prefix_tokens
     values = weights[first + row * grid[1] + column, first:].reshape(keys)
     if reduction == 1:
         return values
@@ -198,22 +198,22 @@ def class_attention(model: Model, images: Images, *, block: int | None = None):
         InputError: the model has no class token, there is no such block, or an image cannot be read.
     """
     config = model.config
-    if config.architecture == "pyramid":
+    if not model.num_prefix_tokens:
         raise InputError(
             f"{config.name} has no class token: a PyramidTNT averages its last sentences. outer-attention shows what "
             "its patches attend to"
         )
     block = chosen_block(block, range(config.depth), "outer transformer")
-    heads, grid = config.outer_heads, grid_size(config)
+    heads, grid, first = config.outer_heads, grid_size(config), model.num_prefix_tokens
     columns = min(6, 3 + heads)
 
     def draw(part, seen: Preprocessed) -> None:
         _, outer = attention_of(model, seen)
         image, mean, rolled, *each = panels(part, 3 + heads, columns)
         show_image(image, seen.pixels, "image")
-        of_class = outer[block][:, 0, 1:].reshape(heads, *grid)
+        of_class = outer[block][:, 0, first:].reshape(heads, *grid)
         show_map(mean, of_class.mean(axis=0), seen.pixels, f"block {block}, mean")
-        show_map(rolled, rollout(outer)[0, 1:].reshape(grid), seen.pixels, "all blocks, rollout")
+        show_map(rolled, rollout(outer)[0, first:].reshape(grid), seen.pixels, "all blocks, rollout")
         for head, axes in enumerate(each):
             show_map(axes, of_class[head], seen.pixels, f"block {block}, head {head}")
         bar_of_each(part, [mean, rolled, *each], "attention, of each map")

@@ -35,8 +35,8 @@ def transform_tokens(
 def add_to_patches(
     tokens: Float[Array, "batch tokens dim"], added: Float[Array, "batch patches dim"]
 ) -> Float[Array, "batch tokens dim"]:
-    """Patches with something added; the class token, which is the first token, stays what it is."""
-    return tokens + jnp.pad(added, ((0, 0), (1, 0), (0, 0)))
+    """Patches, which are the last tokens, with something added; the class token before them stays what it is."""
+    return tokens + jnp.pad(added, ((0, 0), (tokens.shape[1] - added.shape[1], 0), (0, 0)))
 
 
 def runs_kernel(layer: nnx.Module, shape: tuple[int, int, int], *, has_bias: bool, training: bool) -> bool:
