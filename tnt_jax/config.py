@@ -380,8 +380,13 @@ def check(config: TrainConfig) -> None:
     """
     for fault in faults(config):
         raise InputError(fault)
-    if "://" in config.run_dir:
-        raise InputError(f"run_dir is {config.run_dir}, and a run lies on a disk; a bucket can be mounted as one")
+    if "://" in config.run_dir.removeprefix("gs://"):
+        raise InputError(
+            f"run_dir is {config.run_dir}, and a run lies on a disk or in one of Google's buckets, gs://BUCKET/FOLDER; "
+            "Orbax writes to no other kind of bucket, which can be mounted as a disk"
+        )
+    if config.profile and config.run_dir.startswith("gs://"):
+        raise InputError("profile writes on a disk: leave it out, or take a run_dir there")
     check_data(config.data)
     check_task(config)
     check_optimizer(config.optimizer)
