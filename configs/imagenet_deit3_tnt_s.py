@@ -3,7 +3,7 @@
     python train.py --config configs/imagenet_deit3_tnt_s.py --data.source tfds:imagenet2012
 
 Not run by this project, and nobody has published it for TNT. For a ViT of the same size, 22 M parameters, the recipe
-gives 81.4 top-1 after 800 epochs (arXiv 2204.07118, table 2 of the paper has the recipe's parts).
+gives 81.4 top-1 after 800 epochs (arXiv 2204.07118).
 
 Of that recipe are: 3-Augment with colour jitter 0.3 in the place of RandAugment and random erasing, a loss of each
 class alone (BCE) without label smoothing, LAMB with its rate for 2,048 images a step, gradients clipped to a norm of 1,
