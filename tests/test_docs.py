@@ -1,15 +1,20 @@
 """Every command and every snippet of the README and of docs/ runs, or says above it why it does not."""
 
+import dataclasses
 import os
 import re
 import shlex
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import ROOT
 from PIL import Image
+
+import tnt_jax
+from tnt_jax.commands.cli import config_of
 
 PAGES = sorted(["README.md", *(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))])
 BLOCK = re.compile(r"(?:^<!-- not run: (.+?) -->\n)?(?:^<!-- [^\n]* -->\n)?^```(\w*)\n(.*?)^```$", re.M | re.S)
@@ -64,7 +69,7 @@ def test_what_is_not_run_says_why(page):
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in RUN_ELSEWHERE])
 def test_every_block_runs(page, folder, monkeypatch):
     monkeypatch.chdir(folder)
-    names = {"tnt_jax": __import__("tnt_jax")}
+    names = {"tnt_jax": tnt_jax}
     for reason, language, text in blocks(page):
         if reason or language in NOT_COMMANDS:
             continue
@@ -73,6 +78,37 @@ def test_every_block_runs(page, folder, monkeypatch):
             continue
         for command in commands_in(text):
             run(folder, command)
+
+
+CELL = re.compile(r"^\|[^|]*\|[^|]*\| `([^`]+)` \|$", re.M)
+TYPED = CELL.findall((ROOT / "docs/coming_from.md").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("typed", TYPED)
+def test_what_one_types_here_runs(typed, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    if typed == "python train.py --run-dir gs://BUCKET/run":  # tests/training/test_bucket.py has a bucket
+        return
+    if "folder:photos" in typed:
+        for number in range(16):
+            (folder / f"photos/{'cats' if number % 2 else 'dogs'}").mkdir(parents=True, exist_ok=True)
+            path = folder / f"photos/{'cats' if number % 2 else 'dogs'}/{number}.png"
+            Image.fromarray(np.random.default_rng(number).integers(0, 256, (48, 48), np.uint8)).save(path)
+    command = shlex.split(typed)
+    if command[0].startswith("tnt-"):
+        command = ["python", "-m", f"tnt_jax.commands.{command[0].removeprefix('tnt-')}", *command[1:]]
+    if command[0] == "python":
+        short = ["--epochs", "1", "--smoke", "--run-dir", str(tmp_path / "run")] if "train.py" in command else []
+        run(folder, command[:2] + short + command[2:])
+        return
+    config = dataclasses.replace(config_of("digits"), run_dir=str(tmp_path / "run"), epochs=1)
+    exec(compile(typed, "docs/coming_from.md", "exec"), {"tnt_jax": tnt_jax, "jnp": jnp, "config": config})
+
+
+def test_every_row_has_something_to_type():
+    rows = [line for line in (ROOT / "docs/coming_from.md").read_text().splitlines() if line.startswith("|")]
+    assert len(TYPED) == len(rows) - 2 > 15
 
 
 def test_the_page_for_contributors_names_what_is_there():

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -61,7 +62,9 @@ def train(
     place(config.run_dir)  # whether it can be reached
     with contextlib.ExitStack() as opened, joined(config.distributed, signals) as hosts:
         hosts.agree("is of another run", facts(config))
-        console = rich.console.Console(highlight=False, markup=False, soft_wrap=True, quiet=hosts.index > 0)
+        # A notebook takes lines as a file does; its kernel asks for colours, which rich takes for a terminal.
+        plain = {"force_jupyter": False, "force_terminal": False if "ipykernel" in sys.modules else None}
+        console = rich.console.Console(highlight=False, markup=False, soft_wrap=True, quiet=hosts.index > 0, **plain)
         run = Run(config)
         hosts.agree("reads other data", run.content())
         agree_on_kernels(run.config.model)
