@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 
+import commands
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -91,16 +92,16 @@ def test_what_one_types_here_runs(typed, folder, tmp_path, monkeypatch):
     if typed == "python train.py --run-dir gs://BUCKET/run":  # tests/training/test_bucket.py has a bucket
         return
     if "folder:photos" in typed:
-        for number in range(16):
-            (folder / f"photos/{'cats' if number % 2 else 'dogs'}").mkdir(parents=True, exist_ok=True)
+        for number in range(100):
             path = folder / f"photos/{'cats' if number % 2 else 'dogs'}/{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.random.default_rng(number).integers(0, 256, (48, 48), np.uint8)).save(path)
-    command = shlex.split(typed)
-    if command[0].startswith("tnt-"):
-        command = ["python", "-m", f"tnt_jax.commands.{command[0].removeprefix('tnt-')}", *command[1:]]
-    if command[0] == "python":
-        short = ["--epochs", "1", "--smoke", "--run-dir", str(tmp_path / "run")] if "train.py" in command else []
-        run(folder, command[:2] + short + command[2:])
+    program, *arguments = shlex.split(typed)
+    if program == "python" or program.startswith("tnt-"):
+        script = arguments.pop(0) if program == "python" else f"tnt_jax/commands/{program.removeprefix('tnt-')}.py"
+        short = ["--epochs", 1, "--run-dir", tmp_path / "run"] if script == "train.py" else []
+        code, _, err = commands.run(script, *short, *arguments)
+        assert code == 0, err
         return
     config = dataclasses.replace(config_of("digits"), run_dir=str(tmp_path / "run"), epochs=1)
     exec(compile(typed, "docs/coming_from.md", "exec"), {"tnt_jax": tnt_jax, "jnp": jnp, "config": config})

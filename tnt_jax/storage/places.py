@@ -7,6 +7,7 @@ A bucket has no appending, no renaming and no locks. What is appended to is made
 import contextlib
 import functools
 import importlib.util
+import logging
 import os
 import pathlib
 import shutil
@@ -48,6 +49,7 @@ def _check_client() -> None:
     import fsspec
     import google.auth
 
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it tries again, and what it then raises
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     if os.environ.get("STORAGE_EMULATOR_HOST"):
         return
