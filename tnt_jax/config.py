@@ -152,12 +152,18 @@ class DataConfig:
     """Random resized crop: share of the image's area that is cut out. None cuts out the middle, as evaluation does."""
     crop_aspect: tuple[float, float] = setting((3 / 4, 4 / 3), above=0)
     """Random resized crop: width over height."""
+    simple_crop: bool = False
+    """Instead of the random resized crop: the shorter side is resized to that of the input, four pixels are mirrored
+    around, and a place is drawn. DeiT III's crop for ImageNet-21k."""
     interpolation: Literal["random", "bilinear", "bicubic"] = "random"
     """The filter by which training resizes, shears and turns: `random` draws one of the two. Evaluation is bicubic."""
     random_shift: float = setting(0.0, least=0, most=1)
     """Training images move by up to this fraction of their side in each direction; the edge is repeated."""
     random_flip: float = setting(0.5, least=0, most=1)
     """Probability that a training image is mirrored left to right."""
+    auto_augment: Literal["rand", "3a"] = "rand"
+    """timm's words for what changes an image after its crop: RandAugment, or in its place 3-Augment (DeiT III): grey,
+    solarised or blurred, one of the three."""
     randaugment_ops: int = setting(2, least=0)
     """RandAugment: operations drawn for each image, each applied with probability 0.5; 0 switches it off."""
     randaugment_magnitude: float = setting(9.0, least=0)
@@ -165,8 +171,8 @@ class DataConfig:
     randaugment_std: float = setting(0.5, least=0)
     """RandAugment: spread of the strength. The three defaults are timm's `rand-m9-mstd0.5-inc1`."""
     color_jitter: float = setting(0.4, least=0)
-    """Brightness, contrast and saturation change by up to this factor. Only where RandAugment is off, as upstream has
-    it."""
+    """Brightness, contrast and saturation change by up to this factor. Only where RandAugment is off or 3-Augment is
+    in its place, as timm has it."""
     erasing: float = setting(0.25, least=0, most=1)
     """Random erasing: probability that a rectangle of an image becomes noise."""
     mixup: float = setting(0.8, least=0)
@@ -380,8 +386,13 @@ def check(config: TrainConfig) -> None:
     """
     for fault in faults(config):
         raise InputError(fault)
-    if "://" in config.run_dir:
-        raise InputError(f"run_dir is {config.run_dir}, and a run lies on a disk; a bucket can be mounted as one")
+    if "://" in config.run_dir.removeprefix("gs://"):
+        raise InputError(
+            f"run_dir is {config.run_dir}, and a run lies on a disk or in one of Google's buckets, gs://BUCKET/FOLDER; "
+            "Orbax writes to no other kind of bucket, which can be mounted as a disk"
+        )
+    if config.profile and config.run_dir.startswith("gs://"):
+        raise InputError("profile writes on a disk: leave it out, or take a run_dir there")
     check_data(config.data)
     check_task(config)
     check_optimizer(config.optimizer)

@@ -1,4 +1,4 @@
-"""Augmentation of one training image on the host: random crop, flip, RandAugment or colour jitter.
+"""Augmentation of one training image on the host: random crop, flip, RandAugment, 3-Augment, colour jitter.
 
 Every function takes pixels (height, width, channels) and returns new ones. What moves pixels is for images of any type
 and number of channels; what changes colours is for 1 and 3 channels of 8 bits, and leaves others as they are. All that
@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from tnt_jax.config import DataConfig
 from tnt_jax.data.resample import affine, from_pillow, mirror, resize, to_pillow
@@ -18,13 +18,17 @@ from tnt_jax.data.samples import Pixels, full_scale_of
 
 def augment(image: Pixels, data: DataConfig, size: tuple[int, int], rng: np.random.Generator) -> Pixels:
     """A training image of `size` (height, width) from a whole one."""
-    if data.crop_area:
+    if data.simple_crop:
+        image = simple_random_crop(image, data, size, rng)
+    elif data.crop_area:
         image = random_resized_crop(image, data, size, rng)
     if data.random_shift:
         image = random_shift(image, data.random_shift, rng)
     if rng.random() < data.random_flip:
         image = mirror(image)
-    if data.randaugment_ops:
+    if data.auto_augment == "3a":
+        image = three_augment(image, rng)
+    elif data.randaugment_ops:
         return randaugment(image, data, rng)
     jitters = data.color_jitter and has_colours(image)
     return color_jitter(image, data.color_jitter, rng) if jitters else image
@@ -56,6 +60,16 @@ def crop_box(height: int, width: int, data: DataConfig, rng: np.random.Generator
             return top, left, crop_height, crop_width
     crop_width, crop_height = min(width, round(height * most)), min(height, round(width / least))
     return (height - crop_height) // 2, (width - crop_width) // 2, max(1, crop_height), max(1, crop_width)
+
+
+def simple_random_crop(image: Pixels, data: DataConfig, size: tuple[int, int], rng: np.random.Generator) -> Pixels:
+    """A place in the whole image at the size of the input. Source: DeiT III's Resize and RandomCrop(padding=4)."""
+    height, width = image.shape[:2]
+    scale = max(size[0] / height, size[1] / width)
+    whole = max(size[0], int(height * scale)), max(size[1], int(width * scale))
+    image = np.pad(resize(image, whole, draw_interpolation(data, rng)), ((4, 4), (4, 4), (0, 0)), mode="reflect")
+    top, left = (int(rng.integers(0, side + 8 - wanted + 1)) for side, wanted in zip(whole, size, strict=True))
+    return image[top : top + size[0], left : left + size[1]]
 
 
 def draw_interpolation(data: DataConfig, rng: np.random.Generator) -> Image.Resampling:
@@ -186,6 +200,20 @@ def randaugment(image: Pixels, data: DataConfig, rng: np.random.Generator) -> Pi
         if coloured or name in GEOMETRY:
             image = OPERATIONS[name](image, level, sign, interpolation, fill)
     return image
+
+
+def three_augment(image: Pixels, rng: np.random.Generator) -> Pixels:
+    """Grey, solarised from 128 on, or blurred by a radius of its own. Source: timm's policy `3a`."""
+    kind, radius = rng.integers(3), rng.uniform(0.1, 2.0)
+    if not has_colours(image):
+        return image
+    if kind == 0:
+        return _solarize(image, 0.5)
+    picture = to_pillow(image)
+    changed = (
+        ImageEnhance.Color(picture).enhance(0.0) if kind == 1 else picture.filter(ImageFilter.GaussianBlur(radius))
+    )
+    return from_pillow(changed)
 
 
 def has_colours(image: Pixels) -> bool:

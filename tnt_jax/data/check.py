@@ -87,7 +87,7 @@ def _say_what_is_special(pixels: np.ndarray, data: DataConfig) -> None:
             "--data.white %d; or measure mean and deviation with python -m tnt_jax.data.statistics",
             pixels.max(), 2**bits - 1,
         )  # fmt: skip
-    if not has_colours(pixels) and (data.randaugment_ops or data.color_jitter):
+    if not has_colours(pixels) and (data.randaugment_ops or data.color_jitter or data.auto_augment == "3a"):
         logger.warning(
             "the images have %d channels of %s: what augmentation does to colours is left out, which is for 1 and 3 "
             "channels of 8 bits", pixels.shape[2], pixels.dtype,

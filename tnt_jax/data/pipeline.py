@@ -115,7 +115,7 @@ class TrainRecipe:
         raise _too_many(self, dict(unreadable))
 
     def _augmented(self, pixels: Pixels, rng: np.random.Generator) -> Pixels:
-        if not self.data.crop_area:
+        if not (self.data.crop_area or self.data.simple_crop):
             pixels = evaluation_crop(pixels, self.row_shape[:2], self.data.crop)
         return augment(pixels, self.data, self.row_shape[:2], rng)
 

@@ -15,6 +15,7 @@ from tnt_jax.fields import plain
 from tnt_jax.models.variants import check_sizes
 from tnt_jax.storage.config_json import from_json
 from tnt_jax.storage.files import first_line
+from tnt_jax.storage.places import place
 from tnt_jax.tasks.table import check_outputs
 from tnt_jax.tasks.task import Outputs
 
@@ -200,7 +201,7 @@ def write_description(folder: str | Path, description: ModelDescription) -> None
     Raises:
         InputError: as `description_text`.
     """
-    (Path(folder) / DESCRIPTION).write_text(description_text(description), encoding="utf-8")
+    (place(folder) / DESCRIPTION).write_text(description_text(description), encoding="utf-8")
 
 
 def read_description(folder: str | Path) -> ModelDescription:
@@ -209,7 +210,7 @@ def read_description(folder: str | Path) -> ModelDescription:
     Raises:
         InputError: there is none, it was written by a later version, or it is damaged.
     """
-    path = Path(folder) / DESCRIPTION
+    path = place(folder) / DESCRIPTION
     if not path.is_file():
         raise InputError(f"{folder} is not a model: it has no {DESCRIPTION}")
     try:

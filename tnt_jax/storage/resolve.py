@@ -18,6 +18,7 @@ from tnt_jax.storage.download import without_secrets
 from tnt_jax.storage.folder import PARAMETERS
 from tnt_jax.storage.hub import is_hub_name
 from tnt_jax.storage.hub_folder import weights_file
+from tnt_jax.storage.places import BucketPath, is_bucket, place
 from tnt_jax.storage.run import is_hub_folder, is_run
 
 LONGEST = 1024  # letters of a MODEL; no system has longer paths
@@ -33,9 +34,9 @@ class Place:
     """A path; a name on the hub; an address; or the published name as it was given."""
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Path | BucketPath:
         """Of a folder or a file."""
-        return Path(self.where)
+        return place(self.where)
 
 
 def locate(model: str | os.PathLike) -> Place:
@@ -56,6 +57,10 @@ def locate(model: str | os.PathLike) -> Place:
             raise InputError(f"{given} should be hf-hub:OWNER/NAME or hf-hub:OWNER/NAME@REVISION")
         return Place("hub", rest)
     if re.match(r"[a-z][a-z0-9+.-]*://", given, re.IGNORECASE):
+        if is_bucket(given):
+            if not is_run(given):
+                raise InputError(f"{given} holds no run; of a bucket, only runs are read")
+            return Place("run", given)
         if not given.lower().startswith(("https://", "http://")):
             shown = without_secrets(given)
             raise InputError(f"{shown} is no https:// address, and no other kind of address is fetched")
