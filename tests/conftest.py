@@ -1,6 +1,8 @@
 """For all tests: four devices, and one folder of compiled programs that worker processes and commands share."""
 
 import atexit
+import ctypes
+import gc
 import os
 import pathlib
 import re
@@ -32,17 +34,19 @@ if os.environ.get("CHECK_SHAPES"):  # `make check`: every annotated shape is che
     install_import_hook(["tnt_jax.models", "tnt_jax.tasks", "tnt_jax.training", *checked], "shapes.checked")
 
 
-PEERS = re.compile(r"^(import|from) (torch|torch_files|others|mutations|state_dicts)\b", re.M)
+PEERS = re.compile(r"^(import|from) (torch|torch_files|others|mutations|state_dicts|cuda_in_c)\b", re.M)
 
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--peers", action="store_true", help="also the files that compare with PyTorch, timm, transformers"
+        "--peers",
+        action="store_true",
+        help="also what compares with PyTorch, timm, transformers, or compiles for GPUs",
     )
 
 
 def pytest_ignore_collect(collection_path, config):
-    """Files that need PyTorch, whose builds are gigabytes. `.ci/run` runs all; golden records stay for the others."""
+    """Files that need PyTorch or NVRTC, whose builds are gigabytes. `.ci/run` runs all; golden records stay."""
     if collection_path.suffix == ".py" and not config.getoption("--peers"):
         return True if PEERS.search(collection_path.read_text()) else None
     return None
@@ -65,19 +69,18 @@ def pytest_runtest_setup(item):
     jax.config.update("jax_default_device", jax.devices()[0] if alone else None)
 
 
-GROWTH = 2**30
-"""Bytes by which a worker grows until it forgets the programs that it has loaded, which are more than all else."""
-grown_to = GROWTH
+MEMORY = 2 * 10**9
+"""Bytes from which on a worker forgets the programs that it has loaded, which are more than all else."""
 
 
 @pytest.hookimpl(trylast=True)  # after what a test has patched is as it was
 def pytest_runtest_teardown(item, nextitem):
-    global grown_to
-    if resident() > grown_to + GROWTH:
+    if resident() > MEMORY:
         import jax
 
         jax.clear_caches()
-        grown_to = max(grown_to, resident())
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what glibc keeps of it is half of all
 
 
 def resident() -> int:

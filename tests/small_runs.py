@@ -11,6 +11,7 @@ from flax import nnx
 import tnt_jax
 from tnt_jax.config import DataConfig, ModelChanges, OptimizerConfig, TrainConfig
 from tnt_jax.storage.config_json import to_json
+from tnt_jax.storage.places import place
 
 TINY = ModelChanges(
     "tnt_ti_patch16_224",
@@ -42,7 +43,7 @@ def tiny_run(run_dir, **changes) -> TrainConfig:
 
 
 def metrics_of(run_dir) -> list[dict]:
-    return [json.loads(line) for line in (pathlib.Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (place(run_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
 def parameters(run_dir, **choice):

@@ -96,7 +96,7 @@ def test_the_message_says_what_would_be_right(path, value, message):
     assert str(error.value) == message
 
 
-@pytest.mark.parametrize("run_dir", ["gs://bucket/run", "az://container/run"])
+@pytest.mark.parametrize("run_dir", ["s3://bucket/run", "az://container/run", "gs://bucket/s3://run"])
 def test_an_address_is_no_folder_of_a_run(run_dir):
     with pytest.raises(InputError, match=f"run_dir is {run_dir}, and a run lies on a disk"):
         check(dataclasses.replace(CONFIG, run_dir=run_dir))

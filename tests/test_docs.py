@@ -1,19 +1,26 @@
 """Every command and every snippet of the README and of docs/ runs, or says above it why it does not."""
 
+import dataclasses
 import os
 import re
 import shlex
 import subprocess
 import sys
 
+import commands
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import ROOT
 from PIL import Image
 
+import tnt_jax
+from tnt_jax.commands.cli import config_of
+
 PAGES = sorted(["README.md", *(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))])
 BLOCK = re.compile(r"(?:^<!-- not run: (.+?) -->\n)?(?:^<!-- [^\n]* -->\n)?^```(\w*)\n(.*?)^```$", re.M | re.S)
 RUN_ELSEWHERE = {"docs/weights.md"}  # tests/test_weights_page.py runs the table, test_publish.py and others the rest
+LONG = {"docs/own_images.md"}  # two trainings; its commands have tests of their own
 NOT_COMMANDS = {"yaml", "dockerfile", "json", "text"}
 
 
@@ -60,11 +67,17 @@ def test_what_is_not_run_says_why(page):
     assert text.count("<!-- not run") == sum(bool(reason) for reason, _, _ in blocks(page))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if page not in RUN_ELSEWHERE])
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=getattr(pytest.mark, "nightly" if page in LONG else "slow"))
+        for page in PAGES
+        if page not in RUN_ELSEWHERE
+    ],
+)
 def test_every_block_runs(page, folder, monkeypatch):
     monkeypatch.chdir(folder)
-    names = {"tnt_jax": __import__("tnt_jax")}
+    names = {"tnt_jax": tnt_jax}
     for reason, language, text in blocks(page):
         if reason or language in NOT_COMMANDS:
             continue
@@ -73,6 +86,37 @@ def test_every_block_runs(page, folder, monkeypatch):
             continue
         for command in commands_in(text):
             run(folder, command)
+
+
+CELL = re.compile(r"^\|[^|]*\|[^|]*\| `([^`]+)` \|$", re.M)
+TYPED = CELL.findall((ROOT / "docs/coming_from.md").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("typed", TYPED)
+def test_what_one_types_here_runs(typed, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    if typed == "python train.py --run-dir gs://BUCKET/run":  # tests/training/test_bucket.py has a bucket
+        return
+    if "folder:photos" in typed:
+        for number in range(100):
+            path = folder / f"photos/{'cats' if number % 2 else 'dogs'}/{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.random.default_rng(number).integers(0, 256, (48, 48), np.uint8)).save(path)
+    program, *arguments = shlex.split(typed)
+    if program == "python" or program.startswith("tnt-"):
+        script = arguments.pop(0) if program == "python" else f"tnt_jax/commands/{program.removeprefix('tnt-')}.py"
+        short = ["--epochs", 1, "--run-dir", tmp_path / "run"] if script == "train.py" else []
+        code, _, err = commands.run(script, *short, *arguments)
+        assert code == 0, err
+        return
+    config = dataclasses.replace(config_of("digits"), run_dir=str(tmp_path / "run"), epochs=1)
+    exec(compile(typed, "docs/coming_from.md", "exec"), {"tnt_jax": tnt_jax, "jnp": jnp, "config": config})
+
+
+def test_every_row_has_something_to_type():
+    rows = [line for line in (ROOT / "docs/coming_from.md").read_text().splitlines() if line.startswith("|")]
+    assert len(TYPED) == len(rows) - 2 > 15
 
 
 def test_the_page_for_contributors_names_what_is_there():

@@ -29,6 +29,12 @@ def test_a_room_imports_only_rooms_below_it(room):
         assert not above, f"{file.relative_to(PACKAGE.parent)} imports {', '.join(sorted(above))}"
 
 
+def test_no_folder_of_tests_is_found_as_somebodys_package():
+    """Where PyTorch is missing, `import torch` would find tests/storage/torch."""
+    folders = {path.name for path in Path(__file__).parent.rglob("*") if path.is_dir()}
+    assert not folders & {"torch", "timm", "transformers", "datasets", "tensorflow", "gradio", "onnx", "jax", "flax"}
+
+
 def test_every_room_has_a_floor():
     modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
     assert modules | {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == FLOOR.keys()

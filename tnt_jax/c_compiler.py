@@ -33,7 +33,7 @@ PROCESSOR_LINES = (
 def library(
     source: pathlib.Path, flags: tuple[str, ...], headers: tuple[pathlib.Path, ...] = (), *, without: str
 ) -> ctypes.CDLL | None:
-    """What the machine's C compiler (`$CC`, or cc) makes of a file, for this processor.
+    """The library that the machine's C compiler (`$CC`, or cc) makes of a file, for this processor.
 
     A library in the cache that is damaged, that cannot be loaded or that others could have written is compiled again.
     Where the cache belongs to another user or cannot be written, the library is compiled into a folder of this process.
@@ -104,7 +104,7 @@ def _compiler() -> tuple[str, ...]:
 
 @functools.cache
 def processor_lines() -> tuple[str, ...]:
-    """What Linux says of the instruction sets of the processors, each line once; empty elsewhere."""
+    """The instruction sets of the processors as Linux lists them, each line once; empty elsewhere."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:
@@ -120,5 +120,5 @@ def processor_flags() -> frozenset[str]:
 
 
 def _machine() -> tuple:
-    """What a library was compiled for: a home folder may be shared by machines of several kinds."""
+    """The machine that a library was compiled for: a home folder may be shared by machines of several kinds."""
     return platform.system(), platform.machine(), platform.processor(), platform.libc_ver(), processor_lines()

@@ -1,4 +1,4 @@
-"""What chips can do at most, as their makers publish it."""
+"""The peak performance of chips, as their makers publish it."""
 
 import dataclasses
 
@@ -44,7 +44,7 @@ ALIASES = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lit
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """What a program for an NVIDIA GPU depends on beside its `Chip`."""
+    """The properties that a program for an NVIDIA GPU depends on beside its `Chip`."""
 
     device_kind: str
     capability: float

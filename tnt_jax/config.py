@@ -48,11 +48,11 @@ class ModelConfig:
     """Blocks with an inner transformer, from 0 on: all of TNT's; of a PyramidTNT stage the first, and the second if it
     has more than six."""
     squeeze_excitation: bool
-    """Whether squeeze-and-excitation follows the MLP between sentences (table 12 of the paper)."""
+    """Squeeze-and-excitation after the MLP between sentences (table 12 of the paper)."""
     word_positions: bool
-    """Whether words have learned positions (table 6 of the paper)."""
+    """Learned positions of words (table 6 of the paper)."""
     sentence_positions: bool
-    """Whether sentences have learned positions (table 6 of the paper)."""
+    """Learned positions of sentences (table 6 of the paper)."""
     mlp_ratio: float = setting(above=0)
     """Hidden channels of an MLP over its channels."""
     drop_rate: float = setting(least=0, below=1)
@@ -62,20 +62,20 @@ class ModelConfig:
     drop_path_rate: float = setting(least=0, below=1)
     """Stochastic depth of the last block; it rises linearly from 0 at the first."""
     dtype: Literal["float32", "bfloat16"]
-    """What is computed in. Statistics of norms, softmax and logits are float32 in any case."""
+    """The dtype of computation. Statistics of norms, softmax and logits are float32 in any case."""
     param_dtype: Literal["float32", "bfloat16"]
-    """What parameters are computed with and exported in. Training keeps them, their average and Adam's in float32."""
+    """The dtype of parameters in computation and exports. Training keeps them, their average and Adam's in float32."""
     remat: Literal["none", "linear", "all"] = setting(role="execution")
-    """What the backward pass computes again instead of keeping it, for less memory and more time: nothing; all of a
-    block but what its linear maps return; or all of it."""
+    """The part that the backward pass computes again instead of keeping it, for less memory and more time: nothing; all
+    of a block but what its linear maps return; or all of it."""
     inner: Literal["auto", "reference", "native", "feature_major", "pallas", "cuda"] = setting(role="execution")
-    """How the inner transformers are computed; auto is what is fastest on the platform. The results are the same. With
-    auto or native, attention of the others on CPUs is a function in C too; with cuda, on GPUs, it is cuDNN's. cuda has
-    not run on a GPU yet, and auto does not choose it: docs/gpus.md."""
+    """The way to compute the inner transformers; auto is what is fastest on the platform. The results are the same.
+    With auto or native, attention of the others on CPUs is a function in C too; with cuda, on GPUs, it is cuDNN's.
+    cuda has not run on a GPU yet, and auto does not choose it: docs/gpus.md."""
     head: Literal["class", "linear", "mlp", "retinanet", "detr"] = "class"
-    """What gives the logits: one map of the class token (PyramidTNT: of the mean), for the image; or for every pixel
-    linear, Segmenter's head over the last sentences, or mlp, SegFormer's over maps of four scales; or for boxes
-    retinanet, or detr, which is for a TNT."""
+    """The last part: class is one map of the class token (PyramidTNT: of the mean), for the image. For every pixel
+    linear is Segmenter's head over the last sentences, mlp SegFormer's over maps of four scales. For boxes there are
+    retinanet, and detr, which is for a TNT."""
 
 
 ModelChanges = changes_of(
@@ -90,7 +90,7 @@ ModelChanges = changes_of(
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where images come from, what training does to them, and how the network is fed.
+    """The source of images, their augmentation, and the form in which the network is fed.
 
     The defaults are the published recipe. Small data switches off what does not suit it: `crop_area=None`,
     `random_flip=0`, `randaugment_ops=0` and so on.
@@ -102,13 +102,13 @@ class DataConfig:
     `masks:PATH`, `coco:PATH`, `voc:PATH`, `boxes:PATH` or `synthetic`; see docs/data.md. A run may go on with the same
     data at another place: what it holds is compared."""
     train_split: str = "train"
-    """What training reads. TFDS takes its slices here, `train[:90%]`."""
+    """The split that training reads. TFDS takes its slices here, `train[:90%]`."""
     eval_split: str | None = setting(None, role="execution")
-    """What evaluation reads. By default training evaluates, and chooses the best checkpoint on, the validation split
-    where there is one (`val`, `valid` or `validation`), or what `holdout` or `fold` leaves, or the test split; and
-    `eval.py` reports the test split where there is one. A name is for both."""
+    """The split that evaluation reads. By default training evaluates, and chooses the best checkpoint on, the
+    validation split where there is one (`val`, `valid` or `validation`), or what `holdout` or `fold` leaves, or the
+    test split; and `eval.py` reports the test split where there is one. A name is for both."""
     task: TaskName = Outputs.task
-    """What is told of an image: one class, any number of classes, numbers, or the class of each pixel."""
+    """The task: one class an image, any number of labels, numbers, the class of each pixel, or boxes."""
     holdout: float = setting(0.0, least=0, below=1)
     """Share of the training images that is evaluated instead of trained on where the source has no `eval_split`, or by
     default no validation split. It is drawn by `split_seed` and stratified: each class gives the same share."""
@@ -131,7 +131,7 @@ class DataConfig:
     """segmentation: values of masks that are no class, beside 255, or 65535 of more than 255 classes. The classes are
     the other values in their order: of ADE20K, whose 0 is unlabelled, 0 makes 1 the first class."""
     label_separator: str | None = None
-    """What stands between the labels of a cell (multi_label); by default the first of `|`, `;`, `,` that occurs."""
+    """The separator of the labels of a cell (multi_label); by default the first of `|`, `;`, `,` that occurs."""
     split_column: str | None = None
     """Column with the split of each row; by default `split`, where there is one."""
     fold_column: str | None = None
@@ -151,7 +151,7 @@ class DataConfig:
     """Images of more pixels are taken for decompression bombs, and are refused before they are decoded."""
 
     sampling: Literal["natural", "balanced", "sqrt"] = "natural"
-    """How often an epoch sees each class (multi_label: label): natural is each image once; balanced is all classes
+    """The frequency of each class (multi_label: label) in an epoch: natural is each image once; balanced is all classes
     alike, images of rare ones several times and of frequent ones not all; sqrt is between them, in proportion to the
     root of how many images a class has."""
     repeats: int = setting(3, least=1)
@@ -164,12 +164,18 @@ class DataConfig:
     scale_jitter: tuple[float, float] | None = setting(None, above=0)
     """Large-scale jitter, instead of a random crop: the whole image, fitted into the input, is scaled by a factor
     between these, such as 0.1 and 2, and cut or padded to the input at a random place."""
+    simple_crop: bool = False
+    """Instead of the random resized crop: the shorter side is resized to that of the input, four pixels are mirrored
+    around, and a place is drawn. DeiT III's crop for ImageNet-21k."""
     interpolation: Literal["random", "bilinear", "bicubic"] = "random"
-    """How training resizes, shears and turns: `random` draws bilinear or bicubic each time. Evaluation is bicubic."""
+    """The filter by which training resizes, shears and turns: `random` draws one of the two. Evaluation is bicubic."""
     random_shift: float = setting(0.0, least=0, most=1)
     """Training images move by up to this fraction of their side in each direction; the edge is repeated."""
     random_flip: float = setting(0.5, least=0, most=1)
     """Probability that a training image is mirrored left to right."""
+    auto_augment: Literal["rand", "3a"] = "rand"
+    """timm's words for what changes an image after its crop: RandAugment, or in its place 3-Augment (DeiT III): grey,
+    solarised or blurred, one of the three."""
     randaugment_ops: int = setting(2, least=0)
     """RandAugment: operations drawn for each image, each applied with probability 0.5; 0 switches it off."""
     randaugment_magnitude: float = setting(9.0, least=0)
@@ -177,8 +183,8 @@ class DataConfig:
     randaugment_std: float = setting(0.5, least=0)
     """RandAugment: spread of the strength. The three defaults are timm's `rand-m9-mstd0.5-inc1`."""
     color_jitter: float = setting(0.4, least=0)
-    """Brightness, contrast and saturation change by up to this factor. Only where RandAugment is off, as upstream has
-    it."""
+    """Brightness, contrast and saturation change by up to this factor. Only where RandAugment is off or 3-Augment is
+    in its place, as timm has it."""
     erasing: float = setting(0.25, least=0, most=1)
     """Random erasing: probability that a rectangle of an image becomes noise."""
     mixup: float = setting(0.8, least=0)
@@ -195,7 +201,7 @@ class DataConfig:
     mean: float | tuple[float, ...] = 0.5
     """Subtracted from pixels that are scaled to [0, 1]: one number, or one for each channel."""
     std: float | tuple[float, ...] = setting(0.5, above=0)
-    """What is left is divided by this. `python -m tnt_jax.data.statistics` measures both."""
+    """The divisor after `mean` is subtracted. `python -m tnt_jax.data.statistics` measures both."""
     crop: float = setting(0.9, above=0, most=1)
     """Share of the shorter side that evaluation keeps after resizing: images are resized to size / crop, then cut."""
 
@@ -221,9 +227,9 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """How outputs and targets are compared; the task decides by what: softmax cross-entropy (single_label), binary
-    cross-entropy of each label (multi_label), squared error of standardised targets (regression), cross-entropy of each
-    pixel plus Dice (segmentation).
+    """The loss; by default that of the task: softmax cross-entropy (single_label), binary cross-entropy of each label
+    (multi_label), squared error of standardised targets (regression), cross-entropy of each pixel plus Dice
+    (segmentation), that of the head (detection).
     """
 
     name: (
@@ -250,7 +256,7 @@ class OptimizerConfig:
     """An optimizer with a linear warm-up and a cosine to the end, and an average of the weights."""
 
     name: Literal["adamw", "nadamw", "lamb", "lion", "sgd", "muon", "schedule_free"] = "adamw"
-    """What makes steps of gradients. sgd has momentum, `beta1`; muon moves the matrices of the blocks, and AdamW the
+    """The optimizer. sgd has momentum, `beta1`; muon moves the matrices of the blocks, and AdamW the
     rest; schedule_free is AdamW whose learning rate stays at its peak. docs/training.md has what suits each."""
     learning_rate: float = setting(1e-3, above=0)
     """The peak, for the batch size of the run; it is not scaled by it."""
@@ -263,7 +269,7 @@ class OptimizerConfig:
     warmup_learning_rate: float = setting(1e-6, least=0)
     """Learning rate of the very first step."""
     min_learning_rate: float = setting(1e-5, least=0)
-    """Where the cosine ends."""
+    """The end of the cosine."""
     weight_decay: float = setting(0.05, least=0)
     """Decoupled weight decay; vectors, biases, positions and the class token are left out, as upstream does. The bias
     between the places of a PyramidTNT decays, as there."""
@@ -302,7 +308,7 @@ class DistillConfig:
     alpha: float = setting(0.5, above=0, most=1)
     """Share of the teacher in the loss; the rest is that of the labels."""
     temperature: float = setting(1.0, above=0)
-    """What the logits of both are divided by (soft); the loss is multiplied by its square."""
+    """The divisor of the logits of both (soft); the loss is multiplied by its square."""
     kind: Literal["soft", "hard"] = "soft"
     """soft is the Kullback-Leibler divergence from the teacher's probabilities, hard cross-entropy with its class."""
 
@@ -325,9 +331,9 @@ class DistributedConfig:
     coordinator: str | None = setting(None, role="execution")
     """HOST:PORT of process 0, as the others reach it. The port must be free there."""
     num_processes: int | None = setting(None, role="execution", least=1)
-    """How many processes there are."""
+    """The number of processes."""
     process_id: int | None = setting(None, role="execution", least=0)
-    """Which of them this one is, from 0 on."""
+    """The number of this process, from 0 on."""
     timeout: float = setting(300, role="execution", above=0)
     """Seconds that all are waited for."""
 
@@ -340,7 +346,7 @@ class TrainConfig(Generic[Model]):
     """A run. `python train.py --help` lists every field as a flag."""
 
     run_dir: str = setting("runs/digits", role="execution")
-    """Where the run lies: configuration, checkpoints, metrics. A run that is started again goes on from there."""
+    """The run's folder: configuration, checkpoints, metrics. A run that is started again goes on from there."""
     init_from: str | None = None
     """Model whose parameters the run starts from: a folder, a published name, OWNER/NAME on the hub, an address or a
     checkpoint. Positions are resized to another image size. Classes are matched by name; others get a fresh head."""
@@ -380,9 +386,9 @@ class TrainConfig(Generic[Model]):
     log_every_seconds: float = setting(60, role="observation", above=0)
     """Seconds between lines that are printed where there is no terminal, beside one after each epoch."""
     precision: Literal["default", "high", "highest"] = "default"
-    """How accelerators multiply float32 matrices in training: as the hardware is fastest (TPUs round factors to
-    bfloat16, NVIDIA GPUs to TF32), in three passes, or as a CPU does. It makes no difference on CPUs and for bfloat16.
-    Evaluation, prediction and export always take highest."""
+    """The precision of products of float32 matrices on accelerators in training: as the hardware is fastest (TPUs round
+    factors to bfloat16, NVIDIA GPUs to TF32), in three passes, or as a CPU does. It makes no difference on CPUs and
+    for bfloat16. Evaluation, prediction and export always take highest."""
     seed: int = setting(0, least=0)
     """Of everything random: initial weights, order of the images, augmentation, dropout, stochastic depth."""
     wandb: bool = setting(False, role="observation")
@@ -399,8 +405,13 @@ def check(config: TrainConfig) -> None:
     """
     for fault in faults(config):
         raise InputError(fault)
-    if "://" in config.run_dir:
-        raise InputError(f"run_dir is {config.run_dir}, and a run lies on a disk; a bucket can be mounted as one")
+    if "://" in config.run_dir.removeprefix("gs://"):
+        raise InputError(
+            f"run_dir is {config.run_dir}, and a run lies on a disk or in one of Google's buckets, gs://BUCKET/FOLDER; "
+            "Orbax writes to no other kind of bucket, which can be mounted as a disk"
+        )
+    if config.profile and config.run_dir.startswith("gs://"):
+        raise InputError("profile writes on a disk: leave it out, or take a run_dir there")
     check_data(config.data)
     check_task(config)
     check_optimizer(config.optimizer)

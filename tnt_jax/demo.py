@@ -37,7 +37,7 @@ def make_page(model: Model, name: str):
     size = description.config.patch_size
 
     def dropped(image: np.ndarray | None):
-        """What the model says, and the image as it sees it."""
+        """The model's answer, and the image as it sees it."""
         if image is None:
             return None, None, None, None, None, None
         try:
@@ -56,7 +56,7 @@ def make_page(model: Model, name: str):
         return title, inner_attention(model, image, patch=patch), outer_attention(model, image, patch=patch)
 
     def asked(image: np.ndarray, chosen: gradio.SelectData):
-        """Why the image could be of the class that was clicked."""
+        """The explanation of the class that was clicked."""
         name = chosen.value.removeprefix("✓ ")
         return why(model, image, classes=[name], methods=("rollout", "integrated-gradients"))
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 Role = Literal["identity", "execution", "observation"]
-"""What a field says of a run: what is computed, how it is computed, or how it is watched and kept.
+"""The role of a field in a run: what is computed, how it is computed, or how it is watched and kept.
 
 Only identity binds a run that is started again. A field that is not marked is identity."""
 
@@ -81,7 +81,7 @@ def plain(value: Any) -> Any:
 
 
 def faults(config: Any, prefix: str = "") -> Iterator[str]:
-    """What is wrong with the fields of a dataclass, and of those in it: a sentence for each value."""
+    """The faults of a dataclass's fields, and of those in it: a sentence for each value."""
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value, hint = getattr(config, field.name), hints[field.name]
@@ -95,7 +95,7 @@ def faults(config: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _wanted(value: Any, hint: Any, bounds: dict[str, float]) -> str | None:
-    """What a value should be; None where it is right."""
+    """The sentence that says what a value should be; None where it is right."""
     if not any(_is(value, kind) for kind in _kinds(hint)):
         return " or ".join(map(_words, _kinds(hint)))
     if value == "":

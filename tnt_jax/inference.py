@@ -1,4 +1,4 @@
-"""What a model says of images, by its task: pixels on the host, normalising and everything after it on the device."""
+"""Prediction by a model's task: pixels on the host, normalising and everything after it on the device."""
 
 import functools
 import itertools
@@ -30,7 +30,7 @@ from tnt_jax.tasks.task import Canvas, Outputs
 def inference_model(
     model: Model | str | os.PathLike, image: ImageSource | list[ImageSource]
 ) -> dict[str, Any] | list[dict[str, Any]]:
-    """What a model says of an image, or of each image of a list, by its task.
+    """A model's prediction for an image, or for each image of a list, by its task.
 
     Args:
         model: a model, or whatever `load_model` takes. To classify many images, load it once.

@@ -53,7 +53,7 @@ def _is_ours(path: pathlib.Path) -> bool:
 
 
 def ours_alone(path: pathlib.Path) -> bool:
-    """Whether no other user but root can have written a file or folder."""
+    """True if no other user but root can have written a file or folder."""
     return _is_ours(path) and not path.stat().st_mode & OTHERS_WRITE
 
 

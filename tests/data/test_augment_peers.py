@@ -1,5 +1,7 @@
 """Augmentation by its statistics over many seeds, beside that of timm and torchvision."""
 
+import random
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import torch
 from others import timm
 from PIL import Image
 from scipy.stats import ks_2samp
-from torchvision.transforms import ColorJitter
+from torchvision.transforms import ColorJitter, InterpolationMode, Pad, Resize
 
 from tnt_jax.config import DataConfig
 from tnt_jax.data import augment, mixing
@@ -47,3 +49,45 @@ def test_erased_rectangles_have_the_areas_and_aspects_of_timms():
     for each in zip(ours, theirs, strict=True):
         assert same_distribution(*each)
     assert np.log(3.0) < np.abs(ours[0]).max() < np.log(3.6)  # 0.3 to 3.3, in whole pixels
+
+
+def test_three_augment_is_timms():
+    def kinds(image):
+        """Which of the three made an image, and how much is left of its contrast where it was blurred."""
+        if (image.max(axis=2) == image.min(axis=2)).all():
+            return "grey", 0.0
+        same = image == np.where(COLOURS < 128, COLOURS, 255 - COLOURS)
+        return ("solarised", 0.0) if same.all() else ("blurred", image.std() / COLOURS.std())
+
+    random.seed(0)
+    transform = timm.data.auto_augment.auto_augment_transform("3a", {})
+    theirs = [kinds(np.asarray(transform(Image.fromarray(COLOURS)))) for _ in range(3 * SEEDS)]
+    data = DataConfig.plain("digits", auto_augment="3a")
+    ours = [kinds(augment.augment(COLOURS, data, (8, 8), np.random.default_rng(seed))) for seed in range(3 * SEEDS)]
+    for kind in ("grey", "solarised", "blurred"):
+        counts = [sum(each == kind for each, _ in made) for made in (ours, theirs)]
+        assert abs(counts[0] - counts[1]) < 4 * np.sqrt(2 * 3 * SEEDS * 2 / 9)  # four standard deviations
+        assert min(counts) > SEEDS / 2
+    blurs = [[left for kind, left in made if kind == "blurred"] for made in (ours, theirs)]
+    assert same_distribution(*blurs)
+    for name, changed in (("Desaturate", "grey"), ("Solarize", "solarised")):
+        level = {"Desaturate": 10, "Solarize": 5}[name]
+        picture = timm.data.auto_augment.AugmentOp(name, 1.0, level)(Image.fromarray(COLOURS))
+        seed = next(seed for seed, (kind, _) in enumerate(ours) if kind == changed)
+        mine = augment.augment(COLOURS, data, (8, 8), np.random.default_rng(seed))
+        np.testing.assert_array_equal(mine, np.asarray(picture))
+
+
+def test_a_simple_crop_is_a_place_in_what_torchvision_resizes_and_pads():
+    photo = np.random.default_rng(1).integers(0, 256, (33, 51, 3)).astype(np.uint8)
+    whole = Pad(4, padding_mode="reflect")(Resize(16, InterpolationMode.BICUBIC)(Image.fromarray(photo)))
+    places = np.lib.stride_tricks.sliding_window_view(np.asarray(whole), (16, 16, 3))[:, :, 0]
+    data = DataConfig.plain("digits", simple_crop=True, interpolation="bicubic")
+    seen = set()
+    for seed in range(300):
+        crop = augment.augment(photo, data, (16, 16), np.random.default_rng(seed))
+        (place,) = np.argwhere((places == crop).all(axis=(2, 3, 4))).tolist()
+        seen.add(tuple(place))
+    rows, columns = (np.unique(each) for each in zip(*seen, strict=True))
+    assert rows.tolist() == list(range(9))
+    assert columns.tolist() == list(range(places.shape[1]))

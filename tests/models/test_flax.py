@@ -240,9 +240,16 @@ def parts_of(layer):
     }
 
 
-@pytest.mark.parametrize("kind", ["tnt", "pyramid"])
 @pytest.mark.parametrize("part", ["qkv", "proj", "fc1", "fc2", "words"])
-@pytest.mark.parametrize("lora", ["LoRALinear", "LoRA"])
+@pytest.mark.parametrize(
+    ("lora", "kind"),
+    [
+        ("LoRALinear", "tnt"),
+        pytest.param("LoRALinear", "pyramid", marks=pytest.mark.nightly),
+        ("LoRA", "tnt"),
+        ("LoRA", "pyramid"),
+    ],
+)
 def test_lora_is_computed_wherever_it_is_put_and_has_a_gradient(kind, part, lora, caplog):
     """A kernel reads the parameters of the maps that it was made with, and would not call another."""
     devices.say_once.cache_clear()

@@ -1,4 +1,4 @@
-"""PyramidTNT: sizes, modes and randomness. That it computes what was published is in tests/storage/torch."""
+"""PyramidTNT: sizes, modes and randomness. That it computes what was published is in tests/storage/pytorch."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The network: sizes, modes and randomness. That it computes what was published is in tests/storage/torch."""
+"""The network: sizes, modes and randomness. That it computes what was published is in tests/storage/pytorch."""
 
 import dataclasses
 

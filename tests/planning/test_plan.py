@@ -57,6 +57,7 @@ def sent(topology, batch, fsdp=1) -> dict:
     return result | {"sent": [Collective(*each) for each in result["sent"]]}
 
 
+@pytest.mark.slow  # takes libtpu
 def test_256_chips_exchange_the_gradient_and_nothing_that_grows_with_the_pod():
     step = sent("v5e:16x16", batch=4 * 256)
     assert step["devices"] == 256

@@ -72,8 +72,17 @@ def test_a_kind_is_located_and_loads_as_the_same_model(kind, everywhere, made):
     assert (again.config.num_classes, again.config.outer_dim) == (4, 12)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [*KINDS, "run"])
+# The others differ from one of these in how they are written, which the test above knows.
+WHOLE = ("folder", "me/digits@v1", "local-dir:hub", "ADDRESS/tnt.pth", "tnt.safetensors", "tnt_ti_legacy_patch16_224")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=pytest.mark.slow if kind in (*WHOLE, "run") else pytest.mark.nightly)
+        for kind in (*KINDS, "run")
+    ],
+)
 def test_every_command_takes_it(kind, everywhere, made, tmp_path, monkeypatch):
     if kind == "run":
         train(tiny_run(made / "run", epochs=1))

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import sys
 
 import jax
@@ -54,6 +55,22 @@ def test_a_stutter_of_the_disk_while_a_run_is_compared_is_another_try(file, tmp_
     monkeypatch.setattr(type(tmp_path), "read_text", stale)
     with pytest.raises(UnreadableError, match="Stale file handle"):
         compare(config(tmp_path), {"labels": "a"})
+
+
+@pytest.mark.parametrize("look", ["exists", "iterdir", "open"])
+@pytest.mark.parametrize(("code", "error"), [(116, UnreadableError), (5, UnreadableError), (13, InputError)])
+def test_a_folder_that_cannot_be_looked_at_now_is_another_try_and_one_that_may_not_is_a_message(
+    look, code, error, tmp_path, monkeypatch
+):
+    def fail(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(type(tmp_path), look, fail)
+    with pytest.raises(error, match=os.strerror(code)) as raised:
+        claim(config(tmp_path), NAMES, Outputs(), {"labels": "a"}, None, {})
+    assert getattr(raised.value, "exit_code", 2) == (75 if error is UnreadableError else 2)
+    monkeypatch.undo()
+    assert not (tmp_path / "config.json").exists()
 
 
 @pytest.mark.parametrize(

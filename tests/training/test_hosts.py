@@ -166,7 +166,7 @@ LOST = "raise jax.errors.JaxRuntimeError('UNAVAILABLE: the TPU worker is not rea
     [
         # JAX aborts where no collective fails first.
         (1, KILLED, (75, -signal.SIGABRT), "another process is lost|another task died|gloo"),
-        (0, KILLED, (75, -signal.SIGABRT), "another process is lost|another task died|gloo"),
+        pytest.param(0, KILLED, (75, -signal.SIGABRT), "another process is lost|gloo", marks=pytest.mark.nightly),
         (1, LOST, (75,), "UNAVAILABLE: the TPU worker is not reachable"),
         pytest.param(0, LOST, (75,), "UNAVAILABLE: the TPU worker is not", marks=pytest.mark.nightly),
         pytest.param(1, "raise ValueError('a bug')", (1,), f"process 1 on {HERE}: a bug", marks=pytest.mark.nightly),
@@ -445,7 +445,7 @@ is_run, looks = loop.is_run, []
 loop.is_run = lambda folder: len(looks) > 3 and is_run(folder) if not looks.append(folder) else None"""
 
 
-@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("who", [0, pytest.param(1, marks=pytest.mark.nightly)])
 def test_a_step_that_one_process_does_not_see_ends_both_at_once_and_nothing_is_renamed(who, finished, tmp_path):
     shutil.copytree(finished.run_dir, tmp_path / "run")
     results = end(start(tmp_path, "--epochs", "4", before={who: NOT_SEEN}))
@@ -471,7 +471,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))"""
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # one process has it in test_checkpoint.py
 def test_a_clock_that_jumps_harms_no_checkpoint(tmp_path):
     flags = ["--epochs", "1", "--checkpoint-every-steps", "4"]
     results = end(start(tmp_path, *flags, devices=1, before={0: JUMPING_CLOCK, 1: JUMPING_CLOCK}))

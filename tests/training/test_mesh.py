@@ -33,6 +33,7 @@ for topology in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow  # takes libtpu
 def test_rows_are_those_that_the_topology_of_a_tpu_slice_gives_a_host():
     topologies = ["v5e:4x4", "v5e:16x16", "v6e:4x4", "v5p:2x2x4"]
     environment = os.environ | environment_for(topologies[0]) | {"PYTHONPATH": str(ROOT)}

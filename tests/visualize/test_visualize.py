@@ -1,3 +1,4 @@
+import csv
 import io
 import json
 import warnings
@@ -12,12 +13,13 @@ from small_models import SMALL_PYRAMID, small_model, small_pyramid
 import tnt_jax
 from tnt_jax import visualize
 from tnt_jax.config import InputError, OptimizerConfig, TrainConfig
-from tnt_jax.data.sources import Split
+from tnt_jax.data.listing import FileNames
+from tnt_jax.data.sources import ImageFiles, Split
 from tnt_jax.models.variants import abstract_model, model_config
 from tnt_jax.storage.run import CONFIG_FILE
 from tnt_jax.tasks.single_label import ClassPredictions
 from tnt_jax.visualize.attention import attention_of, outer_map, rollout
-from tnt_jax.visualize.canvas import _families, preprocess, shorten
+from tnt_jax.visualize.canvas import _families, colour_bar, new_figure, preprocess, shorten, show_map
 from tnt_jax.visualize.tokens import embed, tiled
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
@@ -146,6 +148,49 @@ def test_confusion_and_mistakes_show_what_was_taken_for_what():
         visualize.mistakes(right, SOURCE)
 
 
+def test_a_cell_has_its_number_of_images_and_a_mistake_its_file(tmp_path):
+    axes = visualize.confusion(ANSWERS, SOURCE.class_names).axes[0]
+    assert {text.get_position(): text.get_text() for text in axes.texts} == {
+        (0, 0): "1", (1, 0): "1", (1, 1): "1", (2, 1): "1", (2, 2): "1",
+    }  # fmt: skip
+    names = ["a.png", "b.png", "c.png", "a-photograph-with-a-long-name-of-its-own.png", "e.png"]
+    for name in names:
+        Image.fromarray(IMAGE).save(tmp_path / name)
+    images = ImageFiles(str(tmp_path), FileNames([("", names)]))
+    found = titles(visualize.mistakes(ANSWERS, Split(images, ANSWERS.labels, SOURCE.class_names)))
+    assert found == ["cat 70%\nis bee\na-photograp...-own.png", "bee 60%\nis ant\nb.png"]
+
+
+def test_a_colour_of_a_map_means_the_same_over_black_and_white_and_in_the_bar():
+    stripes = np.zeros((40, 40, 3), np.uint8)
+    stripes[:, ::2] = 255
+    values = np.repeat(np.linspace(0, 1, 8)[:, None], 8, axis=1)
+    figure = new_figure(4, 4)
+    axes = figure.subplots()
+    colour_bar(figure, show_map(axes, values, stripes), axes, "share")
+    shown = np.asarray(drawn(figure))[..., :3] / 255
+
+    def pixels(of, x, y):
+        column, row = of.transData.transform((x, y)).round().astype(int)
+        return shown[shown.shape[0] - 1 - row, column]
+
+    bar = figure.axes[1]
+    for row, value in enumerate(values[:, 0]):
+        over = np.array([pixels(axes, column + 0.5, 5 * row + 2.5) for column in range(40)])
+        meant = pixels(bar, 0.5, np.clip(value, 0.02, 0.98))
+        assert np.abs(over - meant).max() < 0.08
+        assert np.abs(np.diff(over, axis=0)).max() > 0.05  # the image is still seen
+
+
+def drawn(figure):
+    """The figure as pixels, as it is drawn."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return canvas.buffer_rgba()
+
+
 def test_a_schedule_rises_falls_and_ends():
     optimizer = OptimizerConfig(learning_rate=1e-3, warmup_epochs=2, cooldown_epochs=1, min_learning_rate=1e-5)
     (line,) = visualize.schedule(TrainConfig(optimizer=optimizer, epochs=9)).axes[0].get_lines()[:1]
@@ -181,12 +226,18 @@ def folder(tmp_path_factory):
 
 def test_the_command_writes_pictures_of_images_and_of_test_images(folder, tmp_path):
     Image.fromarray(IMAGE).save(tmp_path / "a.png")
-    for what, arguments in (("class-attention", [tmp_path / "a.png"]), ("confusion", ["--source", "digits"])):
+    for what, arguments in (
+        ("class-attention", [tmp_path / "a.png"]),
+        ("confusion", ["--source", "digits", "--table", tmp_path / "c.csv"]),
+    ):
         code, out, err = commands.run("visualize.py", what, folder, *arguments, "--out", tmp_path / "out.png")
         assert code == 0, err
         assert f"out.png shows {what} of {folder}" in out
         assert np.asarray(Image.open(tmp_path / "out.png")).std() > 5
         Path(tmp_path / "out.png").unlink()
+    rows = list(csv.DictReader((tmp_path / "c.csv").open()))
+    assert [row["right class"] for row in rows] == list("0123456789")
+    assert sum(int(value) for row in rows for name, value in row.items() if name != "right class") == 360
 
 
 @pytest.mark.slow
@@ -211,6 +262,8 @@ def test_tsne_draws_maps_of_an_image_and_test_images(folder, tmp_path):
         (["schedule", "digits", "a.png"], "a.png"),
         (["words", "MODEL", "a.png", "--patch", "0", "0"], "--patch was given, and words has no use for it"),
         (["mistakes", "MODEL", "--source", "digits", "--count", "0"], "--count is 0"),
+        (["mistakes", "MODEL", "--table", "a.csv"], "--table was given, and mistakes has no use for it"),
+        (["confusion", "MODEL", "--table", "a.txt"], "a.txt: a table of a confusion matrix ends in .csv"),
         (["schedule", "nowhere.py"], "there is no configuration nowhere.py"),
     ],
 )

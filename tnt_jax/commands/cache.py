@@ -1,4 +1,4 @@
-"""What was fetched: `python -m tnt_jax.commands.cache [--clear [NAME]]`."""
+"""The list of what was fetched: `python -m tnt_jax.commands.cache [--clear [NAME]]`."""
 
 import dataclasses
 from typing import Annotated

@@ -21,7 +21,7 @@ class Arguments:
     out: str
     """The folder to write the model to."""
     source: str | None = None
-    """Where images come from, as for eval.py; a training run knows its own."""
+    """The source of images, as for eval.py; a training run knows its own."""
     split: str | None = None
     """The images that are fitted to: neither those of training nor those that eval.py reports. By default those that
     training evaluates, such as `val`."""

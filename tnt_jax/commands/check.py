@@ -26,7 +26,7 @@ class Arguments:
     out: str | None = None
     """CSV file for the list: split, image, reason."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    """How it is read, as in train.py."""
+    """The data as train.py reads it."""
 
 
 @command

@@ -1,4 +1,4 @@
-"""What the commands share: the configuration that flags choose and change, and errors as messages."""
+"""The parts that commands share: the configuration that flags choose and change, and errors as messages."""
 
 import dataclasses
 import functools
@@ -63,7 +63,7 @@ CALLED = {
     "the same command again, which goes on by itself": ("--resume", "--auto-resume"),
     "JAX_PLATFORMS or CUDA_VISIBLE_DEVICES in the environment; all devices are taken": ("--device", "--gpu", "--gpus"),
 }
-"""What others call a flag, by what it is here."""
+"""The names that other tools give to a flag, by ours."""
 
 
 def check_words(arguments: Sequence[str]) -> None:
@@ -190,7 +190,7 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def typed(script: str) -> str:
-    """How this process's user types another command: `python eval.py`, with the way to it, or `tnt-eval`."""
+    """The command as this process's user types it: `python eval.py`, with the way to it, or `tnt-eval`."""
     given = Path(sys.argv[0])
     if given.suffix == ".py":
         return f"python {given.with_name(f'{script}.py')}"

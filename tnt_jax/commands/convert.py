@@ -39,9 +39,9 @@ class Arguments:
     crop: float | None = None
     """Share of the shorter side that evaluation keeps."""
     interpolation: Literal["bicubic", "bilinear"] | None = None
-    """How images are resized."""
+    """The filter by which images are resized."""
     weights: Literal["raw", "ema"] | None = None
-    """Which weights of a training checkpoint; by default the averaged ones where there are any."""
+    """The weights of a training checkpoint; by default the averaged ones where there are any."""
     overwrite: Flag = False
     """Replace a destination that exists."""
 

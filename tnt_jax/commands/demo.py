@@ -15,7 +15,7 @@ class Arguments:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A folder of a run or a model, a published name, OWNER/NAME on the hub, an address, or a checkpoint file."""
     port: int = 7860
-    """Where the page is: http://HOST:PORT"""
+    """The address of the page: http://HOST:PORT"""
     host: str = "127.0.0.1"
     """Address that is listened at: 0.0.0.0 lets every machine of the network in, without a password."""
 

@@ -22,7 +22,7 @@ class Arguments:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A folder of a run or a model, a published name, OWNER/NAME on the hub, an address, or a checkpoint file."""
     source: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")] = None
-    """Where images come from, as in --data.source of train.py; a training run knows its own."""
+    """The source of images, as in --data.source of train.py; a training run knows its own."""
     split: str | None = None
     """Of the source, such as train; by default test, and where there is none, what training evaluated."""
     out: str | None = None

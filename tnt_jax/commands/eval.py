@@ -1,4 +1,4 @@
-"""How good models are: `python eval.py MODEL ... [--source SOURCE ...] [--probe knn linear]`, as table and files."""
+"""Evaluation of models: `python eval.py MODEL ... [--source SOURCE ...] [--probe knn linear]`, as table and files."""
 
 import dataclasses
 import itertools
@@ -22,17 +22,17 @@ class Arguments:
     """Folders of runs (averaged and raw weights are evaluated) or of models, published names, OWNER/NAME on the hub,
     addresses, or checkpoint files."""
     source: tuple[str, ...] = ()
-    """Where images come from, such as `digits`, `idx:FOLDER`, `imagenet:FOLDER`, `imagenet-a:FOLDER`, one or several;
+    """The source of images, such as `digits`, `idx:FOLDER`, `imagenet:FOLDER`, `imagenet-a:FOLDER`, one or several;
     a training run knows its own."""
     split: str | None = None
-    """What is evaluated, such as train or validation. By default test; where there is none, what training evaluated."""
+    """The split, such as train or validation. By default test; where there is none, what training evaluated."""
     real_labels: str | None = None
     """ReaL's labels (real.json): `imagenet:FOLDER` is scored with them too."""
     probe: tuple[Literal["knn", "linear"], ...] = ()
     """Instead of the model's own classes: nearest neighbours, or a linear classifier, on its frozen features."""
     explain: tuple[str, ...] = ()
-    """How faithful explanations are, by deletion and insertion: rollout, grad-cam, integrated-gradients, one or
-    several."""
+    """The methods whose faithfulness is measured, by deletion and insertion: rollout, grad-cam, integrated-gradients,
+    one or several."""
     size: Literal["sentences", "words", "pixels"] | None = None
     """For --explain: of a place of the map; by default words."""
     images: int | None = None
@@ -46,7 +46,7 @@ class Arguments:
     batch_size: int = 64
     """Images that are computed together, over all devices; rounded up to a multiple of them."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """What is computed in; by default what the model was trained or published in."""
+    """The dtype of computation; by default that in which the model was trained or published."""
     image_size: tuple[int, int] | None = None
     """Height and width that images are shown at; by default the model's. Positions are resized."""
     crop: float | None = None
@@ -103,7 +103,7 @@ def main() -> None:
 
 
 def _chosen(arguments: Arguments) -> str | None:
-    """Which table is asked for instead of the plain evaluation. Refuses flags that the table has no use for."""
+    """The table that is asked for instead of the plain evaluation. Refuses flags that the table has no use for."""
     chosen = [name for name in ("probe", "explain") if getattr(arguments, name)]
     if len(chosen) > 1:
         raise InputError(f"--{chosen[0]} and --{chosen[1]} are two tables; ask for one at a time")

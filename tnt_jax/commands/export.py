@@ -22,7 +22,7 @@ class Arguments:
     """StableHLO, which JAX loads without this code; ONNX; a folder that timm and transformers load; or a folder with a
     page that runs the model in a browser, on any static server."""
     out: str | None = None
-    """What to write; by default the name of the model with .stablehlo or .onnx, or -hub or -web for a folder."""
+    """The file or folder to write; by default the model's name with .stablehlo or .onnx, or -hub or -web."""
     push: str | None = None
     """For hub: also upload it as OWNER/NAME."""
     results: str | None = None
@@ -30,7 +30,7 @@ class Arguments:
     license: str | None = None
     """For hub: the licence of the weights, such as apache-2.0, for the model card."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the file computes in, whatever the model was trained in; bfloat16 for stablehlo."""
+    """The dtype in which the file computes, whatever the model was trained in; bfloat16 for stablehlo."""
     opset: int | None = None
     """For onnx: the version of the operators, by default 17, which runtimes read since 2022."""
     quantize: Literal["int8"] | None = None
@@ -39,7 +39,7 @@ class Arguments:
     """For int8: percent of the calibration images whose prediction may change; layers that lose most stay in float32
     until it fits."""
     source: str | None = None
-    """Where images come from that the file is compared with and int8 is made with; a training run knows its own."""
+    """The source of images that the file is compared with and int8 is made with; a training run knows its own."""
     overwrite: Flag = False
     """Replace what exists."""
 

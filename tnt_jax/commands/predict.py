@@ -1,4 +1,4 @@
-"""What images show, by the model's task: `python predict.py MODEL IMAGE_OR_FOLDER ... [--format table|csv|jsonl]`."""
+"""Predictions, by the model's task: `python predict.py MODEL IMAGE_OR_FOLDER ... [--format table|csv|jsonl]`."""
 
 import csv
 import dataclasses
@@ -34,13 +34,13 @@ class Arguments:
     images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE_OR_FOLDER ...")]
     """Image files, and folders that are searched for images."""
     top_k: int = 5
-    """How many of the most likely classes or labels to print."""
+    """The number of likeliest classes or labels to print."""
     format: Literal["table", "csv", "jsonl"] = "table"
-    """What is printed: tables to read, CSV, or a line of JSON for each image."""
+    """The form of the output: tables to read, CSV, or a line of JSON for each image."""
     batch_size: int = 32
     """Images that are computed together."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """What is computed in; by default what the model was trained or published in."""
+    """The dtype of computation; by default that in which the model was trained or published."""
     max_pixels: int = DataConfig.max_pixels
     """Images of more pixels are taken for decompression bombs, and are refused before they are decoded."""
     out: str | None = None

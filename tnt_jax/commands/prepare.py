@@ -14,7 +14,7 @@ class Arguments:
     """Writes a dataset in the form that trains fastest. There is one: `imagenet`."""
 
     dataset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="imagenet")]
-    """What to prepare."""
+    """The dataset to prepare."""
     train: str
     """ILSVRC2012_img_train.tar."""
     val: str

@@ -1,4 +1,4 @@
-"""What a command does to its own process before JAX starts. A library call leaves the process as it is."""
+"""The settings that a command gives its own process before JAX starts. A library call leaves the process as it is."""
 
 import contextlib
 import ctypes
@@ -26,7 +26,7 @@ def use_cpu_where_there_is_nothing_else() -> None:
 
 
 def of_accelerator(error: Exception) -> str | None:
-    """What JAX means where an accelerator does not answer or is full, and what helps; None for other errors."""
+    """JAX's error in plain words where an accelerator does not answer or is full, with a remedy; None for others."""
     first = next(iter(str(error).splitlines()), "")
     if first.startswith("RESOURCE_EXHAUSTED"):
         return (
@@ -130,7 +130,7 @@ def _chips() -> list[pathlib.Path]:
 
 
 def _on_cpu_alone() -> bool:
-    """Whether JAX is told to use the CPU, or has nothing else: asking JAX itself would start its threads."""
+    """True if JAX is told to use the CPU, or has nothing else: asking JAX itself would start its threads."""
     if platforms := os.environ.get("JAX_PLATFORMS"):
         return platforms == "cpu"
     has_tpu = importlib.util.find_spec("libtpu") is not None and _chips()

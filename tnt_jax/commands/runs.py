@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 import pathlib
 from collections.abc import Iterator
 from typing import Annotated
@@ -18,7 +17,7 @@ class Arguments:
     """Lists the runs below a folder: how far each has come, its best metric, and in what they differ."""
 
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")] = "runs"
-    """Where to look."""
+    """The folder to look in."""
     table: str | None = None
     """Also write the table to this file: .csv, .jsonl or .md."""
 
@@ -42,14 +41,16 @@ def list_runs(folder: str, path: str | None = None) -> None:
     from rich.console import Console
 
     from tnt_jax.commands.tables import print_rows, write_rows
+    from tnt_jax.storage.places import place
     from tnt_jax.storage.run import by_role, is_run, read_config
 
-    if not os.path.isdir(folder):
+    top = place(folder)
+    if not top.is_dir():
         raise InputError(f"{folder} is not a folder")
-    found = sorted(each for each in _folders(pathlib.Path(folder)) if is_run(each))
+    found = sorted(each for each in _folders(top) if is_run(each))
     runs, rows = {}, []
     for each in found:
-        name = os.path.relpath(each, folder)
+        name = str(each.relative_to(top))
         try:
             runs[name] = {field: value for field, (value, _) in by_role(read_config(each)).items()}
             rows.append({"run": name} | _progress(each))
@@ -65,7 +66,7 @@ def list_runs(folder: str, path: str | None = None) -> None:
         write_rows(path, rows)
 
 
-def _folders(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+def _folders(folder: pathlib.PurePath) -> Iterator[pathlib.PurePath]:
     """A folder and those below it, but not what lies in runs."""
     from tnt_jax.storage.run import is_run
 
@@ -75,7 +76,7 @@ def _folders(folder: pathlib.Path) -> Iterator[pathlib.Path]:
             yield from _folders(each)
 
 
-def _progress(path: pathlib.Path) -> dict[str, str]:
+def _progress(path: pathlib.PurePath) -> dict[str, str]:
     """State, epoch, and the best metric of the averaged weights with its epoch."""
     from tnt_jax.storage.lock import is_held
     from tnt_jax.storage.reading import best_of, scores_of, steps_of

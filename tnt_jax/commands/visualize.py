@@ -33,7 +33,7 @@ class Arguments:
         tyro.conf.Positional,
         tyro.conf.arg(metavar="WHAT"),
     ]
-    """What to draw."""
+    """The picture to draw."""
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A folder of a run or a model, a published name, OWNER/NAME on the hub, an address, or a checkpoint file."""
     images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE ...")] = ()
@@ -53,9 +53,11 @@ class Arguments:
     maps: str | None = None
     """For why: also write the maps to this file: .npy, (images and classes, methods, rows, columns)."""
     source: str | None = None
-    """Where test images come from, as for eval.py; a training run knows its own."""
+    """The source of test images, as for eval.py; a training run knows its own."""
     count: int = 24
     """For mistakes: how many."""
+    table: str | None = None
+    """For confusion: also write how many images of each class were taken for which to this file: .csv."""
 
 
 @command
@@ -84,7 +86,7 @@ def main() -> None:
 
 USED = {"patch": ("inner-attention", "outer-attention"), "block": ("why", "inner-attention", "class-attention")}
 USED |= dict.fromkeys(("class_", "method", "size", "maps"), ("why",))
-USED |= {"images": (*OF_IMAGES, "curves"), "source": (*OF_IMAGES, *OF_PREDICTIONS)}
+USED |= {"table": ("confusion",), "images": (*OF_IMAGES, "curves"), "source": (*OF_IMAGES, *OF_PREDICTIONS)}
 
 
 def _refuse_what_is_not_used(arguments: Arguments) -> None:
@@ -139,15 +141,28 @@ def _why(arguments: Arguments, model, images: list):
 
 def _of_predictions(arguments: Arguments):
     from tnt_jax import visualize
+    from tnt_jax.commands.tables import write_rows
     from tnt_jax.evaluation.evaluate import open_test, predictions_of, test_data
     from tnt_jax.storage.description import description_of
+    from tnt_jax.storage.files import check_ending
     from tnt_jax.storage.load import load_model
 
+    if arguments.table:
+        check_ending(arguments.table, (".csv",), "a table of a confusion matrix")
     model = load_model(arguments.model)
     task = description_of(model).outputs.task
+    if arguments.table and task == "regression":
+        raise InputError("--table was given, and a regression has no confusion matrix")
     (data,) = test_data(arguments.model, [arguments.source] if arguments.source else [], task)
     source = open_test(data)
     (predictions,) = predictions_of([model], source, data)
+    if arguments.table:
+        counts, _, rows, columns, _ = predictions.confusion(source.class_names)
+        named = [
+            {"right class": row} | dict(zip(columns, each.tolist(), strict=True))
+            for row, each in zip(rows, counts, strict=True)
+        ]
+        write_rows(arguments.table, named)
     if arguments.what == "confusion":
         return visualize.confusion(predictions, source.class_names, data=f"{data.source}, {source.name}")
     return visualize.mistakes(predictions, source, count=arguments.count, data=f"{data.source}, {source.name}")

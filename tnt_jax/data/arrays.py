@@ -91,7 +91,7 @@ def open_numpy(argument: str, data: DataConfig, split: str) -> Split:
 
 
 def _told_of_images(arrays: Mapping[str, Any], split: str, count: int, title: str) -> Table:
-    """What else there is of the images of a split: `train_patient`, `patient_train` or `train/patient` is `patient`."""
+    """The other columns of a split's images: `train_patient`, `patient_train` or `train/patient` is `patient`."""
     forms = (rf"{split}[_/](.+)", rf"(.+)_{split}")
     found = {each[1]: key for key in arrays for form in forms if (each := re.fullmatch(form, key))}
 

@@ -1,4 +1,4 @@
-"""What training does to one image on the host: random crop or jitter, shift, flip, RandAugment or colour jitter.
+"""Augmentation of one training image on the host: random crop or jitter, shift, flip, RandAugment, 3-Augment, colours.
 
 Every function takes pixels (height, width, channels) and returns new ones. What moves pixels is for images of any type
 and number of channels; what changes colours is for 1 and 3 channels of 8 bits, and leaves others as they are. All that
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from tnt_jax.config import DataConfig
 from tnt_jax.data.moving import Places, fitted
@@ -25,7 +25,9 @@ def augment(image: Pixels, data: DataConfig, size: tuple[int, int], rng: np.rand
     Of a dense task only what `Places` can say moves pixels: RandAugment leaves out its `GEOMETRY`.
     """
     image, places = move(image, data, size, rng)
-    if data.randaugment_ops:
+    if data.auto_augment == "3a":
+        image = three_augment(image, rng)
+    elif data.randaugment_ops:
         return randaugment(image, data, rng), places
     jitters = data.color_jitter and has_colours(image)
     return color_jitter(image, data.color_jitter, rng) if jitters else image, places
@@ -33,7 +35,9 @@ def augment(image: Pixels, data: DataConfig, size: tuple[int, int], rng: np.rand
 
 def move(image: Pixels, data: DataConfig, size: tuple[int, int], rng: np.random.Generator) -> tuple[Pixels, Places]:
     """The part of `augment` that moves what is told of pixels too: crop or large-scale jitter, shift, flip."""
-    if data.crop_area:
+    if data.simple_crop:
+        image, places = simple_random_crop(image, data, size, rng)
+    elif data.crop_area:
         image, places = random_resized_crop(image, data, size, rng)
     elif data.scale_jitter:
         image, places = scale_jitter(image, data, size, rng)
@@ -85,6 +89,20 @@ def crop_box(height: int, width: int, data: DataConfig, rng: np.random.Generator
             return top, left, crop_height, crop_width
     crop_width, crop_height = min(width, round(height * most)), min(height, round(width / least))
     return (height - crop_height) // 2, (width - crop_width) // 2, max(1, crop_height), max(1, crop_width)
+
+
+def simple_random_crop(
+    image: Pixels, data: DataConfig, size: tuple[int, int], rng: np.random.Generator
+) -> tuple[Pixels, Places]:
+    """A place in the whole image at the size of the input. Source: DeiT III's Resize and RandomCrop(padding=4)."""
+    height, width = image.shape[:2]
+    scale = max(size[0] / height, size[1] / width)
+    whole = max(size[0], int(height * scale)), max(size[1], int(width * scale))
+    places = Places.of_box((0, 0, height, width), whole)
+    image = np.pad(resize(image, whole, draw_interpolation(data, rng)), ((4, 4), (4, 4), (0, 0)), mode="reflect")
+    top, left = (int(rng.integers(0, side + 8 - wanted + 1)) for side, wanted in zip(whole, size, strict=True))
+    part = image[top : top + size[0], left : left + size[1]]
+    return part, places.take(np.arange(size[0]) + top - 4, np.arange(size[1]) + left - 4)
 
 
 def draw_interpolation(data: DataConfig, rng: np.random.Generator) -> Image.Resampling:
@@ -217,13 +235,27 @@ def randaugment(image: Pixels, data: DataConfig, rng: np.random.Generator) -> Pi
     return image
 
 
+def three_augment(image: Pixels, rng: np.random.Generator) -> Pixels:
+    """Grey, solarised from 128 on, or blurred by a radius of its own. Source: timm's policy `3a`."""
+    kind, radius = rng.integers(3), rng.uniform(0.1, 2.0)
+    if not has_colours(image):
+        return image
+    if kind == 0:
+        return _solarize(image, 0.5)
+    picture = to_pillow(image)
+    changed = (
+        ImageEnhance.Color(picture).enhance(0.0) if kind == 1 else picture.filter(ImageFilter.GaussianBlur(radius))
+    )
+    return from_pillow(changed)
+
+
 def has_colours(image: Pixels) -> bool:
-    """Whether operations on colours are defined: 1 or 3 channels of 8 bits."""
+    """True if operations on colours are defined: 1 or 3 channels of 8 bits."""
     return image.dtype == np.uint8 and image.shape[2] in (1, 3)
 
 
 def fill_of(image: Pixels, by: Any) -> tuple[float, ...]:
-    """What comes in from outside of an image: the `mean` of each channel."""
+    """The fill for pixels outside of an image: the `mean` of each channel."""
     mean = np.broadcast_to(by.mean, image.shape[2])
     if image.dtype.kind == "f":
         return tuple(map(float, mean))

@@ -79,7 +79,7 @@ def _check_not_empty(source: Split, name: str, data: DataConfig, training: bool)
 
 
 def _say_what_is_special(pixels: np.ndarray, data: DataConfig) -> None:
-    """What the first image shows of all, and what augmentation leaves out because of it."""
+    """The findings of the first image for all, and what augmentation leaves out because of it."""
     if pixels.dtype == np.uint16 and data.white is None and pixels.max() < 1 << 14:
         bits = max(1, int(pixels.max()).bit_length())
         logger.warning(
@@ -87,7 +87,7 @@ def _say_what_is_special(pixels: np.ndarray, data: DataConfig) -> None:
             "--data.white %d; or measure mean and deviation with python -m tnt_jax.data.statistics",
             pixels.max(), 2**bits - 1,
         )  # fmt: skip
-    if not has_colours(pixels) and (data.randaugment_ops or data.color_jitter):
+    if not has_colours(pixels) and (data.randaugment_ops or data.color_jitter or data.auto_augment == "3a"):
         logger.warning(
             "the images have %d channels of %s: what augmentation does to colours is left out, which is for 1 and 3 "
             "channels of 8 bits", pixels.shape[2], pixels.dtype,
@@ -95,7 +95,7 @@ def _say_what_is_special(pixels: np.ndarray, data: DataConfig) -> None:
 
 
 def content_of(source: Split) -> dict[str, str]:
-    """What a split holds: the number of its images, and digests of class names, file names, labels and weights."""
+    """The content of a split: the number of its images, and digests of class names, file names, labels and weights."""
     found = {
         "number of images": str(len(source)),
         "class names": _digest("\0".join(source.class_names).encode(errors="surrogateescape")),

@@ -19,12 +19,12 @@ SHOWN = 5  # names in a message
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """Which class of a model each class of a dataset is."""
+    """The class of a model for each class of a dataset."""
 
     of_model: np.ndarray
     """int32 (classes of the dataset,): the number of each among the model's."""
     note: str | None
-    """What is not as one would think, for people."""
+    """Surprises, for people."""
 
 
 def match_classes(names: Sequence[str] | None, count: int, data_names: Sequence[str], data: str) -> Match:
@@ -69,7 +69,7 @@ def _nameless(names: Sequence[str] | None) -> bool:
 
 
 def _keys(names: Sequence[str]) -> list[str]:
-    """What names are compared by: `imagenet 7` for a class of ImageNet-1k."""
+    """The key by which names are compared: `imagenet 7` for a class of ImageNet-1k."""
     if tuple(names) == imagenet_names():
         return [f"imagenet {number}" for number in range(len(names))]
     return [_key(name) for name in names]

@@ -38,7 +38,7 @@ class Column:
     empty: int | None = None
     """The first row without a value, where that is something else than an empty text."""
     separator: str | None = None
-    """What stands between the labels of a cell, where the column holds lists."""
+    """The separator of the labels of a cell, where the column holds lists."""
     declared: tuple[str, ...] | None = None
     """Names of the classes, of which the cells have the numbers."""
 
@@ -53,7 +53,7 @@ class Column:
 
     @functools.cached_property
     def codes(self) -> np.ndarray:
-        """Which of the values each row has, int32 (rows,)."""
+        """The value that each row has, int32 (rows,)."""
         return np.asarray(self._encoded.indices, np.int32)
 
     @property
@@ -135,7 +135,7 @@ def is_list(kind: "pyarrow.DataType") -> bool:
 
 
 def is_label(kind: "pyarrow.DataType") -> bool:
-    """Whether a column could hold labels: texts, numbers, or lists of them."""
+    """True if a column could hold labels: texts, numbers, or lists of them."""
     import pyarrow as pa
 
     return not pa.types.is_nested(kind.value_type if is_list(kind) else kind) and not isinstance(
@@ -150,7 +150,7 @@ def joined(column: "pyarrow.ChunkedArray") -> "pyarrow.Array":
 
 
 def parts(array: "pyarrow.BinaryArray") -> Iterator[bytes]:
-    """What an array holds, a few thousand at a time."""
+    """The values of an array, a few thousand at a time."""
     for at in range(0, len(array), PART):
         yield from array.slice(at, PART).to_pylist()
 
@@ -267,7 +267,7 @@ def _numbers(table: "Table", column: Column) -> np.ndarray:
 
 
 def weights_of(table: "Table", column: Column) -> np.ndarray:
-    """How often each row is drawn, float32 (rows,). Raises InputError for what is no number of at least 0."""
+    """The frequency of each row, float32 (rows,). Raises InputError for what is no number of at least 0."""
     weights = _numbers(table, column)
     if (wrong := weights < 0).any():
         row = int(np.argmax(wrong))

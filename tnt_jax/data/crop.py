@@ -1,4 +1,4 @@
-"""What evaluation feeds of an image: timm's evaluation, pixel for pixel."""
+"""The crop of evaluation: timm's, pixel for pixel."""
 
 import math
 from typing import Protocol, runtime_checkable
@@ -14,7 +14,7 @@ from tnt_jax.data.samples import Pixels, to_channels
 
 @runtime_checkable
 class Cropping(Protocol):
-    """What of a model's preprocessing is done on the host."""
+    """The part of a model's preprocessing that is done on the host."""
 
     image_size: tuple[int, int]
     crop: float
@@ -41,7 +41,7 @@ def evaluated(image: ImageSource, channels: int, by: Cropping, max_pixels: int =
 def evaluation_crop(
     image: Image.Image | Pixels, size: tuple[int, int], crop: float, interpolation: str = "bicubic"
 ) -> Pixels:
-    """What evaluation shows of an image: resized (antialiased) until it covers size / crop, and cut at its centre.
+    """The view of an image in evaluation: resized (antialiased) until it covers size / crop, and cut at its centre.
 
     Source: timm/data/transforms_factory.py, transforms_imagenet_eval with its default crop mode, and the Resize and
     CenterCrop of torchvision, rounding included.

@@ -30,12 +30,12 @@ class SupportsArray(Protocol):
 
 
 ImageSource = str | os.PathLike | bytes | bytearray | memoryview | io.IOBase | BinaryIO | Image.Image | SupportsArray
-"""What an image is read from."""
+"""The file or bytes that an image is read from."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How images are read. See the fields of `DataConfig`."""
+    """The settings of decoding. See the fields of `DataConfig`."""
 
     white: float | None = None
     max_pixels: int = DataConfig.max_pixels
@@ -151,7 +151,7 @@ def _called(name: str | Callable[[], str] | None, source: ImageSource) -> str:
 
 
 def name_of_image(source: ImageSource) -> str:
-    """What an image is called in messages."""
+    """The name of an image in messages."""
     name = os.fspath(source) if isinstance(source, str | os.PathLike) else getattr(source, "name", None)
     return str(name or "the image")
 
@@ -192,7 +192,7 @@ def _decode(content: bytes, channels: int | None, at_least: tuple[int, int] | No
 
 
 def _small_enough(pixels: int, reading: Reading) -> bool:
-    """Whether an image is decoded at a fraction of its size, if its format can do so."""
+    """True if an image is decoded at a fraction of its size, if its format can do so."""
     return reading.fast_decode or pixels > LARGEST_WHOLE
 
 

@@ -200,7 +200,7 @@ def _page(page) -> np.ndarray:
 
 
 def _white_of(page) -> float | None:
-    """What the file says is white: MaxSampleValue, of all bands."""
+    """The white of the file: MaxSampleValue, of all bands."""
     tag = page.tags.get(281)
     if tag is None or page.dtype is None or page.dtype.kind != "u":
         return None

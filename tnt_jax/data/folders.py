@@ -96,7 +96,7 @@ def _split_folder(root: pathlib.Path, split: str) -> pathlib.Path | None:
 
 
 def _holds_classes(root: pathlib.Path) -> bool:
-    """Whether the folders in a folder are classes, and no splits: none is called like one, and all have images."""
+    """True if the folders in a folder are classes, and no splits: none is called like one, and all have images."""
     known = {name for split in ("train", "test", "validation") for name in names_of_split(split)}
     found = folders_in(root)
     return bool(found) and all(
@@ -180,7 +180,7 @@ def read_labels(path: pathlib.Path, names: Sequence[str], number_of: Callable[[s
 
 
 def _pair(line: str, places: dict[str, int]) -> tuple[int, str] | None:
-    """Which image a line is of, and its label; None where it does not begin with a file."""
+    """The image of a line and its label; None where it does not begin with a file."""
     for separator in ("\t", ",", " "):
         head, _, rest = line.partition(separator)
         # File names may have spaces: the longest that is there counts.

@@ -99,7 +99,7 @@ def open_hub_dataset(argument: str, data: DataConfig, split: str) -> Split:
 
 
 def _table(datasets, splits: dict[str, Any], name: str) -> _Rows:
-    """What is told of the images of some splits, each column read when it is asked for."""
+    """The labels of the images of some splits, each column read when it is asked for."""
     import pyarrow as pa
 
     features = next(iter(splits.values())).features

@@ -52,7 +52,7 @@ def _has_train(folder: pathlib.Path) -> bool:
 
 
 def _paths(folder: pathlib.Path, name: str) -> list[pathlib.Path]:
-    """Where a file may lie: as published, or with Kaggle's dot, gzipped or not, here or in torchvision's `raw`."""
+    """The paths of a file: as published, or with Kaggle's dot, gzipped or not, here or in torchvision's `raw`."""
     names = [name, name.replace("-idx", ".idx")]
     return [place / f"{each}{suffix}" for place in (folder, folder / "raw") for each in names for suffix in ("", ".gz")]
 

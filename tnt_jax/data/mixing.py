@@ -1,4 +1,4 @@
-"""What happens to a batch on the device, inside jit: uint8 to normalised floats, labels to soft targets.
+"""The mixing of a batch on the device, inside jit: uint8 to normalised floats, labels to soft targets.
 
 The order is that of the published run: mixed, normalised, erased. Mixing before or after normalising is the same thing,
 but what is erased is noise in one image alone.
@@ -20,7 +20,7 @@ Scalar = Float[Array, ""]
 
 @runtime_checkable
 class Normalisation(Protocol):
-    """What says how a network is fed: mean and standard deviation, one for all channels or one for each."""
+    """The constants of normalisation: mean and standard deviation, one for all channels or one for each."""
 
     mean: float | tuple[float, ...]
     std: float | tuple[float, ...]
@@ -40,7 +40,7 @@ def prepare_training(
     num_classes: int,
     key: PRNGKeyArray,
 ) -> tuple[Images, Float[Array, "batch classes"]]:
-    """What the network is fed and what it should predict: mixed and erased images, and the soft targets of the task,
+    """The inputs and targets of the network: mixed and erased images, and the soft targets of the task,
     mixed in the same shares.
 
     Sources: mixup arXiv 1710.09412, cutmix arXiv 1905.04899, erasing arXiv 1708.04896, as timm's FastCollateMixup and
@@ -89,7 +89,7 @@ def _mix_group(key: PRNGKeyArray, inputs: Images, targets: Array, data: DataConf
 
 
 def draw_mix(key: PRNGKeyArray, size: tuple[int, int], data: DataConfig) -> tuple[Scalar, Bool[Array, "height width"]]:
-    """How a group is mixed: the share that stays of each image, and the pixels that cutmix takes from its partner."""
+    """The mixing of a group: the share that stays of each image, and the pixels that cutmix takes from its partner."""
     keys = jax.random.split(key, 4)
     mixes = jax.random.bernoulli(keys[0], data.mix_probability)
     cuts = jax.random.bernoulli(keys[1], data.cutmix_switch if data.mixup and data.cutmix else float(data.cutmix > 0))

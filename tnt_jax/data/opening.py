@@ -85,7 +85,7 @@ def _evaluated(data: DataConfig) -> Split | None:
 
 
 def _is_labelled(found: Split) -> bool:
-    """Whether there is something to report: TFDS has test splits whose labels are -1."""
+    """True if there is something to report: TFDS has test splits whose labels are -1."""
     try:
         return len(found) > 0 and (found.targets is not None or found.images.labelled(0) is not None)
     except InputError:
@@ -97,7 +97,7 @@ def _is(split: str, name: str) -> bool:
 
 
 def _is_trained_on(found: Split, data: DataConfig) -> bool:
-    """Whether `data.train_split` names a split, as one of several too: TFDS reads `train+validation[:50%]`."""
+    """True if `data.train_split` names a split, as one of several too: TFDS reads `train+validation[:50%]`."""
     parts = {part.partition("[")[0].strip() for part in data.train_split.split("+")}
     return any(_is(part, found.name) for part in parts)
 
@@ -140,7 +140,7 @@ def without_unused(data: DataConfig) -> DataConfig:
 
 
 def _guess(source: str) -> str:
-    """What was meant by a path without a kind of source."""
+    """The meaning of a path without a kind of source."""
     path = os.path.expanduser(source)
     if source in ("imagenet", "imagenet2012"):
         return "; did you mean tfds:imagenet2012, or array_record:PATH?"
@@ -182,7 +182,7 @@ def _open_synthetic(argument: str, data: DataConfig, split: str) -> Split:
 
 
 class Source(NamedTuple):
-    """How a kind of source is opened, and which of `OPTIONS` it honours."""
+    """The function that opens a kind of source, and those of `OPTIONS` that it honours."""
 
     open: Callable[[str, DataConfig, str], Split]
     options: tuple[str, ...] = ()

@@ -60,7 +60,7 @@ def epoch_order(count: int, seed: int, epoch: int, shares: Shares | None = None)
 
 @functools.lru_cache(maxsize=8)
 def places_of_batch(first: int, batch_size: int, repeats: int) -> np.ndarray:
-    """Where in the order of an epoch each row of a batch stands, from the place of the first of its images on.
+    """The places in the order of an epoch of the rows of a batch, from the place of the first of its images on.
 
     The copies of an image stand far apart in the batch, and so on different devices, as DeiT has them.
 
@@ -84,7 +84,7 @@ class TrainRecipe:
     seed: int
     dtype: str = "uint8"
     shares: Shares | None = None
-    """How often an epoch wants each image; None for each once."""
+    """The frequency of each image in an epoch; None for each once."""
 
     @property
     def target_shape(self) -> tuple[int, ...]:
@@ -126,7 +126,8 @@ class TrainRecipe:
         raise _too_many(self, dict(unreadable))
 
     def _augmented(self, pixels: Pixels, rng: np.random.Generator) -> tuple[Pixels, Places]:
-        if not (self.data.crop_area or self.data.scale_jitter or TASKS[self.data.task].dense):
+        data = self.data
+        if not (data.crop_area or data.simple_crop or data.scale_jitter or TASKS[data.task].dense):
             pixels = evaluation_crop(pixels, self.row_shape[:2], self.data.crop)
         return augment(pixels, self.data, self.row_shape[:2], rng)
 
@@ -188,7 +189,7 @@ def dtype_of(source: Split, data: DataConfig, channels: int | None = None) -> st
 
 
 def most_unreadable(data: DataConfig, count: int) -> int:
-    """How many of so many training images may be unreadable."""
+    """The number of images that may be unreadable of so many training images."""
     return math.floor(data.skip_unreadable * count)
 
 

@@ -22,7 +22,7 @@ from tnt_jax.data.records import INSTALL
 
 @dataclasses.dataclass(frozen=True)
 class Archives:
-    """What the two archives should hold."""
+    """The content that the two archives should have."""
 
     class_names: tuple[str, ...]
     """In the order of their labels. Each is the name of an archive within that of the training images."""
@@ -165,7 +165,7 @@ def _write(shard: Shard, info) -> int:
 
 
 def _describe(folder: pathlib.Path, name: str, archives: Archives):
-    """What TFDS has to know to read the shards."""
+    """The description by which TFDS reads the shards."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.dataset_info import DatasetIdentity
 

@@ -71,7 +71,7 @@ class RecordImages(Images):
             raise InputError(f"record {index} of {self.title}{self._shard(index)} cannot be read: {reason}") from error
 
     def _shard(self, index: int) -> str:
-        """Where a record lies, in words; nothing where that is not known."""
+        """The place of a record, in words; nothing where that is not known."""
         try:
             source = self.records.data_source
             reader, place = source._reader_idx_and_position(index)

@@ -104,7 +104,7 @@ def affine(image: Pixels, matrix: tuple[float, ...], interpolation: Image.Resamp
 
 
 def _is_rgb(image: Pixels) -> bool:
-    """Whether it is what resample.c is for."""
+    """True for an image that resample.c is made for."""
     return image.shape[2] == 3 and image.dtype == np.uint8
 
 

@@ -1,4 +1,4 @@
-"""What samples mean: their white, their depth, their channels, and which way is up."""
+"""The meaning of samples: their white, their depth, their channels, and which way is up."""
 
 import math
 
@@ -106,7 +106,7 @@ def to_channels(pixels: Pixels, channels: int) -> Pixels:
 
 
 def visible(pixels: Pixels) -> UInt8[np.ndarray, "_height _width 3"]:
-    """What people can be shown of an image: 8 bits RGB, of more channels the first three, of two their mean.
+    """An image that people can be shown: 8 bits RGB, of more channels the first three, of two their mean.
 
     Other types are stretched between their 1st and 99th percentile.
     """

@@ -1,4 +1,4 @@
-"""How often an epoch wants each image: by its class, and by the weights of a table."""
+"""The frequency of each image in an epoch: by its class, and by the weights of a table."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from tnt_jax.tasks.weights import Targets, class_counts
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Shares:
-    """How often an epoch wants each image. Compared by identity, so that orders can be kept by it."""
+    """The frequency of each image in an epoch. Compared by identity, so that orders can be kept by it."""
 
     of_image: Float[np.ndarray, " images"]
     """In proportion; the mean is 1."""

@@ -37,7 +37,7 @@ SPLIT_NAMES = {
 
 
 def names_of_split(split: str) -> tuple[str, ...]:
-    """What a split may be called in a source, the best first."""
+    """The usual names of a split in a source, the best first."""
     return SPLIT_NAMES.get(split, (split,))
 
 
@@ -48,7 +48,7 @@ class Images(Sequence):
     """Of each: as `Task.told`."""
 
     def name(self, index: int) -> str:
-        """What an image is called in messages."""
+        """The name of an image in messages."""
         return f"image {index}"
 
     def check_size(self, index: int, target: Target, size: tuple[int, int]) -> None:
@@ -124,7 +124,7 @@ class ImageFiles(Images):
 
 
 def name_of(images: Sequence, index: int) -> str:
-    """What an image is called in messages."""
+    """The name of an image in messages."""
     return images.name(index) if isinstance(images, Images) else f"image {index}"
 
 
@@ -139,7 +139,7 @@ class Split:
     class_names: tuple[str, ...]
     """Of the classes; for regression of the numbers."""
     name: str = "train"
-    """What the source calls the split, whatever was asked for."""
+    """The source's own name of the split, whatever was asked for."""
     reading: Reading = AS_IT_IS
     groups: np.ndarray | None = None
     """int (images,): what must not be divided between training and evaluation."""
@@ -177,7 +177,7 @@ class Split:
         return pixels, target
 
     def image_name(self, index: int) -> str:
-        """What an image is called in messages."""
+        """The name of an image in messages."""
         return name_of(self.images, index)
 
     @property

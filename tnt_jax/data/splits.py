@@ -45,7 +45,7 @@ def divided(source: Split, data: DataConfig) -> tuple[Split, Split]:
 
 
 def in_fold(source: Split, data: DataConfig) -> np.ndarray:
-    """Which images are in the fold that `data.fold` names, bool (images,)."""
+    """True for images in the fold that `data.fold` names, bool (images,)."""
     fold, count = parse_fold(data.fold)
     if source.folds is None:
         return places_of(source, data.split_seed) % count == fold
@@ -56,7 +56,7 @@ def in_fold(source: Split, data: DataConfig) -> np.ndarray:
 
 
 def held_out(source: Split, data: DataConfig) -> np.ndarray:
-    """Which images are evaluated, bool (images,): of each stratum the share `data.holdout`.
+    """True for images that are evaluated, bool (images,): of each stratum the share `data.holdout`.
 
     What is alone in its stratum is trained on.
     """
@@ -89,7 +89,7 @@ def places_of(source: Split, seed: int) -> np.ndarray:
 
 
 def strata_of(targets: np.ndarray) -> np.ndarray:
-    """What is to be equally frequent in each part, int (images,).
+    """The strata, which are to be equally frequent in each part, int (images,).
 
     The class; of several labels the rarest that an image has; of numbers the tenth in which the first one lies.
     """

@@ -28,7 +28,7 @@ class Statistics:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     images: int
-    """How many were measured."""
+    """The number of images that were measured."""
 
     @property
     def flags(self) -> str:
@@ -79,7 +79,7 @@ class Arguments:
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """As in --data.source of train.py."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    """How it is read, as in train.py."""
+    """The data as train.py reads it."""
 
 
 def main() -> None:

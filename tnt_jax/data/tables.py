@@ -32,7 +32,7 @@ class Table:
     columns: Mapping[str, Column]
     count: int
     lines: bool = False
-    """Whether rows have line numbers."""
+    """True if rows have line numbers."""
 
     def __len__(self) -> int:
         return self.count
@@ -56,7 +56,7 @@ class Table:
         return ", ".join(map(repr, list(self.columns)[:20]))
 
     def place(self, row: int) -> str:
-        """Where a row stands, for a message."""
+        """The place of a row, for a message."""
         if not self.lines:
             return f"{self.path}, row {row + 1}"
         return f"{self.path}, line {_line_of(self.path, row)}"
@@ -239,7 +239,7 @@ def _name(column: Column, row: int) -> str:
 
 
 def _keys_of_files(folder: bytes, column: Column) -> np.ndarray:
-    """What the paths of all files would be hashed to, in the folders that a column names.
+    """The keys by which the paths of all files would be hashed, in the folders that a column names.
 
     Each folder is listed once, which is faster than to ask for every file.
     """
@@ -308,7 +308,7 @@ def _read_text(path: str, encoding: str | None) -> dict[str, Column]:
 
 
 def _uneven(path: str, encoding: str | None) -> str:
-    """Which row has another number of cells than the header."""
+    """The row that has another number of cells than the header."""
     with open(path, encoding=encoding or "latin-1", newline="") as file:
         head = file.readline()
         file.seek(0)

@@ -32,7 +32,7 @@ from tnt_jax.config import InputError
 
 @runtime_checkable
 class Recipe(Protocol):
-    """What the rows of a batch are. Pickled to the worker processes."""
+    """The rows of a batch. Pickled to the worker processes."""
 
     row_shape: tuple[int, int, int]
     """Height, width and channels of an image."""
@@ -75,7 +75,7 @@ def prepare(
 
 
 def _empty(recipe: Recipe, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where so many rows of a batch go."""
+    """The memory for so many rows of a batch."""
     targets = np.empty((count, *recipe.target_shape), recipe.target_dtype)
     return np.empty((count, *recipe.row_shape), recipe.dtype), targets
 

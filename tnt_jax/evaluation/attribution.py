@@ -1,4 +1,4 @@
-"""Why this class: what a class's logit owes to each sentence, word or pixel of an image.
+"""Attribution: the part of a class's logit that each sentence, word or pixel of an image has.
 
 Every method gives float32 maps, a number for each place. Those of attention exist at the size of sentences and of
 words: how much a patch matters is what the outer transformer says, how that is divided among its words is what the
@@ -32,7 +32,7 @@ EPSILON = 1e-12
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a block lies in the network."""
+    """A block's place in the network."""
 
     grid: tuple[int, int]
     """Rows and columns of its sentences."""
@@ -69,7 +69,7 @@ def shape_of(model: Model, size: Size) -> tuple[int, int]:
 def attribute(
     model: Model, images: Images, classes: Classes, method: str = "rollout", *, size: Size = "words", **options
 ) -> Maps:
-    """What the logit of a class owes to each place of an image, for a batch of normalised images.
+    """The attribution of a class's logit to each place of an image, for a batch of normalised images.
 
     Args:
         classes: the class that is explained, of every image.
@@ -133,9 +133,8 @@ def grad_cam(model: Model, images: Array, classes: Array, size: Size, *, block: 
 
     Source: Selvaraju et al., arXiv 1610.02391, equations 1 and 2.
     """
-    places = places_of(model)
-    pyramid = model.config.architecture == "pyramid"
-    possible = list(model.config.inner_blocks) if size == "words" else list(range(len(places) - (not pyramid)))
+    places, prefix = places_of(model), model.num_prefix_tokens
+    possible = list(model.config.inner_blocks) if size == "words" else list(range(len(places) - (prefix > 0)))
     if not possible:
         raise InputError(f"no block of this model has {'an inner transformer' if size == 'words' else 'a next one'}")
     block = possible[-1] if block is None else block
@@ -148,9 +147,8 @@ def grad_cam(model: Model, images: Array, classes: Array, size: Size, *, block: 
         value, gradient = values[block].words, gradients[block].words
         weights = gradient.mean(axis=(1, 2), keepdims=True)
         return _tiled(jax.nn.relu((weights * value).sum(-1)), place.grid)
-    value, gradient = values[block].sentences, gradients[block].sentences
-    if not pyramid:  # the class token lies nowhere in the image
-        value, gradient = value[:, 1:], gradient[:, 1:]
+    # The class token lies nowhere in the image.
+    value, gradient = values[block].sentences[:, prefix:], gradients[block].sentences[:, prefix:]
     weights = gradient.mean(axis=1, keepdims=True)
     return jax.nn.relu((weights * value).sum(-1)).reshape(batch, *place.grid)
 
@@ -169,7 +167,7 @@ def rollout(model: Model, images: Array, classes: Array, size: Size) -> Array:
         for value, gradient in zip(values, gradients, strict=True)
     ]
     places = places_of(model)
-    sentences = _rolled_back(flows, places, has_class_token=model.config.architecture != "pyramid")
+    sentences = _rolled_back(flows, places, model.num_prefix_tokens)
     if size == "sentences":
         return sentences
     words, relevance, stage = 0.0, None, None
@@ -194,25 +192,25 @@ def _per_patch(relevance: Array, flow: Array) -> Array:
     return jnp.broadcast_to(relevance, flow.shape)
 
 
-def _rolled_back(flows: Sequence[Array], places: Sequence[Place], *, has_class_token: bool) -> Array:
+def _rolled_back(flows: Sequence[Array], places: Sequence[Place], prefix: int) -> Array:
     """The relevance of every patch for what the head reads, from the last block back to the first.
 
     Row by row it is the product of (1 + A) over the blocks. Followed backwards from the head it costs a vector.
     """
     batch, tokens = flows[-1].shape[:2]
-    relevance = jnp.zeros((batch, tokens)).at[:, 0].set(1) if has_class_token else jnp.full((batch, tokens), 1 / tokens)
+    relevance = jnp.zeros((batch, tokens)).at[:, 0].set(1) if prefix else jnp.full((batch, tokens), 1 / tokens)
     following = places[-1]
     for flow, place in zip(reversed(flows), reversed(places), strict=True):
         if place.scale != following.scale:
             maps = _upsampled(relevance.reshape(batch, *following.grid), 2, place.grid) / 4
             relevance, following = maps.reshape(batch, -1), place
         to_keys = jnp.einsum("bq,bqk->bk", relevance, flow)
-        relevance = relevance + (to_keys if has_class_token else _over_squares(to_keys, place).reshape(batch, -1))
-    return relevance[:, int(has_class_token) :].reshape(batch, *places[0].grid)
+        relevance = relevance + (to_keys if prefix else _over_squares(to_keys, place).reshape(batch, -1))
+    return relevance[:, prefix:].reshape(batch, *places[0].grid)
 
 
 def _over_squares(of_keys: Array, place: Place) -> Array:
-    """What keys have, divided among the sentences that each is the mean of: (batch, rows, columns)."""
+    """Values of keys, divided among the sentences that each key is the mean of: (batch, rows, columns)."""
     maps = of_keys.reshape(len(of_keys), *place.keys) / place.reduction**2
     return _upsampled(maps, place.reduction, place.grid)
 

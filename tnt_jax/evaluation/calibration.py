@@ -86,7 +86,7 @@ def validation_split(data: DataConfig, split: str | None) -> Split:
 
 
 def _overlaps(images: Split, others: Split) -> bool:
-    """Whether two splits share an image: by the paths of files, and else by the names of the splits, slices aside."""
+    """True if two splits share an image: by the paths of files, and else by the names of the splits, slices aside."""
     if images.files is None or others.files is None:
         names = images.name, others.name
         return len({name.partition("[")[0] for name in names}) == 1 and not all("[" in name for name in names)

@@ -97,7 +97,7 @@ def over_images(
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """How images are shown to a model that is evaluated, where it is not as it was trained."""
+    """A view of images in evaluation, where it is not the one of training."""
 
     image_size: tuple[int, int] | None = None
     """Height and width; positions are resized to it."""
@@ -208,7 +208,7 @@ def match_of(model: Model, images: Split, data: DataConfig) -> Match:
 def features_of(
     model: Model, images: Split, data: DataConfig, *, batch_size: int = 64
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What the head of a model sees of every image of a source, float32 (images, dim), and the classes, (images,).
+    """The features before a model's head of every image of a source, float32 (images, dim), and the classes, (images,).
 
     That is TNT's class token, or the mean of PyramidTNT's sentences, after the last norm.
     """
@@ -295,7 +295,7 @@ def evaluate_model(
 
 
 def _kind(source: str) -> str:
-    """Which published numbers belong to a source: of ImageNet-1k's relatives, of itself, or none."""
+    """The published numbers that belong to a source: of ImageNet-1k's relatives, of itself, or none."""
     name = source.partition(":")[0]
     # As a whole word: imagenet2012_corrupted is another dataset.
     is_imagenet = name not in RELATIVES and re.search(r"[:/]imagenet2012(?![\w-])", source)
@@ -325,7 +325,7 @@ def open_test(data: DataConfig, split: str | None = None) -> Split:
 
 
 def models_in(path: str, dtype: Literal["float32", "bfloat16"] | None = None) -> Iterator[tuple[str, Model]]:
-    """What the weights are, and the model with them: of a training run the averaged and the raw ones."""
+    """Each set of weights by its name, with the model that has it: of a training run the averaged and the raw ones."""
     suffix = f", {dtype}" if dtype else ""
     if not is_run(path):
         yield f"as loaded{suffix}", load_model(path, dtype=dtype)

@@ -78,7 +78,7 @@ def explain_model(
     count: int | None = None,
     batch_size: int = 16,
 ) -> Iterator[dict]:
-    """How faithful methods are to a model: the areas of deletion and insertion, means over test images, a row for each.
+    """The faithfulness of methods to a model: areas of deletion and insertion, means over test images, a row for each.
 
     What is explained is the predicted class. A last row has places in random order.
 

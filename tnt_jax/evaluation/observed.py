@@ -56,7 +56,7 @@ class ObservedLayer(nnx.Module):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Observed:
-    """What a block computes, or the gradient of a score by it. None stands for an inner transformer that is not there.
+    """The output of a block, or the gradient of a score by it. None stands for an inner transformer that is not there.
 
     The first axis is the images'. A TNT's class token is the first of its sentences, queries and keys.
     """

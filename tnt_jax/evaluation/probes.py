@@ -1,4 +1,4 @@
-"""How good frozen features are: k nearest neighbours and a linear classifier on them."""
+"""Probes of frozen features: k nearest neighbours and a linear classifier."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""How well images are found by others of their class: recall and mean average precision of cosine similarity."""
+"""Retrieval of images of the same class: recall and mean average precision by cosine similarity."""
 
 from typing import NamedTuple
 

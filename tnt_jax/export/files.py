@@ -33,12 +33,12 @@ from tnt_jax.tasks.table import TASKS
 
 TOLERANCE = 1e-4  # of logits, beside their size where that is above 1
 MONTHS = 6
-"""How long later releases of JAX promise to read an export, https://docs.jax.dev/en/latest/export/export.html."""
+"""Later releases of JAX promise so long to read an export, https://docs.jax.dev/en/latest/export/export.html."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """What was written."""
+    """The paths that were written."""
 
     path: str
     size: int
@@ -46,9 +46,9 @@ class Exported:
     difference: float
     """The greatest difference of a logit between the file, as its own runtime computes it, and the model."""
     limits: tuple[str, ...]
-    """What the format does not hold."""
+    """The parts of a model that the format does not hold."""
     quantization: dict[str, Any] | None = None
-    """What int8 is worth, where it was asked for: `Quantized.report`."""
+    """The price of int8, where it was asked for: `Quantized.report`."""
 
 
 def export_model(
@@ -126,13 +126,13 @@ INT8_LIMIT = "it is fast on processors with 8-bit products (AVX512-VNNI, AVX-VNN
 
 
 def description_path(path: str | os.PathLike) -> Path:
-    """Where the description of an exported file lies."""
+    """The path of an exported file's description."""
     path = Path(path)
     return path.with_name(f"{path.name}.json")
 
 
 def check_difference(model: Model, plain: Model, run: Callable, images: np.ndarray | None, format: str) -> float:
-    """How far the logits of a file are from the model's, of noise and of images. Raises InputError if it is too far.
+    """The difference of a file's logits from the model's, of noise and of images. Raises InputError if it is too far.
 
     Where the file computes in what the model computes in, in float32, it is compared with the model as it runs, kernels
     included; else with the equations in the file's dtype, since rounding alone differs by more than the tolerance.
@@ -225,7 +225,7 @@ def load_export(path: str | os.PathLike) -> tuple[Callable[[np.ndarray], np.ndar
 
 
 def _reason(made: dict[str, Any]) -> str:
-    """Why a StableHLO file cannot be read: it is too new or too old for this JAX, or damaged."""
+    """The reason why a StableHLO file cannot be read: it is too new or too old for this JAX, or damaged."""
     version, until = made["versions"]["jax"], made["read_until"]
     its, ours = ([int(part) for part in re.findall(r"\d+", each)[:3]] for each in (version, jax.__version__))
     if its > ours:

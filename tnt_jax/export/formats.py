@@ -92,7 +92,7 @@ def logits_of(model: Model, change: Callable[[Model], None] | None = None, sampl
 
 
 def output_name(model: Model) -> str:
-    """What the output of a file is called."""
+    """The name of a file's output."""
     return "logits" if TASKS[description_of(model).outputs.task].has_probabilities else "values"
 
 

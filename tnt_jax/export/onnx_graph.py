@@ -72,7 +72,7 @@ class _View:
         return node if node is not None and node.op_type in kinds else None
 
     def mean_of(self, name: str, kind: str) -> tuple[str, int] | None:
-        """What a tensor is the mean of over the last axis, and over how many; `kind` is the operator that sums."""
+        """The tensor whose mean over the last axis this one is, and its width; `kind` is the operator that sums."""
         divided = self.with_constant(name, "Div")
         if divided is None or divided[1].ndim:
             return None

@@ -26,7 +26,7 @@ COMPARED = 4  # calibration images that tell how much each layer loses
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """What a quantised model is made with and measured on."""
+    """The images by which a quantised model is made and measured."""
 
     calibration: Pixels
     """Training images, as evaluation cuts them."""
@@ -35,7 +35,7 @@ class Judged:
     labels: Int[np.ndarray, " images"] | None
     """Their classes; without them, the predictions of the float32 model count as right."""
     data: str
-    """Where the images are from."""
+    """The source of the images."""
     tolerance: float = 0.01
     """Proportion of the calibration images whose prediction may change."""
 
@@ -211,7 +211,7 @@ def _worst_first(path: Path, quantized: Path, images: Pixels, layers: Mapping[st
 
 
 def _intermediates(path: Path, names: Sequence[str], images: Pixels) -> dict[str, np.ndarray]:
-    """What a file computes on the way, by the names of its tensors."""
+    """The values inside a file's graph, by the names of its tensors."""
     onnx, _ = _tools()
     model = onnx.load(path)
     ends = {each.name for each in (*model.graph.input, *model.graph.output)}

@@ -75,7 +75,7 @@ def with_attention(model: Model) -> Callable[[Array], tuple[Array, Array]]:
 
     Of a PyramidTNT, which has no such token, what its last sentences attend to on average: (batch, rows, columns).
     """
-    place, pyramid = places_of(model)[-1], model.config.architecture == "pyramid"
+    place, prefix = places_of(model)[-1], model.num_prefix_tokens
 
     def outputs(pixels: Array) -> tuple[Array, Array]:
         seen: dict[str, Array] = {}
@@ -89,16 +89,16 @@ def with_attention(model: Model) -> Callable[[Array], tuple[Array, Array]]:
             layer.attn = ObservedAttention(layer.attn, "outer", tell)
 
         logits = logits_of(model, observe)(pixels)
-        weights = seen["outer"].mean(axis=1) if pyramid else seen["outer"][:, 0, 1:]
+        weights = seen["outer"][:, 0, prefix:] if prefix else seen["outer"].mean(axis=1)
         return logits, weights.reshape(-1, *place.keys)
 
     return outputs
 
 
 def _caption(model: Model) -> str:
-    if model.config.architecture == "pyramid":
-        return "what the last sentences attend to, on average"
-    return "what the class token attends to in the last block"
+    if model.num_prefix_tokens:
+        return "what the class token attends to in the last block"
+    return "what the last sentences attend to, on average"
 
 
 def fetch_runtime(folder: Path) -> Path:

@@ -23,8 +23,8 @@ _FREE |= {"dtype", "param_dtype", "remat", "inner", "head"}
 def adapt(
     parameters: Mapping[str, np.ndarray | jax.Array], config: ModelConfig, wanted: ModelConfig, *, seed: int = 0
 ) -> tuple[dict[str, np.ndarray | jax.Array], list[str]]:
-    """What belongs to a place is resized to another image size, another number of classes gets a fresh head, and the
-    first filters are adapted to other channels.
+    """A model with changes: positions are resized to another image size, another number of classes gets a fresh head,
+    and the first filters are adapted to other channels.
 
     Places have the positions of sentences, and in a PyramidTNT the bias of every pair of them in each stage.
 

@@ -1,4 +1,4 @@
-"""How a model is called: the images that it takes, and where the randomness of training comes from."""
+"""The call of a model: the images that it takes, and the source of randomness in training."""
 
 import functools
 from collections.abc import Callable, Sequence

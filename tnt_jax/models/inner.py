@@ -47,6 +47,6 @@ class InnerTransformer(TransformerLayer):
         return super().reference(words, key)
 
     def branch_survival(self, sentences: int, key: Keys | None) -> Float[Array, "2 sentences"]:
-        """What stochastic depth multiplies the two branches of each sentence by, drawn as `reference` draws it."""
+        """The factors of stochastic depth for the two branches of each sentence, drawn as `reference` draws them."""
         _, attn_key, _, mlp_key = split_key(key, 4)
         return jnp.stack([survivors(sentences, self.drop_path_rate, each) for each in (attn_key, mlp_key)])

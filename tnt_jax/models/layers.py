@@ -1,4 +1,4 @@
-"""What the TNT family shares.
+"""The layers that the TNT family shares.
 
 Linear and norms with the published constants, attention, MLP, transformer layer, stochastic depth.
 """
@@ -49,7 +49,7 @@ class Undrawn(jax.ShapeDtypeStruct):
 
 
 def initializer(draw: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]) -> Callable:
-    """What a Flax module takes as an initialiser, from a function of a NumPy generator and a shape.
+    """A Flax initialiser, from a function of a NumPy generator and a shape.
 
     A key of JAX seeds the generator with its bits, also where the key is traced; without a key the result is `Undrawn`.
     """
@@ -184,7 +184,7 @@ class Attention(nnx.Module):
     """
 
     one_input = True
-    """Whether q, k and v are made of the same tokens, so that one product makes them."""
+    """True if q, k and v are made of the same tokens, so that one product makes them."""
 
     def __init__(self, dim: int, num_heads: int, *, config: ModelConfig, rngs: Rngs):
         self.num_heads = num_heads
@@ -214,7 +214,7 @@ class Attention(nnx.Module):
     def weights(
         self, x: Float[Array, "batch tokens dim"], bias: Float[Array, "1 heads queries keys"] | None = None
     ) -> Float[Array, "batch heads queries keys"]:
-        """What each token attends to, in float32; every row sums to one."""
+        """The attention weights of each token, in float32; every row sums to one."""
         query, keys, _ = self.query_key_value(x)
         return attention_weights(query, keys, bias, plain=self.formulation == "reference")
 
@@ -314,7 +314,7 @@ class TransformerLayer(nnx.Module):
         return x + drop_path(change, self.drop_path_rate, mlp_path_key)
 
     def foreign_part(self) -> str | None:
-        """Why no kernel can compute this layer: a part in the place of the one made here, or None."""
+        """The reason why no kernel can compute this layer: a part in the place of the one made here, or None."""
         norm, mlp = self.norm_class, self.mlp
         return (
             foreign_part(

@@ -235,7 +235,7 @@ class Stage(nnx.Module):
         sentences: Float[Array, "batch patches outer"],
         key: Keys | None = None,
     ) -> list[tuple[Float[Array, "sentences words inner"], Float[Array, "batch patches outer"]]]:
-        """What every block returns."""
+        """The output of every block."""
         run = rematerialised(Block.__call__, self.remat)
         outputs = []
         for block, block_key in zip(self.blocks, split_key(key, len(self.blocks)), strict=True):
@@ -251,6 +251,9 @@ class PyramidTNT(nnx.Module):
     stochastic depth are drawn from the key, and batch norm uses the statistics of the batch and takes them into its
     running averages.
     """
+
+    num_prefix_tokens = 0
+    """Tokens before those of the patches: it has no class token."""
 
     def __init__(self, config: ModelConfig, *, rngs: Rngs):
         self.config = config
@@ -281,7 +284,7 @@ class PyramidTNT(nnx.Module):
         self.head = make_head(sizes[-1].outer_dim, config=config, rngs=rngs)
 
     def set_view(self, deterministic: bool | None = None) -> None:
-        """What `nnx.view` changes: whether calls evaluate whatever they are given, train, or decide (None)."""
+        """The mode that `nnx.view` changes: calls evaluate whatever they are given, train, or decide (None)."""
         self.deterministic = deterministic
 
     def __call__(
@@ -333,13 +336,13 @@ class PyramidTNT(nnx.Module):
         return words, sentences
 
     def enter(self, index: int, words: Array, sentences: Array) -> tuple[Array, Array]:
-        """What enters a stage, from what the one before it returned."""
+        """The input of a stage, from the output of the one before it."""
         return self.aggregations[index - 1](words, sentences) if index else (words, sentences)
 
     def stage_outputs(
         self, index: int, words: Array, sentences: Array, key: Keys | None = None
     ) -> list[tuple[Array, Array]]:
-        """What the blocks of a stage return, from what the stage before it returned."""
+        """The outputs of a stage's blocks, from the output of the stage before it."""
         return self.stages[index](*self.enter(index, words, sentences), key)
 
     def forward_intermediates(
@@ -385,7 +388,7 @@ class PyramidTNT(nnx.Module):
         return (self.forward_features(images).astype(jnp.float32).mean(axis=1),)
 
     def attention_maps(self, images: Images) -> tuple[list[Array | None], list[Array]]:
-        """What attends to what, in every block.
+        """The attention weights of every block.
 
         Returns:
             inner: per block (batch, rows, columns, heads, words, words), None for one without an inner transformer;

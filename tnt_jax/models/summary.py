@@ -1,6 +1,7 @@
-"""What a model is made of: parameters and multiply-accumulates, per part."""
+"""The summary of a model: parameters and multiply-accumulates, per part."""
 
 import io
+import math
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from tnt_jax.config import ModelConfig
 from tnt_jax.models.formulations.inner import choose
 from tnt_jax.models.heads import head_macs
 from tnt_jax.models.pyramid_tnt import SPATIAL_REDUCTION, STAGES, key_grid, stage_config, stage_grids
-from tnt_jax.models.tnt import WordEmbedding, grid_size, words_per_side
+from tnt_jax.models.tnt import TNT, WordEmbedding, grid_size, words_per_side
 from tnt_jax.models.variants import abstract_model, model_config
 
 _BLOCK_PARTS = {
@@ -46,7 +47,8 @@ def count_macs(config: ModelConfig) -> dict[str, int]:
 def _tnt_macs(config: ModelConfig) -> dict[str, int]:
     rows, columns = grid_size(config)
     patches, words = rows * columns, words_per_side(config) ** 2
-    blocks = _block_macs(config, patches, 1 + patches, 1 + patches, config.depth, len(config.inner_blocks))
+    tokens = TNT.num_prefix_tokens + patches
+    blocks = _block_macs(config, patches, tokens, tokens, config.depth, len(config.inner_blocks))
     return {
         "words": patches * words * config.inner_dim * WordEmbedding.kernel_size**2 * config.in_channels,
         "sentences": patches * words * config.inner_dim * config.outer_dim,
@@ -105,7 +107,7 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 
 
 def _output_shapes(config: ModelConfig) -> dict[str, str]:
-    """What each part gives for one image: sentences x words x channels, or tokens x channels."""
+    """The output shape of each part for one image: sentences x words x channels, or tokens x channels."""
     words_each = words_per_side(config) ** 2
     if config.architecture == "pyramid":
         ends = [(0, 0), (-1, STAGES - 1)]
@@ -115,9 +117,9 @@ def _output_shapes(config: ModelConfig) -> dict[str, str]:
         before = {"stem": f"{patches[0]} x {config.outer_dim[0]}", "aggregations": tokens}
         width = config.outer_dim[-1]
     else:
-        rows, columns = grid_size(config)
-        words = f"{rows * columns} x {words_each} x {config.inner_dim}"
-        sentences, tokens = (f"{count} x {config.outer_dim}" for count in (rows * columns, 1 + rows * columns))
+        patches = math.prod(grid_size(config))
+        words = f"{patches} x {words_each} x {config.inner_dim}"
+        sentences, tokens = (f"{count} x {config.outer_dim}" for count in (patches, TNT.num_prefix_tokens + patches))
         before = {"words": words, "sentences": tokens}
         width = config.outer_dim
     return before | {
@@ -129,7 +131,7 @@ def _output_shapes(config: ModelConfig) -> dict[str, str]:
 
 
 def _formulation(config: ModelConfig) -> str:
-    """How the inner transformers are computed on this machine, in training."""
+    """The way in which the inner transformers are computed on this machine, in training."""
     model = abstract_model(config)
     blocks = model.blocks if config.architecture != "pyramid" else [b for stage in model.stages for b in stage.blocks]
     rows, columns = grid_size(config)

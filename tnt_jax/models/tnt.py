@@ -241,6 +241,9 @@ class TNT(nnx.Module):
     stochastic depth are drawn from the key. Modules hold parameters and sizes, no random state.
     """
 
+    num_prefix_tokens = 1
+    """Tokens before those of the patches, as timm calls it: the class token."""
+
     def __init__(self, config: ModelConfig, *, rngs: Rngs):
         self.config = config
         self.deterministic: bool | None = None
@@ -251,7 +254,7 @@ class TNT(nnx.Module):
         self.word_positions = positions(config.word_positions, words, config.inner_dim, config, rngs)
         self.sentence_embedding = WordsToSentence(use_bias=True, config=config, rngs=rngs)
         self.class_token = nnx.Param(normal_init(rngs.params(), (1, 1, config.outer_dim), param_dtype))
-        tokens = 1 + rows * columns
+        tokens = self.num_prefix_tokens + rows * columns
         self.sentence_positions = positions(config.sentence_positions, tokens, config.outer_dim, config, rngs)
         self.blocks = nnx.List(
             [
@@ -263,7 +266,7 @@ class TNT(nnx.Module):
         self.head = make_head(config.outer_dim, config=config, rngs=rngs)
 
     def set_view(self, deterministic: bool | None = None) -> None:
-        """What `nnx.view` changes: whether calls evaluate whatever they are given, train, or decide (None)."""
+        """The mode that `nnx.view` changes: calls evaluate whatever they are given, train, or decide (None)."""
         self.deterministic = deterministic
 
     def __call__(
@@ -347,7 +350,7 @@ class TNT(nnx.Module):
                 break
             inner, sentences = run(block, inner, sentences, block_key)
             if index in wanted:
-                maps = sentences[:, 1:].reshape(*grid, -1)
+                maps = sentences[:, self.num_prefix_tokens :].reshape(*grid, -1)
                 outputs.append((maps, inner.reshape(*grid, *inner.shape[1:])) if words else maps)
         return outputs
 
@@ -356,7 +359,7 @@ class TNT(nnx.Module):
         return (self.forward_features(images)[:, 0],)
 
     def attention_maps(self, images: Images) -> tuple[list[Array | None], list[Array]]:
-        """What attends to what, in every block.
+        """The attention weights of every block.
 
         Returns:
             inner: per block (batch, rows, columns, heads, words, words), None for one without an inner transformer;

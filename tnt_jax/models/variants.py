@@ -35,7 +35,7 @@ class Variant:
     published_top1: float | None
     published_top5: float | None
     weights: tuple[str, ...] = ()
-    """Where published weights are: names on the Hugging Face hub, and addresses."""
+    """The places of published weights: names on the Hugging Face hub, and addresses."""
 
 
 _TNT_S = ModelConfig(
@@ -234,7 +234,7 @@ def complete(config: TrainConfig[ModelChanges], num_classes: int) -> TrainConfig
 
 
 def changes_to(config: ModelConfig) -> ModelChanges:
-    """What `resolve` makes this configuration of."""
+    """The complete configuration that `resolve` makes of this one."""
     base = next(name for name, variant in VARIANTS.items() if variant.config.architecture == config.architecture)
     return ModelChanges(**dataclasses.asdict(config) | {"name": config.name if config.name in VARIANTS else base})
 

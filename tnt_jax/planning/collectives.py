@@ -1,4 +1,4 @@
-"""What the devices of a compiled program send to each other, read from its text."""
+"""The collectives of a compiled program, read from its text: bytes that the devices send to each other."""
 
 import dataclasses
 import math
@@ -47,7 +47,7 @@ def collectives(hlo: str) -> list[Collective]:
 
 
 def loops(hlo: str) -> list[int]:
-    """How often each loop of a compiled program runs, where that is known and more than once."""
+    """The number of turns of each loop of a compiled program, where it is known and more than one."""
     return [int(count) for count in LOOP.findall(hlo) if int(count) > 1]
 
 

@@ -13,14 +13,14 @@ from tnt_jax.planning.collectives import Collective, collectives, loops
 SEARCHES = 5
 """Compilations that look for the largest batch: seconds for one that does not fit, minutes for one that does."""
 BEYOND = 2
-"""How far beyond the largest batch that seems to fit the search begins: half of a step's memory can be spared."""
+"""The search begins so far beyond the largest batch that seems to fit: half of a step's memory can be spared."""
 STEEPEST = 64
-"""How many times larger than the last one a batch may be that is tried: from further away, the line says little."""
+"""A batch that is tried may be so many times larger than the last one: from further away, the line says little."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of a train step, per device."""
+    """The compiler's account of a train step, per device."""
 
     batch: int
     """Images of a step on one device."""

@@ -19,7 +19,7 @@ SHARED = {8.0: 163, 9.0: 227, 10.0: 227}
 
 
 def is_gpu(topology: str) -> bool:
-    """Whether a topology is one of GPUs: hosts x GPUs of a card by its name, or by its numbers."""
+    """True for a topology of GPUs: hosts x GPUs of a card by its name, or by its numbers."""
     found = TOPOLOGY.fullmatch(topology)
     return bool(found) and (found["card"] in GPUS or found["card"].startswith("gpu,"))
 

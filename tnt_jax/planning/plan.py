@@ -1,4 +1,4 @@
-"""Whether a run fits on chips that are not here: its real train step, compiled for them on any machine.
+"""The plan of a run for chips that are not here: its real train step, compiled for them on any machine.
 
     python train.py --plan v5e:16x16 --config configs/imagenet_tnt_s.py
     python train.py --plan h100:8 --config configs/imagenet_tnt_s.py
@@ -27,7 +27,7 @@ KNOWN = f"{KNOWN_TPUS}, cpu:8, {gpus.KNOWN}; another card by its numbers is {gpu
 
 
 def environment_for(topology: str) -> dict[str, str]:
-    """What has to stand in the environment of the process that compiles for a topology.
+    """The environment variables that the process needs which compiles for a topology.
 
     Raises:
         InputError: it is no topology, or the compiler for it is not installed.
@@ -121,7 +121,7 @@ def _devices(topology: str) -> list:
 
 
 def _chip(topology: str, devices: list) -> Chip | None:
-    """What one device of a topology is; libtpu describes the v4 as two devices a chip, which a real one joins."""
+    """The chip of one device of a topology; libtpu describes the v4 as two devices a chip, which a real one joins."""
     if gpus.is_gpu(topology):
         return gpus.card_of(topology)[1]
     chip = chip_of(devices[0].device_kind)
@@ -243,7 +243,7 @@ def _state_bytes(config: TrainConfig, devices: list) -> int:
 
 
 def _guess(topology: str) -> str:
-    """What Google's name of a slice of v5e or v6e, by its number of chips, is here."""
+    """The topology that Google names by a number of chips, of v5e or v6e."""
     found = re.fullmatch(r"v(5litepod|5e|5lite|6e)-(\d+)", topology)
     sizes = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
     if not found or int(found[2]) not in sizes:

@@ -1,4 +1,4 @@
-"""What was fetched from addresses, under the user's cache.
+"""The files that were fetched from addresses, under the user's cache.
 
     downloads/ADDRESS/FILE       what lay at an address, with `.record.json`: the address, the size and the SHA-256
 

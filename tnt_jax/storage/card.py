@@ -52,7 +52,7 @@ def model_card(
 
 
 def _is_published(description: ModelDescription) -> bool:
-    """Whether these are published weights, unchanged."""
+    """True for published weights, unchanged."""
     source = description.source or {}
     places = [place for variant in VARIANTS.values() for place in variant.weights]
     return description.config.name in VARIANTS and (source.get("hub") in places or source.get("address") in places)

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import pathlib
 import re
 import sys
 import threading
@@ -18,6 +17,7 @@ from jax.experimental import multihost_utils
 from tnt_jax.config import InputError
 from tnt_jax.storage.files import first_line, may_merge, write_text
 from tnt_jax.storage.packing import LEAST_ALONE, checksums, layout, pack
+from tnt_jax.storage.places import COMMITTED, place
 from tnt_jax.storage.reading import (
     CHECKPOINTS,
     LAST_CHECKPOINT,
@@ -88,7 +88,7 @@ class Checkpoints:
         warn: Callable[[str], None] = print,
     ):
         self._best_by = best_by
-        self._run_dir = pathlib.Path(run_dir).resolve()
+        self._run_dir = place(run_dir).resolve()
         self._folder = self._run_dir / CHECKPOINTS
         self._warn, self._keep = warn, keep
         self._failed = False
@@ -99,7 +99,7 @@ class Checkpoints:
         several = jax.process_count() > 1
         with readable(self._folder):
             self._manager = ocp.CheckpointManager(
-                self._folder,
+                os.fspath(self._folder),
                 item_handlers=ocp.PyTreeCheckpointHandler(use_ocdbt=may_merge(self._folder)),
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=self,
@@ -294,6 +294,7 @@ class Checkpoints:
         while (self._folder / name).exists():
             name += "-again"
         if jax.process_index() == 0:
+            (self._folder / str(step) / COMMITTED).unlink(missing_ok=True)  # in a bucket, renaming takes a while
             (self._folder / str(step)).rename(self._folder / name)
             files_file(self._folder / str(step)).unlink(missing_ok=True)
         self._warn(f"{reason}. It is renamed to {name}. {back}")

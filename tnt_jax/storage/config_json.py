@@ -11,7 +11,7 @@ NOT_THE_RUN = ("wandb", "profile", "distributed")
 
 
 def to_json(config: TrainConfig) -> dict:
-    """What a run is, as JSON holds it: nested dictionaries, tuples as lists, without how it is started and watched."""
+    """A configuration as JSON holds it: nested dictionaries, tuples as lists, without how it is started and watched."""
     fields = json.loads(json.dumps(dataclasses.asdict(config)))
     return {name: value for name, value in fields.items() if name not in NOT_THE_RUN}
 

@@ -15,14 +15,14 @@ from tnt_jax.storage.load import open_model
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """What was recognised, and what was changed on the way."""
+    """The layout that was recognised, and the changes on the way."""
 
     layout: str | None
     """Of a checkpoint; None of a model folder or a run."""
     description: ModelDescription
     """Of the model that was written."""
     tensors: int
-    """How many were read."""
+    """The number of tensors that were read."""
     notes: tuple[str, ...]
 
 

@@ -15,6 +15,7 @@ from tnt_jax.fields import plain
 from tnt_jax.models.variants import check_sizes
 from tnt_jax.storage.config_json import from_json
 from tnt_jax.storage.files import first_line
+from tnt_jax.storage.places import place
 from tnt_jax.tasks.table import check_outputs
 from tnt_jax.tasks.task import Outputs
 
@@ -26,7 +27,7 @@ INTERPOLATIONS = ("bicubic", "bilinear")
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes an input: shorter side to floor(size / crop), centre crop, (x / white - mean) / std."""
+    """Preprocessing of an image: shorter side to floor(size / crop), centre crop, (x / white - mean) / std."""
 
     image_size: tuple[int, int]
     crop: float
@@ -61,7 +62,7 @@ class ModelDescription:
     """Of the classes or labels; of a regression the names of its targets."""
     outputs: Outputs = dataclasses.field(default_factory=Outputs)
     source: Mapping[str, Any] | None = dataclasses.field(default=None, compare=False)
-    """Where the numbers came from, for people to read: a file and its checksum, or a run."""
+    """The origin of the numbers, for people to read: a file and its checksum, or a run."""
     checksums: Mapping[str, str] | None = dataclasses.field(default=None, compare=False)
     """CRC-32 of the bytes of each parameter by its path. None where no parameters lie beside the description."""
 
@@ -200,7 +201,7 @@ def write_description(folder: str | Path, description: ModelDescription) -> None
     Raises:
         InputError: as `description_text`.
     """
-    (Path(folder) / DESCRIPTION).write_text(description_text(description), encoding="utf-8")
+    (place(folder) / DESCRIPTION).write_text(description_text(description), encoding="utf-8")
 
 
 def read_description(folder: str | Path) -> ModelDescription:
@@ -209,7 +210,7 @@ def read_description(folder: str | Path) -> ModelDescription:
     Raises:
         InputError: there is none, it was written by a later version, or it is damaged.
     """
-    path = Path(folder) / DESCRIPTION
+    path = place(folder) / DESCRIPTION
     if not path.is_file():
         raise InputError(f"{folder} is not a model: it has no {DESCRIPTION}")
     try:

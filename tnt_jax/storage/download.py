@@ -148,7 +148,7 @@ def _fetch(address: str, request: urllib.request.Request, folder: Path) -> Path:
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether trying again is of no use: no such host, or nobody listens."""
+    """True if trying again is of no use: no such host, or nobody listens."""
     return isinstance(getattr(error, "reason", None), socket.gaierror | ConnectionRefusedError)
 
 

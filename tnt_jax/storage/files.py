@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tnt_jax.config import InputError
+from tnt_jax.storage.places import BucketPath, is_bucket
 
 UNFINISHED = ".unfinished-"
 """In the name of the folder, beside a destination, in which it is made."""
@@ -37,9 +38,21 @@ def write_whole(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
         raise InputError(f"{path} cannot be written: {error}") from error
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path | BucketPath, text: str) -> None:
     """Replaces a file in one step that no crash comes between. Raises OSError."""
+    if is_bucket(path):  # an object appears as a whole
+        path.write_text(text)
+        return
     _replace(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+
+
+def append(path: Path | BucketPath, text: str) -> None:
+    """Adds to a small file. Raises OSError."""
+    if is_bucket(path):  # which has no appending
+        path.write_text((path.read_text() if path.exists() else "") + text)
+        return
+    with path.open("a") as file:
+        file.write(text)
 
 
 def _replace(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
@@ -80,7 +93,7 @@ def check_space(path: str | os.PathLike, size: int) -> None:
 
 
 def may_merge(folder: Path) -> bool:
-    """Whether Orbax may write what processes merge into one file: it looks for the parts with the path as a pattern.
+    """True if Orbax may write what processes merge into one file: it looks for the parts with the path as a pattern.
 
     Source: orbax/checkpoint/_src/serialization/ocdbt_utils.py, merge_ocdbt_per_process_files.
     """

@@ -16,7 +16,7 @@ _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 
 
 def is_hub_name(text: str) -> bool:
-    """Whether this has the form OWNER/NAME or OWNER/NAME@REVISION, such as `timm/tnt_s_patch16_224.in1k`."""
+    """True if this has the form OWNER/NAME or OWNER/NAME@REVISION, such as `timm/tnt_s_patch16_224.in1k`."""
     return _NAME.fullmatch(text) is not None
 
 

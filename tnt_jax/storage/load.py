@@ -221,7 +221,7 @@ def _open_folder(folder: Path) -> Opened:
 
 
 def _is_kept(where: str) -> bool:
-    """Whether a place need not be asked."""
+    """True if a place need not be asked."""
     return bool(kept_repository(where) if is_hub_name(where) else kept_file(where))
 
 

@@ -2,7 +2,7 @@
 
 The kernel's lock on `run.lock` ends with its process, however that ends. Not every shared disk has such locks, so the
 holder also writes a heartbeat into `run.lock.json` every ten seconds. A process that finds the heartbeat of another
-machine waits 25 seconds, and takes over if it has not changed.
+machine waits 25 seconds, and takes over if it has not changed. In a bucket there is the heartbeat alone.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 from tnt_jax.config import InputError
 from tnt_jax.storage.files import write_text
+from tnt_jax.storage.places import BucketPath, is_bucket, place
 
 BEAT_SECONDS = 10.0
 LOCK_FILE, HOLDER_FILE = "run.lock", "run.lock.json"
@@ -42,7 +43,7 @@ class RunLock:
     """
 
     def __init__(self, run_dir: str | os.PathLike, tell: Callable[[str], None], lost: Callable[[str], None]):
-        self._folder = pathlib.Path(run_dir)
+        self._folder = place(run_dir)
         self._tell, self._lost = tell, lost
         self._me = {"host": socket.gethostname(), "process": os.getpid(), "place": _place(), "token": uuid.uuid4().hex}
         self._ended = threading.Event()
@@ -50,13 +51,13 @@ class RunLock:
     def __enter__(self) -> "RunLock":
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._file = (self._folder / LOCK_FILE).open("w")
+            self._file = None if is_bucket(self._folder) else (self._folder / LOCK_FILE).open("w")
         except OSError as error:
             raise InputError(f"cannot write into the run's folder {self._folder}: {error.strerror}") from error
         try:
             self._take()
         except BaseException:
-            self._file.close()
+            self._close_file()
             raise
         threading.Thread(target=self._keep, daemon=True).start()
         return self
@@ -66,19 +67,29 @@ class RunLock:
         if self._holder().get("token") == self._me["token"]:
             with contextlib.suppress(OSError):
                 (self._folder / HOLDER_FILE).unlink()
-        self._file.close()
+        self._close_file()
 
-    def _take(self) -> None:
-        locked = True
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _lock(self) -> bool:
+        """Whether this process has the kernel's lock; there is none in a bucket, and on some disks."""
+        if self._file is None:
+            return False
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise self._refusal() from None
-        except OSError:  # this disk has no locks
-            locked = False
-        holder = self._holder()
+        except OSError:
+            return False
+        return True
+
+    def _take(self) -> None:
+        locked, holder = self._lock(), self._holder()
         # On this machine, who holds no lock any more is dead.
-        if holder and not (locked and holder.get("place") == self._me["place"]):
+        is_dead = holder.get("place") == self._me["place"] and (locked or not _lives(holder.get("process")))
+        if holder and not is_dead:
             watched = 2.5 * BEAT_SECONDS
             self._tell(f"{_who(holder)} was here last; watching for {watched:.0f} s whether it lives")
             end = time.monotonic() + watched
@@ -120,13 +131,13 @@ class RunLock:
 
 
 def is_held(run_dir: str | os.PathLike) -> bool:
-    """Whether a process trains in a run's folder: on this machine by its lock, elsewhere by its latest beat."""
-    folder = pathlib.Path(run_dir)
+    """True if a process trains in a run's folder: on this machine by its lock, elsewhere by its latest beat."""
+    folder = place(run_dir)
     holder = _holder_of(folder)
     if not holder:
         return False
     try:
-        if holder.get("place") != _place():
+        if is_bucket(folder) or holder.get("place") != _place():
             return time.time() - (folder / HOLDER_FILE).stat().st_mtime < 2.5 * BEAT_SECONDS
         with (folder / LOCK_FILE).open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -137,7 +148,7 @@ def is_held(run_dir: str | os.PathLike) -> bool:
     return False
 
 
-def _holder_of(folder: pathlib.Path) -> dict:
+def _holder_of(folder: pathlib.Path | BucketPath) -> dict:
     try:
         holder = json.loads((folder / HOLDER_FILE).read_text())
         return holder if isinstance(holder, dict) else {}
@@ -145,12 +156,23 @@ def _holder_of(folder: pathlib.Path) -> dict:
         return {}
 
 
+def _lives(process: int | None) -> bool:
+    """Whether there is a process of this number on this machine."""
+    try:
+        os.kill(process or 0, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
+        return True
+    return True
+
+
 def _who(holder: dict) -> str:
     return f"process {holder.get('process', '?')} on {holder.get('host', 'another host')}"
 
 
 def _place() -> str:
-    """What process numbers are unique in: a start of a machine, and of a container on it."""
+    """The scope in which process numbers are unique: a start of a machine, and of a container on it."""
     with contextlib.suppress(OSError):
         boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

@@ -28,12 +28,12 @@ from tnt_jax.tasks.table import TASKS
 TIMM = ("tnt_s_patch16_224", "tnt_b_patch16_224", "tnt_s_legacy_patch16_224")
 """timm's architectures."""
 FILES = (NAMES[0], CONFIG, DESCRIPTION, "README.md")
-"""What a published folder holds."""
+"""The files of a published folder."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """What was written."""
+    """The paths that were written."""
 
     folder: str
     size: int
@@ -94,7 +94,7 @@ def _compare(folder: Path, parameters: dict[str, np.ndarray], description: Model
 
 
 def timm_arguments(config: ModelConfig) -> dict[str, Any] | None:
-    """What to tell timm's `create_model` beside the architecture; None if timm has nothing of this form."""
+    """The arguments for timm's `create_model` beside the architecture; None if timm has nothing of this form."""
     if config.head != "class" or config.architecture == "pyramid":
         return None
     if config.squeeze_excitation or config.mlp_ratio != 4:

@@ -1,4 +1,4 @@
-"""What lies in the checkpoints of a run, read and verified.
+"""Reading of the checkpoints of a run, with verification.
 
 A run's folder has in `checkpoints/`: a folder for each step that is kept, as Orbax writes it, and beside it the
 checksums of its files in `STEP.files.json`; the scores of the steps in `scores.json`; what was found damaged, as
@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 from tnt_jax.config import InputError
 from tnt_jax.storage.files import first_line, write_text
 from tnt_jax.storage.packing import Layout, checksums, layout, packed_shapes, unpack
+from tnt_jax.storage.places import COMMITTED, BucketPath, is_bucket, place
 from tnt_jax.tasks.table import metric_of
 
 CHECKPOINTS = "checkpoints"
@@ -30,7 +31,7 @@ SCORES_FILE = "scores.json"
 LAST_CHECKPOINT = "last_checkpoint.json"
 FORMAT = 1
 FIELDS = {"layouts", "checksums", "least_alone", "crc32"}
-"""What is saved beside the arrays of a step. `format` came later, and is there where it is not 1."""
+"""The values that are saved beside the arrays of a step. `format` came later, and is there where it is not 1."""
 FIRST_FIELDS = {"layouts", "checksums", "scores"}
 """The same in the first versions."""
 
@@ -39,7 +40,7 @@ Trees = dict[str, dict]
 
 
 class DamagedError(InputError):
-    """What lies on the disk is not what was saved."""
+    """The files on the disk are not what was saved."""
 
 
 class LayoutError(InputError):
@@ -69,17 +70,18 @@ def readable(place: str | os.PathLike) -> Iterator[None]:
 
 def steps_of(run_dir: str | os.PathLike) -> list[int]:
     """The steps whose checkpoints were written to their end, ascending."""
-    folder = pathlib.Path(run_dir) / CHECKPOINTS
+    folder = place(run_dir) / CHECKPOINTS
     with readable(folder):
-        names = os.listdir(folder) if folder.is_dir() else ()
-    return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else ()
+        steps = sorted(int(name) for name in names if name.isascii() and name.isdecimal())
+        return [step for step in steps if (folder / str(step) / COMMITTED).exists()] if is_bucket(folder) else steps
 
 
 def scores_of(run_dir: str | os.PathLike) -> dict[int, dict[str, float]]:
     """The scores of the steps that were evaluated; none where the file is missing or damaged."""
     try:
         with readable(run_dir):
-            found = json.loads((pathlib.Path(run_dir) / CHECKPOINTS / SCORES_FILE).read_text())
+            found = json.loads((place(run_dir) / CHECKPOINTS / SCORES_FILE).read_text())
         return {int(step): scores for step, scores in found.items() if isinstance(scores, dict)}
     except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError, TypeError):
         return {}
@@ -93,11 +95,11 @@ def best_of(steps: list[int], scores: dict[int, dict[str, float]], metric: str) 
 
 
 def had_checkpoint(run_dir: str | os.PathLike) -> bool:
-    """Whether a run has ever had a checkpoint, whatever has become of it."""
-    run_dir = pathlib.Path(run_dir)
+    """True if a run has ever had a checkpoint, whatever has become of it."""
+    run_dir = place(run_dir)
     folder = run_dir / CHECKPOINTS
     with readable(folder):
-        names = os.listdir(folder) if folder.is_dir() else []
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
         left = [name for name in names if "tmp" not in name and not name.startswith(".")]
         return bool(left) or (run_dir / LAST_CHECKPOINT).exists()
 
@@ -113,7 +115,7 @@ def restore(run_dir: str | os.PathLike, step: int, like: Trees, is_open: Callabl
         InputError: there is no checkpoint of this step.
         DamagedError, LayoutError, UnreadableError: as this module says.
     """
-    folder = pathlib.Path(run_dir).resolve() / CHECKPOINTS / str(step)
+    folder = place(run_dir).resolve() / CHECKPOINTS / str(step)
     if not folder.is_dir():
         raise InputError(f"the run in {run_dir} has no checkpoint of step {step}; {kept(run_dir)}")
     try:
@@ -128,7 +130,7 @@ def restore(run_dir: str | os.PathLike, step: int, like: Trees, is_open: Callabl
         )
         is_open()
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            packed = checkpointer.restore(folder / "default", args=args)
+            packed = checkpointer.restore(os.fspath(folder / "default"), args=args)
         for name in like:
             sums, finite = checksums(packed[name])
             if sums != saved["checksums"].get(name):
@@ -148,12 +150,12 @@ def kept(run_dir: str | os.PathLike) -> str:
     return f"it has {', '.join(map(str, steps))}" if steps else "it has none yet"
 
 
-def name_of(folder: pathlib.Path) -> str:
+def name_of(folder: pathlib.Path | BucketPath) -> str:
     return f"the checkpoint of step {folder.name} in {folder.parent.parent}"
 
 
-def _description(folder: pathlib.Path) -> dict:
-    """What was saved beside the arrays of a step. Raises ValueError if it is damaged."""
+def _description(folder: pathlib.Path | BucketPath) -> dict:
+    """The values that were saved beside the arrays of a step. Raises ValueError if they are damaged."""
     # Orbax's own reader hides why it could not read the file.
     description = json.loads((folder / "_CHECKPOINT_METADATA").read_text()).get("custom_metadata")
     fields = set(description) if isinstance(description, dict) else set()
@@ -173,7 +175,7 @@ def description_crc(description: dict) -> int:
 
 
 def _differences(saved: Layout | int, wanted: Layout, least_alone: int) -> str | None:
-    """How two layouts differ, in words; None where they do not."""
+    """The difference of two layouts, in words; None where they are equal."""
     if saved == wanted:
         return None
     if isinstance(saved, int):  # the first versions kept a checksum
@@ -196,7 +198,7 @@ NOT_NOW = re.compile(
 
 
 def _explained(folder: pathlib.Path, error: Exception) -> DamagedError | UnreadableError:
-    """What an error in reading a step means: damage only where the files prove it."""
+    """The outcome that an error in reading a step means: damage only where the files prove it."""
     reason = f"{type(error).__name__}: {first_line(error)}"
     unreadable = UnreadableError(f"{name_of(folder)} cannot be read now ({reason}). Nothing was touched; try again")
     causes = list(chain_of(error))
@@ -220,22 +222,28 @@ def chain_of(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def files_file(folder: pathlib.Path) -> pathlib.Path:
+def files_file(folder: pathlib.Path | BucketPath) -> pathlib.Path:
     return folder.with_name(f"{folder.name}.files.json")
 
 
-def note_files(folder: pathlib.Path) -> None:
+def note_files(folder: pathlib.Path | BucketPath) -> None:
     """Writes down the checksum of each file of a step."""
-    files = {str(path.relative_to(folder)): _crc_of(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    if is_bucket(folder):
+        files = folder.checksums()
+    else:
+        files = {str(path.relative_to(folder)): _crc_of(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     write_text(files_file(folder), json.dumps(files, indent=1))
 
 
-def _wrong_files(folder: pathlib.Path) -> list[str] | None:
+def _wrong_files(folder: pathlib.Path | BucketPath) -> list[str] | None:
     """The files of a step that are not as they were written; None where that was not noted."""
     try:
         files = json.loads(files_file(folder).read_text())
     except (FileNotFoundError, ValueError):
         return None
+    if is_bucket(folder):
+        there = folder.checksums()
+        return [name for name, checksum in files.items() if there.get(name) != checksum]
 
     def is_right(path: pathlib.Path, crc: int) -> bool:
         try:

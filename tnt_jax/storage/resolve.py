@@ -1,4 +1,4 @@
-"""What a MODEL is: the one place that decides it, for every command and function that takes one.
+"""The resolution of a MODEL: the one place that decides it, for every command and function that takes one.
 
 A model folder, the folder of a training run, a published name (ours, mmpretrain's, timm's), OWNER/NAME or
 OWNER/NAME@REVISION on the Hugging Face hub, `hf-hub:OWNER/NAME`, `local-dir:FOLDER` of a hub repository, an address of
@@ -18,6 +18,7 @@ from tnt_jax.storage.download import without_secrets
 from tnt_jax.storage.folder import PARAMETERS
 from tnt_jax.storage.hub import is_hub_name
 from tnt_jax.storage.hub_folder import weights_file
+from tnt_jax.storage.places import BucketPath, is_bucket, place
 from tnt_jax.storage.run import is_hub_folder, is_run
 
 LONGEST = 1024  # letters of a MODEL; no system has longer paths
@@ -26,20 +27,20 @@ Kind = Literal["folder", "run", "hub folder", "file", "published", "hub", "addre
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a model is."""
+    """The place of a model."""
 
     kind: Kind
     where: str
     """A path; a name on the hub; an address; or the published name as it was given."""
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Path | BucketPath:
         """Of a folder or a file."""
-        return Path(self.where)
+        return place(self.where)
 
 
 def locate(model: str | os.PathLike) -> Place:
-    """Where a MODEL is. Nothing is read but names of files, and nothing is fetched.
+    """The place of a MODEL. Nothing is read but names of files, and nothing is fetched.
 
     Raises:
         InputError: it is nothing of all this; the message says what is nearest.
@@ -56,6 +57,10 @@ def locate(model: str | os.PathLike) -> Place:
             raise InputError(f"{given} should be hf-hub:OWNER/NAME or hf-hub:OWNER/NAME@REVISION")
         return Place("hub", rest)
     if re.match(r"[a-z][a-z0-9+.-]*://", given, re.IGNORECASE):
+        if is_bucket(given):
+            if not is_run(given):
+                raise InputError(f"{given} holds no run; of a bucket, only runs are read")
+            return Place("run", given)
         if not given.lower().startswith(("https://", "http://")):
             shown = without_secrets(given)
             raise InputError(f"{shown} is no https:// address, and no other kind of address is fetched")
@@ -88,7 +93,7 @@ def _kind_of_folder(folder: Path) -> Kind:
 
 
 def published_places(name: str) -> tuple[str, ...]:
-    """Where the weights of a published name lie, in the order in which they are tried: on the hub, and addresses.
+    """The places of the weights of a published name, in the order in which they are tried: on the hub, and addresses.
 
     Raises:
         InputError: nobody has published weights of it, or they lie where no program can fetch them.

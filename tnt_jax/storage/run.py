@@ -4,12 +4,14 @@
 (digests of what the data holds) and `starts.jsonl` (a line for each start, with the fields that changed).
 """
 
+import contextlib
 import dataclasses
+import errno
 import json
 import os
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -24,9 +26,10 @@ from tnt_jax.storage.description import (
     describe,
     write_description,
 )
-from tnt_jax.storage.files import UNFINISHED, free_space, write_text
+from tnt_jax.storage.files import UNFINISHED, append, free_space, write_text
 from tnt_jax.storage.lock import HOLDER_FILE, LOCK_FILE, RunningError
-from tnt_jax.storage.reading import readable, steps_of
+from tnt_jax.storage.places import BucketPath, is_bucket, place
+from tnt_jax.storage.reading import UnreadableError, readable, steps_of
 
 CONFIG_FILE = "config.json"
 DATA_FILE = "data.json"
@@ -41,7 +44,7 @@ def read_config(run_dir: str | os.PathLike) -> TrainConfig:
     Raises:
         InputError: the folder holds no run.
     """
-    path = pathlib.Path(run_dir) / CONFIG_FILE
+    path = place(run_dir) / CONFIG_FILE
     try:
         with readable(path):
             text = path.read_text()
@@ -55,24 +58,24 @@ def read_config(run_dir: str | os.PathLike) -> TrainConfig:
 
 
 def is_run(folder: str | os.PathLike) -> bool:
-    """Whether a training run, or something of one, lies in a folder. A hub repository has a `config.json` as well."""
-    folder = pathlib.Path(folder)
+    """True if a training run, or something of one, lies in a folder. A hub repository has a `config.json` as well."""
+    folder = place(folder)
     if any((folder / name).exists() for name in RUN_FILES):
         return True
     return (folder / CONFIG_FILE).is_file() and not is_hub_folder(folder)
 
 
 def is_hub_folder(folder: str | os.PathLike) -> bool:
-    """Whether a folder is a repository as timm's hub has it: its `config.json` names an architecture."""
+    """True if a folder is a repository as timm's hub has it: its `config.json` names an architecture."""
     try:
-        fields = json.loads((pathlib.Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))
+        fields = json.loads((place(folder) / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(fields, dict) and "architecture" in fields
 
 
 def compare(config: TrainConfig, content: Mapping[str, str]) -> dict[str, list] | None:
-    """What has changed since the run in `config.run_dir` was started last; None where no run is there.
+    """The changes since the run in `config.run_dir` was started last; None where no run is there.
 
     Nothing is written.
 
@@ -87,12 +90,10 @@ def compare(config: TrainConfig, content: Mapping[str, str]) -> dict[str, list] 
         InputError: something else lies there, or a run of another identity; or it cannot be written.
         UnreadableError: it cannot be read now.
     """
-    folder = pathlib.Path(config.run_dir)
-    try:
+    folder = place(config.run_dir)
+    with _writable(folder):
         if not folder.exists() or _is_unclaimed(folder):
             return None
-    except OSError as error:
-        raise InputError(f"cannot write into the run's folder {folder}: {error.strerror}") from error
     there, wanted = by_role(read_config(folder)), by_role(config)
     changed = {
         name: [there.get(name, (None,))[0], value]
@@ -116,14 +117,14 @@ def compare(config: TrainConfig, content: Mapping[str, str]) -> dict[str, list] 
             f"{folder} holds a run on other data: {', '.join(differ)} differ.{evaluated} {config.data.source} must "
             "hold what the run began with, or choose another folder with --run-dir"
         )
-    for place in (folder, folder / "checkpoints"):
-        if place.exists() and not os.access(place, os.W_OK):
-            raise InputError(f"the run's folder {place} cannot be written: go on in a copy of it, with --run-dir")
+    for each in () if is_bucket(folder) else (folder, folder / "checkpoints"):
+        if each.exists() and not os.access(each, os.W_OK):
+            raise InputError(f"the run's folder {each} cannot be written: go on in a copy of it, with --run-dir")
     return changed
 
 
-def _is_unclaimed(folder: pathlib.Path) -> bool:
-    """Whether a folder is empty, or holds what a start left that ended before it had claimed the folder."""
+def _is_unclaimed(folder: pathlib.Path | BucketPath) -> bool:
+    """True if a folder is empty, or holds what a start left that ended before it had claimed the folder."""
     left = {DESCRIPTION, DATA_FILE, STARTS_FILE, *LOCK_FILES}
     empty = (folder / CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).stat().st_size
     left |= {CONFIG_FILE} if empty else set()
@@ -141,7 +142,7 @@ def by_role(config, prefix: str = "") -> dict[str, tuple]:
     return found
 
 
-def _content(folder: pathlib.Path) -> dict[str, str]:
+def _content(folder: pathlib.Path | BucketPath) -> dict[str, str]:
     try:
         with readable(folder):
             found = json.loads((folder / DATA_FILE).read_text())
@@ -167,22 +168,31 @@ def claim(
 
     Raises:
         InputError: it cannot be written.
+        UnreadableError: it cannot be written now.
         RunningError: another start has claimed the folder since.
     """
-    folder = pathlib.Path(config.run_dir)
+    folder = place(config.run_dir)
     if compare(config, content) != changed:  # between the two nobody held the lock
         raise RunningError(f"{folder} was claimed by another start of the run meanwhile; start this one again")
-    try:
+    with _writable(folder):
         if changed is None:
             write_description(folder, _description(config, class_names, outputs))
         if not (folder / DATA_FILE).exists():
             write_text(folder / DATA_FILE, json.dumps(dict(content), indent=1) + "\n")
-        with (folder / STARTS_FILE).open("a") as file:
-            line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **start, "changed": changed or {}}
-            file.write(json.dumps(line, default=str) + "\n")
+        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **start, "changed": changed or {}}
+        append(folder / STARTS_FILE, json.dumps(line, default=str) + "\n")
         if changed is None or changed:
             write_text(folder / CONFIG_FILE, json.dumps(to_json(config), indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def _writable(folder: pathlib.Path | BucketPath) -> Iterator[None]:
+    """Raises InputError where a run's folder cannot be written, UnreadableError where another try may succeed."""
+    try:
+        yield
     except OSError as error:
+        if error.errno in (errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR):
+            raise UnreadableError(f"{folder} cannot be used now ({error}). Nothing is lost; start again") from error
         raise InputError(f"cannot write into the run's folder {folder}: {error.strerror or error}") from error
 
 
@@ -203,6 +213,8 @@ def check_space(config: TrainConfig, state_bytes: int) -> None:
 
     These are the latest, the best, and the one that is being written.
     """
+    if is_bucket(config.run_dir):
+        return
     missing = max(config.keep_checkpoints + 2 - len(steps_of(config.run_dir)), 1)
     free, needed = free_space(config.run_dir), missing * state_bytes
     if free < needed:

@@ -9,6 +9,7 @@ from flax import nnx
 from tnt_jax.config import InputError, best_metric
 from tnt_jax.models.variants import Model, abstract_model
 from tnt_jax.storage.description import read_description
+from tnt_jax.storage.places import is_bucket
 from tnt_jax.storage.reading import DamagedError, best_of, kept, restore, scores_of, steps_of
 from tnt_jax.storage.run import read_config
 from tnt_jax.tasks.table import TASKS
@@ -35,7 +36,7 @@ def load_run(run_dir: str | os.PathLike, *, weights: str = "ema", step: int | No
     model = nnx.merge(graphdef, jax.tree.map(lambda leaf, to: leaf.astype(to.dtype), params, own))
     origin = {
         **(description.source or {}),
-        "run": os.path.abspath(run_dir),
+        "run": os.fspath(run_dir) if is_bucket(run_dir) else os.path.abspath(run_dir),
         "step": step,
         "weights": weights,
         "scores": scores_of(run_dir).get(step),

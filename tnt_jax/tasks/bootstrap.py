@@ -18,7 +18,7 @@ CHUNK = 4 * 10**6  # numbers that are held at a time
 
 
 def resamples(images: int, outputs: int) -> Iterator[Float[np.ndarray, "resamples images"]]:
-    """How often each image is in a resample, some resamples at a time."""
+    """The number of times that each image is in a resample, some resamples at a time."""
     rng = np.random.default_rng(0)
     left = int(np.clip(MOST_WORK // max(images * outputs, 1), FEWEST, RESAMPLES))
     at_a_time = max(1, CHUNK // images)
@@ -32,7 +32,7 @@ def resamples(images: int, outputs: int) -> Iterator[Float[np.ndarray, "resample
 def resamples_within(
     groups: Int[np.ndarray, " cells"], counts: Int[np.ndarray, " cells"], work: int
 ) -> Iterator[Float[np.ndarray, " cells"]]:
-    """How often each cell is drawn, one resample at a time: of each group as many images as it has.
+    """The number of times that each cell is drawn, one resample at a time: of each group as many images as it has.
 
     A resample without any image of a rare class would be a mean over other classes.
 

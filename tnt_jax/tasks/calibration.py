@@ -1,4 +1,4 @@
-"""What makes probabilities as right as they say: a temperature, and thresholds of labels. NumPy, on the host."""
+"""Calibration of probabilities: a temperature, and thresholds of labels. NumPy, on the host."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,7 +18,7 @@ class Calibration:
     """The temperature and thresholds, and metrics before and after."""
 
     temperature: float
-    """What logits are divided by."""
+    """The divisor of the logits."""
     thresholds: Float[np.ndarray, " labels"] | None
     """Of labels: the probability from which on each is predicted."""
     images: int

@@ -1,4 +1,4 @@
-"""What a run minimises: the losses by their names, and how one weighs. A task names those that it can have."""
+"""The losses by their names, and how one is weighted. A task names those that it can have."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What a metric is, and the mathematics that tasks share, in NumPy, on the host.
+"""The `Metric`, and the mathematics that tasks share, in NumPy, on the host.
 
 Values are scikit-learn's where it has them. Many resamples are computed at once, for which it has no function.
 """
@@ -22,7 +22,7 @@ class Metric:
 
     name: str
     title: str = ""
-    """What people call it; by default its name, with spaces."""
+    """Its name for people; by default its name, with spaces."""
     proportion: bool = False
     """It is printed in percent."""
     lower_is_better: bool = False
@@ -59,7 +59,7 @@ OTHERS = (
     *(proportion(title.lower(), title=title) for title in ("ECE", "AP", "F1", "IoU")),
     Metric("images_per_second", "images/s"),
 )
-"""What is printed beside the metrics of a task."""
+"""The columns that are printed beside the metrics of a task."""
 
 
 def computed(metrics: Sequence[Metric], counted: Any) -> dict[str, np.ndarray]:

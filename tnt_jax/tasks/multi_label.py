@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 
 class LabelCounts(NamedTuple):
-    """What metrics take of predicted labels, for each resample."""
+    """The statistics of predicted labels that metrics need, for each resample."""
 
     right: Float[np.ndarray, "resamples labels"]
-    """How many images were rightly given each label."""
+    """The number of images that were rightly given each label."""
     labelled: Float[np.ndarray, "resamples labels"]
     predicted: Float[np.ndarray, "resamples labels"]
     exact: Float[np.ndarray, " resamples"]
@@ -103,7 +103,7 @@ class LabelPredictions(Predictions):
 
     @property
     def predicted(self) -> np.ndarray:
-        """Whether each label was predicted, bool (images, labels)."""
+        """True where a label was predicted, bool (images, labels)."""
         return self.scores >= self.thresholds
 
     def metrics(self) -> dict[str, float]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Errors(NamedTuple):
-    """What metrics take of predicted numbers: means over the images of each resample."""
+    """The statistics of predicted numbers that metrics need: means over the images of each resample."""
 
     square: Float[np.ndarray, "resamples outputs"]
     absolute: Float[np.ndarray, "resamples outputs"]

@@ -71,10 +71,10 @@ class ClassPredictions(Predictions):
     images_per_second: float
 
     accepted: Sequence[frozenset[int]] | None = None
-    """Where an image has several right predictions: all of them. The others stand in `labels`."""
+    """All right classes of an image that has several. The others stand in `labels`."""
 
     def right(self, k: int) -> np.ndarray:
-        """Whether a right class is among the k likeliest, bool (images,)."""
+        """True for each image with a right class among the k likeliest, bool (images,)."""
         if self.accepted is None:
             return (self.top[:, :k] == self.labels[:, None]).any(axis=1)
         pairs = zip(self.accepted, self.top[:, :k].tolist(), strict=True)

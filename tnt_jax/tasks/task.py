@@ -1,4 +1,4 @@
-"""What a task is: all that the house asks of one. Each has a file of its own, and its line in `table.py`.
+"""The protocol of tasks: all that the house asks of one. Each has a file of its own, and its line in `table.py`.
 
 Data workers import these files, so JAX is imported where a method computes on the device.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """What the outputs of a model mean."""
+    """The meaning of a model's outputs."""
 
     task: str = "single_label"
     """One class (softmax), a probability of each label (sigmoid), or numbers."""
@@ -35,7 +35,7 @@ class Outputs:
 
 
 class Answer(NamedTuple):
-    """What a model says of an image, as `predict.py` prints it."""
+    """A model's answer for an image, as `predict.py` prints it."""
 
     fields: dict[str, Any]
     """Of a line of JSON."""
@@ -114,7 +114,7 @@ class Predictions(abc.ABC):
 
     @abc.abstractmethod
     def confusion(self, names: Sequence[str]) -> Matrix | Scatter:
-        """What was taken for what."""
+        """The true classes against the predicted ones, or targets against predictions."""
 
     @abc.abstractmethod
     def mistakes(self, names: Sequence[str], count: int) -> Mistakes:
@@ -128,7 +128,7 @@ MIXING = ("data.mixup", "data.cutmix", "data.label_smoothing")
 
 
 class Task(abc.ABC):
-    """What is told of an image, and all that follows from it.
+    """A task: the labels of an image, and all that follows from them.
 
     What this class itself has is for tasks with several numbers for each image, in float32. Labels are what the source
     says of images; targets, what the network is to say, after smoothing and mixing; logits, what its head says.
@@ -136,7 +136,7 @@ class Task(abc.ABC):
 
     name: str
     noun: str
-    """What its outputs are called, in the plural."""
+    """The name of its outputs, in the plural."""
     metrics: tuple[Metric, ...]
     """Those that training has; by the first the best checkpoint is chosen."""
     losses: tuple[str, ...]
@@ -150,14 +150,14 @@ class Task(abc.ABC):
     output_fields: tuple[str, ...] = ()
     """Fields of `Outputs` that are its own: a number for each output."""
     one_class: bool = False
-    """Whether an image has one class, as probes and explanations need it."""
+    """True if an image has one class, as probes and explanations need it."""
     has_probabilities: bool = True
     label_columns: tuple[str, ...]
-    """What the column of its labels is usually called."""
+    """The usual names of the column of its labels."""
     needs: str
-    """What its labels are, in words."""
+    """Its labels, in words."""
     wanted: str
-    """What each number of a label should be, in words."""
+    """The numbers that a label may have, in words."""
     pipeline: str | None = "image-classification"
     """Of the Hugging Face hub."""
     tag: str = "image-classification"
@@ -200,7 +200,7 @@ class Task(abc.ABC):
             )
 
     def nothing_to_learn(self, labels: np.ndarray, names: Sequence[str]) -> str | None:
-        """Why nothing can be learned from the training labels; None where something can."""
+        """The reason why nothing can be learned from the training labels; None where something can."""
         return None
 
     def labels_of_array(self, values: np.ndarray, name: str, argument: str) -> np.ndarray:
@@ -226,7 +226,7 @@ class Task(abc.ABC):
         """The labels of all rows of a table, as `labels` reads them. Raises InputError where the columns do not fit."""
 
     def notes(self, names: Sequence[str], moving: Mapping[str, Any]) -> list[str]:
-        """What people should know before it is trained; `moving` are the settings that move what an image shows."""
+        """Notes for people before it is trained; `moving` are the settings that move the content of an image."""
         return []
 
     # Training
@@ -249,10 +249,10 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def measure(self, logits: "jax.Array", targets: "jax.Array") -> dict[str, "jax.Array"]:
-        """What is said of a training batch beside its loss, by the name of a metric."""
+        """The values that are reported of a training batch beside its loss, by the name of a metric."""
 
     def evaluated(self, logits: "jax.Array", labels: "jax.Array", mask: "jax.Array") -> dict[str, "jax.Array"]:
-        """What `scores` needs of a batch."""
+        """The arrays of a batch that `scores` needs."""
         return {"outputs": logits, "labels": labels, "mask": mask}
 
     def scores(self, batches: Iterable[dict[str, np.ndarray]], outputs: Outputs) -> dict[str, float | None]:
@@ -290,7 +290,7 @@ class Task(abc.ABC):
         return logits
 
     def of_each_image(self, logits: "jax.Array", labels: "jax.Array", asked: np.ndarray) -> tuple["jax.Array", ...]:
-        """What `predictions` needs of each image of a batch; `asked` are the classes that the source has, bool."""
+        """The arrays that `predictions` needs of each image of a batch; `asked`: the classes of the source, bool."""
         return labels, logits
 
     @abc.abstractmethod
@@ -298,7 +298,7 @@ class Task(abc.ABC):
         """The predictions for all images; `chosen` are the outputs of the model that the source has."""
 
     def calibrate(self, logits: np.ndarray, labels: np.ndarray, source: str) -> Calibration:
-        """What calibrates the logits of images, of a task with probabilities. Raises InputError where these do not say
+        """The calibration of logits, of a task with probabilities. Raises InputError where these do not say
         it."""
         raise NotImplementedError
 
@@ -318,7 +318,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def result(self, scores: np.ndarray, outputs: Outputs, names: Sequence[str] | None) -> dict[str, Any]:
-        """What `inference_model` returns of an image, from what is `activated`."""
+        """The result of `inference_model` for an image, from its `activated` outputs."""
 
     def answer(self, result: dict[str, Any], names: Sequence[str] | None, count: int) -> Answer:
         """A result for people and programs, with the `count` likeliest classes or labels."""
@@ -350,12 +350,12 @@ class Task(abc.ABC):
     # A model
 
     def meaning(self, outputs: Outputs) -> list[str]:
-        """What the model card says of the outputs, in sentences."""
+        """The sentences of the model card about the outputs."""
         return []
 
 
 def class_name(label: int, names: Sequence[str] | None) -> str:
-    """What a class is called, or its number where no names are known."""
+    """The name of a class, or its number where no names are known."""
     return names[label] if names and label < len(names) else str(label)
 
 

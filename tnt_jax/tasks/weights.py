@@ -1,4 +1,4 @@
-"""How often the training images have each class, and the weights of the loss that follow."""
+"""Class counts of the training images, and the weights of the loss that follow."""
 
 import numpy as np
 from jaxtyping import Float, Int, Num
@@ -7,7 +7,7 @@ Targets = Num[np.ndarray, "images *outputs"]
 
 
 def class_counts(targets: Targets, classes: int) -> Int[np.ndarray, " classes"]:
-    """How many images have each class or label."""
+    """The number of images with each class or label."""
     if targets.ndim == 1:
         return np.bincount(targets, minlength=classes)
     return np.count_nonzero(targets > 0.5, axis=0)
@@ -24,7 +24,7 @@ def balanced_class_weights(targets: Targets, classes: int) -> Float[np.ndarray, 
 
 
 def balanced_positive_weights(targets: Targets, classes: int) -> Float[np.ndarray, " classes"]:
-    """How many images are without a label over how many have it; 1 for a label that none has, or all have."""
+    """The number of images without a label over that with it; 1 for a label that none has, or all have."""
     counts = class_counts(targets, classes)
     varies = (counts > 0) & (counts < len(targets))
     return np.divide(len(targets) - counts, counts, out=np.ones(classes), where=varies)

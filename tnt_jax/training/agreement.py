@@ -1,4 +1,4 @@
-"""How the CUDA kernels are made, the same in all processes of a run."""
+"""Agreement of all processes of a run on the way in which CUDA kernels are made."""
 
 import socket
 
@@ -39,7 +39,7 @@ def agree_on_kernels(config: ModelConfig) -> None:
 
 
 def _kernel_sizes(config: ModelConfig) -> set[Sizes | Rows]:
-    """What the CUDA kernels of a network are compiled for."""
+    """The sizes that the CUDA kernels of a network are compiled for."""
     modules, words = [module for _, module in nnx.iter_modules(abstract_model(config))], words_per_side(config) ** 2
     inner = [module for module in modules if isinstance(module, InnerTransformer) and module.norms_each_token]
     found = {sizes for sizes in (cuda_sizes(layer, words) for layer in inner) if not obstacle(sizes)}

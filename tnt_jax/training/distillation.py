@@ -37,7 +37,7 @@ class Teacher:
     """Those of the data among its own, int (classes,)."""
 
     def logits(self, params: nnx.State, images: Images, fed_by: Normalisation) -> Logits:
-        """What it says of images of a training batch, at its own size and with its own normalisation, in float32."""
+        """The teacher's logits for a training batch, at its own size and with its own normalisation, in float32."""
         pixels = images * jnp.array(fed_by.std) + jnp.array(fed_by.mean)
         if images.shape[1:3] != (size := self.preprocessing.image_size):
             pixels = jax.image.resize(pixels, (len(images), *size, images.shape[3]), "cubic", antialias=True)
@@ -88,7 +88,7 @@ def open_teacher(config: TrainConfig, class_names: Sequence[str], mesh: Mesh) ->
 
 
 def distillation_loss(config: DistillConfig, logits: Logits, of_teacher: Logits) -> Float[Array, ""]:
-    """How far the student is from its teacher, the mean over the batch: 0 where a soft one says the same."""
+    """The distance of the student from its teacher, the mean over the batch: 0 where a soft one says the same."""
     logits = logits.astype(jnp.float32)
     if config.kind == "hard":
         return optax.softmax_cross_entropy_with_integer_labels(logits, of_teacher.argmax(-1)).mean()

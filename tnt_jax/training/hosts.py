@@ -27,7 +27,7 @@ from tnt_jax.storage.run import by_role
 from tnt_jax.training.signals import Signals
 
 RESTART = 75
-"""What a process exits with where the same command, started again everywhere, may go on: EX_TEMPFAIL."""
+"""The exit code where the same command, started again everywhere, may go on: EX_TEMPFAIL."""
 HEARTBEAT_SECONDS = 20
 FOR_EVER = 2**31 - 1  # milliseconds
 END = "tnt_jax/end"
@@ -42,7 +42,7 @@ LAUNCHERS = {
     "mpiexec": ("PMI_SIZE", "PMI_RANK"),
     "torchrun": ("WORLD_SIZE", "RANK"),
 }
-"""What starts processes that JAX does not find by itself, and the variables that say how many there are, and which."""
+"""The launchers that JAX does not recognise by itself, and the variables with number and index of processes."""
 ALONE = "--distributed.num-processes 1 trains alone"
 TOLD = "--distributed.coordinator HOST:PORT, --distributed.num-processes and --distributed.process-id"
 Value = TypeVar("Value")
@@ -69,7 +69,7 @@ class Hosts:
             self._listening.start()
 
     def share(self, value: Callable[[], Value]) -> Value:
-        """What process 0 computes, for all of them; it is sent as JSON."""
+        """A value that process 0 computes for all of them; it is sent as JSON."""
         if self.count == 1:
             return value()
         key = next(self._keys)
@@ -259,7 +259,7 @@ def _cluster(config: DistributedConfig) -> tuple[str, int, int, list[int] | None
 
 
 def _detected(timeout: float) -> tuple:
-    """What JAX finds out of a TPU pod, GKE, SLURM or Open MPI 4: as `_cluster`, each None where there is none."""
+    """What JAX finds of a TPU pod, GKE, SLURM or Open MPI 4: as `_cluster`, each None where there is none."""
     from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize() asks; it is not public
 
     try:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,6 +13,7 @@ import rich.console
 from tnt_jax.config import InputError, ModelChanges, TrainConfig, best_metric
 from tnt_jax.storage.checkpoint import Checkpoints, NonFiniteError, WriteError
 from tnt_jax.storage.lock import RunLock
+from tnt_jax.storage.places import place
 from tnt_jax.storage.reading import had_checkpoint, steps_of
 from tnt_jax.storage.run import check_space, claim, compare, is_run
 from tnt_jax.tasks.table import metric_of
@@ -57,9 +59,12 @@ def train(
     began = time.perf_counter()
     signals = current_signals()
     # The hosts are inside: an error is told to the others before anything is closed, which may take long.
+    place(config.run_dir)  # whether it can be reached
     with contextlib.ExitStack() as opened, joined(config.distributed, signals) as hosts:
         hosts.agree("is of another run", facts(config))
-        console = rich.console.Console(highlight=False, markup=False, soft_wrap=True, quiet=hosts.index > 0)
+        # A notebook takes lines as a file does; its kernel asks for colours, which rich takes for a terminal.
+        plain = {"force_jupyter": False, "force_terminal": False if "ipykernel" in sys.modules else None}
+        console = rich.console.Console(highlight=False, markup=False, soft_wrap=True, quiet=hosts.index > 0, **plain)
         run = Run(config)
         hosts.agree("reads other data", run.content())
         agree_on_kernels(run.config.model)
@@ -77,7 +82,7 @@ def train(
 
 
 class Calls(NamedTuple):
-    """What a caller of `train` wants to be told, and may end."""
+    """The callbacks of `train`, each of which may end it."""
 
     on_step: OnStep | None
     on_epoch: OnEpoch | None
@@ -190,7 +195,7 @@ def _train_from(
                 if not (evaluates or number or pauses.is_save_due(step)):
                     continue
                 # Nothing of a step is saved before its loss and its norms are known to be finite.
-                report.flush()
+                report.keep()
                 with pauses.saving():
                     checkpoints.save(step, saved_trees(state))
                 # Saved first: a run that is killed in its evaluation has lost no step.

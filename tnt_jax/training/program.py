@@ -1,4 +1,4 @@
-"""What a run computes: the state and the functions of a step, for the devices of a mesh."""
+"""The program of a run: the state and the functions of a step, for the devices of a mesh."""
 
 from collections.abc import Callable
 
@@ -38,7 +38,7 @@ class Program:
     train_step: Callable[[TrainState, dict], tuple[TrainState, dict]]
     """As `make_train_step` has it. The memory of the state that is given is used again."""
     objective: Objective
-    """What the steps minimise, and how they are scored."""
+    """The loss that the steps minimise, and the scores."""
     eval_step: Callable[[dict[str, dict], dict], dict]
     """As `make_eval_step` has it."""
 

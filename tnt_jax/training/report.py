@@ -1,4 +1,4 @@
-"""What a person watches: a progress bar or plain lines, TensorBoard, and metrics.jsonl in the run's folder."""
+"""The report of a run: a progress bar or plain lines, TensorBoard, and metrics.jsonl in the run's folder."""
 
 import contextlib
 import importlib.util
@@ -22,11 +22,13 @@ from tnt_jax.models.summary import count_macs
 from tnt_jax.storage.checkpoint import NonFiniteError, WriteError
 from tnt_jax.storage.config_json import to_json
 from tnt_jax.storage.files import write_text
+from tnt_jax.storage.places import Spool, is_bucket, place
 from tnt_jax.tasks.table import METRICS, metric_of
 
 METRICS_FILE = "metrics.jsonl"
 DROPPED_FILE = "metrics_dropped.jsonl"
 """Lines of steps that were taken again, after a start that went back to a checkpoint."""
+IDENTITY_FILE = "wandb_id.txt"
 
 
 def check_finite(what: str, values: dict[str, float]) -> None:
@@ -137,6 +139,14 @@ class Report:
             self.console.print(f"{where}  {self._in_words(means)}{rest}")
             self._since, self._line = [], now
 
+    def keep(self) -> None:
+        """Logs what is still waiting, where a kill does not reach it: before a step is saved."""
+        self.flush()
+        with _writing("the log"):
+            for log in self._logs:
+                if isinstance(log, Spool):
+                    log.send()
+
     def _in_words(self, metrics: dict[str, float]) -> str:
         text = f"loss {metrics['loss']:.3f}"
         for metric in (METRICS[name] for name in metrics if name in METRICS and name != "loss"):
@@ -159,11 +169,9 @@ class Report:
         self._clock, self._clock_step = time.perf_counter(), step
 
     def _write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        try:
+        with _writing(f"the log of step {step}"):
             for log in self._logs:
                 log.write(kind, step, {"epoch": step / self.steps_per_epoch} | values)
-        except OSError as error:
-            raise WriteError(f"the log of step {step} cannot be written: {error.strerror or error}") from error
 
     def __enter__(self) -> "Report":
         return self
@@ -175,6 +183,14 @@ class Report:
         for log in self._logs:
             with contextlib.suppress(OSError):  # what could not be written was told where it happened
                 log.close()
+
+
+@contextlib.contextmanager
+def _writing(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(f"{what} cannot be written: {error.strerror or error}") from error
 
 
 class _JsonLines:
@@ -247,13 +263,13 @@ class _WeightsAndBiases:
         import wandb
 
         self._say, self._run = say, None
-        identity = folder / "wandb_id.txt"
+        identity = folder / IDENTITY_FILE
         if not identity.exists():
             identity.write_text(uuid.uuid4().hex[:12])
         with self._or_without():
             self._run = wandb.init(
                 project="tnt_jax",
-                name=folder.name,
+                name=os.path.basename(config.run_dir.rstrip("/")),
                 id=identity.read_text(),
                 resume="allow",
                 dir=str(folder),
@@ -292,15 +308,16 @@ def check_wandb(config: TrainConfig) -> None:
 
 
 def _open_logs(config: TrainConfig, start_step: int, evaluates_first: bool, say: Callable[[str], None]) -> list:
-    """Where metrics go. Only the first process writes."""
+    """The loggers of metrics. Only the first process writes."""
     if jax.process_index() > 0:
         return []
-    folder = pathlib.Path(config.run_dir)
-    try:
+    folder = place(config.run_dir)
+    with _writing(f"what is logged in {folder}"):
+        spool = Spool(folder, (METRICS_FILE, DROPPED_FILE, IDENTITY_FILE)) if is_bucket(folder) else None
+        folder = spool.folder if spool else folder
         logs = [_JsonLines(folder, start_step, evaluates_first), _TensorBoard(folder, start_step)]
-        return [*logs, _WeightsAndBiases(folder, config, say)] if config.wandb else logs
-    except OSError as error:
-        raise WriteError(f"the logs in {folder} cannot be written: {error.strerror or error}") from error
+        logs += [_WeightsAndBiases(folder, config, say)] if config.wandb else []
+        return [*logs, spool] if spool else logs
 
 
 class _Trace:

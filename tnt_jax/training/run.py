@@ -1,4 +1,4 @@
-"""What a configuration determines and no step changes: data, devices, and the functions of a step."""
+"""A run as its configuration determines it: data, devices, and the functions of a step, which no step changes."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -26,12 +26,12 @@ from tnt_jax.training.step import TrainState, evaluate
 
 
 def saved_trees(state: TrainState) -> dict[str, dict]:
-    """What a checkpoint holds of a state, beside its step."""
+    """The part of a state that a checkpoint holds, beside its step."""
     return {"params": state.params, "ema": state.ema, "opt_state": state.opt_state}
 
 
 class Run:
-    """What a configuration determines and no step changes: data, devices, and the functions of a step.
+    """A run as its configuration determines it: data, devices, and the functions of a step, which no step changes.
 
     Raises:
         InputError: something in the configuration is wrong.
@@ -54,7 +54,7 @@ class Run:
         self.teacher = open_teacher(self.config, self.train_source.class_names, self.mesh)
         self.program = Program(self.config, self.mesh, self.steps_per_epoch, objective, self.teacher)
         self.epochs_before: int | None = None
-        """What `epochs` was, where it was raised since the last start."""
+        """The value of `epochs` before it was raised, where the last start had another one."""
         self._feed = {
             "image_size": self.config.model.image_size,
             "channels": self.config.model.in_channels,
@@ -63,11 +63,11 @@ class Run:
         }
 
     def evaluates_after(self, step: int) -> bool:
-        """Whether the evaluated images are looked at after so many steps."""
+        """True if the evaluated images are looked at after so many steps."""
         return step % self.steps_between_evaluations == 0 or step == self.total_steps
 
     def stops_early(self, step: int, checkpoints: Checkpoints) -> bool:
-        """Whether this step is evaluated, and too many evaluations in a row have been worse than the best."""
+        """True if this step is evaluated, and too many evaluations in a row have been worse than the best."""
         patience, best = self.config.early_stop.patience, checkpoints.best_evaluated
         if patience is None or best is None or not checkpoints.scores(step):
             return False
@@ -124,12 +124,12 @@ class Run:
         }
 
     def state_bytes(self) -> int:
-        """What a checkpoint takes on the disk, uncompressed."""
+        """The bytes of a checkpoint on the disk, uncompressed."""
         leaves = jax.tree.leaves(saved_trees(self.program.abstract_state))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
     def longer_schedule(self, epochs_before: int, step: int) -> str:
-        """What raising the epochs does, in words."""
+        """The effect of raising the epochs, in words."""
         optimizer, per_epoch = self.config.optimizer, self.steps_per_epoch
         rates = [
             float(learning_rate_schedule(optimizer, steps_per_epoch=per_epoch, epochs=epochs)(step))

@@ -46,7 +46,7 @@ class Signals:
     def __init__(self, ends_process: bool):
         self._ends_process, self._installed, self._interrupts = ends_process, False, 0
         self.kept: Callable[[], str] = lambda: "nothing was begun"
-        """What is kept if the process ends now, in words."""
+        """The sentence that says which step is kept if the process ends now."""
         self.before_exit: Callable[[int, str], None] = lambda code, message: None
         """Is told the exit code and the reason before the process ends at once."""
         self.received: list[int] = []
@@ -170,7 +170,7 @@ class Pauses:
         self._last_question, self._asked_last, self._next_question = now, self._asked, self._asked + more
 
     def is_save_due(self, step: int) -> bool:
-        """Whether a checkpoint is due after this step, of which `stop` was asked."""
+        """True if a checkpoint is due after this step, of which `stop` was asked."""
         return self._saves or bool(self._steps and step % self._steps == 0)
 
     def _is_time(self, until_next: float) -> bool:

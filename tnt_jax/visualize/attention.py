@@ -78,7 +78,7 @@ def check_patch(model: Model, patch: tuple[int, int] | None) -> tuple[int, int]:
 
 
 def outer_map(model: Model, outer: list[np.ndarray], block: int, patch: tuple[int, int]) -> Map:
-    """What the sentence over a patch attends to in a block: a share for each place, the mean over the heads.
+    """The attention of the sentence over a patch in a block: a share for each place, the mean over the heads.
 
     A PyramidTNT halves its grid from stage to stage: it is the sentence that covers the patch. Where keys are means
     over squares of sentences, a share is that of a square; sentences at an uneven border that no key has get none.
@@ -87,7 +87,7 @@ def outer_map(model: Model, outer: list[np.ndarray], block: int, patch: tuple[in
     finest = grid_size(model.config)
     row, column = (place * side // full for place, side, full in zip(patch, grid, finest, strict=True))
     weights = outer[block].mean(axis=0)
-    first = weights.shape[1] - math.prod(keys)  # 1 where a class token stands in front
+    first = model.num_prefix_tokens
     values = weights[first + row * grid[1] + column, first:].reshape(keys)
     if reduction == 1:
         return values
@@ -97,7 +97,7 @@ def outer_map(model: Model, outer: list[np.ndarray], block: int, patch: tuple[in
 
 
 def outer_attention(model: Model, images: Images, *, patch: tuple[int, int] | None = None):
-    """What one patch attends to over the image, in every block, the mean over the heads (figure 6).
+    """The attention of one patch over the image, in every block, the mean over the heads (figure 6).
 
     Args:
         patch: row and column from 0, in patches of `patch_size` pixels; by default the middle one.
@@ -125,7 +125,7 @@ def outer_attention(model: Model, images: Images, *, patch: tuple[int, int] | No
 
 
 def inner_attention(model: Model, images: Images, *, patch: tuple[int, int] | None = None, block: int | None = None):
-    """What each word of a patch attends to inside the patch, the mean over the heads (figure 5).
+    """The attention of each word of a patch inside the patch, the mean over the heads (figure 5).
 
     The words lie as in the patch; in each one's map a red cross stands at the word itself.
 
@@ -177,7 +177,7 @@ def draw_words(axes, weights: Float[np.ndarray, "words words"]):
 
 
 def rollout(outer: Sequence[Float[np.ndarray, "heads tokens tokens"]]) -> Float[np.ndarray, "tokens tokens"]:
-    """Where the content of every token comes from after all blocks; rows sum to one.
+    """The origin of the content of every token after all blocks; rows sum to one.
 
     Heads are averaged, half of each token stays where it is (the residual), and blocks are multiplied.
     Source: attention rollout, arXiv 2005.00928.
@@ -189,7 +189,7 @@ def rollout(outer: Sequence[Float[np.ndarray, "heads tokens tokens"]]) -> Float[
 
 
 def class_attention(model: Model, images: Images, *, block: int | None = None):
-    """What the class token attends to: over the image, by each head, and rolled out over the depth (figure 7).
+    """The attention of the class token: over the image, by each head, and rolled out over the depth (figure 7).
 
     Args:
         block: from 0; by default the last.
@@ -198,22 +198,22 @@ def class_attention(model: Model, images: Images, *, block: int | None = None):
         InputError: the model has no class token, there is no such block, or an image cannot be read.
     """
     config = model.config
-    if config.architecture == "pyramid":
+    if not model.num_prefix_tokens:
         raise InputError(
             f"{config.name} has no class token: a PyramidTNT averages its last sentences. outer-attention shows what "
             "its patches attend to"
         )
     block = chosen_block(block, range(config.depth), "outer transformer")
-    heads, grid = config.outer_heads, grid_size(config)
+    heads, grid, first = config.outer_heads, grid_size(config), model.num_prefix_tokens
     columns = min(6, 3 + heads)
 
     def draw(part, seen: Preprocessed) -> None:
         _, outer = attention_of(model, seen)
         image, mean, rolled, *each = panels(part, 3 + heads, columns)
         show_image(image, seen.pixels, "image")
-        of_class = outer[block][:, 0, 1:].reshape(heads, *grid)
+        of_class = outer[block][:, 0, first:].reshape(heads, *grid)
         show_map(mean, of_class.mean(axis=0), seen.pixels, f"block {block}, mean")
-        show_map(rolled, rollout(outer)[0, 1:].reshape(grid), seen.pixels, "all blocks, rollout")
+        show_map(rolled, rollout(outer)[0, first:].reshape(grid), seen.pixels, "all blocks, rollout")
         for head, axes in enumerate(each):
             show_map(axes, of_class[head], seen.pixels, f"block {block}, head {head}")
         bar_of_each(part, [mean, rolled, *each], "attention, of each map")

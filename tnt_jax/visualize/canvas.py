@@ -1,4 +1,4 @@
-"""What the pictures share: an image as the model sees it, figures with a part for each image, maps over an image."""
+"""Shared by pictures: an image as the model sees it, figures with a part for each image, maps over an image."""
 
 import dataclasses
 import functools
@@ -24,6 +24,9 @@ from tnt_jax.storage.description import description_of
 log = logging.getLogger(__name__)
 MAP = "viridis"  # rises evenly in lightness: it holds in grey print and for the colour-blind
 MARK = "#ff2a2a"  # the paper's red
+LEAST_GREY, ALPHA = 170, 0.7
+"""What is black in the image under a map, and how much of the map covers it. A bar stands over the grey between."""
+MEAN_GREY = str((LEAST_GREY + 255) / 2 / 255)
 PANEL = 1.7  # inches
 TITLE_WIDTH = 4.8  # inches: no narrower, or the title is cut off
 
@@ -93,9 +96,9 @@ def _families(letters: str) -> list[str]:
 MAX_NAME = 32
 
 
-def shorten(name: str) -> str:
+def shorten(name: str, most: int = MAX_NAME) -> str:
     """A name as it fits beside a picture: of a long one its beginning and its end."""
-    return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME // 2]}...{name[-MAX_NAME // 2 + 3 :]}"
+    return name if len(name) <= most else f"{name[: most // 2]}...{name[-most // 2 + 3 :]}"
 
 
 def per_image(
@@ -147,20 +150,23 @@ def show_map(
     colours: str = MAP,
     limits: tuple[float | None, float | None] = (None, None),
 ):
-    """A map in colours, by default from its least to its greatest value, with the image shining through it.
+    """A map in colours, by default from its least to its greatest value, with the image shining through it, so
+    light that a colour means what it means in the bar.
 
     Returns:
         What `colour_bar` takes.
     """
     height, width = pixels.shape[:2]
-    show_image(axes, visible(pixels).mean(axis=-1, keepdims=True).astype(np.uint8), title)
+    grey = visible(pixels).mean(axis=-1, keepdims=True)
+    show_image(axes, (LEAST_GREY + grey * (1 - LEAST_GREY / 255)).astype(np.uint8), title)
     place = {"extent": (0, width, height, 0), "interpolation": "nearest"}
-    return axes.imshow(values, cmap=colours, alpha=0.75, vmin=limits[0], vmax=limits[1], **place)
+    return axes.imshow(values, cmap=colours, alpha=ALPHA, vmin=limits[0], vmax=limits[1], **place)
 
 
 def colour_bar(part, drawn, axes, label: str) -> None:
-    """What the colours of a map mean, beside it or beside several."""
+    """The colour bar of a map, beside it or beside several."""
     bar = part.colorbar(drawn, ax=axes, shrink=0.85, aspect=18, pad=0.02)
+    bar.ax.set_facecolor(MEAN_GREY)
     bar.set_label(label, fontsize=7)
     bar.ax.tick_params(labelsize=6)
 
@@ -169,7 +175,8 @@ def bar_of_each(part, axes: list, label: str) -> None:
     """One bar for maps that each run from their own least to their own greatest value."""
     from matplotlib.cm import ScalarMappable
 
-    bar = part.colorbar(ScalarMappable(cmap=MAP), ax=axes, shrink=0.6, aspect=25, pad=0.01, ticks=(0, 1))
+    bar = part.colorbar(ScalarMappable(cmap=MAP), ax=axes, shrink=0.6, aspect=25, pad=0.01, ticks=(0, 1), alpha=ALPHA)
+    bar.ax.set_facecolor(MEAN_GREY)
     bar.ax.set_yticklabels(("least", "most"), fontsize=6)
     bar.set_label(label, fontsize=7)
 

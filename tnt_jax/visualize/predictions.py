@@ -1,5 +1,6 @@
-"""Where a model errs, by its task: confusion and mistakes. Each returns a matplotlib figure."""
+"""The mistakes of a model, by its task: confusion and the worst images. Each returns a matplotlib figure."""
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,10 +18,10 @@ MOST_NUMBERS = 20
 def confusion(predictions: Predictions, class_names: Sequence[str], *, data: str = ""):
     """The classes that images were taken for.
 
-    single_label: rows are the true classes, columns the predicted ones, in percent of a row; classes without images
-    have an empty row. multi_label: of the images with a label (row), the percentage that was given each label (column);
-    the diagonal is recall, and the last row has the images without any label. regression: each prediction over its
-    target.
+    single_label: rows are the true classes, columns the predicted ones; classes without images have an empty row.
+    multi_label: the images with a label (row) that were given each label (column); the diagonal is recall, and the last
+    row has the images without any label. Numbers are images, colours percent of a row. regression: each
+    prediction over its target.
 
     Args:
         data: what the title says of the images, such as their source and split.
@@ -53,7 +54,7 @@ def _matrix(shown: Matrix):
         axes.set_yticks(range(len(rows)), rows)
         for row, column in zip(*np.nonzero(counts), strict=True):
             colour = "black" if shares[row, column] > 55 else "white"
-            axes.text(column, row, f"{shares[row, column]:.0f}", ha="center", va="center", color=colour, fontsize=8)
+            axes.text(column, row, f"{counts[row, column]:.0f}", ha="center", va="center", color=colour, fontsize=8)
     axes.set_title(title, fontsize=10)
     return figure
 
@@ -93,7 +94,7 @@ def beside(pixels: np.ndarray, picture: np.ndarray) -> np.ndarray:
 
 
 def mistakes(predictions: Predictions, images: Split, *, count: int = 24, data: str = ""):
-    """The worst predictions, as images, with the prediction and the truth.
+    """The worst predictions, as images, with the prediction, the truth, and the name of the file if there is one.
 
     single_label: the wrong predictions of the highest probability. multi_label: the images with a wrong label whose
     loss is greatest; + is a label that should not be predicted, - one that is missing. regression: the greatest errors,
@@ -103,6 +104,9 @@ def mistakes(predictions: Predictions, images: Split, *, count: int = 24, data: 
         InputError: there is no wrong prediction.
     """
     chosen, captions, title, pictures = predictions.mistakes(images.class_names, count)
+    if images.files:
+        names = [os.path.basename(os.fsdecode(images.files[int(index)])) for index in chosen]
+        captions = [f"{caption}\n{shorten(name, 22)}" for caption, name in zip(captions, names, strict=True)]
     wide = 1 if pictures is None else 3
     columns = min(8 // wide, len(chosen))
     rows = -(-len(chosen) // columns)

@@ -1,9 +1,8 @@
-"""How a run went: curves and schedule. Each returns a matplotlib figure."""
+"""The course of a run: curves and schedule. Each returns a matplotlib figure."""
 
 import json
 import math
 import os
-import pathlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy as np
 from tnt_jax.config import InputError, TrainConfig, best_metric
 from tnt_jax.data.opening import open_split
 from tnt_jax.data.pipeline import steps_per_epoch
+from tnt_jax.storage.places import place
 from tnt_jax.storage.run import read_config
 from tnt_jax.tasks.metrics import Metric
 from tnt_jax.tasks.table import TASKS, metric_of
@@ -33,7 +33,7 @@ def read_metrics(run_dir: str | os.PathLike) -> tuple[list[dict], list[dict]]:
     Raises:
         InputError: there are none.
     """
-    path = pathlib.Path(run_dir) / METRICS_FILE
+    path = place(run_dir) / METRICS_FILE
     try:
         lines = [line for line in map(_parsed, path.read_text().splitlines()) if line]
     except OSError as error:

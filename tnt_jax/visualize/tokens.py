@@ -1,4 +1,4 @@
-"""What words and sentences are: embeddings, feature maps, and how they lie to each other (figures 3 and 4).
+"""Words and sentences: embeddings, feature maps, and how they lie to each other (figures 3 and 4).
 
 Each function returns a matplotlib figure.
 """
@@ -99,7 +99,7 @@ def features(model: Model, images: Images, *, blocks: Sequence[int] | None = Non
 
 
 def map_tsne(model: Model, image: ImageSource):
-    """How the feature maps of the last block lie to each other: a point for each channel of the sentences (figure 3b).
+    """The t-SNE of the feature maps of the last block: a point for each channel of the sentences (figure 3b).
 
     Maps that say the same lie together; a model that uses its channels well spreads them.
 
@@ -123,7 +123,7 @@ def map_tsne(model: Model, image: ImageSource):
 
 
 def image_tsne(features: Float[np.ndarray, "images dim"], labels: np.ndarray, class_names: Sequence[str]):
-    """How images lie to each other in what the model's head sees: a point for each, its class as colour and marker.
+    """The t-SNE of images by the features before the head: a point for each, its class as colour and marker.
 
     Images with any number of labels are coloured by their label, if they have one alone; those of a regression by their
     first target. Of more than 2,000 images 2,000 are drawn, evenly spread.

@@ -1,4 +1,4 @@
-"""Why this class: what it owes to each word of an image, by several methods, for one class or for two side by side."""
+"""Explanations: the share of each word in a class, by several methods, for one class or two side by side."""
 
 import dataclasses
 import difflib
@@ -35,7 +35,7 @@ SIGNED = "PuOr_r"  # of two colours with white at 0, told apart by the colour-bl
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """Why an image could be of a class."""
+    """An explanation of one class of an image."""
 
     image: Preprocessed
     title: str
@@ -104,7 +104,7 @@ def explained_images(
 
 
 def _predicted(model: Model, image: Preprocessed) -> tuple[list[int], list[str]]:
-    """What is predicted, as numbers: the class, the labels or, where there is none, the likeliest, or all targets; and
+    """The predictions, as numbers: the class, the labels or, where there is none, the likeliest, or all targets; and
     a title for each that could be."""
     description, (graph, state) = description_of(model), nnx.split(model)
     outputs = description.outputs

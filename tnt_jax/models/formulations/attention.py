@@ -1,4 +1,4 @@
-"""How attention between tokens is computed.
+"""The ways to compute attention between tokens.
 
 - `reference`: the equations, softmax(q k^T / sqrt(head_dim)) v.
 - `native`: one function in C for CPUs (kernels/cpu/attention.c), where XLA copies and transposes q, k and v.
@@ -25,7 +25,7 @@ def attend(
     bias: Float[Array, "1 heads queries keys"] | None,
     key: Keys | None,
 ) -> Float[Array, "batch tokens dim"]:
-    """What an `Attention` makes of tokens; `key` is for the dropout of the attention weights."""
+    """The output of an `Attention` for tokens; `key` is for the dropout of the attention weights."""
     formulation = choose(layer, x.shape[0], has_bias=bias is not None, training=key is not None)
     if formulation == "native":
         from tnt_jax.models.kernels.cpu.attention import attention
@@ -60,7 +60,7 @@ def choose(layer: nnx.Module, batch: int, *, has_bias: bool, training: bool) -> 
 
 
 def cudnn_obstacle(layer: nnx.Module) -> str | None:
-    """Why cuDNN cannot run this attention here, or None."""
+    """The reason why cuDNN cannot run this attention here, or None."""
     head_dim = layer.qkv.in_features // layer.num_heads
     if layer.qkv.dtype != "bfloat16" or head_dim % 8 or head_dim > 128:
         return f"cuDNN takes bfloat16 and heads of 8 to 128 channels in eights, and these are {head_dim}"

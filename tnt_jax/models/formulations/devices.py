@@ -45,7 +45,7 @@ def tpu(*, interpret: bool) -> Machine:
 
 
 def mesh_obstacle(count: int) -> str | None:
-    """Why the devices cannot each compute their own part of `count` rows, or None."""
+    """The reason why the devices cannot each compute their own part of `count` rows, or None."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         alone = jax.device_count() == 1 or jax.config.jax_default_device is not None
@@ -80,7 +80,7 @@ def _axes_to_cut(mesh: jax.sharding.AbstractMesh) -> tuple[str, ...]:
 
 
 def has_explicit_axes(*arrays: jax.Array | np.ndarray) -> bool:
-    """Whether the mesh, or that of an array, has axes of JAX's default type, under which a reshape asks for a
+    """True if the mesh, or that of an array, has axes of JAX's default type, under which a reshape asks for a
     sharding."""
     meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(array).sharding.mesh for array in arrays)]
     return any(AxisType.Explicit in mesh.axis_types for mesh in meshes)

@@ -71,12 +71,12 @@ def _statistics(x: Float[Array, "rows n"], epsilon: float) -> tuple[Float[Array,
 
 
 def _left_over(centred: Array, x: Array) -> Float[Array, " outputs"]:
-    """What the columns of the matrix sum up to after rounding: so much of the mean the product leaves."""
+    """The sums of the matrix's columns after rounding: so much of the mean the product leaves."""
     return centred.astype(x.dtype).astype(jnp.float32).sum(0)
 
 
 def _before_norm(product: Array, statistics: tuple[Array, Array], left_over: Array) -> Outputs:
-    """What the last norm normalises, but for the offset."""
+    """The input of the last norm, but for the offset."""
     mean, inverse = statistics
     return (product.astype(jnp.float32) - mean * left_over) * inverse
 
@@ -102,7 +102,7 @@ def _backward(epsilon: float, multiprocessors: int | None, saved: tuple, cotange
 
 
 def _up_to_product(epsilon: float, saved: tuple, cotangent: Outputs) -> tuple[Array, ...]:
-    """What reaches the product, the rows of x through their deviation, the offset, and the last norm."""
+    """The gradients that reach the product, the rows of x through their deviation, the offset, and the last norm."""
     x, centred, offset, scale, product, (mean, inverse) = saved
     cotangent = cotangent.astype(jnp.float32)
     y = _before_norm(product, (mean, inverse), _left_over(centred, x))

@@ -28,7 +28,7 @@ LINEAR = "linear"
 
 
 def _custom(x: Array, plain: bool) -> bool:
-    """Whether softmax and products take the forms that are fast on CPUs."""
+    """True if softmax and products take the forms that are fast on CPUs."""
     return not plain and platform() == "cpu" and x.dtype == jnp.float32
 
 

@@ -1,4 +1,4 @@
-"""How the inner transformer layer is computed. Words are few and narrow, so what is fast depends on the machine.
+"""The ways to compute the inner transformer layer. Words are few and narrow, so the fastest depends on the machine.
 
 - `reference`: the equations as the paper has them, (sentences, words, channels).
 - `native`: the whole layer as one function in C for CPUs, kernels/cpu/inner_layer.c.
@@ -40,7 +40,7 @@ SMALL_VMEM = ("TPU v2", "TPU v3", "TPU v4")
 def transform_words(
     layer: nnx.Module, words: Float[Array, "sentences words inner"], key: Keys | None
 ) -> Float[Array, "sentences words inner"]:
-    """What an `InnerTransformer` makes of words."""
+    """The output of an `InnerTransformer` for words."""
     formulation = choose(layer, *words.shape[:2], training=key is not None)
     if formulation == "reference":
         return layer.reference(words, key)
@@ -84,7 +84,7 @@ def choose(layer: nnx.Module, sentences: int, num_words: int, *, training: bool)
 
 
 def pallas_obstacle(sentences: int) -> str | None:
-    """Why no Pallas kernel can run on so many sentences here, or None."""
+    """The reason why no Pallas kernel can run on so many sentences here, or None."""
     if platform() != "tpu":
         return f"the Pallas kernel runs on TPUs, and this is a {platform()}"
     if device_kind() in SMALL_VMEM:
@@ -93,7 +93,7 @@ def pallas_obstacle(sentences: int) -> str | None:
 
 
 def _size_obstacle(layer: nnx.Module, num_words: int) -> str | None:
-    """Why the Pallas kernel cannot run this layer, or None."""
+    """The reason why the Pallas kernel cannot run this layer, or None."""
     from tnt_jax.models.kernels.tpu.tile import SUBLANES, covers_layer
 
     if not covers_layer(num_words, layer.attn.qkv.in_features, layer.attn.num_heads):
@@ -104,7 +104,7 @@ def _size_obstacle(layer: nnx.Module, num_words: int) -> str | None:
 
 
 def cuda_card_obstacle(dtype: DTypeLike) -> str | None:
-    """Why no CUDA kernel can run in this dtype here, or None."""
+    """The reason why no CUDA kernel can run in this dtype here, or None."""
     if platform() != "gpu":
         return f"the CUDA kernel runs on NVIDIA GPUs, and this is a {platform()}"
     card = gpu()
@@ -116,7 +116,7 @@ def cuda_card_obstacle(dtype: DTypeLike) -> str | None:
 
 
 def cuda_obstacle(layer: nnx.Module, sentences: int, num_words: int) -> str | None:
-    """Why the CUDA kernels cannot run this layer on so many sentences here, or None."""
+    """The reason why the CUDA kernels cannot run this layer on so many sentences here, or None."""
     if obstacle := cuda_card_obstacle(layer.dtype):
         return obstacle
     if not layer.norms_each_token:
@@ -165,7 +165,7 @@ def native(
 
 
 def cuda_sizes(layer: nnx.Module, num_words: int) -> Sizes:
-    """What the CUDA kernels are compiled for."""
+    """The sizes that the CUDA kernels are compiled for."""
     channels, hidden = layer.attn.qkv.in_features, layer.mlp.fc1.out_features
     return Sizes(num_words, channels, layer.attn.num_heads, hidden, NORM_EPSILON)
 

@@ -1,4 +1,4 @@
-"""How a transformer layer over the tokens of an image is computed.
+"""The ways to compute a transformer layer over the tokens of an image.
 
 - `reference`: norm, attention, MLP, each on its own; attention is chosen in attention.py.
 - `pallas`: the whole layer in one TPU kernel, kernels/tpu/outer_layer.py.
@@ -23,7 +23,7 @@ def transform_tokens(
     bias: Float[Array, "1 heads queries keys"] | None,
     added: Float[Array, "batch patches dim"] | None,
 ) -> Float[Array, "batch tokens dim"]:
-    """What a `TransformerLayer` makes of tokens.
+    """The output of a `TransformerLayer` for tokens.
 
     `bias` is added to the logits of the softmax, `added` to all tokens but the first.
     """
@@ -35,12 +35,12 @@ def transform_tokens(
 def add_to_patches(
     tokens: Float[Array, "batch tokens dim"], added: Float[Array, "batch patches dim"]
 ) -> Float[Array, "batch tokens dim"]:
-    """Patches with something added; the class token, which is the first token, stays what it is."""
-    return tokens + jnp.pad(added, ((0, 0), (1, 0), (0, 0)))
+    """Patches, which are the last tokens, with something added; the class token before them stays what it is."""
+    return tokens + jnp.pad(added, ((0, 0), (tokens.shape[1] - added.shape[1], 0), (0, 0)))
 
 
 def runs_kernel(layer: nnx.Module, shape: tuple[int, int, int], *, has_bias: bool, training: bool) -> bool:
-    """Whether a `TransformerLayer` runs its kernel for tokens of this shape."""
+    """True if a `TransformerLayer` runs its kernel for tokens of this shape."""
     attn, mlp = layer.attn, layer.mlp
     if preferred(getattr(attn, "formulation", "reference")) != "pallas" or pallas_obstacle(shape[0]):
         return False

@@ -1,4 +1,4 @@
-"""How the words of a patch become a sentence.
+"""The ways to make a sentence of the words of a patch.
 
 - `reference`: the equations, norm, linear map and norm.
 - `pallas`: one kernel on TPUs, kernels/tpu/words_to_sentence.py.
@@ -32,12 +32,12 @@ def make_sentences(
 
 
 def row_sizes(layer: nnx.Module) -> Rows:
-    """What the CUDA kernel is compiled for."""
+    """The sizes that the CUDA kernel is compiled for."""
     return Rows(layer.proj.in_features, layer.proj.out_features, NORM_EPSILON)
 
 
 def runs_folded(layer: nnx.Module, sentences: int) -> bool:
-    """Whether a WordsToSentence runs `folded`. The fallback is silent: the inner layer says the reason."""
+    """True if a WordsToSentence runs `folded`. The fallback is silent: the inner layer says the reason."""
     if layer.formulation != "cuda" or platform() != "gpu" or layer.norm_each_word or layer.norm2 is None:
         return False
     if layer.foreign_part():
@@ -50,7 +50,7 @@ def runs_folded(layer: nnx.Module, sentences: int) -> bool:
 
 
 def runs_kernel(layer: nnx.Module, sentences: int) -> bool:
-    """Whether a WordsToSentence runs its kernel; XLA computes the equations of the others."""
+    """True if a WordsToSentence runs its kernel; XLA computes the equations of the others."""
     if preferred(layer.formulation) != "pallas":
         return False
     from tnt_jax.models.kernels.tpu import words_to_sentence

@@ -33,11 +33,11 @@ class Opened:
     layout: str | None = None
     """Of the checkpoint that it was read from, if it was one."""
     tensors: int = 0
-    """How many were read from it."""
+    """The number of tensors that were read from it."""
     described: bool = True
-    """Whether the description came with it. Otherwise it was recognised from names and shapes."""
+    """True if the description came with it. Otherwise it was recognised from names and shapes."""
     notes: tuple[str, ...] = ()
-    """What was left out or changed, for people."""
+    """The tensors that were left out or changed, for people."""
 
 
 def open_checkpoint(
@@ -88,6 +88,6 @@ def _described(config: ModelConfig, names: tuple[str, ...] | None, published: bo
 
 
 def is_published(place: str) -> bool:
-    """Whether this is an address or a repository of published weights, or the name of such a file."""
+    """True for an address, a repository of published weights, or the name of such a file."""
     places = [place for variant in VARIANTS.values() for place in variant.weights]
     return place in places or place in [known.rpartition("/")[2] for known in places if known.startswith("https://")]

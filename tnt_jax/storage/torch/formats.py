@@ -49,7 +49,7 @@ class FileTensor:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint file holds."""
+    """The content of a checkpoint file."""
 
     content: Any
     """Nested dictionaries and lists of `Tensor`, `FileTensor`, `UnsupportedTensor` and plain values."""
@@ -82,7 +82,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def what_it_is(start: bytes) -> str:
-    """What a file that is no checkpoint is, from its first 1,024 bytes."""
+    """The kind of a file that is no checkpoint, from its first 1,024 bytes."""
     if not start:
         return "empty"
     for magic, words in _OTHERS.items():
@@ -128,5 +128,5 @@ def _file_tensor(path: Path, file: Any, name: str) -> FileTensor | UnsupportedTe
 
 
 def is_tensor(value: Any) -> bool:
-    """Whether this is a tensor of a checkpoint, readable or not."""
+    """True for a tensor of a checkpoint, readable or not."""
     return isinstance(value, Tensor | FileTensor | UnsupportedTensor)

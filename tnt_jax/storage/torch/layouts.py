@@ -124,7 +124,7 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "runni
 
 
 def tensor_names(path: str, layout: str) -> tuple[str, ...]:
-    """What the tensors are called in a layout that make up our parameter `path`, such as `blocks.0.inner.norm1.scale`.
+    """The names of a layout's tensors that make up our parameter `path`, such as `blocks.0.inner.norm1.scale`.
 
     One name, or the names of the tensors whose rows follow each other in ours.
 

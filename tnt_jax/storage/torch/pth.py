@@ -111,12 +111,12 @@ class UnsupportedTensor:
 
 
 def is_zip(start: bytes) -> bool:
-    """Whether a file that begins so can be a zip archive."""
+    """True if a file that begins so can be a zip archive."""
     return start.startswith(b"PK\x03\x04")
 
 
 def is_legacy(start: bytes) -> bool:
-    """Whether a file that begins so is of the format before PyTorch 1.6."""
+    """True if a file that begins so is of the format before PyTorch 1.6."""
     return start[2:14] == b"\x8a\x0a" + LEGACY_MAGIC.to_bytes(10, "little")
 
 
@@ -267,7 +267,7 @@ def _read_legacy(data: memoryview) -> Any:
 
 
 def _known(limit: int) -> dict[str, Any]:
-    """What the globals in a file of `limit` bytes stand for."""
+    """The meaning of the globals in a file of `limit` bytes."""
     tensor = _Rebuild(limit)
     known = {
         "collections.OrderedDict": lambda pairs=(), *_: _mapping(pairs),
@@ -303,7 +303,7 @@ def _mapping(pairs: Any) -> OrderedDict:
 
 
 def _encoded(text: Any, encoding: Any = "latin1") -> Any:
-    """How protocol 2 has bytes: as text in latin-1."""
+    """The bytes of protocol 2, which are text in latin-1."""
     if isinstance(text, str) and encoding == "latin1" and all(letter <= "\xff" for letter in text):
         return text.encode("latin-1")
     raise Damaged("it has bytes in a form that is not known")
@@ -316,7 +316,7 @@ def _rebuilt(function: Any, arguments: Any) -> Any:
 
 
 class _Rebuild:
-    """What torch/_utils.py makes tensors with."""
+    """The functions by which torch/_utils.py makes tensors."""
 
     def __init__(self, limit: int):
         self.limit = limit
@@ -366,7 +366,7 @@ class _Rebuild:
 
 
 def kind_of(value: Any) -> str:
-    """What a value is. What it holds may be as large as a file likes."""
+    """A value in a few words. It may be as large as a file likes."""
     return f"<{value.name[:100]}>" if isinstance(value, Inert) else f"a {type(value).__name__}"
 
 

@@ -40,7 +40,7 @@ class Found:
     class_names: tuple[str, ...] | None
     """If the file names them."""
     place: str
-    """Where in the file: keys, and the prefix that was taken off."""
+    """The place in the file: keys, and the prefix that was taken off."""
     averaged: bool
 
 
@@ -241,17 +241,17 @@ def _parameter(tensors: dict[str, Any], path: str, layout: str, dtype: Any) -> j
 
 
 def is_array(value: Any) -> bool:
-    """Whether this is a tensor of a checkpoint or an array."""
+    """True for a tensor of a checkpoint, and for an array."""
     return is_tensor(value) or isinstance(value, np.ndarray)
 
 
 def is_unused(name: str) -> bool:
-    """Whether a tensor of that name belongs to no forward pass: upstream's leftovers, and counters of averaging."""
+    """True if a tensor of that name belongs to no forward pass: upstream's leftovers, and counters of averaging."""
     return bool(UNUSED.fullmatch(name) or COUNTERS.fullmatch(name))
 
 
 def _fault(tensors: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> str | None:
-    """What is wrong with a tensor that should have a shape, if anything is."""
+    """The fault of a tensor that should have a shape, if it has one."""
     if name not in tensors:
         return f"{name} {shape} is missing"
     tensor = tensors[name]

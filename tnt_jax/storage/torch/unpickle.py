@@ -13,7 +13,7 @@ LARGEST_NUMBER = 16  # bytes of an integer; the magic number of PyTorch has 10
 
 
 class Damaged(ValueError):
-    """What is read is not what it should be. The message says how."""
+    """A pickle that is not as it should be. The message says in which way."""
 
 
 class Inert:
@@ -24,7 +24,7 @@ class Inert:
     def __init__(self, name: str):
         self.name = name
         self.state: Any = None
-        """What the pickle would have given to the object's `__setstate__`."""
+        """The argument that the pickle would have given to the object's `__setstate__`."""
 
 
 class OrderedDict(dict):

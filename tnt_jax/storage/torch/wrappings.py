@@ -37,7 +37,7 @@ class StateDict:
     """The state dict of one TNT in a checkpoint."""
 
     place: str
-    """Where it was: keys, and the prefix of the names, such as `state_dict/model.`."""
+    """The place of a dictionary: keys, and the prefix of the names, such as `state_dict/model.`."""
     averaged: bool
     tensors: Mapping[str, Any]
     """By the names of the layout, without a prefix; what has another prefix keeps its name."""
@@ -125,7 +125,7 @@ def _of_module(module: Inert) -> Mapping | None:
 
 
 def _prefixes(names: Mapping) -> list[str]:
-    """What stands before the names of a TNT, such as `module.`; several where several networks lie side by side."""
+    """The prefixes of the names of a TNT, such as `module.`; several where several networks lie side by side."""
     prefixes = {}
     for name in names:
         for kind, anchor in _ANCHORS.items():
@@ -140,7 +140,7 @@ def _prefixes(names: Mapping) -> list[str]:
 
 
 def _of_prefix(values: Mapping, prefix: str, prefixes: list[str]) -> dict[str, Any]:
-    """What is called so, by its name without the prefix, and what belongs to none of the networks.
+    """The tensors with a prefix, by their names without it, and those that belong to none of the networks.
 
     The names of a bare backbone get mmpretrain's `backbone.` before them.
     """
@@ -155,7 +155,7 @@ def _of_prefix(values: Mapping, prefix: str, prefixes: list[str]) -> dict[str, A
 
 
 def _what_there_is(name: str, content: Any) -> str:
-    """Why a checkpoint without a TNT is refused: what is in it instead."""
+    """The reason why a checkpoint without a TNT is refused: its real content."""
     if not isinstance(content, Mapping | Inert):
         return f"{name} holds a {type(content).__name__} and no state dict"
     largest: Mapping = {}

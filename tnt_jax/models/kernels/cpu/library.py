@@ -28,7 +28,7 @@ FUNCTIONS = {
 
 
 def compiled(name: str) -> bool:
-    """Whether this machine has compiled the file NAME.c; XLA knows its functions from then on."""
+    """True if this machine has compiled the file NAME.c; XLA knows its functions from then on."""
     return name in _compiled()
 
 
@@ -55,7 +55,7 @@ def _compile(name: str) -> bool:
 
 
 def obstacle(name: str, dtype: DTypeLike, count: int) -> str | None:
-    """Why the functions of a file cannot run on `count` rows of this dtype here, or None."""
+    """The reason why the functions of a file cannot run on `count` rows of this dtype here, or None."""
     if platform_of_program() != "cpu":
         return f"native runs on CPUs, and this is a {platform_of_program()}"
     if dtype not in ("float32", "bfloat16"):
@@ -67,7 +67,7 @@ Like = Array | jax.ShapeDtypeStruct
 
 
 def call(function: str, like: Like | Sequence[Like], *arguments: Array, **attributes) -> Array | Sequence[Array]:
-    """What a function gives for these arguments: arrays like `like`."""
+    """The results of a function for these arguments: arrays like `like`."""
     shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), like)
     run = jax.ffi.ffi_call(f"tnt_jax_{function}", shapes, vmap_method="sequential")
     return run(*arguments, **attributes)

@@ -57,17 +57,17 @@ def ptx(kernel: str, sizes: Sizes | Rows) -> str:
 
 
 class Means(NamedTuple):
-    """What a machine has for the kernels of some sizes."""
+    """The means that a machine has for the kernels of some sizes."""
 
     obstacle: str | None
-    """Why the kernels cannot be compiled, or None."""
+    """The reason why the kernels cannot be compiled, or None."""
     handler: bool
-    """Whether XLA has the handler that launches them."""
+    """True if XLA has the handler that launches them."""
 
 
 @functools.cache
 def own_means(sizes: Sizes | Rows) -> Means:
-    """What this machine has. All kernels are compiled at once, so that training does not find out later."""
+    """The means of this machine. All kernels are compiled at once, so that training does not find out later."""
     try:
         for kernel in sizes.kernels:
             ptx(kernel, sizes)
@@ -80,12 +80,12 @@ _agreed: dict[Sizes | Rows, Means] = {}
 
 
 def agree(sizes: Sizes | Rows, common: Means) -> None:
-    """What all processes of a run have, for each of them to go by (training/agreement.py)."""
+    """The means that all processes of a run have, for each of them to go by (training/agreement.py)."""
     _agreed[sizes] = common
 
 
 def means(sizes: Sizes | Rows) -> Means:
-    """What to go by for layers of these sizes: of several processes, what all of them have."""
+    """The means to go by for layers of these sizes: of several processes, those that all of them have."""
     if jax.process_count() == 1:
         return own_means(sizes)
     return _agreed.get(sizes, Means(NOT_AGREED, False))
@@ -113,7 +113,7 @@ def launch(
     grid: int,
     shared: int,
 ) -> list[Array]:
-    """What a kernel makes of arrays.
+    """The results of a kernel for arrays.
 
     Args:
         grid: blocks.

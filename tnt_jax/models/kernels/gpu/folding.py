@@ -70,19 +70,19 @@ def tiles(matrix: Float[Array, "inputs outputs"]) -> Float[Array, "tiles 32 8"]:
 
 
 def forward_tiles(m: Folded) -> Float[Array, "tiles 32 8"]:
-    """What inner_forward.cu takes."""
+    """The matrices of inner_forward.cu."""
     return jnp.concatenate([tiles(each) for each in (m.qkv, m.proj, m.fc1, m.fc2)])
 
 
 def mlp_tiles(sizes: Sizes, m: Folded) -> Float[Array, "tiles 32 8"]:
-    """What inner_mlp_gradient.cu takes."""
+    """The matrices of inner_mlp_gradient.cu."""
     more = sizes.hidden_in_parts - sizes.hidden
     fc1, fc2 = jnp.pad(m.fc1, ((0, 0), (0, more))), jnp.pad(m.fc2, ((0, more), (0, 0)))
     return jnp.concatenate([tiles(each) for each in (m.qkv, m.proj, fc1, fc2.T, fc1[: sizes.channels].T)])
 
 
 def attention_tiles(sizes: Sizes, m: Folded) -> Float[Array, "tiles 32 8"]:
-    """What inner_attention_gradient.cu takes."""
+    """The matrices of inner_attention_gradient.cu."""
     by_head = m.qkv[: sizes.channels].T.reshape(sizes.heads, -1, sizes.channels)
     return jnp.concatenate([tiles(m.qkv), tiles(m.proj.T), *map(tiles, by_head)])
 

@@ -11,11 +11,11 @@ from tnt_jax.models.kernels.gpu.sizes import Rows
 
 
 class NormGradient(NamedTuple):
-    """What the kernel returns."""
+    """The results of the kernel."""
 
     product: Float[Array, "rows outputs"]
     through: Float[Array, " rows"]
-    """What reaches a row of x through its deviation: of (x - mean) so many times is taken away."""
+    """The gradient of a row of x through its deviation: of (x - mean) so many times is taken away."""
     offset: Float[Array, " outputs"]
     scale: Float[Array, " outputs"]
     bias: Float[Array, " outputs"]

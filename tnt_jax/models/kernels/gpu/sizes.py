@@ -79,7 +79,7 @@ class Sizes(NamedTuple):
         return KERNELS
 
     def macros(self, kernel: str) -> dict[str, object]:
-        """What a kernel is compiled with."""
+        """The constants that a kernel is compiled with."""
         macros = {"WORDS": self.words, "CHANNELS": self.channels, "HEADS": self.heads, "HIDDEN": self.hidden}
         if kernel == "inner_attention_gradient":
             macros["PARTS"] = self.attention_parts
@@ -101,17 +101,17 @@ class Rows(NamedTuple):
         return ("norm_gradient",)
 
     def macros(self, kernel: str) -> dict[str, object]:
-        """What a kernel is compiled with."""
+        """The constants that a kernel is compiled with."""
         return {"INPUTS": self.inputs, "WIDTH": self.width, "EPSILON": f"{self.epsilon}f"}
 
     @property
     def covered(self) -> bool:
-        """Whether the kernel takes this width: a lane has two channels of each 64, and registers for ten such."""
+        """True if the kernel takes this width: a lane has two channels of each 64, and registers for ten such."""
         return self.width % 64 == 0 and self.width <= 640
 
 
 def obstacle(sizes: Sizes) -> str | None:
-    """Why the kernels cannot run a layer of these sizes, or None."""
+    """The reason why the kernels cannot run a layer of these sizes, or None."""
     if sizes.words > MOST_WORDS:
         return f"the CUDA kernel takes at most {MOST_WORDS} words a patch, and these are {sizes.words}"
     if sizes.channels % 2 or sizes.channels > MOST_CHANNELS:

@@ -33,7 +33,7 @@ class Folded(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """What the forward kernel multiplies by, in the dtype of products; two words at a time but for `fc2`."""
+    """The factors of the forward kernel, in the dtype of products; two words at a time but for `fc2`."""
 
     sums: Array  # (16, 2 * channels): the sum of a word's channels, eight times
     qkv: Array
@@ -43,7 +43,7 @@ class Forward(NamedTuple):
 
 
 class Backward(NamedTuple):
-    """What the backward kernel multiplies by beside the matrices of `Forward`.
+    """The factors of the backward kernel beside the matrices of `Forward`.
 
     Gradients of what a norm has made are without their mean, which a norm's gradient takes from them.
     """
@@ -127,7 +127,7 @@ def folded_gradient(gradient: Folded, *, packed: bool) -> Folded:
 
 
 def _interleaved(channels: int) -> Array:
-    """Where the channels of two words are, a channel of both before the next one."""
+    """The columns of two words' channels, a channel of both before the next one."""
     return jnp.arange(2 * channels).reshape(2, channels).T.reshape(-1)
 
 
@@ -138,7 +138,7 @@ def _of_two_words(matrix: Float[Array, "outputs inputs_and_bias"], dtype: DTypeL
 
 
 def _bias_columns(bias: Float[Array, "outputs 1"], dtype: DTypeLike) -> Float[Array, "outputs ones"]:
-    """What is left of rounding has a column of its own."""
+    """A column of its own for the rest of rounding."""
     # Compilers leave this rounding in, where they drop conversions there and back.
     format = jnp.finfo(dtype)
     rounded = lax.reduce_precision(bias, format.nexp, format.nmant)

@@ -156,7 +156,7 @@ def of_each_word(ref) -> list[Array]:
 
 
 def attended_of_pair(sizes: Sizes, query: Registers, pair: Array, span: int) -> Float[Array, "channels span"]:
-    """What attention found for two words; packed, a channel of both before the next channel."""
+    """The output of attention for two words; packed, a channel of both before the next channel."""
     if query.packed:
         return pltpu.bitcast(query.gather(0, sizes.channels, pair, span), jnp.bfloat16)
     return jnp.concatenate([query.gather(0, sizes.channels, 2 * pair + word, span) for word in (0, 1)])
@@ -298,7 +298,7 @@ def _inner_block(sizes: Sizes, machine: Machine, words, keep, folded: Folded) ->
 
 
 def packs_registers(sizes: Sizes, machine: Machine) -> bool:
-    """Whether attention and GELU compute in bfloat16, attention with two words in a register."""
+    """True if attention and GELU compute in bfloat16, attention with two words in a register."""
     return machine.packs and jnp.dtype(sizes.dtype) == jnp.bfloat16
 
 

@@ -37,7 +37,7 @@ IMAGES = 4  # of a step: what is added to their 196 patches then fills whole reg
 
 
 def covers(tokens: int, dim: int, hidden: int, heads: int, dtype: DTypeLike) -> bool:
-    """Whether the kernels can run a layer: two heads fill a register, and everything has room in VMEM."""
+    """True if the kernels can run a layer: two heads fill a register, and everything has room in VMEM."""
     if heads % 2 or dim != heads * HEAD_DIM or hidden % LANES:
         return False
     width = jnp.dtype(dtype).itemsize
@@ -49,7 +49,7 @@ def covers(tokens: int, dim: int, hidden: int, heads: int, dtype: DTypeLike) -> 
 
 
 def covers_added(tokens: int) -> bool:
-    """Whether the kernels can add something to all tokens of an image but the first: it fills whole registers."""
+    """True if the kernels can add something to all tokens of an image but the first: it fills whole registers."""
     return IMAGES * (tokens - 1) % 16 == 0
 
 
@@ -134,7 +134,7 @@ def to_hidden(layer: LayerParameters, epsilon: float, x: Array, keep: Array) -> 
 
 
 class Sizes(NamedTuple):
-    """What the kernels are compiled for."""
+    """The sizes that the kernels are compiled for."""
 
     batch: int
     tokens: int

@@ -28,12 +28,12 @@ TANH_GELU_LIMIT = 36.0
 
 
 class Machine(NamedTuple):
-    """What kernels are compiled for."""
+    """The sizes that kernels are compiled for."""
 
     cores: int = 1
     """That share the steps of a kernel, where its grid says that they may."""
     packs: bool = False
-    """Whether there is arithmetic between registers of bfloat16, which hold twice as much."""
+    """True if there is arithmetic between registers of bfloat16, which hold twice as much."""
     interpret: bool = False
     """Run step by step on any platform, for tests."""
 
@@ -53,12 +53,12 @@ class Sizes(NamedTuple):
 
     @property
     def exact(self) -> bool:
-        """Whether GELU is the exact one."""
+        """True if GELU is the exact one."""
         return self.dtype == jnp.float32
 
 
 def covers_layer(words: int, channels: int, heads: int) -> bool:
-    """Whether the kernels can run a layer: the channels of a word fill whole registers, in bfloat16 those of two."""
+    """True if the kernels can run a layer: the channels of a word fill whole registers, in bfloat16 those of two."""
     return words % 2 == 0 and channels % SUBLANES == 0 and channels % heads == 0
 
 
@@ -83,7 +83,7 @@ def gelu_and_derivative(x: Array, *, exact: bool) -> tuple[Array, Array]:
 
 
 def gelu_scale(dtype: DTypeLike) -> float:
-    """What the inputs of `scaled_gelu` are multiplied by, so that it has no constants to multiply by."""
+    """The factor of the inputs of `scaled_gelu`, so that it has no constants to multiply by."""
     return 0.5**0.5 if dtype == jnp.float32 else (-TANH_GELU[2]) ** 0.2
 
 
@@ -241,7 +241,7 @@ def over_tiles(
 
 
 def is_sentence(first: Array, sentences: int, axis: int = 1) -> Array:
-    """Which columns (axis 1) or rows (axis 0) of the tile that begins with this sentence are sentences.
+    """The columns (axis 1) or rows (axis 0) of the tile that begins with this sentence which are sentences.
 
     What lies beyond the last one is undefined, and would spoil sums.
     """

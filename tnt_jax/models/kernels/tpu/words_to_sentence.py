@@ -53,7 +53,7 @@ class Folded(NamedTuple):
 
 
 def covers_projection(rows: int, outer: int) -> bool:
-    """Whether the kernels can run such a projection: the result fills whole registers, transposed or not."""
+    """True if the kernels can run such a projection: the result fills whole registers, transposed or not."""
     return rows % LANES == 0 and outer % LANES == 0
 
 

@@ -1,6 +1,6 @@
 """Writes a file with tensors of every kind that checkpoints have, by whatever PyTorch runs this:
 
-    python tests/storage/torch/torch_files.py FOLDER
+    python tests/storage/pytorch/torch_files.py FOLDER
 
 `files/` holds what PyTorch 1.13.1 (Debian 12's python3-torch) wrote; the tests write those of the installed one.
 """
