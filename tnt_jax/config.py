@@ -446,8 +446,9 @@ def check_data(data: DataConfig) -> None:
     """`check` for the part of a configuration that a data pipeline needs."""
     for fault in faults(data, "data."):
         raise InputError(fault)
-    if data.crop_area and data.scale_jitter:
-        raise InputError(f"data.scale_jitter is {data.scale_jitter}, instead of which data.crop_area must be None")
+    if data.scale_jitter and (data.crop_area or data.simple_crop):
+        other = "crop_area must be None" if data.crop_area else "simple_crop must be False"
+        raise InputError(f"data.scale_jitter is {data.scale_jitter}, instead of which data.{other}")
     for name in ("crop_area", "crop_aspect", "scale_jitter"):
         low, high = getattr(data, name) or (1, 1)
         if low > high:

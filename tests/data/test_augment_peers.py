@@ -63,7 +63,7 @@ def test_three_augment_is_timms():
     transform = timm.data.auto_augment.auto_augment_transform("3a", {})
     theirs = [kinds(np.asarray(transform(Image.fromarray(COLOURS)))) for _ in range(3 * SEEDS)]
     data = DataConfig.plain("digits", auto_augment="3a")
-    ours = [kinds(augment.augment(COLOURS, data, (8, 8), np.random.default_rng(seed))) for seed in range(3 * SEEDS)]
+    ours = [kinds(augment.augment(COLOURS, data, (8, 8), np.random.default_rng(seed))[0]) for seed in range(3 * SEEDS)]
     for kind in ("grey", "solarised", "blurred"):
         counts = [sum(each == kind for each, _ in made) for made in (ours, theirs)]
         assert abs(counts[0] - counts[1]) < 4 * np.sqrt(2 * 3 * SEEDS * 2 / 9)  # four standard deviations
@@ -74,7 +74,7 @@ def test_three_augment_is_timms():
         level = {"Desaturate": 10, "Solarize": 5}[name]
         picture = timm.data.auto_augment.AugmentOp(name, 1.0, level)(Image.fromarray(COLOURS))
         seed = next(seed for seed, (kind, _) in enumerate(ours) if kind == changed)
-        mine = augment.augment(COLOURS, data, (8, 8), np.random.default_rng(seed))
+        mine = augment.augment(COLOURS, data, (8, 8), np.random.default_rng(seed))[0]
         np.testing.assert_array_equal(mine, np.asarray(picture))
 
 
@@ -85,7 +85,7 @@ def test_a_simple_crop_is_a_place_in_what_torchvision_resizes_and_pads():
     data = DataConfig.plain("digits", simple_crop=True, interpolation="bicubic")
     seen = set()
     for seed in range(300):
-        crop = augment.augment(photo, data, (16, 16), np.random.default_rng(seed))
+        crop = augment.augment(photo, data, (16, 16), np.random.default_rng(seed))[0]
         (place,) = np.argwhere((places == crop).all(axis=(2, 3, 4))).tolist()
         seen.add(tuple(place))
     rows, columns = (np.unique(each) for each in zip(*seen, strict=True))

@@ -229,7 +229,7 @@ def test_tfds_has_masks_beside_its_images(tmp_path):
     )
     assert train.images.digest() != test.images.digest()
     classes = dataclasses.replace(data, task="single_label", ignore=())
-    with pytest.raises(InputError, match="segmentation_mask, and an image and a label are needed"):
+    with pytest.raises(InputError, match="and an image and a label are needed"):
         open_split(classes, "train")
 
 
@@ -308,11 +308,15 @@ def test_an_unreadable_mask_may_be_skipped_as_an_image_may(scenes, caplog):
 
 
 def test_masks_and_tasks_must_fit(scenes):
-    with pytest.raises(InputError, match=r"has a mask of each image, and data.task is single_label: take segmentation"):
+    message = (
+        "has a mask for each image, and data.task is single_label, which needs one class of each image: take data.t"
+    )
+    with pytest.raises(InputError, match=message):
         open_split(DataConfig.plain(f"masks:{scenes}"), "train")
-    with pytest.raises(
-        InputError, match=r"digits has no mask of each image, and data.task is segmentation: take masks"
-    ):
+    message = (
+        "digits has a label for each image, and data.task is segmentation, which needs a mask .*, or masks:PATH, csv"
+    )
+    with pytest.raises(InputError, match=message):
         open_split(DataConfig.plain("digits", task="segmentation"), "train")
     with pytest.raises(InputError, match="there is no folder"):
         open_split(data_of(scenes / "nowhere"), "train")
