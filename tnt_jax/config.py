@@ -126,7 +126,7 @@ class DataConfig:
     """Columns with the labels: one of class names or numbers, or for multi_label and regression one for each output.
     By default `label`, `labels` and so on; for regression `target`, or all other columns of numbers; for segmentation
     `mask`, with the path of a mask."""
-    ignore: tuple[int, ...] = setting((), least=0)
+    ignore: tuple[int, ...] = setting((), least=0, most=65534)
     """segmentation: values of masks that are no class, beside 255, or 65535 of more than 255 classes. The classes are
     the other values in their order: of ADE20K, whose 0 is unlabelled, 0 makes 1 the first class."""
     label_separator: str | None = None
