@@ -449,6 +449,7 @@ def check_task(config: TrainConfig) -> None:
         "loss.class_weights": (loss.class_weights == "balanced", "none or numbers"),
         "loss.positive_weights": (loss.positive_weights != "none", "none"),
         "loss.focal_gamma": (loss.focal_gamma > 0, "0"),
+        "data.ignore": (config.data.ignore != (), "()"),
         **{f"data.{name}": (getattr(config.data, name) > 0, "0") for name in ("mixup", "cutmix", "label_smoothing")},
     }
     for name, (given, right) in only.items():
