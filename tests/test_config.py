@@ -63,7 +63,7 @@ def meaningless(config, path):
     step = 1 if isinstance(value, int) or value is None else 1e-9
     for words, bound in field.metadata.get("bounds", {}).items():
         bad = {"at least": bound - step, "above": bound, "at most": bound + step, "below": bound}[words]
-        yield (bad,) * len(value) if isinstance(value, tuple) else bad
+        yield (bad,) * max(1, len(value)) if isinstance(value, tuple) else bad
 
 
 @pytest.mark.parametrize("path", list(paths(CONFIG)), ids=".".join)

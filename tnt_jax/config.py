@@ -127,7 +127,7 @@ class DataConfig:
     """Columns with the labels: one of class names or numbers, or for multi_label and regression one for each output.
     By default `label`, `labels` and so on; for regression `target`, or all other columns of numbers; for segmentation
     `mask`, with the path of a mask."""
-    ignore: tuple[int, ...] = setting((), least=0)
+    ignore: tuple[int, ...] = setting((), least=0, most=65534)
     """segmentation: values of masks that are no class, beside 255, or 65535 of more than 255 classes. The classes are
     the other values in their order: of ADE20K, whose 0 is unlabelled, 0 makes 1 the first class."""
     label_separator: str | None = None
@@ -463,6 +463,7 @@ def check_task(config: TrainConfig) -> None:
         "loss.class_weights": (loss.class_weights == "balanced", "none or numbers"),
         "loss.positive_weights": (loss.positive_weights != "none", "none"),
         "loss.focal_gamma": (loss.focal_gamma > 0, "0"),
+        "data.ignore": (config.data.ignore != (), "()"),
         **{f"data.{name}": (getattr(config.data, name) > 0, "0") for name in ("mixup", "cutmix", "label_smoothing")},
     }
     for name, (given, right) in only.items():

@@ -180,6 +180,8 @@ def test_a_table_names_images_and_masks(scenes, tmp_path):
     np.testing.assert_array_equal(val[1][1], open_split(data_of(scenes), "train")[5][1])
     named = dataclasses.replace(data, class_names=str(scenes / "classes.txt"))
     assert open_split(named, "train").class_names == ("sky", "grass", "dog")
+    with pytest.raises(InputError, match="one column has masks, and mask and other were named"):
+        open_split(dataclasses.replace(data, label_columns=("mask", "other")), "train")
     (scenes / "masks/photo4.png").unlink()
     with pytest.raises(InputError, match=r"table\.csv, line 6: 1 of 6 masks are not there"):
         open_split(data, "train")
@@ -288,6 +290,13 @@ def test_what_is_wrong_is_said_with_the_file(scenes, name):
 
     with pytest.raises(InputError, match=SAID[name]):
         read()
+
+
+def test_a_broken_test_mask_does_not_make_another_split_the_reported_one(tmp_path):
+    for split, indices in {"train": [0, 1, 2], "val": [3], "test": [4, 5]}.items():
+        write(tmp_path / split, indices)
+    (tmp_path / "test/masks/photo4.png").write_bytes(b"nothing")
+    assert open_reported(data_of(tmp_path)).name == "test"
 
 
 def test_a_mask_that_is_too_many_is_said_and_left_out(scenes, caplog):

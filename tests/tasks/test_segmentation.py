@@ -1,5 +1,6 @@
 """Metrics of masks are scikit-learn's, over all pixels together; intervals are over images."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ def test_the_scores_of_a_run_are_scikit_learns_whatever_fills_the_last_batch():
     for at in (0, 5):
         part = [np.resize(each[at : at + 5], (5, *each.shape[1:])) for each in (logits, labels)]
         mask = np.arange(at, at + 5) < len(logits)
-        batches.append(TASK.evaluated(*map(jnp.asarray, part), jnp.asarray(mask)))
+        batches.append(jax.device_get(TASK.evaluated(*map(jnp.asarray, part), jnp.asarray(mask))))
     scores = TASK.scores(batches, Outputs("segmentation"))
     true, found = flat(logits, labels)
     assert scores["count"] == 9
@@ -48,7 +49,8 @@ def test_the_scores_of_a_run_are_scikit_learns_whatever_fills_the_last_batch():
     assert scores["pixel_accuracy"] == pytest.approx((true == found).mean(), rel=1e-9)
     assert scores.keys() == {"count", "miou", "pixel_accuracy", "loss"}
     logits[3, 0, 0, 0] = np.nan
-    broken = TASK.scores([TASK.evaluated(*map(jnp.asarray, (logits, labels, np.ones(9, bool))))], Outputs())
+    found = TASK.evaluated(*map(jnp.asarray, (logits, labels, np.ones(9, bool))))
+    broken = TASK.scores([jax.device_get(found)], Outputs())
     assert np.isnan(broken["loss"])
 
 

@@ -201,6 +201,9 @@ def test_every_command(finished, few, tmp_path):
     assert float(rows[3]["pixel_accuracy"]) == pytest.approx(
         (np.asarray(mask) == np.asarray(Image.open(few / "test/masks/0003.png"))).mean(), abs=1e-3
     )
+    header, *lines = run("predict.py", folder, few / "test/images", "--format", "csv").splitlines()
+    assert header == "image," + ",".join(f"class_{rank},share_{rank}" for rank in range(1, 6))
+    assert {line.count(",") for line in lines} == {10}
     code, _, err = commands.run("predict.py", folder, image, "--out", tmp_path / "masks")
     assert (code, "which is there already; name a new folder" in err) == (2, True)
 
@@ -228,6 +231,7 @@ def test_pictures_and_files(finished, few, tmp_path):
         ("export.py", ["--format", "web"], "a page shows predictions of whole images, and the task of the model is"),
         ("visualize.py", ["why"], "what is explained is one prediction of an image"),
         ("eval.py", ["--probe", "knn"], "is segmentation, and --probe asks for classes"),
+        ("eval.py", ["--crop", "0.8"], "crop is 0.8, and a model of task segmentation sees images whole"),
     ],
 )
 def test_what_cannot_be_is_one_line(script, arguments, message, finished, few, tmp_path):
@@ -278,6 +282,10 @@ def test_windows_say_the_same_where_one_is_enough_and_cover_large_images(finishe
         ({"loss": LossConfig("cross_entropy")}, r"must be cross_entropy_dice or pixel_cross_entropy"),
         ({"loss": LossConfig(class_weights="balanced")}, r"loss\.class_weights is 'balanced', which only"),
         ({"best_metric": "top1"}, r"must be one of miou, pixel_accuracy, loss"),
+        (
+            {"data": {"task": "single_label", "ignore": (0,)}, "model": dataclasses.replace(SMALL, head="class")},
+            r"data\.ignore is \(0,\), which only segmentation can have; for data\.task single_label it must be \(\)",
+        ),
     ],
 )
 def test_what_a_configuration_cannot_have_is_said(changes, message, few):

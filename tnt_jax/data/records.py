@@ -108,7 +108,10 @@ def _masked(builder, tfds, name: str, data: DataConfig, split: str, records: Any
     if data.class_names:
         names = read_class_names(data.class_names)
     else:
-        training = builder.as_data_source(split=data.train_split, decoders=_undecoded(tfds, ("image", MASK)))
+        try:
+            training = builder.as_data_source(split=data.train_split, decoders=_undecoded(tfds, ("image", MASK)))
+        except ValueError as error:
+            raise NoSplitError(data.train_split, sorted(builder.info.splits)) from error
         names = class_numbers([training[index][MASK] for index in range(len(training))], data)
     images = MaskedRecords(f"{name} {split}", records, len(names), known, Meaning(names, data.ignore))
     return Split(images, None, names, split, Reading.of(data))

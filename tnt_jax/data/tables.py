@@ -95,6 +95,8 @@ def _with_masks(
     """Some rows of a table whose labels are the paths of masks, relative to the table."""
     from tnt_jax.data.masks import CLASSES, class_numbers, split_of_files
 
+    if len(data.label_columns) > 1:
+        raise InputError(f"{table.path}: one column has masks, and {' and '.join(data.label_columns)} were named")
     given = data.label_columns[0] if data.label_columns else None
     column = table.columns[table.chosen(given, TASKS[data.task].label_columns, "--data.label-columns", required=True)]
     if (row := column.empty_row()) is not None:

@@ -111,6 +111,8 @@ class View:
         if self.crop is not None and not 0 < self.crop <= 1:
             raise InputError(f"crop is {self.crop:g}, and must be above 0 and at most 1")
         described, wanted = description_of(model), model.config
+        if self.crop is not None and TASKS[described.outputs.task].dense:
+            raise InputError(f"crop is {self.crop:g}, and a model of task {described.outputs.task} sees images whole")
         if self.image_size and self.image_size != wanted.image_size:
             wanted = changed(wanted, {"image_size": self.image_size})
             parameters, _ = adapt(model_parameters(model), model.config, wanted)

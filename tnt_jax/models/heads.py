@@ -28,10 +28,12 @@ from tnt_jax.models.tnt import TNT, grid_size, make_head
 
 DECODER_DIM = 256
 """Channels of the fused map at most, as of SegFormer-B0 and B1; a narrower network has its own width."""
-Maps = Float[Array, "batch rows columns channels"]
+Maps = Float[Array, "batch _rows _columns _channels"]
 
 
-def resized(maps: Maps, size: tuple[int, int]) -> Float[Array, "batch height width channels"]:
+def resized(
+    maps: Float[Array, "batch rows columns channels"], size: tuple[int, int]
+) -> Float[Array, "batch height width channels"]:
     """Bilinear, as PyTorch's `interpolate(mode="bilinear", align_corners=False)` enlarges.
 
     Two matrix products, as `jax.image.resize` computes it too, which cannot be exported for any number of images.

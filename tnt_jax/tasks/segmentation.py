@@ -142,7 +142,7 @@ class Segmentation(task.Task):
     heads = ("linear", "mlp")
     metrics = METRICS
     losses = ("cross_entropy_dice", "pixel_cross_entropy")
-    settings = ()
+    settings = ("data.ignore",)
     label_columns = ("mask", "masks", "mask_path", "segmentation", "label")
     needs = "a mask of each image"
     wanted = "the number of a class in each pixel"
@@ -253,14 +253,15 @@ class Segmentation(task.Task):
     def answer(self, result: dict[str, Any], names: Sequence[str] | None, count: int) -> Answer:
         shares = sorted(result["pred_shares"].items(), key=lambda pair: -pair[1])
         rows = [{"class": name, "share": share} for name, share in shares[:count]]
-        cells = {f"{name}_{rank}": value for rank, row in enumerate(rows, 1) for name, value in row.items()}
+        filled = rows + [{"class": None, "share": None}] * (count - len(rows))  # every line has the same columns
+        cells = {f"{name}_{rank}": value for rank, row in enumerate(filled, 1) for name, value in row.items()}
         return Answer({"pred_shares": dict(shares)}, rows, cells)
 
     def pictures(self, result: dict[str, Any], image: UInt8[np.ndarray, "height width 3"]) -> dict[str, Image.Image]:
         """The mask, in a palette or in 16 bits, and the image with its classes in their colours."""
         labels = result["pred_mask"]
         if labels.max() < IGNORED >> 8:
-            mask = Image.fromarray(labels.astype(np.uint8), "P")
+            mask = Image.fromarray(labels.astype(np.uint8))
             mask.putpalette(palette(256).tobytes())
         else:
             mask = Image.fromarray(labels)
