@@ -475,6 +475,8 @@ def check_task(config: TrainConfig) -> None:
                 f"{name} is {value!r}, which only {' and '.join(tasks)} can have; for data.task {task} it must be "
                 f"{right}"
             )
+    if loss.class_weights != "none" and not TASKS[task].weighs_classes:
+        raise InputError(f"loss.class_weights is {loss.class_weights!r}, and must be none for data.task {task}")
     if (head := config.model.head or "class") not in TASKS[task].heads:
         right = " or ".join(TASKS[task].heads)
         raise InputError(f"model.head is {head}, and must be {right} for data.task {task}")

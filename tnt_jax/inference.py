@@ -45,6 +45,8 @@ def inference_model(
         regression: pred_values (dictionary from the name of each target to its value, in its units).
         segmentation: pred_mask (uint16 (height, width), the class of each pixel of the image), pred_shares (dictionary
         from the name of each class that is there to its share of the pixels).
+        detection: pred_boxes (float32 (boxes, 4): left, top, right, bottom in pixels of the image, the best first),
+        pred_scores, pred_labels and pred_classes of each.
 
     Raises:
         InputError: an image cannot be read, or the model cannot be loaded or has no classes.

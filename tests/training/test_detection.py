@@ -221,6 +221,10 @@ def test_pictures_and_files(finished, few, tmp_path):
             {"data": {"mixup": 0.2}},
             r"data\.mixup is 0\.2, which only .* can have; for data\.task detection it must be 0",
         ),
+        (
+            {"loss": LossConfig(class_weights=(1.0,) * 10)},
+            r"loss.class_weights is .*must be none for data.task detection",
+        ),
         ({"loss": LossConfig("cross_entropy")}, r"must be detection or detection_giou"),
     ],
 )

@@ -44,11 +44,11 @@ class Arguments:
     max_pixels: int = DataConfig.max_pixels
     """Images of more pixels are taken for decompression bombs, and are refused before they are decoded."""
     out: str | None = None
-    """segmentation: a new folder for NAME.png, the classes of the pixels, and NAME_overlay.png, the image in their
-    colours."""
+    """segmentation, detection: a new folder for NAME.png, the classes of the pixels, and NAME_overlay.png, the image in
+    their colours; or for NAME_boxes.png, the image with its boxes."""
     zoom: float = 1.0
-    """segmentation: how much larger than it fits whole into the model's input an image is seen; above 1 in windows that
-    overlap by a half."""
+    """segmentation, detection: how much larger than it fits whole into the model's input an image is seen; above 1 in
+    windows that overlap by a half."""
 
 
 @command
@@ -123,7 +123,7 @@ def _pictures(out: str, task: Task) -> Callable[[str, dict], InputError | None]:
     from tnt_jax.storage.files import write_whole
 
     if not task.dense:
-        raise InputError(f"--out is for masks, and the task of the model is {task.name}")
+        raise InputError(f"--out is for masks and boxes, and the task of the model is {task.name}")
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"--out is {out}, which is there already; name a new folder")

@@ -193,6 +193,7 @@ class Detection(task.Task):
     metrics = METRICS
     losses = ("detection", "detection_giou")
     settings = ()
+    weighs_classes = False
     label_columns = ()
     needs = "boxes of each image"
     wanted = "a class of each box"

@@ -147,6 +147,8 @@ class Task(abc.ABC):
     """Of an image: a label of all of it, or a mask or boxes, which move with its pixels; evaluation shows it whole."""
     heads: tuple[str, ...] = ("class",)
     """Of a model: the first is for the image; the others over its pixels. As `ModelConfig.head` has them."""
+    weighs_classes: bool = True
+    """True if `loss.class_weights` may be numbers."""
     output_fields: tuple[str, ...] = ()
     """Fields of `Outputs` that are its own: a number for each output."""
     one_class: bool = False
