@@ -6,9 +6,9 @@ The folder is that of coco_detr_tnt_s.py. The published weights of PyramidTNT-S 
 folder that holds them, or a training run. Made for 8 accelerators with 40 GB, 2 images on each.
 
 Not run by this project. Published: 42.0 AP after 12 epochs (arXiv 2201.00978, table 7), at a rate of 1e-4 with AdamW
-and a weight decay of 0.05. That detector brings the maps of the stages to strides of 4 to 32 by transposed convolutions and
-sees images with a shorter side of 800 pixels; here its five levels are the four stages and a coarser map, strides of 8
-to 128, and images are fitted whole into 768 x 768.
+and a weight decay of 0.05. That detector brings the maps of the stages to strides of 4 to 32 by transposed
+convolutions and sees images with a shorter side of 800 pixels; here its five levels are the four stages and a coarser
+map, strides of 8 to 128, and images are fitted whole into 768 x 768.
 """
 
 from tnt_jax.config import DataConfig, ModelChanges, OptimizerConfig, TrainConfig
