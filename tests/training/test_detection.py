@@ -223,7 +223,7 @@ def test_pictures_and_files(finished, few, tmp_path):
         ),
         (
             {"loss": LossConfig(class_weights=(1.0,) * 10)},
-            r"loss.class_weights is .*must be none for data.task detection",
+            r"loss\.class_weights is .*, and must be none for",
         ),
         ({"loss": LossConfig("cross_entropy")}, r"must be detection or detection_giou"),
     ],
