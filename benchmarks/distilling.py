@@ -2,8 +2,8 @@
 
     python benchmarks/distilling.py [--epochs 200] [--images 300]
 
-The teacher is what `python train.py` trains, 122,000 parameters on all 1,437 training images. The student has 14,000 and
-sees 300 of them, moved and mixed; both students train with the same batches and differ in --distill.teacher alone.
+The teacher is what `python train.py` trains, 122,000 parameters on all 1,437 training images. The student has 14,000
+and sees 300 of them, moved and mixed; both students train with the same batches and differ in --distill.teacher alone.
 """
 
 import argparse
