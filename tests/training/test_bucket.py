@@ -112,6 +112,8 @@ def test_a_run_that_another_machine_trains_is_left_alone(config, monkeypatch):
     monkeypatch.setattr(lock, "BEAT_SECONDS", 0.5)
     holder = place(config.run_dir) / lock.HOLDER_FILE
     with lock.RunLock(config.run_dir, print, print):
+        with pytest.raises(lock.RunningError), lock.RunLock(config.run_dir, print, print):  # of this machine, and alive
+            pass
         monkeypatch.setattr(lock, "_place", lambda: "another machine")
         with pytest.raises(lock.RunningError, match=r"is being trained by process \d+"):
             train(config)
@@ -156,14 +158,14 @@ def test_without_credentials_nothing_is_begun(config, tmp_path, monkeypatch):
 
 
 def test_a_log_in_a_bucket_has_each_line_before_its_step_is_saved(config):
-    seen = {}
+    config, seen = dataclasses.replace(config, checkpoint_every_steps=13), []
 
     def look(step, metrics):
-        if step == 13:  # step 12 is logged, and nothing is saved or evaluated since 11
-            seen["lines"] = [line["step"] for line in metrics_of(config.run_dir)]
-        return step == 13
+        if step == 14:
+            seen.extend(line["step"] for line in metrics_of(config.run_dir))
+        return step == 14
 
     train(config, on_step=look)
-    assert seen["lines"] == [4, 8, 11, 11][: len(seen["lines"])]
-    assert [line["step"] for line in metrics_of(config.run_dir)][-2:] == [12, 13]
-    assert parameters(config.run_dir, step=13)
+    assert seen == [4, 8, 11, 12]
+    assert [line["step"] for line in metrics_of(config.run_dir)] == [4, 8, 11, 12, 14]
+    assert parameters(config.run_dir, step=14)

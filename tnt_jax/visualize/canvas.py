@@ -175,8 +175,9 @@ def bar_of_each(part, axes: list, label: str) -> None:
     """One bar for maps that each run from their own least to their own greatest value."""
     from matplotlib.cm import ScalarMappable
 
-    bar = part.colorbar(ScalarMappable(cmap=MAP), ax=axes, shrink=0.6, aspect=25, pad=0.01, ticks=(0, 1), alpha=ALPHA)
+    bar = part.colorbar(ScalarMappable(cmap=MAP), ax=axes, shrink=0.6, aspect=25, pad=0.01, ticks=(0, 1))
     bar.ax.set_facecolor(MEAN_GREY)
+    bar.solids.set_alpha(ALPHA)
     bar.ax.set_yticklabels(("least", "most"), fontsize=6)
     bar.set_label(label, fontsize=7)
 
