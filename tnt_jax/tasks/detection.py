@@ -313,7 +313,7 @@ class Detection(task.Task):
             found.append(boxes[((boxes[:, 2:4] - boxes[:, :2]) > 0).all(1)])
         best = np.concatenate(found)
         best = best[np.argsort(-best[:, 4], kind="stable")]
-        if len(found) > 1:
+        if len(found) > 1 and len(best):
             best = best[~np.asarray(suppressed(best[:, :4], best[:, 5]))]
         return best[:MOST_FOUND]
 
