@@ -87,7 +87,7 @@ def _evaluated(data: DataConfig) -> Split | None:
 def _is_labelled(found: Split) -> bool:
     """True if there is something to report: TFDS has test splits whose labels are -1."""
     try:
-        there = found.targets is not None or found.dense or found.images.labelled(0) is not None
+        there = found.targets is not None or found.tells != "label" or found.images.labelled(0) is not None
         return len(found) > 0 and there
     except InputError:
         return False
