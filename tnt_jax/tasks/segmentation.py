@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8, UInt16
+from jaxtyping import Float, Int, Num, UInt8, UInt16
 from PIL import Image
 
 from tnt_jax.errors import InputError
@@ -45,7 +45,7 @@ METRICS = (
 OF_CLASS = Metric("iou", function=iou, interval=True)
 
 
-def counts_of(confusion: Int[np.ndarray, "*images classes classes"]) -> ClassCounts:
+def counts_of(confusion: Num[np.ndarray, "*images classes classes"]) -> ClassCounts:
     """Pixels of each class that are right, labelled and predicted."""
     return ClassCounts(np.diagonal(confusion, axis1=-2, axis2=-1), confusion.sum(axis=-1), confusion.sum(axis=-2))
 
