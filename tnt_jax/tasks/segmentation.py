@@ -199,7 +199,8 @@ class Segmentation(task.Task):
     def _total(self, batches: list[dict[str, np.ndarray]], outputs: Outputs) -> tuple[int, dict[str, float]]:
         sums = {name: sum(np.asarray(batch[name], np.float64) for batch in batches) for name in batches[0]}
         count = int(sums["count"])
-        return count, computed(METRICS, counts_of(sums["confusion"])) | {"loss": float(sums["loss"]) / count}
+        found = {name: float(value) for name, value in computed(METRICS, counts_of(sums["confusion"])).items()}
+        return count, found | {"loss": float(sums["loss"]) / count}
 
     def mirrored(self, logits: "jax.Array") -> "jax.Array":
         return logits[:, :, ::-1]
