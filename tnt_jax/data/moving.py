@@ -94,9 +94,9 @@ def fitted(
     # Where the part that is shown begins, in the resized image and in the result.
     cut = [round(share * max(0, whole - to)) for share, whole, to in zip(at, new, size, strict=True)]
     start = [round(share * max(0, to - whole)) for share, whole, to in zip(at, new, size, strict=True)]
-    length = [min(whole, to) for whole, to in zip(new, size, strict=True)]
+    length = tuple(min(whole, to) for whole, to in zip(new, size, strict=True))
     part = resize(image, new, interpolation, (*cut, *length))
-    if tuple(length) != tuple(size):
+    if length != tuple(size):
         whole = np.empty((*size, image.shape[2]), image.dtype)
         whole[:] = np.asarray(fill)
         whole[start[0] : start[0] + length[0], start[1] : start[1] + length[1]] = part

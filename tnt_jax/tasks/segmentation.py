@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8, UInt16
+from jaxtyping import Float, Int, Num, UInt8, UInt16
 from PIL import Image
 
 from tnt_jax.errors import InputError
@@ -45,7 +45,7 @@ METRICS = (
 OF_CLASS = Metric("iou", function=iou, interval=True)
 
 
-def counts_of(confusion: Int[np.ndarray, "*images classes classes"]) -> ClassCounts:
+def counts_of(confusion: Num[np.ndarray, "*images classes classes"]) -> ClassCounts:
     """Pixels of each class that are right, labelled and predicted."""
     return ClassCounts(np.diagonal(confusion, axis1=-2, axis2=-1), confusion.sum(axis=-1), confusion.sum(axis=-2))
 
@@ -200,7 +200,8 @@ class Segmentation(task.Task):
     def _total(self, batches: list[dict[str, np.ndarray]], outputs: Outputs) -> tuple[int, dict[str, float]]:
         sums = {name: sum(np.asarray(batch[name], np.float64) for batch in batches) for name in batches[0]}
         count = int(sums["count"])
-        return count, computed(METRICS, counts_of(sums["confusion"])) | {"loss": float(sums["loss"]) / count}
+        found = {name: float(value) for name, value in computed(METRICS, counts_of(sums["confusion"])).items()}
+        return count, found | {"loss": float(sums["loss"]) / count}
 
     def mirrored(self, logits: "jax.Array") -> "jax.Array":
         return logits[:, :, ::-1]
