@@ -4,9 +4,11 @@
     python benchmarks/gpu_compile.py --json >> gpu.jsonl   the estimates for it, anywhere
     python benchmarks/gpu.py --tables gpu.jsonl          both as tables, anywhere
 
-The first command writes a JSON line for each thing that it finds, at once, the most telling first: a run that is cut
-off has said what it knew. Each part is a process with a time limit of its own, so what hangs or fails costs that part
-alone and is a line too. PyTorch's timm is measured beside ours where both are installed and see the card.
+The first command writes a JSON line for each thing that it finds, at once, the most telling first: whether the kernel
+is right, then training steps, then the rest. It ends after `--minutes`, by default 9; called again with the same
+`--out` it finds its compiled programs beside it and gets further, and `--parts` chooses. Each part is a process with a
+time limit of its own, so what hangs or fails costs that part alone and is a line too. PyTorch's timm is measured beside
+ours where both are installed and see the card; packages that `PYTHONPATH` names are found.
 
 Without a GPU it says so and ends; with --smoke it does everything that a CPU can do, in the least sizes, to show that
 the command itself is sound: those numbers mean nothing.
@@ -18,6 +20,7 @@ import functools
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,12 +29,15 @@ import threading
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-MODELS = ("deit+cudnn", "cuda+cudnn", "auto", "stock", "cuda", "deit", "reference", "feature_major")
-# Name, seconds at most: the most telling first.
-PARTS = [("kernel", 90), ("inner", 90), ("attention", 60)]
-PARTS += [(f"model {model} {which}", 90) for which in ("forward", "train") for model in MODELS]
-PARTS += [("timm", 120), ("knobs", 120)]
+MODELS = ("cuda+cudnn", "stock", "auto", "deit+cudnn", "cuda", "deit", "reference", "feature_major")
+# Name, seconds at most, most of which compile: the most telling first.
+PARTS = [("kernel", 240), ("sanitizer", 240)]
+PARTS += [(f"model {model} train", 240) for model in MODELS] + [("timm", 300), ("inner", 120)]
+PARTS += [(f"model {model} forward", 150) for model in MODELS]
+PARTS += [("attention", 90), ("knobs", 150), ("digits", 300)]
 ROUNDS = 5
+SENTENCES = 37  # no multiple of anything
+MORE = 8  # times the sentences, for what an image more takes
 
 
 def main() -> None:
@@ -39,6 +45,7 @@ def main() -> None:
     arguments.add_argument("--out", type=pathlib.Path, help="a file to which the lines are added, beside the screen")
     arguments.add_argument("--parts", nargs="+", help="those whose names begin so; by default all")
     arguments.add_argument("--batch", type=int, default=128, help="images")
+    arguments.add_argument("--minutes", type=float, default=9, help="after which no part begins, and the last one ends")
     arguments.add_argument("--smoke", action="store_true", help="in the least sizes, on whatever JAX finds")
     arguments.add_argument("--tables", type=pathlib.Path, help="renders the lines of this file, and measures nothing")
     given = arguments.parse_args()
@@ -46,7 +53,7 @@ def main() -> None:
         import gpu_tables
 
         return print(gpu_tables.render(given.tables.read_text()))
-    say = functools.partial(_say, given.out)
+    say, end = functools.partial(_say, given.out), time.monotonic() + 60 * given.minutes
     found = _child("card", 120, given, say)
     if not found or (found[0]["platform"] != "gpu" and not given.smoke):
         there = found[0]["platform"] if found else "nothing"
@@ -55,7 +62,10 @@ def main() -> None:
         )
     for name, limit in PARTS:
         if not given.parts or name.startswith(tuple(given.parts)):
-            _child(name, limit, given, say)
+            if (left := end - time.monotonic()) > 5:
+                _child(name, min(limit, left), given, say)
+            else:
+                say({"part": name, "failed": f"not begun: {given.minutes:g} minutes are over"})
     return None
 
 
@@ -70,7 +80,15 @@ def _say(out: pathlib.Path | None, line: dict) -> None:
 def _child(name: str, limit: float, given: argparse.Namespace, say) -> list[dict]:
     """The lines of a part, said as they come; what goes wrong is one too."""
     command = [sys.executable, __file__, "--child", name, str(given.batch), str(int(given.smoke))]
-    settings = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "benchmarks"))), "PYTHONUNBUFFERED": "1"}
+    paths = [str(ROOT), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    settings = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    if given.out:
+        settings["JAX_COMPILATION_CACHE_DIR"] = str(given.out.resolve().parent / "compiled")
+    if name == "sanitizer":
+        if not (tool := shutil.which("compute-sanitizer")):
+            say({"part": name, "not_run": "compute-sanitizer is not installed"})
+            return []
+        command = [tool, "--error-exitcode", "9", *command]
     settings["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]  # one card
     start, found, late = time.monotonic(), [], threading.Event()
     with tempfile.TemporaryFile("w+") as errors:
@@ -93,7 +111,7 @@ def _child(name: str, limit: float, given: argparse.Namespace, say) -> list[dict
         errors.seek(0)
         last = (errors.read().strip().splitlines() or ["no message"])[-1][:300]
     if code:
-        failed = f"took more than {limit} s" if late.is_set() else f"exit code {code}: {last}"
+        failed = f"took more than {limit:.3g} s" if late.is_set() else f"exit code {code}: {last}"
         say({"part": name, "failed": failed, "seconds": round(time.monotonic() - start, 1)})
     return found
 
@@ -222,7 +240,7 @@ def kernel(batch: int, smoke: bool) -> None:
     import numpy as np
 
     for model in ("tnt_s_patch16_224", "tnt_ti_patch16_224", "tnt_b_patch16_224"):
-        sentences = 37 if smoke else 3001  # no multiple of anything
+        sentences, of_plain = SENTENCES if smoke else 3001, None
         with jax.default_matmul_precision("highest"):
             params, run, channels = layer_of("reference", model, "float32")
             words, cotangent = (draw((sentences, 16, channels), seed) for seed in (3, 4))
@@ -239,12 +257,44 @@ def kernel(batch: int, smoke: bool) -> None:
                     one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
                     errors.append(float(np.sqrt(np.mean((one - other) ** 2) / np.mean(other**2))))
                 same = all(np.array_equal(one, other) for one, other in zip(found, again, strict=True))
-                say(model=model, formulation=formulation, launched_by=by, forward=errors[0],
-                    gradients=max(errors[1:]), same_bits=same)  # fmt: skip
+                of_plain = of_plain or errors  # the equations come first
+                over = max(one / plain for one, plain in zip(errors, of_plain, strict=True))
+                say(model=model, formulation=formulation, launched_by=by, right=same and over <= 2,
+                    over_plain=over, forward=errors[0], gradients=max(errors[1:]), same_bits=same)  # fmt: skip
+
+
+def sanitizer(batch: int, smoke: bool) -> None:
+    """The kernel and its gradient on a few sentences, under NVIDIA's compute-sanitizer, which ends with an error."""
+    import jax
+    import jax.numpy as jnp
+
+    if reason := obstacle_of("tnt_s_patch16_224"):
+        return say(not_run=reason)
+    params, run, channels = layer_of("cuda", "tnt_s_patch16_224", "bfloat16")
+    words, cotangent = (draw((SENTENCES, 16, channels), seed).astype(jnp.bfloat16) for seed in (3, 4))
+    jax.block_until_ready(gradient_of(run)(params, words, cotangent))
+    return say(sentences=SENTENCES, right=True)
+
+
+def digits(batch: int, smoke: bool) -> None:
+    """An epoch of `train.py` in every formulation, in bfloat16: its loss, and the images of a second."""
+    for inner in ("reference", "cuda", "auto"):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "train.py", "--epochs", "1", "--run-dir", f"{folder}/run"]
+            command += ["--model.inner", inner, "--model.dtype", "bfloat16"]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            lines = pathlib.Path(folder, "run/metrics.jsonl")
+            if done.returncode or not lines.is_file():
+                say(formulation=inner, not_run=(done.stderr.strip().splitlines() or ["no message"])[-1][:300])
+                continue
+            found = [json.loads(line) for line in lines.read_text().splitlines()]
+            say(formulation=inner, loss=[line["loss"] for line in found if line["kind"] == "train"][-1],
+                ema_top1=found[-1].get("ema_top1"))  # fmt: skip
 
 
 def inner(batch: int, smoke: bool) -> None:
-    """The layer alone, forward and gradient, beside the time of its bytes and of its FLOPs."""
+    """The layer alone, forward and gradient: what an image more takes, and what a call takes that has none, which is
+    folding parameters and launching; beside the first the time of its bytes."""
     import jax
     import jax.numpy as jnp
 
@@ -255,13 +305,19 @@ def inner(batch: int, smoke: bool) -> None:
     for formulation in ("cuda", "reference", "feature_major"):
         for by in ways(model, formulation):
             params, run, channels = layer_of(formulation, model, "bfloat16")
-            words, cotangent = (draw((sentences, 16, channels), seed).astype(jnp.bfloat16) for seed in (3, 4))
-            with launched(by):
-                forward = seconds(jax.jit(run), params, words)
-                both = seconds(gradient_of(run), params, words, cotangent)
-            floor = words.size * 2 * 2 / chip.bandwidth * 1e6 if chip else None
-            say(formulation=formulation, launched_by=by, forward_us=forward * 1e6, gradient_us=(both - forward) * 1e6,
-                floor_us=floor)  # fmt: skip
+            spent = []
+            for times in (1, MORE):
+                words, cotangent = (
+                    draw((times * sentences, 16, channels), seed).astype(jnp.bfloat16) for seed in (3, 4)
+                )
+                with launched(by):
+                    forward = seconds(jax.jit(run), params, words)
+                    spent.append((forward, seconds(gradient_of(run), params, words, cotangent) - forward))
+            of_batch = [(more - once) / (MORE - 1) for once, more in zip(*spent, strict=True)]
+            of_call = [once - each for once, each in zip(spent[0], of_batch, strict=True)]
+            floor = sentences * 16 * channels * 2 * 2 / chip.bandwidth * 1e6 if chip else None
+            say(formulation=formulation, launched_by=by, forward_us=of_batch[0] * 1e6, gradient_us=of_batch[1] * 1e6,
+                forward_call_us=of_call[0] * 1e6, gradient_call_us=of_call[1] * 1e6, floor_us=floor)  # fmt: skip
 
 
 def attention(batch: int, smoke: bool) -> None:
@@ -376,8 +432,7 @@ if __name__ == "__main__":
         if part.startswith("model "):
             model(*part.split()[1:], given_batch, given_smoke)
         else:
-            {"card": card, "kernel": kernel, "inner": inner, "attention": attention, "timm": timm, "knobs": knobs}[
-                part
-            ](given_batch, given_smoke)
+            others = (card, kernel, sanitizer, inner, attention, timm, knobs, digits)
+            {each.__name__: each for each in others}[part](given_batch, given_smoke)
     else:
         main()

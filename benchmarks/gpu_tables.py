@@ -8,19 +8,21 @@ Row = list[object]
 def render(text: str) -> str:
     """All tables for which there are lines, in Markdown."""
     lines = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
-    of = {part: [line for line in lines if line.get("part", "").split()[:1] == [part]]
-          for part in ("card", "kernel", "inner", "attention", "model", "timm", "knobs")}  # fmt: skip
+    parts = ("card", "kernel", "sanitizer", "inner", "attention", "model", "timm", "knobs", "digits")
+    of = {part: [line for line in lines if line.get("part", "").split()[:1] == [part]] for part in parts}
     parts = [_card(line) for line in of["card"]]
     parts += [
         _table("Relative errors (root mean square) against float32", of["kernel"],
-               ("model", "formulation", "launched_by", "forward", "gradients", "same_bits"), "{:.1e}"),
-        _table("The inner layer alone, µs", of["inner"],
-               ("formulation", "launched_by", "forward_us", "gradient_us", "floor_us"), "{:.0f}"),
+               ("model", "formulation", "launched_by", "right", "over_plain", "forward", "gradients"), "{:.1e}"),
+        _table("The inner layer alone, µs: of the images, and of a call without any", of["inner"],
+               ("formulation", "launched_by", "forward_us", "gradient_us", "forward_call_us", "gradient_call_us",
+                "floor_us"), "{:.0f}"),
         _table("Attention between sentences, µs", of["attention"],
                ("implementation", "forward_us", "forward_and_gradient_us"), "{:.0f}"),
         _models(of["model"] + of["timm"], [line for line in lines if line.get("estimate")]),
         _table("Warps of a block and blocks of a multiprocessor, µs", of["knobs"],
                ("warps", "blocks", "forward_us", "forward_and_gradient_us"), "{:.0f}"),
+        _table("An epoch of digits", of["digits"], ("formulation", "loss", "ema_top1"), "{:.4f}"),
     ]  # fmt: skip
     failed = [f"- {line['part']}: {line['failed']}" for line in lines if "failed" in line]
     parts += ["What failed:\n\n" + "\n".join(failed)] if failed else []

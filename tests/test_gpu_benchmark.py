@@ -28,7 +28,19 @@ def test_every_part_is_a_line_and_the_lines_are_tables(tmp_path):
     """In the least sizes. What needs a GPU says so; a part that fails, as timm without torchvision, costs itself."""
     out = tmp_path / "gpu.jsonl"
     done = run(
-        "--smoke", "--out", out, "--parts", "kernel", "attention", "knobs", "timm", "model reference", "model cuda"
+        "--smoke",
+        "--out",
+        out,
+        "--parts",
+        "kernel",
+        "attention",
+        "knobs",
+        "timm",
+        "model reference",
+        "model cuda",
+        "sanitizer",
+        "inner",
+        "digits",
     )
     assert done.returncode == 0, done.stderr
     assert out.read_text() == done.stdout
@@ -36,7 +48,7 @@ def test_every_part_is_a_line_and_the_lines_are_tables(tmp_path):
     assert {line["part"] for line in lines} >= {"card", "kernel", "attention", "knobs", "timm", "model reference train"}
     (plain, *_) = [line for line in lines if line.get("formulation") == "reference"]
     assert 1e-3 < plain["forward"] < 1e-2, "bfloat16"
-    assert plain["same_bits"]
+    assert (plain["same_bits"], plain["right"], plain["over_plain"]) == (True, True, 1)
     refused = [line for line in lines if "cuda" in (line.get("formulation"), line.get("model"))]
     assert {line["not_run"] for line in refused} == {"the CUDA kernel runs on NVIDIA GPUs, and this is a cpu"}
     with out.open("a") as file:
@@ -58,3 +70,12 @@ def test_a_part_that_hangs_is_ended_and_said(tmp_path, monkeypatch, capsys):
     said = []
     assert gpu._child("kernel", 0.2, given, said.append) == []
     assert said[0]["failed"] == "took more than 0.2 s"
+
+
+def test_after_its_minutes_it_ends_and_carried_packages_are_found(tmp_path):
+    """With a package beside the project's own, which notes that a part began."""
+    (tmp_path / "sitecustomize.py").write_text("import os, sys\nos.environ['SEEN'] = 'carried'\n")
+    done = run("--smoke", "--minutes", "0", "--parts", "kernel", PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}")
+    assert done.returncode == 0, done.stderr
+    *_, last = map(json.loads, done.stdout.splitlines())
+    assert last == {"part": "kernel", "failed": "not begun: 0 minutes are over"}
