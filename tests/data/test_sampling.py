@@ -11,7 +11,7 @@ from tnt_jax.data.check import check_splits
 from tnt_jax.data.pipeline import epoch_order, train_batches
 from tnt_jax.data.sampling import image_shares
 from tnt_jax.data.sources import Split
-from tnt_jax.tasks.weights import class_counts
+from tnt_jax.tasks.weights import images_per_class
 
 LABELS = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [400, 90, 10]))
 MANY = np.zeros((500, 3), np.float32)
@@ -25,7 +25,7 @@ def order_of(targets, sampling, epoch=0, seed=0):
 @pytest.mark.parametrize("epoch", range(3))
 def test_balanced_classes_have_the_same_places_and_share_them_among_their_images(epoch):
     order = order_of(LABELS, "balanced", epoch)
-    counts = class_counts(LABELS[order], 3)
+    counts = images_per_class(LABELS[order], 3)
     assert counts.sum() == 500
     assert np.abs(counts - 500 / 3).max() <= 1
     seen = np.bincount(order, minlength=500)
@@ -36,7 +36,7 @@ def test_balanced_classes_have_the_same_places_and_share_them_among_their_images
 
 def test_sqrt_is_in_proportion_to_the_root_of_how_many_images_a_class_has():
     roots = np.sqrt([400, 90, 10])
-    counts = class_counts(LABELS[order_of(LABELS, "sqrt")], 3)
+    counts = images_per_class(LABELS[order_of(LABELS, "sqrt")], 3)
     assert np.abs(counts - 500 * roots / roots.sum()).max() <= 1
 
 
@@ -46,7 +46,7 @@ def test_an_image_of_several_labels_has_the_places_that_its_rarest_gives_it():
     weights = np.select([MANY[:, 2] > 0, MANY[:, 1] > 0, MANY[:, 0] > 0], [1 / 10, 1 / 90, 1 / 400], 1 / 100)
     expected = 500 * weights / weights.sum()
     assert (np.abs(seen - expected) < 1).all()
-    assert class_counts(MANY[order_of(MANY, "balanced")], 3)[2] > 5 * class_counts(MANY, 3)[2]
+    assert images_per_class(MANY[order_of(MANY, "balanced")], 3)[2] > 5 * images_per_class(MANY, 3)[2]
 
 
 def test_the_natural_order_is_what_it_was():
@@ -60,7 +60,7 @@ def test_each_epoch_and_seed_has_an_order_of_its_own_and_it_is_shuffled():
     assert not np.array_equal(first, other)
     assert not np.array_equal(first, seed)
     np.testing.assert_array_equal(first, order_of(LABELS, "balanced"))
-    halves = [class_counts(LABELS[half], 3) for half in np.split(first, 2)]
+    halves = [images_per_class(LABELS[half], 3) for half in np.split(first, 2)]
     assert np.abs(halves[0] - halves[1]).max() < 50
 
 

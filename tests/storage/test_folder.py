@@ -16,7 +16,7 @@ from small_models import small_model
 import tnt_jax
 from tnt_jax.config import InputError
 from tnt_jax.data.classes import read_class_names
-from tnt_jax.models.variants import create_model
+from tnt_jax.models.variants import fresh_model
 from tnt_jax.storage import description as described
 from tnt_jax.storage import folder as saving
 from tnt_jax.storage.files import write_whole
@@ -163,7 +163,7 @@ def test_parameters_that_were_cast_come_back_as_they_are(tmp_path):
 
 def test_numpys_numbers_in_a_configuration_come_back_as_pythons(tmp_path):
     numbers = {"num_classes": np.int64(3), "drop_path_rate": np.float32(0.25), "image_size": np.array([32, 48])}
-    model = create_model("tnt_ti_patch16_224", **SMALL, **numbers)
+    model = fresh_model("tnt_ti_patch16_224", **SMALL, **numbers)
     config = again(model, tmp_path / "model").config
     assert (config.num_classes, config.drop_path_rate, config.image_size) == (3, 0.25, (32, 48))
     assert {type(value) for value in (config.num_classes, *config.image_size)} == {int}

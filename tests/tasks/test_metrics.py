@@ -12,7 +12,7 @@ from tnt_jax.tasks.multi_label import label_metrics
 from tnt_jax.tasks.regression import METRICS as OF_NUMBERS
 from tnt_jax.tasks.regression import errors_of
 from tnt_jax.tasks.single_label import METRICS as OF_CLASSES
-from tnt_jax.tasks.single_label import class_counts
+from tnt_jax.tasks.single_label import count_right
 from tnt_jax.tasks.table import metric_of
 
 CLOSE = {"rel": 1e-9, "abs": 1e-12}
@@ -24,7 +24,7 @@ def test_class_metrics_are_scikit_learns(classes):
     labels = rng.choice(classes, 300, p=rng.dirichlet(np.ones(classes)))
     predictions = np.where(rng.random(300) < 0.6, labels, rng.integers(0, classes, 300))
     labels[labels == classes - 1] = 0  # one that is predicted and that no image has
-    ours = computed(OF_CLASSES, class_counts(labels, predictions, classes + 2))  # and two that nobody has heard of
+    ours = computed(OF_CLASSES, count_right(labels, predictions, classes + 2))  # and two that nobody has heard of
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = theirs.precision_recall_fscore_support(labels, predictions, average="macro", zero_division=0)

@@ -7,10 +7,10 @@ from scipy.stats import norm
 from sklearn import metrics as theirs
 
 from tnt_jax.tasks.calibration import best_threshold, fit_temperature
-from tnt_jax.tasks.metrics import binary_cross_entropy
+from tnt_jax.tasks.metrics import sigmoid_cross_entropy
 from tnt_jax.tasks.multi_label import LabelPredictions
 from tnt_jax.tasks.regression import ValuePredictions
-from tnt_jax.tasks.single_label import ClassPredictions, cross_entropy
+from tnt_jax.tasks.single_label import ClassPredictions, softmax_cross_entropy
 
 RNG = np.random.default_rng(0)
 TRUTH = (RNG.random((200, 3)) < [0.5, 0.2, 0.05]).astype(np.float32)
@@ -117,9 +117,9 @@ def test_a_temperature_undoes_what_logits_were_multiplied_by():
     logits = rng.normal(size=(4000, 3)) * 2
     odds = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
     labels = np.array([rng.choice(3, p=row) for row in odds])
-    assert fit_temperature(3 * logits, labels, cross_entropy) == pytest.approx(3, rel=0.1)
+    assert fit_temperature(3 * logits, labels, softmax_cross_entropy) == pytest.approx(3, rel=0.1)
     many = (rng.random((4000, 3)) < 1 / (1 + np.exp(-logits))).astype(float)
-    assert fit_temperature(logits / 2, many, binary_cross_entropy) == pytest.approx(0.5, rel=0.1)
+    assert fit_temperature(logits / 2, many, sigmoid_cross_entropy) == pytest.approx(0.5, rel=0.1)
 
 
 def test_a_threshold_is_that_of_the_highest_f1():

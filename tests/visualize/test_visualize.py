@@ -18,7 +18,7 @@ from tnt_jax.data.sources import ImageFiles, Split
 from tnt_jax.models.variants import abstract_model, model_config
 from tnt_jax.storage.run import CONFIG_FILE
 from tnt_jax.tasks.single_label import ClassPredictions
-from tnt_jax.visualize.attention import attention_of, outer_map, rollout
+from tnt_jax.visualize.attention import attention_of, attention_rollout, outer_map
 from tnt_jax.visualize.canvas import _families, colour_bar, new_figure, preprocess, shorten, show_map
 from tnt_jax.visualize.tokens import embed, tiled
 
@@ -44,8 +44,8 @@ def pyramid():
 def test_rollout_is_the_product_of_averaged_attention_and_residual():
     half = np.array([[[0.5, 0.5], [0.0, 1.0]], [[1.0, 0.0], [1.0, 0.0]]])  # the mean of its heads: .75 .25 / .5 .5
     once = np.array([[0.875, 0.125], [0.25, 0.75]])
-    np.testing.assert_allclose(rollout([half]), once)
-    np.testing.assert_allclose(rollout([half, half]), once @ once)
+    np.testing.assert_allclose(attention_rollout([half]), once)
+    np.testing.assert_allclose(attention_rollout([half, half]), once @ once)
 
 
 def test_words_are_tiled_as_they_lie_in_the_image():

@@ -125,7 +125,7 @@ def column_of(name: str, values: "pyarrow.ChunkedArray", declared: tuple[str, ..
         values = compute.if_else(compute.is_nan(values), None, values)
     missing = compute.index(values.is_null(), True).as_py()
     text = values.cast(pa.string()).fill_null("").cast(pa.binary())
-    return Column(name, joined(text), None if missing < 0 else missing, separator, declared)
+    return Column(name, as_one_array(text), None if missing < 0 else missing, separator, declared)
 
 
 def is_list(kind: "pyarrow.DataType") -> bool:
@@ -143,7 +143,7 @@ def is_label(kind: "pyarrow.DataType") -> bool:
     )
 
 
-def joined(column: "pyarrow.ChunkedArray") -> "pyarrow.Array":
+def as_one_array(column: "pyarrow.ChunkedArray") -> "pyarrow.Array":
     """pyarrow's chunks as one array."""
     whole = column.combine_chunks()
     return whole.chunk(0) if hasattr(whole, "num_chunks") else whole

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from tnt_jax.config import InputError
-from tnt_jax.tasks.weights import Targets, class_counts
+from tnt_jax.tasks.weights import Targets, images_per_class
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,7 +29,7 @@ def image_shares(
     """
     if sampling == "natural":
         return None if weights is None else _shares(weights, np.zeros(len(targets), np.int32))
-    counts = class_counts(targets, classes)
+    counts = images_per_class(targets, classes)
     if targets.ndim == 1:
         group = targets.astype(np.int32)
     else:

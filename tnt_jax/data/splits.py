@@ -48,7 +48,7 @@ def in_fold(source: Split, data: DataConfig) -> np.ndarray:
     """True for images in the fold that `data.fold` names, bool (images,)."""
     fold, count = parse_fold(data.fold)
     if source.folds is None:
-        return places_of(source, data.split_seed) % count == fold
+        return shuffled_places(source, data.split_seed) % count == fold
     there = np.unique(source.folds)
     if len(there) != count:
         raise InputError(f"data.fold is {data.fold}, and the column of folds has {len(there)} different values")
@@ -60,14 +60,14 @@ def held_out(source: Split, data: DataConfig) -> np.ndarray:
 
     What is alone in its stratum is trained on.
     """
-    places, strata = places_of(source, data.split_seed), strata_of(source.all_targets)
+    places, strata = shuffled_places(source, data.split_seed), strata_of(source.all_targets)
     chosen = np.floor((places + 1) * data.holdout) > np.floor(places * data.holdout)
     if source.groups is None:
         chosen &= np.bincount(strata)[strata] > 1
     return chosen
 
 
-def places_of(source: Split, seed: int) -> np.ndarray:
+def shuffled_places(source: Split, seed: int) -> np.ndarray:
     """A place for each image, int (images,): strata one after another, at random in each; a group has one place."""
     strata, groups = strata_of(source.all_targets), source.groups
     rng = np.random.default_rng((seed, 2))

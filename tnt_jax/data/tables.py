@@ -13,11 +13,11 @@ import numpy as np
 
 from tnt_jax.config import DataConfig, InputError
 from tnt_jax.data.classes import read_class_names
-from tnt_jax.data.columns import Column, column_of, is_label, joined, parts, targets_of, weights_of
+from tnt_jax.data.columns import Column, as_one_array, column_of, is_label, parts, targets_of, weights_of
 from tnt_jax.data.decode import Reading
 from tnt_jax.data.sources import ImageFiles, Images, NoSplitError, Split, names_of_split
 from tnt_jax.tasks.table import TASKS
-from tnt_jax.tasks.weights import class_counts
+from tnt_jax.tasks.weights import images_per_class
 
 IMAGE_COLUMNS = ("image", "path", "file", "filename", "file_name", "image_path", "filepath")
 SHOWN = 5  # paths in a message
@@ -135,7 +135,7 @@ def split_of_rows(
     targets, class_names, in_training = labels
     targets = targets if len(rows) == len(table) else targets[rows]
     if in_training is not None:
-        check_classes(class_names, in_training, class_counts(targets, len(class_names)) > 0, table.path, data, name)
+        check_classes(class_names, in_training, images_per_class(targets, len(class_names)) > 0, table.path, data, name)
     return Split(images, targets, class_names, name, Reading.of(data), **values_of(table, columns, rows))
 
 
@@ -306,7 +306,7 @@ def _read_text(path: str, encoding: str | None) -> dict[str, Column]:
             check_utf8=False, column_types=dict.fromkeys(header, pa.binary()), strings_can_be_null=False
         ),
     )
-    return {name: Column(name, joined(read[name])) for name in header}
+    return {name: Column(name, as_one_array(read[name])) for name in header}
 
 
 def _uneven(path: str, encoding: str | None) -> str:

@@ -85,7 +85,7 @@ def export_model(
     options = {"opset": opset} if format == "onnx" else {}
     content, run = kind.write(plain, compute, samples=samples, **options)
     difference = check_difference(model, plain, run, images, format)
-    about = describe(plain, compute, format, samples) | options
+    about = describe_file(plain, compute, format, samples) | options
     if int8 is not None:
         int8 = dataclasses.replace(
             int8, calibration=samples.of_read(int8.calibration), images=samples.of_read(int8.images)
@@ -151,7 +151,7 @@ def check_difference(model: Model, plain: Model, run: Callable, images: np.ndarr
     return difference
 
 
-def describe(model: Model, compute: Callable, format: str, samples: Samples = EIGHT_BITS) -> dict[str, Any]:
+def describe_file(model: Model, compute: Callable, format: str, samples: Samples = EIGHT_BITS) -> dict[str, Any]:
     """The content of `FILE.json`."""
     known = description_of(model)
     channels, (height, width) = known.config.in_channels, known.preprocessing.image_size

@@ -15,7 +15,7 @@ from jaxtyping import Array, UInt8
 from tnt_jax.config import InputError
 from tnt_jax.evaluation.attribution import places_of
 from tnt_jax.evaluation.observed import ObservedAttention, blocks_of
-from tnt_jax.export.files import Exported, check_difference, describe
+from tnt_jax.export.files import Exported, check_difference, describe_file
 from tnt_jax.export.formats import FORMATS, Samples, logits_of, of_equations, output_name, to_onnx
 from tnt_jax.models.variants import Model
 from tnt_jax.storage.description import description_of
@@ -55,7 +55,7 @@ def export_web(
         outputs = (output_name(model), "attention")
         content, run = to_onnx(plain, with_attention(plain), outputs)
         difference = check_difference(model, plain, run, images, "onnx")
-        about = describe(model, logits_of(plain), "onnx") | {"attention": _caption(model)}
+        about = describe_file(model, logits_of(plain), "onnx") | {"attention": _caption(model)}
 
         def write(unfinished: Path) -> None:
             unfinished.mkdir()

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from tnt_jax.config import ModelConfig
 from tnt_jax.models.formulations.attention import attend, attention_weights
-from tnt_jax.models.formulations.gradients import LINEAR, gelu, layer_norm, parameter_add, parameter_einsum
+from tnt_jax.models.formulations.gradients import LINEAR, gelu_of_platform, layer_norm, parameter_add, parameter_einsum
 from tnt_jax.models.formulations.outer import transform_tokens
 from tnt_jax.models.functions import NORM_EPSILON, Keys, drop_path, dropout, split_key
 
@@ -242,7 +242,7 @@ class Mlp(nnx.Module):
         self, x: Float[Array, "batch tokens dim"], key: Keys | None = None
     ) -> Float[Array, "batch tokens dim"]:
         hidden_key, out_key = split_key(key, 2)
-        hidden = dropout(gelu(self.fc1(x)), self.drop_rate, hidden_key)
+        hidden = dropout(gelu_of_platform(self.fc1(x)), self.drop_rate, hidden_key)
         return dropout(self.fc2(hidden), self.drop_rate, out_key)
 
 

@@ -217,7 +217,7 @@ def resolve(changes: ModelChanges) -> ModelConfig:
         check_sizes(dataclasses.replace(config, inner_blocks=()))
         config = dataclasses.replace(config, inner_blocks=_published_inner_blocks(config))
     check_sizes(config)
-    return dataclasses.replace(config, name=name_of(config))
+    return dataclasses.replace(config, name=name_of_sizes(config))
 
 
 def complete(config: TrainConfig[ModelChanges], num_classes: int) -> TrainConfig[ModelConfig]:
@@ -239,7 +239,7 @@ def changes_to(config: ModelConfig) -> ModelChanges:
     return ModelChanges(**dataclasses.asdict(config) | {"name": config.name if config.name in VARIANTS else base})
 
 
-def name_of(config: ModelConfig) -> str:
+def name_of_sizes(config: ModelConfig) -> str:
     """The published model of these sizes, or a name that says that there is none, as tnt_custom_patch8_32."""
     for variant in VARIANTS.values():
         if all(getattr(config, size) == getattr(variant.config, size) for size in SIZES):
@@ -297,8 +297,8 @@ def _check_stages(config: ModelConfig) -> None:
                 raise InputError(f"{branch}_dim {dim} cannot be divided among {branch}_heads {count}")
 
 
-def create_model(name: str, *, seed: int = 0, **changes: Any) -> Model:
-    """A freshly initialised model, for example `create_model("tnt_s_patch16_224", num_classes=10, image_size=(192,
+def fresh_model(name: str, *, seed: int = 0, **changes: Any) -> Model:
+    """A freshly initialised model, for example `fresh_model("tnt_s_patch16_224", num_classes=10, image_size=(192,
     320))`.
 
     Args:
@@ -316,7 +316,7 @@ def model_config(name: str, **changes: Any) -> ModelConfig:
     """The complete configuration of a published model with other values of some fields.
 
     Raises:
-        InputError: as `create_model`.
+        InputError: as `fresh_model`.
     """
     _check_names(changes)
     return resolve(ModelChanges(name=name, **changes))
@@ -326,7 +326,7 @@ def changed(config: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:
     """A complete configuration with other values of some fields.
 
     Raises:
-        InputError: as `create_model`.
+        InputError: as `fresh_model`.
     """
     _check_names(changes)
     return resolve(dataclasses.replace(changes_to(config), **changes))

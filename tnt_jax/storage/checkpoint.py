@@ -32,11 +32,11 @@ from tnt_jax.storage.reading import (
     description_crc,
     files_file,
     had_checkpoint,
-    name_of,
     note_files,
     readable,
     restore,
     scores_of,
+    step_name,
     steps_of,
 )
 
@@ -321,7 +321,7 @@ class Checkpoints:
     def discard(self, step: int, reason: str) -> None:
         """Renames a step that was saved, and then found not to be sound."""
         self.wait()
-        self._rename(step, DamagedError(f"{name_of(self._folder / str(step))} is not sound: {reason}"))
+        self._rename(step, DamagedError(f"{step_name(self._folder / str(step))} is not sound: {reason}"))
 
     def close(self) -> None:
         """Waits until everything is on the disk. Raises WriteError if something could not be written, once."""

@@ -76,7 +76,7 @@ def create_model(name: str, pretrained: bool | str | os.PathLike = False, *, see
             what `load_model` raises.
     """
     if pretrained is False:
-        return variants.create_model(name, seed=seed, **changes)
+        return variants.fresh_model(name, seed=seed, **changes)
     opened = open_model(name if pretrained is True else pretrained)
     known = opened.description
     wanted = changed(known.config, changes)

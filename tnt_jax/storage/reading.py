@@ -117,12 +117,12 @@ def restore(run_dir: str | os.PathLike, step: int, like: Trees, is_open: Callabl
     """
     folder = place(run_dir).resolve() / CHECKPOINTS / str(step)
     if not folder.is_dir():
-        raise InputError(f"the run in {run_dir} has no checkpoint of step {step}; {kept(run_dir)}")
+        raise InputError(f"the run in {run_dir} has no checkpoint of step {step}; {kept_steps(run_dir)}")
     try:
         saved = _description(folder)
         for name, tree in like.items():
             if differ := _differences(saved["layouts"].get(name, []), layout(tree), saved["least_alone"]):
-                raise LayoutError(f"{name_of(folder)} has another layout: in {name}, {differ}. Nothing was touched")
+                raise LayoutError(f"{step_name(folder)} has another layout: in {name}, {differ}. Nothing was touched")
         least = saved["least_alone"]
         shapes = {name: packed_shapes(tree, least) for name, tree in like.items()}
         args = ocp.args.PyTreeRestore(
@@ -136,7 +136,7 @@ def restore(run_dir: str | os.PathLike, step: int, like: Trees, is_open: Callabl
             if sums != saved["checksums"].get(name):
                 raise ValueError(f"wrong checksum in {name}")
             if not finite:
-                raise DamagedError(f"{name_of(folder)} is damaged: {name} has numbers that are not finite")
+                raise DamagedError(f"{step_name(folder)} is damaged: {name} has numbers that are not finite")
     except (InputError, UnreadableError):
         raise
     except Exception as error:  # Orbax and TensorStore raise many types
@@ -144,13 +144,13 @@ def restore(run_dir: str | os.PathLike, step: int, like: Trees, is_open: Callabl
     return {name: unpack(packed[name], tree, least) for name, tree in like.items()}
 
 
-def kept(run_dir: str | os.PathLike) -> str:
+def kept_steps(run_dir: str | os.PathLike) -> str:
     """The steps that a run has, in words."""
     steps = steps_of(run_dir)
     return f"it has {', '.join(map(str, steps))}" if steps else "it has none yet"
 
 
-def name_of(folder: pathlib.Path | BucketPath) -> str:
+def step_name(folder: pathlib.Path | BucketPath) -> str:
     return f"the checkpoint of step {folder.name} in {folder.parent.parent}"
 
 
@@ -164,7 +164,7 @@ def _description(folder: pathlib.Path | BucketPath) -> dict:
     if not fields >= FIELDS or description.get("format", FORMAT) != FORMAT:
         if wrong := _wrong_files(folder):
             raise ValueError(f"{wrong[0]} is not as it was written")
-        raise VersionError(f"{name_of(folder)} was written by another version of tnt_jax. Nothing was touched")
+        raise VersionError(f"{step_name(folder)} was written by another version of tnt_jax. Nothing was touched")
     if description.pop("crc32") != description_crc(description):
         raise ValueError("wrong checksum in its description")
     return description
@@ -200,7 +200,7 @@ NOT_NOW = re.compile(
 def _explained(folder: pathlib.Path, error: Exception) -> DamagedError | UnreadableError:
     """The outcome that an error in reading a step means: damage only where the files prove it."""
     reason = f"{type(error).__name__}: {first_line(error)}"
-    unreadable = UnreadableError(f"{name_of(folder)} cannot be read now ({reason}). Nothing was touched; try again")
+    unreadable = UnreadableError(f"{step_name(folder)} cannot be read now ({reason}). Nothing was touched; try again")
     causes = list(chain_of(error))
     if any(isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError) for cause in causes):
         return unreadable
@@ -209,10 +209,10 @@ def _explained(folder: pathlib.Path, error: Exception) -> DamagedError | Unreada
     try:
         wrong = _wrong_files(folder)
     except OSError as other:
-        return UnreadableError(f"{name_of(folder)} cannot be read now ({other}). Nothing was touched; try again")
+        return UnreadableError(f"{step_name(folder)} cannot be read now ({other}). Nothing was touched; try again")
     if wrong is None:  # killed before they were noted
-        return DamagedError(f"{name_of(folder)} is damaged ({reason})")
-    return DamagedError(f"{name_of(folder)} is damaged ({wrong[0]}: {reason})") if wrong else unreadable
+        return DamagedError(f"{step_name(folder)} is damaged ({reason})")
+    return DamagedError(f"{step_name(folder)} is damaged ({wrong[0]}: {reason})") if wrong else unreadable
 
 
 def chain_of(error: BaseException | None) -> Iterator[BaseException]:

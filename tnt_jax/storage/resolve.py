@@ -26,7 +26,7 @@ Kind = Literal["folder", "run", "hub folder", "file", "published", "hub", "addre
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class ModelPlace:
     """The place of a model."""
 
     kind: Kind
@@ -39,7 +39,7 @@ class Place:
         return place(self.where)
 
 
-def locate(model: str | os.PathLike) -> Place:
+def locate(model: str | os.PathLike) -> ModelPlace:
     """The place of a MODEL. Nothing is read but names of files, and nothing is fetched.
 
     Raises:
@@ -52,32 +52,32 @@ def locate(model: str | os.PathLike) -> Place:
             folder = Path(rest).expanduser()
             if not folder.is_dir():
                 raise InputError(f"there is no folder {rest}, which {given} names")
-            return Place("hub folder", str(folder))
+            return ModelPlace("hub folder", str(folder))
         if not is_hub_name(rest):
             raise InputError(f"{given} should be hf-hub:OWNER/NAME or hf-hub:OWNER/NAME@REVISION")
-        return Place("hub", rest)
+        return ModelPlace("hub", rest)
     if re.match(r"[a-z][a-z0-9+.-]*://", given, re.IGNORECASE):
         if is_bucket(given):
             if not is_run(given):
                 raise InputError(f"{given} holds no run; of a bucket, only runs are read")
-            return Place("run", given)
+            return ModelPlace("run", given)
         if not given.lower().startswith(("https://", "http://")):
             shown = without_secrets(given)
             raise InputError(f"{shown} is no https:// address, and no other kind of address is fetched")
-        return Place("address", given)
+        return ModelPlace("address", given)
     path = Path(os.path.expanduser(given))
     if len(given) > LONGEST or "\0" in given:
         raise InputError(f"there is no model {given[:60]!r}... of {len(given)} letters")
     if path.is_dir():
-        return Place(_kind_of_folder(path), str(path))
+        return ModelPlace(_kind_of_folder(path), str(path))
     if path.exists():
-        return Place("file", str(path))
+        return ModelPlace("file", str(path))
     try:
         get_variant(given)
-        return Place("published", given)
+        return ModelPlace("published", given)
     except InputError as error:
         if is_hub_name(given) and not path.parent.exists():
-            return Place("hub", given)
+            return ModelPlace("hub", given)
         nothing = f"there is no folder {given} and no file"
         raise InputError(nothing if os.sep in given else f"{nothing}, and {error}") from error
 

@@ -208,7 +208,7 @@ def _description(config: TrainConfig, class_names: Sequence[str], outputs: Outpu
     )
 
 
-def check_space(config: TrainConfig, state_bytes: int) -> None:
+def check_checkpoint_space(config: TrainConfig, state_bytes: int) -> None:
     """Raises InputError unless the disk has room for the checkpoints that a run will keep.
 
     These are the latest, the best, and the one that is being written.

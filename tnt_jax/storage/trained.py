@@ -10,7 +10,7 @@ from tnt_jax.config import InputError, best_metric
 from tnt_jax.models.variants import Model, abstract_model
 from tnt_jax.storage.description import read_description
 from tnt_jax.storage.places import is_bucket
-from tnt_jax.storage.reading import DamagedError, best_of, kept, restore, scores_of, steps_of
+from tnt_jax.storage.reading import DamagedError, best_of, kept_steps, restore, scores_of, steps_of
 from tnt_jax.storage.run import read_config
 from tnt_jax.tasks.table import TASKS
 
@@ -71,7 +71,7 @@ def _restored(run_dir: str | os.PathLike, asked: int | None, like: dict) -> tupl
             if gone or not isinstance(error, DamagedError):
                 raise
             others = [each for each in steps if each != step]
-            raise DamagedError(f"{error}; of the run, {kept(run_dir)}" if others else str(error)) from error
+            raise DamagedError(f"{error}; of the run, {kept_steps(run_dir)}" if others else str(error)) from error
     raise AssertionError
 
 

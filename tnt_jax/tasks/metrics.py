@@ -94,7 +94,7 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
     return np.exp(-np.logaddexp(0, -logits.astype(np.float64)))
 
 
-def binary_cross_entropy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def sigmoid_cross_entropy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Of each label, in nats, in float64."""
     return np.logaddexp(0, logits.astype(np.float64)) - labels * logits
 

@@ -13,12 +13,12 @@ from tnt_jax.tasks.calibration import Calibration, best_threshold, calibration_e
 from tnt_jax.tasks.metrics import (
     LOSS,
     Weights,
-    binary_cross_entropy,
     computed,
     proportion,
     quotient,
     ranking,
     sigmoid,
+    sigmoid_cross_entropy,
     wilson,
     with_intervals,
 )
@@ -217,26 +217,26 @@ class MultiLabel(task.Task):
         return {"accuracy": ((logits >= 0) == (targets > 0.5)).mean()}
 
     def scores_of(self, logits: np.ndarray, labels: np.ndarray, outputs: Outputs) -> dict[str, float]:
-        return label_metrics(labels, logits) | {"loss": binary_cross_entropy(logits, labels).mean()}
+        return label_metrics(labels, logits) | {"loss": sigmoid_cross_entropy(logits, labels).mean()}
 
     def predictions(self, arrays: Sequence[np.ndarray], outputs: Outputs, chosen: Any, rate: float) -> LabelPredictions:
         labels, logits = arrays
         thresholds = np.full(logits.shape[1], 0.5)
         if outputs.thresholds is not None:
             thresholds = np.array(outputs.thresholds)[chosen]
-        loss = binary_cross_entropy(logits, labels).mean(axis=1)
+        loss = sigmoid_cross_entropy(logits, labels).mean(axis=1)
         return LabelPredictions(labels, logits.astype(np.float64), loss, thresholds, rate)
 
     def calibrate(self, logits: np.ndarray, labels: np.ndarray, source: str) -> Calibration:
         truth = labels > 0.5
-        temperature = sound_temperature(logits, labels, binary_cross_entropy, (logits > 0) == truth, source)
+        temperature = sound_temperature(logits, labels, sigmoid_cross_entropy, (logits > 0) == truth, source)
         probabilities = sigmoid(logits / temperature)
         thresholds = np.array([best_threshold(*each) for each in zip(truth.T, probabilities.T, strict=True)])
 
         def measured(logits: np.ndarray, thresholds: float | np.ndarray) -> dict[str, float]:
             return {
                 "ece": calibration_error(sigmoid(logits).ravel(), truth.ravel()),
-                "loss": float(binary_cross_entropy(logits, labels).mean()),
+                "loss": float(sigmoid_cross_entropy(logits, labels).mean()),
                 "macro_f1": label_metrics(labels, logits, thresholds)["macro_f1"],
             }
 

@@ -40,8 +40,8 @@ class ClassCounts(NamedTuple):
         return quotient(quotient(self.right, self.labelled).sum(axis=-1), (self.labelled > 0).sum(axis=-1))
 
 
-def class_counts(labels: Int[np.ndarray, " images"], top1: Int[np.ndarray, " images"], classes: int) -> ClassCounts:
-    """Those of predicted classes."""
+def count_right(labels: Int[np.ndarray, " images"], top1: Int[np.ndarray, " images"], classes: int) -> ClassCounts:
+    """The counts of predicted classes."""
     return ClassCounts(*(np.bincount(each, minlength=classes) for each in (labels[labels == top1], labels, top1)))
 
 
@@ -100,7 +100,7 @@ class ClassPredictions(Predictions):
             right = int(self.right(k).sum())
             found |= with_intervals({f"top{k}": right / count}, {f"top{k}": wilson(right, count)})
         if self.accepted is None:
-            counts = class_counts(self.labels, self.top[:, 0], self._classes)
+            counts = count_right(self.labels, self.top[:, 0], self._classes)
             values = {name: float(value) for name, value in computed(METRICS, counts).items()}
             found |= with_intervals(values, self.intervals())
             if self.top.shape[1] == self._classes == 2:
@@ -279,13 +279,13 @@ class SingleLabel(task.Task):
 
     def calibrate(self, logits: np.ndarray, labels: np.ndarray, source: str) -> Calibration:
         right = logits.argmax(axis=1) == labels
-        temperature = sound_temperature(logits, labels, cross_entropy, right, source)
+        temperature = sound_temperature(logits, labels, softmax_cross_entropy, right, source)
 
         def measured(logits: np.ndarray) -> dict[str, float]:
             probabilities = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
             right = probabilities.argmax(axis=1) == labels
             ece = calibration_error(probabilities.max(axis=1), right)
-            return {"ece": ece, "loss": float(cross_entropy(logits, labels).mean())}
+            return {"ece": ece, "loss": float(softmax_cross_entropy(logits, labels).mean())}
 
         return Calibration(temperature, None, len(labels), measured(logits), measured(logits / temperature))
 
@@ -304,7 +304,7 @@ class SingleLabel(task.Task):
         return f"{names[label]}\n{task.likely_targets(target, names, 2)}"
 
 
-def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def softmax_cross_entropy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Of each image, in nats."""
     return np.logaddexp.reduce(logits, axis=1) - logits[np.arange(len(labels)), labels]
 

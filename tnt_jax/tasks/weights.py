@@ -6,7 +6,7 @@ from jaxtyping import Float, Int, Num
 Targets = Num[np.ndarray, "images *outputs"]
 
 
-def class_counts(targets: Targets, classes: int) -> Int[np.ndarray, " classes"]:
+def images_per_class(targets: Targets, classes: int) -> Int[np.ndarray, " classes"]:
     """The number of images with each class or label."""
     if targets.ndim == 1:
         return np.bincount(targets, minlength=classes)
@@ -18,14 +18,14 @@ def balanced_class_weights(targets: Targets, classes: int) -> Float[np.ndarray, 
 
     A class without images has weight 1.
     """
-    counts = class_counts(targets, classes)
+    counts = images_per_class(targets, classes)
     there = counts > 0
     return np.divide(counts.sum(), there.sum() * counts, out=np.ones(classes), where=there)
 
 
 def balanced_positive_weights(targets: Targets, classes: int) -> Float[np.ndarray, " classes"]:
     """The number of images without a label over that with it; 1 for a label that none has, or all have."""
-    counts = class_counts(targets, classes)
+    counts = images_per_class(targets, classes)
     varies = (counts > 0) & (counts < len(targets))
     return np.divide(len(targets) - counts, counts, out=np.ones(classes), where=varies)
 

@@ -15,7 +15,7 @@ from tnt_jax.storage.checkpoint import Checkpoints, NonFiniteError, WriteError
 from tnt_jax.storage.lock import RunLock
 from tnt_jax.storage.places import place
 from tnt_jax.storage.reading import had_checkpoint, steps_of
-from tnt_jax.storage.run import check_space, claim, compare, is_run
+from tnt_jax.storage.run import check_checkpoint_space, claim, compare, is_run
 from tnt_jax.tasks.table import metric_of
 from tnt_jax.training.agreement import agree_on_kernels
 from tnt_jax.training.hosts import Hosts, facts, joined
@@ -102,7 +102,7 @@ def _open_run_dir(
     state = run.initial_state() if begins else None
 
     def take() -> None:
-        check_space(config, run.state_bytes())
+        check_checkpoint_space(config, run.state_bytes())
         opened.enter_context(RunLock(config.run_dir, console.print, _end_now))
         start = {"processes": hosts.count, "devices": jax.device_count()}
         claim(config, run.train_source.class_names, run.program.objective.outputs, content, changed, start)

@@ -176,7 +176,7 @@ def draw_words(axes, weights: Float[np.ndarray, "words words"]):
     return drawn
 
 
-def rollout(outer: Sequence[Float[np.ndarray, "heads tokens tokens"]]) -> Float[np.ndarray, "tokens tokens"]:
+def attention_rollout(outer: Sequence[Float[np.ndarray, "heads tokens tokens"]]) -> Float[np.ndarray, "tokens tokens"]:
     """The origin of the content of every token after all blocks; rows sum to one.
 
     Heads are averaged, half of each token stays where it is (the residual), and blocks are multiplied.
@@ -213,7 +213,7 @@ def class_attention(model: Model, images: Images, *, block: int | None = None):
         show_image(image, seen.pixels, "image")
         of_class = outer[block][:, 0, first:].reshape(heads, *grid)
         show_map(mean, of_class.mean(axis=0), seen.pixels, f"block {block}, mean")
-        show_map(rolled, rollout(outer)[0, first:].reshape(grid), seen.pixels, "all blocks, rollout")
+        show_map(rolled, attention_rollout(outer)[0, first:].reshape(grid), seen.pixels, "all blocks, rollout")
         for head, axes in enumerate(each):
             show_map(axes, of_class[head], seen.pixels, f"block {block}, head {head}")
         bar_of_each(part, [mean, rolled, *each], "attention, of each map")

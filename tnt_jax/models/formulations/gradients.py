@@ -153,7 +153,7 @@ def _layer_norm_backward(epsilon: float, saved: tuple[Array, ...], cotangent: Ar
 _layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
-def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+def gelu_of_platform(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """GELU, on CPUs in float32: there each operation on bfloat16 is one on float32 and a rounding."""
     return functions.gelu(x.astype(jnp.float32)).astype(x.dtype) if platform() == "cpu" else functions.gelu(x)
 
