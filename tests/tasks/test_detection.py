@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tnt_jax.tasks.boxes import iou, suppressed
-from tnt_jax.tasks.detection import MOST_BOXES, NAMES, BoxPredictions, Detection, coco_evaluation, scores_of
+from tnt_jax.tasks.detection import MOST_BOXES, NAMES, BoxPredictions, Detection, coco_evaluation, coco_scores
 from tnt_jax.tasks.task import Canvas, Outputs
 
 CLASSES = 4
@@ -73,7 +73,7 @@ def of_pycocotools(labels, found):
 def test_the_twelve_are_pycocotools(seed):
     labels, found = random_images(seed)
     expected = of_pycocotools(labels, found)
-    scores = scores_of(coco_evaluation(found, labels, CLASSES))
+    scores = coco_scores(coco_evaluation(found, labels, CLASSES))
     assert tuple(scores) == NAMES
     np.testing.assert_allclose(
         list(scores.values()), np.where(expected.stats < 0, np.nan, expected.stats), rtol=0, atol=1e-6
@@ -88,10 +88,10 @@ def test_the_twelve_are_pycocotools(seed):
 
 def test_nothing_found_is_no_precision_and_no_box_of_a_size_is_none():
     labels, found = random_images(0)
-    scores = scores_of(coco_evaluation([boxes[:0] for boxes in found], labels, CLASSES))
+    scores = coco_scores(coco_evaluation([boxes[:0] for boxes in found], labels, CLASSES))
     assert scores["ap"] == scores["ar100"] == 0
     labels[:, 1:, 6] = np.where(labels[:, 1:, 4] >= 0, 100.0, -1)
-    assert np.isnan(scores_of(coco_evaluation(found, labels, CLASSES))["ap_large"])
+    assert np.isnan(coco_scores(coco_evaluation(found, labels, CLASSES))["ap_large"])
 
 
 def by_hand(boxes, classes):

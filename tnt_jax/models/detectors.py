@@ -43,7 +43,7 @@ def head_dim(config: ModelConfig) -> int:
     return min(DIM, int(np.ravel(config.outer_dim)[-1]))
 
 
-def check(config: ModelConfig) -> None:
+def check_detector(config: ModelConfig) -> None:
     """Raises InputError for a head that the network cannot have."""
     if config.head == "detr" and config.architecture == "pyramid":
         raise InputError("head detr reads the sentences of a TNT; a PyramidTNT has maps of four scales: take retinanet")
@@ -263,7 +263,7 @@ class Detr(nnx.Module):
         return jnp.concatenate(found, axis=-1)
 
 
-def head_macs(config: ModelConfig) -> int:
+def detector_macs(config: ModelConfig) -> int:
     """Multiply-accumulates of an image behind the blocks, as `count_macs` counts: of linear maps and convolutions."""
     dim, (rows, columns) = head_dim(config), grid_size(config)
     if config.head == "detr":

@@ -70,7 +70,7 @@ def map_blocks(config: ModelConfig) -> tuple[int, ...]:
 
 def check(config: ModelConfig) -> None:
     """Raises InputError for a head that the network cannot have."""
-    detectors.check(config)
+    detectors.check_detector(config)
     if config.head == "linear" and config.architecture == "pyramid":
         raise InputError(
             "head is linear, which gives the classes of a patch from its last sentence: a PyramidTNT has one for 64 x "
@@ -186,7 +186,7 @@ def count_classes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) ->
 def head_macs(config: ModelConfig) -> int:
     """Multiply-accumulates of an image behind the blocks, as `count_macs` counts."""
     if config.head in DETECTORS:
-        return detectors.head_macs(config)
+        return detectors.detector_macs(config)
     if config.head == "class":
         return map_dims(config)[-1] * config.num_classes
     rows, columns = grid_size(config)

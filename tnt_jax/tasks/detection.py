@@ -104,7 +104,7 @@ def _to_pixels(boxes: np.ndarray, label: np.ndarray) -> np.ndarray:
     return low + boxes * (high - low)
 
 
-def scores_of(evaluation: Any) -> dict[str, float]:
+def coco_scores(evaluation: Any) -> dict[str, float]:
     """COCO's twelve; NaN where no box is of such a size."""
     values = map(float, evaluation.stats[:12])
     return {name: np.nan if value < 0 else value for name, value in zip(NAMES, values, strict=True)}
@@ -122,7 +122,7 @@ class BoxPredictions(Predictions):
     classes: int
 
     def metrics(self) -> dict[str, float]:
-        found = scores_of(coco_evaluation(self.found, self.labels, self.classes))
+        found = coco_scores(coco_evaluation(self.found, self.labels, self.classes))
         return {"images": len(self.loss)} | found | self._loss_and_rate()
 
     def per_output(self, names: Sequence[str]) -> list[dict]:
@@ -252,7 +252,7 @@ class Detection(task.Task):
             return len(loss), {metric.name: np.nan for metric in METRICS}
         classes = int(max(found[..., 5].max(initial=0), labels[:, 1:, 4].max(initial=0))) + 1
         of_images = [_of_image(boxes, label) for boxes, label in zip(found, labels, strict=True)]
-        return len(loss), scores_of(coco_evaluation(of_images, labels, classes)) | {"loss": float(loss.mean())}
+        return len(loss), coco_scores(coco_evaluation(of_images, labels, classes)) | {"loss": float(loss.mean())}
 
     def in_classes(self, logits: "jax.Array", chosen: Any) -> "jax.Array":
         import jax.numpy as jnp

@@ -26,14 +26,14 @@ SHOWN = 128
 """Pixels along a side of the maps that are kept of every image, for pictures."""
 
 
-def iou(counts: ClassCounts) -> np.ndarray:
+def class_iou(counts: ClassCounts) -> np.ndarray:
     """Intersection over union of each class; NaN where neither labels nor predictions have it."""
     union = counts.labelled + counts.predicted - counts.right
     return np.where(union > 0, quotient(counts.right, union), np.nan)
 
 
 METRICS = (
-    proportion("miou", lambda n: n.mean(np.nan_to_num(iou(n))), "mIoU", interval=True),
+    proportion("miou", lambda n: n.mean(np.nan_to_num(class_iou(n))), "mIoU", interval=True),
     proportion(
         "pixel_accuracy",
         lambda n: quotient(n.right.sum(axis=-1), n.labelled.sum(axis=-1)),
@@ -42,7 +42,7 @@ METRICS = (
     ),
     LOSS,
 )
-OF_CLASS = Metric("iou", function=iou, interval=True)
+OF_CLASS = Metric("iou", function=class_iou, interval=True)
 
 
 def counts_of(confusion: Num[np.ndarray, "*images classes classes"]) -> ClassCounts:
@@ -97,7 +97,7 @@ class MaskPredictions(Predictions):
     def per_output(self, names: Sequence[str]) -> list[dict]:
         """For each class that images have or that was predicted: in how many masks it is, IoU, recall and precision."""
         total, each = counts_of(self.confusions.sum(axis=0)), counts_of(self.confusions)
-        found, rows = iou(total), []
+        found, rows = class_iou(total), []
         there = np.flatnonzero(~np.isnan(found))
         ends = zip(*self.intervals([OF_CLASS], there)["iou"], strict=True)
         recall, precision = quotient(total.right, total.labelled), quotient(total.right, total.predicted)
@@ -119,7 +119,7 @@ class MaskPredictions(Predictions):
 
     def mistakes(self, names: Sequence[str], count: int) -> Mistakes:
         """The images of the lowest mIoU; beside each its mask and what was predicted."""
-        of_image = np.array([mean_of_defined(each) for each in iou(counts_of(self.confusions))])
+        of_image = np.array([mean_of_defined(each) for each in class_iou(counts_of(self.confusions))])
         wrong = np.flatnonzero(of_image < 1)
         if not len(wrong):
             raise task.no_mistakes(len(of_image))
