@@ -8,7 +8,7 @@ from sklearn.metrics import confusion_matrix, jaccard_score, precision_score, re
 
 from tnt_jax.config import InputError
 from tnt_jax.tasks.segmentation import IGNORED, Segmentation, coloured, palette
-from tnt_jax.tasks.task import Outputs
+from tnt_jax.tasks.task import Canvas, Outputs
 
 CLASSES, NAMES = 6, tuple("abcdef")
 TASK = Segmentation()
@@ -116,10 +116,12 @@ def test_mirror_images_are_mirrored_back():
 def test_windows_are_averaged_and_brought_to_the_size_of_the_image():
     left, right = np.zeros((4, 4, 3), np.float32), np.zeros((4, 4, 3), np.float32)
     left[..., 1], right[..., 2] = 0.6, 1.0
-    rows = slice(0, 4)
-    joined = TASK.join([(rows, slice(0, 4), left), (rows, slice(2, 6), right)], (4, 6), (4, 6))
+    joined = TASK.join([(0, 0, left), (0, 2, right)], Canvas((4, 4), 0, 0, 4, 6, (4, 6)))
     np.testing.assert_array_equal(joined, [[1, 1, 2, 2, 2, 2]] * 4)
-    assert TASK.join([(rows, slice(0, 4), left)], (4, 4), (9, 7)).shape == (9, 7)
+    assert TASK.join([(0, 0, left)], Canvas((4, 4), 0, 0, 4, 4, (9, 7))).shape == (9, 7)
+    # A low image in the middle of its window.
+    left[1:3, :, 2] = 0.9
+    np.testing.assert_array_equal(TASK.join([(0, 0, left)], Canvas((4, 4), 1, 0, 2, 4, (2, 4))), [[2] * 4] * 2)
 
 
 def test_a_mask_of_many_classes_has_16_bits():
