@@ -72,11 +72,11 @@ def coco(boxes):
 def write(folder, counts=COUNTS):
     """The scenes of every split as `masks:FOLDER` and `coco:FOLDER` read them."""
     folder = Path(folder)
-    (folder / "annotations").mkdir(parents=True)
+    (folder / "annotations").mkdir(parents=True, exist_ok=True)
     for split, count in counts.items():
         *both, boxes = scenes(split, count)
         for kind, pixels in zip(("images", "masks"), both, strict=True):
-            (folder / split / kind).mkdir(parents=True)
+            (folder / split / kind).mkdir(parents=True, exist_ok=True)
             for index, each in enumerate(pixels):
                 Image.fromarray(each).save(folder / split / kind / f"{index:04}.png")
         (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(coco(boxes)))

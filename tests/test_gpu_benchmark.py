@@ -66,7 +66,7 @@ def test_a_part_that_hangs_is_ended_and_said(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import gpu
 
-    given = gpu.argparse.Namespace(batch=1, smoke=True)
+    given = gpu.argparse.Namespace(batch=1, smoke=True, out=None)
     said = []
     assert gpu._child("kernel", 0.2, given, said.append) == []
     assert said[0]["failed"] == "took more than 0.2 s"

@@ -76,7 +76,7 @@ def test_strata_of_labels_and_numbers():
     assert abs(train.targets.mean() - test.targets.mean()) < 0.05
 
 
-GIVEN = {"class_names": "names.txt", "other_classes": True, "label_columns": ("x",)} | dict.fromkeys(
+GIVEN = {"class_names": "names.txt", "other_classes": True, "label_columns": ("x",), "ignore": (0,)} | dict.fromkeys(
     ("label_separator", "group_column", "fold_column", "weight_column", "image_column", "split_column", "encoding"), "x"
 )
 

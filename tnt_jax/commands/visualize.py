@@ -157,7 +157,7 @@ def _of_predictions(arguments: Arguments):
     source = open_test(data)
     (predictions,) = predictions_of([model], source, data)
     if arguments.table:
-        counts, _, rows, columns, _ = predictions.confusion(source.class_names)
+        counts, _, rows, columns, *_ = predictions.confusion(source.class_names)
         named = [
             {"right class": row} | dict(zip(columns, each.tolist(), strict=True))
             for row, each in zip(rows, counts, strict=True)

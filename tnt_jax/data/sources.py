@@ -90,7 +90,8 @@ class _Taken(Images):
         return self.images.tells if isinstance(self.images, Images) else "label"
 
     def check_size(self, index: int, target: Target, size: tuple[int, int]) -> None:
-        self.images.check_size(int(self.indices[index]), target, size)
+        if isinstance(self.images, Images):
+            self.images.check_size(int(self.indices[index]), target, size)
 
     def labelled(self, index: int) -> tuple[ImageSource, Target]:
         return self.images.labelled(int(self.indices[index]))
