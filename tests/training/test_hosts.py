@@ -468,7 +468,7 @@ time.time = lambda: truth() + next(looks) % 2 * 60 * 86400"""
 FULL_DISK = """
 import resource
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))"""
+resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))"""
 
 
 @pytest.mark.nightly  # one process has it in test_checkpoint.py
