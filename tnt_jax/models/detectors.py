@@ -140,8 +140,9 @@ class RetinaNet(nnx.Module):
         """The feature pyramid: each map with the coarser ones added, and what is coarser than all."""
         wide = [lateral(each) for lateral, each in zip(self.lateral, maps, strict=True)]
         for index in reversed(range(len(wide) - 1)):
-            shape = (*wide[index].shape[:3], wide[index + 1].shape[3])
-            wide[index] += jax.image.resize(wide[index + 1], shape, "nearest")
+            # Every place twice; of an uneven side the last one once, as PyTorch's nearest neighbours are.
+            twice = wide[index + 1].repeat(2, axis=1).repeat(2, axis=2)
+            wide[index] += twice[:, : wide[index].shape[1], : wide[index].shape[2]]
         found = [smooth(each) for smooth, each in zip(self.smooth, wide, strict=True)]
         for index, each in enumerate(self.coarser):
             found.append(each(nnx.relu(found[-1]) if index else found[-1]))
@@ -238,9 +239,11 @@ class Detr(nnx.Module):
         self, maps: Sequence[Maps], last: LayerNorm, key: Keys | None = None
     ) -> Float[Array, "batch layers queries outputs"]:
         maps = last(maps[-1])
-        _, rows, columns, _ = maps.shape
-        window = (min(2, rows), min(2, columns))
-        return self.of_map(nnx.avg_pool(maps, window, window), key)
+        _, rows, columns, dim = maps.shape
+        down, right = min(2, rows), min(2, columns)
+        maps = maps[:, : rows // down * down, : columns // right * right]
+        squares = maps.reshape(-1, rows // down, down, columns // right, right, dim)
+        return self.of_map(squares.mean(axis=(2, 4)), key)
 
     def of_map(self, maps: Maps, key: Keys | None = None) -> Float[Array, "batch layers queries outputs"]:
         """The transformers on a map. Without a key, of the last layer of the decoder alone."""
