@@ -39,7 +39,7 @@ TITLES = {"ap": "AP", "ap50": "AP50", "ap75": "AP75", "ar1": "AR1", "ar10": "AR1
 
 
 def _metric(name: str) -> Metric:
-    return proportion(name, lambda _: np.nan, TITLES.get(name))
+    return proportion(name, lambda _: np.nan, TITLES.get(name, ""))
 
 
 METRICS = (*map(_metric, NAMES), LOSS)
