@@ -20,19 +20,14 @@ def get_config() -> TrainConfig:
         run_dir="runs/ade20k_tnt_s",
         init_from="tnt_s_patch16_224",
         model=ModelChanges("tnt_s_patch16_224", image_size=512, num_classes=150, head="mlp"),
-        data=DataConfig(
+        data=DataConfig.plain(
             "masks:ADEChallengeData2016",
             task="segmentation",
             ignore=(0,),
-            repeats=1,
-            crop_area=None,
             scale_jitter=(0.5, 2.0),
-            randaugment_ops=0,
-            erasing=0.0,
-            mixup=0.0,
-            cutmix=0.0,
+            random_flip=0.5,
+            color_jitter=0.4,
             label_smoothing=0.0,
-            crop=1.0,
             num_workers=8,
         ),
         optimizer=OptimizerConfig(

@@ -20,18 +20,12 @@ def get_config() -> TrainConfig:
         run_dir="runs/coco_detr_tnt_s",
         init_from="tnt_s_patch16_224",
         model=ModelChanges("tnt_s_patch16_224", image_size=640, head="detr", dtype="bfloat16"),
-        data=DataConfig(
+        data=DataConfig.plain(
             "coco:data/coco",
             task="detection",
-            repeats=1,
-            crop_area=None,
             scale_jitter=(0.5, 2.0),
-            randaugment_ops=0,
-            erasing=0.0,
-            mixup=0.0,
-            cutmix=0.0,
+            random_flip=0.5,
             label_smoothing=0.0,
-            crop=1.0,
             num_workers=8,
         ),
         optimizer=OptimizerConfig(

@@ -18,18 +18,12 @@ def get_config() -> TrainConfig:
     return TrainConfig(
         run_dir="runs/coco_retinanet_ptnt_s",
         model=ModelChanges("ptnt_s_patch16_256", image_size=768, head="retinanet", dtype="bfloat16"),
-        data=DataConfig(
+        data=DataConfig.plain(
             "coco:data/coco",
             task="detection",
-            repeats=1,
-            crop_area=None,
             scale_jitter=(0.8, 1.25),
-            randaugment_ops=0,
-            erasing=0.0,
-            mixup=0.0,
-            cutmix=0.0,
+            random_flip=0.5,
             label_smoothing=0.0,
-            crop=1.0,
             num_workers=8,
         ),
         optimizer=OptimizerConfig(learning_rate=1e-4, warmup_epochs=0.1, min_learning_rate=1e-6, ema_decay=0.999),

@@ -96,8 +96,8 @@ def test_every_source_tells_the_same_boxes(kind, images):
         areas = [7.5 if kind == "coco" else (box[3] - box[1]) * (box[4] - box[2]) for box in boxes]
         np.testing.assert_array_equal(found[:, 6], np.array(areas, np.float32))
         np.testing.assert_array_equal(of_copy[index][1], found)
-    part = split.take(np.array([3, 0])) if hasattr(split, "take") else None
-    assert part is None or [len(part[index][1]) for index in range(2)] == [1, 2]
+    part = split.images.take(np.array([3, 0]))
+    assert [len(part.labelled(index)[1]) for index in range(2)] == [1, 2]
 
 
 def test_a_part_is_held_out_and_a_digest_says_what_changed(images):
@@ -201,17 +201,17 @@ def test_what_is_no_json_no_xml_and_no_table_is_said(images):
     with pytest.raises(InputError, match=r"1.xml is no annotation of Pascal VOC: object 0 has no <bndbox>"):
         open_split(data_of(source), "train")
     (images / "bad.csv").write_text("image,xmin,ymin,xmax,ymax,label\n0.png,1,2,x,4,cat\n")
-    with pytest.raises(InputError, match=r"line 2 has the box 1, 2, x, 4, and should have four numbers"):
+    with pytest.raises(InputError, match=r"bad.csv, line 2: the box is 1, 2, x, 4, and should be four numbers"):
         open_split(data_of(f"boxes:{images / 'bad.csv'}"), "train")
     (images / "bad.csv").write_text("image,xmin,ymin,xmax,label\n0.png,1,2,3,cat\n")
-    with pytest.raises(InputError, match=r"has no column with the bottom of a box, such as ymax"):
+    with pytest.raises(InputError, match=r"bad.csv has no column ymax; boxes need xmin, ymin, xmax, ymax"):
         open_split(data_of(f"boxes:{images / 'bad.csv'}"), "train")
 
 
 def test_a_source_of_another_kind_is_refused_with_what_fits(images):
-    with pytest.raises(InputError, match=r"has a label for each image, and data.task is detection.*coco:PATH"):
+    with pytest.raises(InputError, match=r"has labels of images, and data.task is detection.*coco:PATH"):
         open_split(data_of("digits"), "train")
-    with pytest.raises(InputError, match=r"has a boxes for each image|take data.task detection"):
+    with pytest.raises(InputError, match=r"has boxes of images, and .* take data.task detection"):
         open_split(dataclasses.replace(data_of(write_coco(images, coco())), task="segmentation"), "train")
 
 

@@ -317,14 +317,10 @@ def test_an_unreadable_mask_may_be_skipped_as_an_image_may(scenes, caplog):
 
 
 def test_masks_and_tasks_must_fit(scenes):
-    message = (
-        "has a mask for each image, and data.task is single_label, which needs one class of each image: take data.t"
-    )
+    message = "has masks of images, and data.task is single_label, which needs one class of each image: take data.t"
     with pytest.raises(InputError, match=message):
         open_split(DataConfig.plain(f"masks:{scenes}"), "train")
-    message = (
-        "digits has a label for each image, and data.task is segmentation, which needs a mask .*, or masks:PATH, csv"
-    )
+    message = "digits has labels of images, and data.task is segmentation, which needs a mask of .*, or masks:PATH"
     with pytest.raises(InputError, match=message):
         open_split(DataConfig.plain("digits", task="segmentation"), "train")
     with pytest.raises(InputError, match="there is no folder"):

@@ -8,62 +8,46 @@ import subprocess
 import sys
 
 import commands
+import dense_runs
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dense_runs import (
+    FEW,
+    SMALL_PYRAMID,
+    assert_goes_on_exactly,
+    assert_same_step,
+    outputs_when_saved_again,
+    run,
+    write_few,
+)
 from flax import nnx
 from PIL import Image
 from small_runs import history
 
 import tnt_jax
 from benchmarks.scenes import scenes, write
-from tnt_jax.config import DataConfig, InputError, LossConfig, ModelChanges, OptimizerConfig, TrainConfig, check
+from tnt_jax.config import InputError, LossConfig, ModelChanges, OptimizerConfig, check
 from tnt_jax.inference import predict_images
 from tnt_jax.models.adapting import select_classes
-from tnt_jax.models.variants import build_model, complete
 from tnt_jax.storage.description import read_description
 from tnt_jax.storage.folder import model_from_parameters, model_parameters
 from tnt_jax.tasks.detection import MOST_BOXES
 from tnt_jax.training.loop import train
-from tnt_jax.training.mesh import make_mesh, to_devices
-from tnt_jax.training.program import Program
 from tnt_jax.training.run import Run
 
-SMALL = ModelChanges(
-    "tnt_ti_patch16_224",
-    image_size=64,
-    in_channels=1,
-    depth=2,
-    inner_dim=4,
-    inner_heads=2,
-    outer_dim=32,
-    outer_heads=2,
-    drop_path_rate=0.1,
-    head="retinanet",
-)
-FEW = {"train": 48, "val": 10, "test": 10}
+SMALL = dataclasses.replace(dense_runs.SMALL, head="retinanet")
 
 
 def run_of(folder, source, model=SMALL, **changes):
-    config = TrainConfig(
-        run_dir=str(folder),
-        model=model,
-        data=DataConfig.plain(
-            f"coco:{source}", task="detection", label_smoothing=0.0, scale_jitter=(0.8, 1.3), random_shift=0.1
-        ),
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_epochs=1, ema_decay=0.9),
-        batch_size=16,
-        epochs=2,
-    )
-    return dataclasses.replace(config, **changes)
+    moves = {"scale_jitter": (0.8, 1.3)}
+    return dense_runs.run_of(folder, f"coco:{source}", "detection", model, moves, **changes)
 
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("scenes") / "few"
-    write(folder, FEW)
-    return folder
+    return write_few(tmp_path_factory)
 
 
 @pytest.fixture(scope="module", params=["retinanet", "detr", pytest.param("pyramid", marks=pytest.mark.slow)])
@@ -71,62 +55,38 @@ def finished(request, few, tmp_path_factory):
     """A run of each head; `retinanet` of a TNT and of a PyramidTNT."""
     model = dataclasses.replace(SMALL, head="retinanet" if request.param == "pyramid" else request.param)
     if request.param == "pyramid":
-        sizes = {"depth": (1, 1, 1, 1), "inner_dim": (2, 4, 4, 4), "inner_heads": (1, 2, 2, 2)}
-        sizes |= {"outer_dim": (8, 12, 16, 16), "outer_heads": (2, 2, 2, 2)}
-        model = ModelChanges("ptnt_ti_patch16_192", image_size=64, in_channels=1, head="retinanet", **sizes)
+        model = dataclasses.replace(SMALL_PYRAMID, head="retinanet")
     config = run_of(tmp_path_factory.mktemp(request.param) / "run", few, model)
     train(config)
     return config
 
 
-def states(run_dir, step=6):
-    return jax.tree.leaves(nnx.state(tnt_jax.load_model(run_dir, weights="raw", step=step)))
-
-
 def test_a_stopped_run_ends_as_one_that_was_not(finished, tmp_path):
-    again = dataclasses.replace(finished, run_dir=str(tmp_path / "run"))
-    train(again, on_step=lambda step, _: step == 4)
-    train(again)
-    for ours, theirs in zip(states(again.run_dir), states(finished.run_dir), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    assert_goes_on_exactly(finished, tmp_path / "run")
 
 
 def test_a_model_is_described_saved_and_loaded_with_its_head(finished, tmp_path):
     described = read_description(finished.run_dir)
     assert (described.config.head, described.outputs.task) == (finished.model.head, "detection")
-    model = tnt_jax.load_model(finished.run_dir)
-    tnt_jax.save_model(model, tmp_path / "model")
-    again = tnt_jax.load_model(tmp_path / "model")
-    images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 64, 64, 1)), jnp.float32)
-    ours, theirs = (nnx.jit(lambda model: model(images))(each) for each in (model, again))
-    assert ours.shape[-1] == 10 + (5 if finished.model.head == "detr" else 8)
-    np.testing.assert_array_equal(ours, theirs)
+    outputs = outputs_when_saved_again(finished.run_dir, tmp_path / "model")
+    assert outputs.shape[-1] == 10 + (5 if finished.model.head == "detr" else 8)
 
 
 def step_of(config, devices):
     """Loss and parameters after a step on so many devices."""
-    config = complete(config, 10)
-    program = Program(config, make_mesh(devices=jax.devices()[:devices]), 3)
-    program.check()
     images, _, boxes = scenes("train", config.batch_size)
     labels = np.full((config.batch_size, 1 + MOST_BOXES, 7), -1, np.float32)
     for label, of_image in zip(labels[2:], boxes, strict=False):  # the first two have none
         for row, (left, top, width, height, digit) in zip(label[1:], of_image, strict=False):
             row[:] = (left / 64, top / 64, (left + width) / 64, (top + height) / 64, digit, 0, width * height)
-    state = program.init(jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(build_model(config.model, 0)))))
-    mesh = make_mesh(devices=jax.devices()[:devices])
-    state, metrics = program.train_step(state, to_devices({"image": images[..., None], "label": labels}, mesh))
-    return float(metrics["loss"]), state.params
+    return dense_runs.step_of(config, 10, images, labels, devices)
 
 
 @pytest.mark.parametrize("head", ["retinanet", "detr"])
 def test_a_step_is_the_same_on_several_devices(head, few, tmp_path):
     model = dataclasses.replace(SMALL, head=head, drop_path_rate=0.0)
     config = run_of(tmp_path, few, model, optimizer=OptimizerConfig(name="sgd", learning_rate=1e-3, warmup_epochs=0))
-    (one, alone), (four, together) = (step_of(config, devices) for devices in (1, 4))
-    assert one == pytest.approx(four, rel=1e-4)
-    for ours, theirs in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    assert_same_step(step_of(config, 1), step_of(config, 4))
 
 
 def test_bfloat16_trains(few, tmp_path):
@@ -170,12 +130,6 @@ def test_classes_are_chosen_in_another_order(finished):
     )
     np.testing.assert_allclose(after[..., :2], before[..., [3, 0]], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(after[..., 2:], before[..., 10:], rtol=1e-5, atol=1e-5)
-
-
-def run(script, *arguments):
-    code, out, err = commands.run(script, *arguments)
-    assert code == 0, err
-    return out
 
 
 def test_every_command(finished, few, tmp_path):

@@ -8,10 +8,20 @@ import subprocess
 import sys
 
 import commands
+import dense_runs
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dense_runs import (
+    FEW,
+    SMALL_PYRAMID,
+    assert_goes_on_exactly,
+    assert_same_step,
+    outputs_when_saved_again,
+    run,
+    write_few,
+)
 from flax import nnx
 from PIL import Image
 from sklearn.metrics import jaccard_score
@@ -20,76 +30,39 @@ from small_runs import history
 
 import tnt_jax
 from benchmarks.scenes import NAMES, scenes, write
-from tnt_jax.config import DataConfig, InputError, LossConfig, ModelChanges, OptimizerConfig, TrainConfig, check
+from tnt_jax.config import InputError, LossConfig, ModelChanges, check
 from tnt_jax.inference import predict_images
 from tnt_jax.models.variants import build_model, complete
 from tnt_jax.storage.description import read_description
 from tnt_jax.tasks.segmentation import IGNORED
 from tnt_jax.training.loop import train
-from tnt_jax.training.mesh import make_mesh, to_devices
-from tnt_jax.training.program import Program
 from tnt_jax.training.run import Run
 
-MODEL = ModelChanges(
-    "tnt_ti_patch16_224",
-    image_size=64,
-    in_channels=1,
-    depth=4,
-    inner_dim=8,
-    inner_heads=2,
-    outer_dim=96,
-    outer_heads=3,
-    drop_path_rate=0.0,
-    head="mlp",
-)
-SMALL = dataclasses.replace(MODEL, depth=2, outer_dim=12, inner_dim=4, drop_path_rate=0.1)
-FEW = {"train": 48, "val": 10, "test": 10}
+SMALL = dataclasses.replace(dense_runs.SMALL, outer_dim=12, outer_heads=3, head="mlp")
 
 
 def run_of(folder, source, model=SMALL, **changes):
-    config = TrainConfig(
-        run_dir=str(folder),
-        model=model,
-        data=DataConfig.plain(f"masks:{source}", task="segmentation", label_smoothing=0.0, random_shift=0.1),
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_epochs=1, ema_decay=0.9),
-        batch_size=16,
-        epochs=2,
-    )
-    return dataclasses.replace(config, **changes)
+    return dense_runs.run_of(folder, f"masks:{source}", "segmentation", model, {}, **changes)
 
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("scenes") / "few"
-    write(folder, FEW)
-    return folder
+    return write_few(tmp_path_factory)
 
 
 @pytest.fixture(scope="module", params=["mlp", "linear", pytest.param("pyramid", marks=pytest.mark.slow)])
 def finished(request, few, tmp_path_factory):
     """A run of each head; `mlp` of a TNT and of a PyramidTNT."""
-    model = dataclasses.replace(SMALL, head="linear")
-    if request.param != "linear":
-        model = SMALL
+    model = dataclasses.replace(SMALL, head="linear") if request.param == "linear" else SMALL
     if request.param == "pyramid":
-        sizes = {"depth": (1, 1, 1, 1), "inner_dim": (2, 4, 4, 4), "inner_heads": (1, 2, 2, 2)}
-        sizes |= {"outer_dim": (8, 12, 16, 16), "outer_heads": (2, 2, 2, 2)}
-        model = ModelChanges("ptnt_ti_patch16_192", image_size=64, in_channels=1, head="mlp", **sizes)
+        model = dataclasses.replace(SMALL_PYRAMID, head="mlp")
     config = run_of(tmp_path_factory.mktemp(request.param) / "run", few, model)
     train(config)
     return config
 
 
-def states(run_dir, step=6):
-    return jax.tree.leaves(nnx.state(tnt_jax.load_model(run_dir, weights="raw", step=step)))
-
-
 def test_a_stopped_run_ends_as_one_that_was_not(finished, tmp_path):
-    again = dataclasses.replace(finished, run_dir=str(tmp_path / "run"))
-    train(again, on_step=lambda step, _: step == 4)
-    train(again)
-    for ours, theirs in zip(states(again.run_dir), states(finished.run_dir), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    again = assert_goes_on_exactly(finished, tmp_path / "run")
     of_training = [[line for line in history(each.run_dir) if line["kind"] == "train"] for each in (again, finished)]
     assert of_training[0][-1] == of_training[1][-1]
 
@@ -101,37 +74,21 @@ def test_a_model_is_described_saved_and_loaded_with_its_head(finished, tmp_path)
         "segmentation",
         NAMES,
     )
-    model = tnt_jax.load_model(finished.run_dir)
-    tnt_jax.save_model(model, tmp_path / "model")
-    again = tnt_jax.load_model(tmp_path / "model")
-    images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 64, 64, 1)), jnp.float32)
-    ours, theirs = (nnx.jit(lambda model: model(images))(each) for each in (model, again))
-    assert ours.shape == (2, 64, 64, 11)
-    np.testing.assert_array_equal(ours, theirs)
-    assert again.description == model.description
+    assert outputs_when_saved_again(finished.run_dir, tmp_path / "model").shape == (2, 64, 64, 11)
 
 
 def step_of(config, devices):
     """Loss and parameters after a step on so many devices."""
-    config = complete(config, len(NAMES))
-    program = Program(config, make_mesh(devices=jax.devices()[:devices]), 3)
-    program.check()
     images, masks, _ = scenes("train", config.batch_size)
     masks = masks.astype(np.uint16)
     masks[0, :20], masks[1] = IGNORED, IGNORED
-    state = program.init(jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(build_model(config.model, 0)))))
-    mesh = make_mesh(devices=jax.devices()[:devices])
-    state, metrics = program.train_step(state, to_devices({"image": images[..., None], "label": masks}, mesh))
-    return float(metrics["loss"]), state.params
+    return dense_runs.step_of(config, len(NAMES), images, masks, devices)
 
 
 @pytest.mark.parametrize("head", ["mlp", "linear"])
 def test_a_step_is_the_same_on_several_devices(head, few, tmp_path):
     config = run_of(tmp_path, few, dataclasses.replace(SMALL, head=head))
-    (one, alone), (four, together) = (step_of(config, devices) for devices in (1, 4))
-    assert one == pytest.approx(four, rel=1e-5)
-    for ours, theirs in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    assert_same_step(step_of(config, 1), step_of(config, 4))
 
 
 def test_parts_of_a_batch_have_the_loss_of_the_whole(few, tmp_path):
@@ -175,12 +132,6 @@ def test_a_run_starts_from_a_classifier_and_from_another_segmenter(finished, few
     again = Run(dataclasses.replace(config, init_from=finished.run_dir)).initial_state().params
     best = nnx.to_pure_dict(nnx.state(tnt_jax.load_model(finished.run_dir)))
     assert jax.tree.all(jax.tree.map(lambda ours, theirs: bool(np.array_equal(ours, theirs)), again, best))
-
-
-def run(script, *arguments):
-    code, out, err = commands.run(script, *arguments)
-    assert code == 0, err
-    return out
 
 
 def test_every_command(finished, few, tmp_path):

@@ -4,7 +4,6 @@ A box is left, top, right, bottom in pixels of its image, its class, whether it 
 is in it, which COCO's sizes go by.
 """
 
-import csv
 import dataclasses
 import hashlib
 import json
@@ -23,6 +22,7 @@ from tnt_jax.data.classes import read_class_names
 from tnt_jax.data.decode import Reading
 from tnt_jax.data.listing import FileNames
 from tnt_jax.data.sources import ImageFiles, NoSplitError, Split, Target, names_of_split
+from tnt_jax.data.tables import IMAGE_COLUMNS, read_table, rows_of
 
 SLACK = 1.0
 """Pixels by which a box may reach beyond its image: annotators' tools round."""
@@ -326,83 +326,47 @@ def _of_xml(path: Path) -> Annotated:
         raise InputError(f"{path} is no annotation of Pascal VOC: {error}") from error
 
 
-COLUMNS = {
-    "image": ("image_path", "image", "path", "file", "filename", "file_name"),
-    "left": ("xmin", "x0", "left"),
-    "top": ("ymin", "y0", "top"),
-    "right": ("xmax", "x1", "right"),
-    "bottom": ("ymax", "y1", "bottom"),
-    "class": ("label", "class", "name", "category"),
-}
+SIDES = {"xmin": ("x0", "left"), "ymin": ("y0", "top"), "xmax": ("x1", "right"), "ymax": ("y1", "bottom")}
+"""Columns of a table, and what else they are called."""
+CLASS_COLUMNS = ("label", "class", "name", "category")
 
 
 def open_box_table(argument: str, data: DataConfig, split: str) -> Split:
-    """A CSV with a line for each box: image, xmin, ymin, xmax, ymax, label, in pixels from the table's folder.
+    """A table (CSV, TSV, Parquet) with a row for each box: image, xmin, ymin, xmax, ymax, label, in pixels.
 
-    A line without a box is an image that has none. A column `split`, or a file for each split beside it
-    (`train.csv`, `test.csv` of a folder), says the splits.
+    Paths are relative to the table. A row without a box is an image that has none. A column `split` says which rows are
+    of a split; without one all are training images.
 
     Raises:
-        InputError: there is no such file or split, or a cell is not what it should be.
+        InputError: there is no such table or split, or a cell is not what it should be.
     """
-    root = Path(argument)
-    if root.is_dir():
-        here = {path.stem.lower(): path for path in root.glob("*.csv")}
-        name = next((each for each in names_of_split(split) if each in here), None)
-        if name is None:
-            raise NoSplitError(split, sorted(here))
-        path, training = here[name], next((here[e] for e in names_of_split(data.train_split) if e in here), here[name])
-        rows, trained = _read_table(path), _read_table(training)
-    else:
-        path, name, rows = root, split, _read_table(root)
-        trained = rows
-        if any(row["split"] for row in rows):
-            name = next((each for each in names_of_split(split) if any(row["split"] == each for row in rows)), None)
-            if name is None:
-                raise NoSplitError(split, sorted({row["split"] for row in rows}))
-            trained = [row for row in rows if row["split"] in names_of_split(data.train_split)] or rows
-            rows = [row for row in rows if row["split"] == name]
-        elif split not in names_of_split(data.train_split):
-            raise NoSplitError(split, [data.train_split])
+    table = read_table(argument, data.encoding)
+    image = table.chosen(data.image_column, IMAGE_COLUMNS, "--data.image-column", required=True)
+    given = data.label_columns[0] if data.label_columns else None
+    label = table.chosen(given, CLASS_COLUMNS, "--data.label-columns", required=True)
+    sides = [table.chosen(None, (name, *others), "") for name, others in SIDES.items()]
+    if None in sides:
+        raise InputError(f"{table.path} has no column {list(SIDES)[sides.index(None)]}; boxes need {', '.join(SIDES)}")
+    split_column = table.chosen(data.split_column, ("split",), "--data.split-column")
+    rows, training = (rows_of(table, split_column, name) for name in (split, data.train_split))
+    if rows is None:
+        raise NoSplitError(split, sorted(table.columns[split_column].texts if split_column else (data.train_split,)))
+    cells = {name: np.array(table.columns[name].texts)[table.columns[name].codes] for name in (image, label, *sides)}
     images: dict[str, Annotated] = {}
-    for row in rows:
-        image = images.setdefault(row["image"], Annotated(row["image"], None, []))
-        if row["box"]:
-            image.boxes.append((*row["box"], row["class"], False, None, f"line {row['line']}"))
-    classes = _class_names(data, (row["class"] for row in trained if row["box"]))
-    annotated = list(images.values())
-    return split_of(annotated, classes, _folder_of([path.parent], annotated[0].path, str(path)), data, name, str(path))
-
-
-def _read_table(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise InputError(f"there is no file {path}")
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns = {}
-            for kind, known in COLUMNS.items():
-                columns[kind] = next((each for each in reader.fieldnames or () if each.strip().lower() in known), None)
-                if columns[kind] is None:
-                    raise InputError(f"{path} has no column with the {kind} of a box, such as {known[0]}")
-            rows = []
-            for line, cells in enumerate(reader, start=2):
-                numbers = [cells[columns[side]] for side in ("left", "top", "right", "bottom")]
-                row = {"image": cells[columns["image"]], "class": cells[columns["class"]], "line": line, "box": ()}
-                row["split"] = cells.get("split") or ""
-                if any(numbers):
-                    try:
-                        row["box"] = tuple(float(number) for number in numbers)
-                    except (TypeError, ValueError):
-                        raise InputError(
-                            f"{path}: line {line} has the box {', '.join(map(str, numbers))}, and should have four "
-                            "numbers"
-                        ) from None
-                if not row["image"] or (row["box"] and not row["class"]):
-                    raise InputError(f"{path}: line {line} lacks its image or the class of its box")
-                rows.append(row)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8: {error}") from error
-    if not rows:
-        raise InputError(f"{path} has no line")
-    return rows
+    for row in rows.tolist():
+        path, name, numbers = cells[image][row], cells[label][row], [cells[side][row] for side in sides]
+        if not path or (any(numbers) and not name):
+            raise InputError(f"{table.place(row)}: the image, or the class of its box, is missing")
+        found = images.setdefault(str(path), Annotated(str(path), None, []))
+        if any(numbers):
+            try:
+                box = tuple(map(float, numbers))
+            except ValueError:
+                said = ", ".join(numbers)
+                raise InputError(f"{table.place(row)}: the box is {said}, and should be four numbers") from None
+            found.boxes.append((*box, str(name), False, None, table.place(row)))
+    trained = rows if training is None else training
+    classes = _class_names(data, (str(name) for name in cells[label][trained] if name))
+    name = table.columns[split_column].text_of(int(rows[0])) if split_column else data.train_split
+    annotated, folder = list(images.values()), Path(table.path).absolute().parent
+    return split_of(annotated, classes, _folder_of([folder], annotated[0].path, table.path), data, name, table.path)

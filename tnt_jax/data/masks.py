@@ -72,7 +72,7 @@ class MaskedFiles(ImageFiles):
     masks: ImageFiles
     meaning: Meaning
     max_pixels: int = DataConfig.max_pixels
-    tells = "mask"
+    tells = "masks"
 
     def labelled(self, index: int) -> tuple[str, UInt16[np.ndarray, "height width"]]:
         path = self.masks[index]

@@ -87,7 +87,7 @@ def _evaluated(data: DataConfig) -> Split | None:
 def _is_labelled(found: Split) -> bool:
     """True if there is something to report: TFDS has test splits whose labels are -1."""
     try:
-        there = found.targets is not None or found.tells != "label" or found.images.labelled(0) is not None
+        there = found.targets is not None or found.tells != "labels" or found.images.labelled(0) is not None
         return len(found) > 0 and there
     except InputError:
         return False
@@ -117,12 +117,12 @@ def _open(data: DataConfig, split: str) -> Split:
             flag = f"--data.{option.replace('_', '-')}"
             raise InputError(f"{flag} was given, and {name}{':' * bool(argument)} has no use for it; {others} have")
     try:
-        found, told = source.open(os.path.expanduser(argument), data, split), TASKS[data.task].told
-        if found.tells != told:
-            fits = {"label": "single_label", "mask": "segmentation", "boxes": "detection"}[found.tells]
+        found, task = source.open(os.path.expanduser(argument), data, split), TASKS[data.task]
+        if found.tells != task.told:
+            fits = " or ".join(each.name for each in TASKS.values() if each.told == found.tells)
             raise InputError(
-                f"{data.source} has a {found.tells} for each image, and data.task is {data.task}, which needs "
-                f"{TASKS[data.task].needs}: take data.task {fits}, or {SOURCES_OF[told]}"
+                f"{data.source} has {found.tells} of images, and data.task is {task.name}, which needs "
+                f"{task.needs}: take data.task {fits}, or {task.sources}"
             )
         return found
     except NoSplitError as error:
@@ -206,13 +206,6 @@ SOURCES = {
     "masks": Source(open_masks, ("class_names", "ignore")),
     "coco": Source(open_coco, ("class_names",)),
     "voc": Source(open_voc, ("class_names",)),
-    "boxes": Source(open_box_table, ("class_names",)),
+    "boxes": Source(open_box_table, ("class_names", "label_columns", "image_column", "split_column", "encoding")),
     "synthetic": Source(_open_synthetic),
 }
-
-SOURCES_OF = {
-    "label": "a source of labels",
-    "mask": "masks:PATH, csv:FILE or tfds:NAME",
-    "boxes": "coco:PATH, voc:PATH or boxes:PATH",
-}
-"""By what they tell of an image."""

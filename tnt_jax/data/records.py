@@ -88,7 +88,7 @@ class MaskedRecords(RecordImages):
     """Records with an image and its mask."""
 
     meaning: Meaning | None = None
-    tells = "mask"
+    tells = "masks"
 
     def _record(self, index: int, target: str = MASK) -> dict[str, Any]:
         return super()._record(index, target)
@@ -168,7 +168,7 @@ def _open(tfds, builder, name: str, data: DataConfig, split: str) -> Split:
             f"installed, `tfds convert_format --dataset_version_dir={builder.data_dir} --out_file_format=array_record` "
             "adds a version that can"
         )
-    dense = TASKS[data.task].told == "mask"
+    dense = TASKS[data.task].told == "masks"
     target = MASK if dense else "label"
     if not {"image", target} <= set(info.features) or not (dense or hasattr(info.features[target], "names")):
         needed = target.replace("_", " ")

@@ -44,7 +44,7 @@ def names_of_split(split: str) -> tuple[str, ...]:
 class Images(Sequence):
     """Images by their places, each as `read_image` takes it. Can be pickled, so that worker processes read it too."""
 
-    tells = "label"
+    tells = "labels"
     """Of each: as `Task.told`."""
 
     def name(self, index: int) -> str:
@@ -53,7 +53,7 @@ class Images(Sequence):
 
     def check_size(self, index: int, target: Target, size: tuple[int, int]) -> None:
         """Raises InputError where the target of an image is not for one of this height and width."""
-        if self.tells == "mask" and target.shape != size:
+        if self.tells == "masks" and target.shape != size:
             sizes = [f"{width} x {height}" for height, width in (target.shape, size)]
             raise InputError(
                 f"{self.name(index)} is {sizes[1]} pixels, and its mask {sizes[0]}; both must be of one size"
@@ -87,7 +87,7 @@ class _Taken(Images):
 
     @property
     def tells(self) -> str:
-        return self.images.tells if isinstance(self.images, Images) else "label"
+        return self.images.tells if isinstance(self.images, Images) else "labels"
 
     def check_size(self, index: int, target: Target, size: tuple[int, int]) -> None:
         if isinstance(self.images, Images):
@@ -171,7 +171,7 @@ class Split:
         if isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[2] < 4:
             channels = None  # they have no alpha to leave out; whether they fit is asked of the whole split
         name = functools.partial(self.image_name, index)
-        at_least = at_least if self.tells == "label" else None  # masks and boxes are of the whole size
+        at_least = at_least if self.tells == "labels" else None  # masks and boxes are of the whole size
         pixels = read_image(image, channels, at_least=at_least, reading=self.reading, name=name)
         if isinstance(self.images, Images):
             self.images.check_size(index, target, pixels.shape[:2])
@@ -184,7 +184,7 @@ class Split:
     @property
     def tells(self) -> str:
         """As `Task.told`."""
-        return self.images.tells if isinstance(self.images, Images) else "label"
+        return self.images.tells if isinstance(self.images, Images) else "labels"
 
     @property
     def files(self) -> FileNames | None:
@@ -214,7 +214,7 @@ class Noise(Images):
     """Noise, without reading or decoding anything: for timing the device alone, and for trying a run out."""
 
     length: int
-    tells: str = "label"
+    tells: str = "labels"
 
     def __len__(self) -> int:
         return self.length

@@ -76,15 +76,15 @@ def open_table(argument: str, data: DataConfig, split: str) -> Split:
     split_column = table.chosen(data.split_column, ("split",), "--data.split-column")
     names = table.columns[image]
     folder = os.path.dirname(os.path.abspath(path))
-    training = _rows_of(table, split_column, data.train_split)
-    rows = _rows_of(table, split_column, split)
+    training = rows_of(table, split_column, data.train_split)
+    rows = rows_of(table, split_column, split)
     if rows is None:
         there = table.columns[split_column].texts if split_column else (data.train_split,)
         raise NoSplitError(split, sorted(there))
     _check_images(table, names, folder)
     name = table.columns[split_column].text_of(int(rows[0])) if split_column else data.train_split
     images = ImageFiles(folder, names.files_of(rows))
-    if TASKS[data.task].told == "mask":
+    if TASKS[data.task].told == "masks":
         return _with_masks(table, data, images, rows, training, name)
     return split_of_rows(table, data, images, rows, training, name, {image, split_column})
 
@@ -159,7 +159,7 @@ def values_of(table: Table, columns: dict[str, Column], rows: np.ndarray) -> dic
     return {field: made[field](column)[rows] for field, column in columns.items()}
 
 
-def _rows_of(table: Table, split_column: str | None, split: str) -> np.ndarray | None:
+def rows_of(table: Table, split_column: str | None, split: str) -> np.ndarray | None:
     """The rows of a split; None where there is no such split."""
     if split_column is None:
         return np.arange(len(table)) if split in names_of_split("train") else None

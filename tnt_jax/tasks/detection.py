@@ -183,7 +183,7 @@ class BoxPredictions(Predictions):
         return right, missed, len(pairs) - right - missed
 
 
-class Detection(task.Task):
+class Detection(task.DenseTask):
     """Labels are float32 (images, rows, 7), and come with their image."""
 
     name = "detection"
@@ -192,10 +192,9 @@ class Detection(task.Task):
     heads = ("retinanet", "detr")
     metrics = METRICS
     losses = ("detection", "detection_giou")
-    settings = ()
     weighs_classes = False
-    label_columns = ()
     needs = "boxes of each image"
+    sources = "coco:PATH, voc:PATH or boxes:PATH"
     wanted = "a class of each box"
     pipeline = tag = "object-detection"
 
@@ -205,14 +204,6 @@ class Detection(task.Task):
     def check_labels(self, labels: np.ndarray, names: Sequence[str], split: str) -> None:
         """Boxes are checked where they are read. Raises InputError where nothing can score them."""
         _faster_coco_eval()
-
-    def labels_of_array(self, values: np.ndarray, name: str, argument: str) -> np.ndarray:
-        raise InputError(f"{argument} is read for classes and numbers of images; boxes are read by {self.sources}")
-
-    def labels_of_columns(self, names: Sequence[str], labels: Any) -> tuple:
-        raise InputError(f"{labels.path}: boxes are read by {self.sources}")
-
-    sources = "coco:PATH, voc:PATH, boxes:PATH"
 
     def moved(self, label: Float[np.ndarray, "boxes 7"], places: Any) -> Float[np.ndarray, "rows 7"]:
         """What is left of each box in the prepared image; one of which nothing is left goes."""
@@ -227,10 +218,6 @@ class Detection(task.Task):
             )
         row[1 : 1 + len(left)] = left
         return row
-
-    def soft_targets(self, labels: "jax.Array", outputs: int, smoothing: float) -> "jax.Array":
-        """The boxes as they are."""
-        return labels
 
     def measure(self, logits: "jax.Array", targets: "jax.Array") -> dict[str, "jax.Array"]:
         return {}
@@ -359,9 +346,6 @@ class Detection(task.Task):
     def shown(self, result: dict[str, Any], names: Sequence[str] | None) -> str:
         each = zip(result["pred_classes"], result["pred_scores"], strict=True)
         return ", ".join(name for name, score in each if score >= SHOWN_SCORE) or "nothing"
-
-    def reasons(self, scores: np.ndarray, outputs: Outputs, names: Sequence[str] | None) -> tuple[list[int], list[str]]:
-        raise InputError("what is explained is one prediction of an image, and the task of the model is detection")
 
     def caption(self, label: np.ndarray, target: np.ndarray, names: Sequence[str]) -> str:
         there = [short(names[int(row[4])]) for row in label[1:] if row[4] >= 0]

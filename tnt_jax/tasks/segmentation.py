@@ -11,7 +11,6 @@ import numpy as np
 from jaxtyping import Float, Int, Num, UInt8, UInt16
 from PIL import Image
 
-from tnt_jax.errors import InputError
 from tnt_jax.tasks import task
 from tnt_jax.tasks.bootstrap import intervals, resamples
 from tnt_jax.tasks.metrics import LOSS, Metric, computed, mean_of_defined, proportion, quotient, with_intervals
@@ -133,18 +132,19 @@ class MaskPredictions(Predictions):
         return Mistakes(worst, captions, title, pictures)
 
 
-class Segmentation(task.Task):
+class Segmentation(task.DenseTask):
     """Labels are uint16 (images, height, width), and come with their image."""
 
     name = "segmentation"
     noun = "classes"
-    told = "mask"
+    told = "masks"
     heads = ("linear", "mlp")
     metrics = METRICS
     losses = ("cross_entropy_dice", "pixel_cross_entropy")
     settings = ("data.ignore",)
     label_columns = ("mask", "masks", "mask_path", "segmentation", "label")
     needs = "a mask of each image"
+    sources = "masks:PATH, csv:FILE or tfds:NAME"
     wanted = "the number of a class in each pixel"
     pipeline = tag = "image-segmentation"
     label_dtype = "uint16"
@@ -152,23 +152,8 @@ class Segmentation(task.Task):
     def label_shape(self, outputs: int, image_size: tuple[int, int]) -> tuple[int, ...]:
         return image_size
 
-    def check_labels(self, labels: np.ndarray, names: Sequence[str], split: str) -> None:
-        """Each mask is checked where it is read."""
-
-    def labels_of_array(self, values: np.ndarray, name: str, argument: str) -> np.ndarray:
-        raise InputError(
-            f"{argument} is read for classes and numbers of images; masks are read by masks:PATH, csv:FILE"
-        )
-
-    def labels_of_columns(self, names: Sequence[str], labels: Any) -> tuple:
-        raise InputError(f"{labels.path}: masks are read by masks:PATH, csv:FILE and tfds:NAME")
-
     def moved(self, label: UInt16[np.ndarray, "height width"], places: Any) -> np.ndarray:
         return places.of_mask(label, IGNORED)
-
-    def soft_targets(self, labels: "jax.Array", outputs: int, smoothing: float) -> "jax.Array":
-        """The masks as they are."""
-        return labels
 
     def measure(self, logits: "jax.Array", targets: "jax.Array") -> dict[str, "jax.Array"]:
         right, seen = logits.argmax(-1) == targets, targets < logits.shape[-1]
@@ -271,9 +256,6 @@ class Segmentation(task.Task):
     def shown(self, result: dict[str, Any], names: Sequence[str] | None) -> dict[str, float]:
         """The share of each class."""
         return result["pred_shares"]
-
-    def reasons(self, scores: np.ndarray, outputs: Outputs, names: Sequence[str] | None) -> tuple[list[int], list[str]]:
-        raise InputError("what is explained is one prediction of an image, and the task of the model is segmentation")
 
     def caption(self, label: np.ndarray, target: np.ndarray, names: Sequence[str]) -> str:
         there = [names[each] for each in np.unique(label) if each != IGNORED]

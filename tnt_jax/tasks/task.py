@@ -143,7 +143,7 @@ class Task(abc.ABC):
     """Of `tnt_jax.tasks.losses.LOSSES`; the first is taken."""
     settings: tuple[str, ...] = MIXING
     """Fields of a configuration that not every task can have, and this one can."""
-    told: Literal["label", "mask", "boxes"] = "label"
+    told: Literal["labels", "masks", "boxes"] = "labels"
     """Of an image: a label of all of it, or a mask or boxes, which move with its pixels; evaluation shows it whole."""
     heads: tuple[str, ...] = ("class",)
     """Of a model: the first is for the image; the others over its pixels. As `ModelConfig.head` has them."""
@@ -158,6 +158,8 @@ class Task(abc.ABC):
     """The usual names of the column of its labels."""
     needs: str
     """Its labels, in words."""
+    sources: str = "a source of labels"
+    """Those that have such labels, in words."""
     wanted: str
     """The numbers that a label may have, in words."""
     pipeline: str | None = "image-classification"
@@ -169,7 +171,7 @@ class Task(abc.ABC):
     @property
     def dense(self) -> bool:
         """True if labels move with the pixels of their image."""
-        return self.told != "label"
+        return self.told != "labels"
 
     # What a source says of images
 
@@ -310,14 +312,6 @@ class Task(abc.ABC):
     def activated(self, logits: "jax.Array") -> "jax.Array":
         """Probabilities, or numbers as they are."""
 
-    def join(self, windows: "Iterable[tuple[int, int, np.ndarray]]", canvas: Canvas) -> np.ndarray:
-        """The argument of `result` for an image, of a dense task.
-
-        Args:
-            windows: the first row and column of each, and what is `activated` of it.
-        """
-        raise NotImplementedError
-
     @abc.abstractmethod
     def result(self, scores: np.ndarray, outputs: Outputs, names: Sequence[str] | None) -> dict[str, Any]:
         """The result of `inference_model` for an image, from its `activated` outputs."""
@@ -330,10 +324,6 @@ class Task(abc.ABC):
         cells = {f"{name}_{rank}": value for rank, row in enumerate(rows, 1) for name, value in row.items()}
         fields = {name: value for name, value in result.items() if name != "pred_scores"}
         return Answer(fields | {"top": rows}, rows, cells)
-
-    def pictures(self, result: dict[str, Any], image: np.ndarray) -> "dict[str, Image]":
-        """What is written of a result as pictures, by the ends of their names; `image` is 8 bits RGB."""
-        raise InputError(f"pictures are written of masks, and the task of the model is {self.name}")
 
     def shown(self, result: dict[str, Any], names: Sequence[str] | None) -> dict[str, float] | str:
         """A result as a `gradio.Label` shows it: a tick marks labels that are predicted."""
@@ -354,6 +344,44 @@ class Task(abc.ABC):
     def meaning(self, outputs: Outputs) -> list[str]:
         """The sentences of the model card about the outputs."""
         return []
+
+
+class DenseTask(Task):
+    """A task whose labels lie over the pixels of their image: they move with them, and the source has both at once."""
+
+    settings = ()
+    label_columns = ()
+
+    def check_labels(self, labels: np.ndarray, names: Sequence[str], split: str) -> None:
+        """Each label is checked where it is read."""
+
+    def labels_of_array(self, values: np.ndarray, name: str, argument: str) -> np.ndarray:
+        raise InputError(f"{argument} has not {self.needs}: take {self.sources}")
+
+    def labels_of_columns(self, names: Sequence[str], labels: Any) -> tuple:
+        raise InputError(f"{labels.path} has not {self.needs}: take {self.sources}")
+
+    @abc.abstractmethod
+    def moved(self, label: Any, places: Any) -> Any: ...
+
+    def soft_targets(self, labels: "jax.Array", outputs: int, smoothing: float) -> "jax.Array":
+        """The labels as they are."""
+        return labels
+
+    @abc.abstractmethod
+    def join(self, windows: Iterable[tuple[int, int, np.ndarray]], canvas: Canvas) -> np.ndarray:
+        """The argument of `result` for an image.
+
+        Args:
+            windows: the first row and column of each, and what is `activated` of it.
+        """
+
+    @abc.abstractmethod
+    def pictures(self, result: dict[str, Any], image: np.ndarray) -> "dict[str, Image]":
+        """Pictures of a result, by the ends of their names; `image` is 8 bits RGB."""
+
+    def reasons(self, scores: np.ndarray, outputs: Outputs, names: Sequence[str] | None) -> tuple[list[int], list[str]]:
+        raise InputError(f"what is explained is one prediction of an image, and the task of the model is {self.name}")
 
 
 def class_name(label: int, names: Sequence[str] | None) -> str:
