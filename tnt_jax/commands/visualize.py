@@ -146,13 +146,14 @@ def _of_predictions(arguments: Arguments):
     from tnt_jax.storage.description import description_of
     from tnt_jax.storage.files import check_ending
     from tnt_jax.storage.load import load_model
+    from tnt_jax.tasks.table import TASKS
 
     if arguments.table:
         check_ending(arguments.table, (".csv",), "a table of a confusion matrix")
     model = load_model(arguments.model)
     task = description_of(model).outputs.task
-    if arguments.table and task == "regression":
-        raise InputError("--table was given, and a regression has no confusion matrix")
+    if arguments.table and not TASKS[task].has_probabilities:
+        raise InputError(f"--table was given, and a {task} has no confusion matrix")
     (data,) = test_data(arguments.model, [arguments.source] if arguments.source else [], task)
     source = open_test(data)
     (predictions,) = predictions_of([model], source, data)
