@@ -82,7 +82,7 @@ def step_of(config, devices):
     return dense_runs.step_of(config, 10, images, labels, devices)
 
 
-@pytest.mark.parametrize("head", ["retinanet", "detr"])
+@pytest.mark.parametrize("head", ["retinanet", "detr", "detr_unpooled"])
 def test_a_step_is_the_same_on_several_devices(head, few, tmp_path):
     model = dataclasses.replace(SMALL, head=head, drop_path_rate=0.0)
     config = run_of(tmp_path, few, model, optimizer=OptimizerConfig(name="sgd", learning_rate=1e-3, warmup_epochs=0))

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import itertools
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,8 @@ from tnt_jax.commands.cli import command
 from tnt_jax.config import DataConfig, InputError, check_data
 
 SHOWN = 20
-AT_A_TIME = 512
+AT_A_TIME = 64
+"""Images that a thread reads before it takes the next ones."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,21 +80,17 @@ def _splits(data: DataConfig) -> list:
 def _wrong(split, pool: ThreadPoolExecutor, advance) -> list[tuple[str, str, str]]:
     """Split, image and reason of each image that cannot be read."""
 
-    def reason(index: int) -> str | None:
-        try:
-            split.read(index)
-        except InputError as error:
-            return str(error)
-        return None
-
-    found = []
-    for first in range(0, len(split), AT_A_TIME):
-        indices = range(first, min(first + AT_A_TIME, len(split)))
-        for index, error in zip(indices, pool.map(reason, indices), strict=True):
-            if error:
-                found.append((split.name, split.image_name(index), error))
+    def of_some(first: int) -> list[tuple[str, str, str]]:
+        found, indices = [], range(first, min(first + AT_A_TIME, len(split)))
+        for index in indices:
+            try:
+                split.read(index)
+            except InputError as error:
+                found.append((split.name, split.image_name(index), str(error)))
         advance(len(indices))
-    return found
+        return found
+
+    return list(itertools.chain.from_iterable(pool.map(of_some, range(0, len(split), AT_A_TIME))))
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ class Arguments:
     address, or the folder of a model or a run."""
     destination: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")]
     """The model folder to write; with --to, a .safetensors or .pth file."""
-    to: Literal["huawei", "timm", "mmpretrain"] | None = None
-    """The layout to write."""
+    to: Literal["huawei", "timm", "mmpretrain", "transformers"] | None = None
+    """The layout to write; transformers is for a model of head detr_unpooled."""
     image_size: str | None = None
     """Resize the sentence positions for images of this size: 384, or height and width as 256x320."""
     in_channels: int | None = None

@@ -1,5 +1,6 @@
 """An image to pixels: the one reader of training, evaluation and prediction."""
 
+import contextlib
 import dataclasses
 import io
 import os
@@ -18,6 +19,8 @@ from tnt_jax.data import deep
 from tnt_jax.data.samples import Pixels, at_full_scale, check_size, upright
 
 ORIENTATION = 0x0112
+ORIENTATION_MARKS = (b"Exif\0\0", b"tiff:Orientation")
+"""One of them is in every JPEG that says how it lies: of EXIF and of XMP. Pillow parses slowly; most say nothing."""
 LARGEST_WHOLE = 100_000_000
 """Pixels. JPEGs of more are always decoded at a fraction of their size where that is large enough."""
 
@@ -205,10 +208,10 @@ def _jpeg(content: bytes, channels: int | None, at_least: tuple[int, int] | None
     if colours not in ("YCbCr", "RGB", "Gray"):
         return None  # Pillow converts CMYK in another way, and it is the reference
     check_size(height, width, 1, reading.max_pixels)
-    try:
-        orientation = _orientation(_open(content))
-    except Exception:  # damaged metadata raise nearly everything
-        orientation = 1
+    orientation = 1
+    if any(mark in content for mark in ORIENTATION_MARKS):
+        with contextlib.suppress(Exception):  # damaged metadata raise nearly everything
+            orientation = _orientation(_open(content))
     sizes = {}
     if at_least and _small_enough(height * width, reading):
         sizes = _scaled_down(height, width, at_least[::-1] if orientation > 4 else at_least)

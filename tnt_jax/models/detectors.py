@@ -35,6 +35,7 @@ PRIOR = 0.01
 """The chance of a class before anything was learned."""
 LAYERS, QUERIES, HEAD_DIM, MLP_RATIO, DROP_RATE = 6, 100, 32, 8, 0.1
 """Of DETR (arXiv 2005.12872); 256 channels have 8 heads and 2048 between the linear maps."""
+DETRS = ("detr", "detr_unpooled")
 Maps = Float[Array, "batch rows columns channels"]
 
 
@@ -45,10 +46,14 @@ def head_dim(config: ModelConfig) -> int:
 
 def check_detector(config: ModelConfig) -> None:
     """Raises InputError for a head that the network cannot have."""
-    if config.head == "detr" and config.architecture == "pyramid":
-        raise InputError("head detr reads the sentences of a TNT; a PyramidTNT has maps of four scales: take retinanet")
-    if config.head == "detr" and head_dim(config) % HEAD_DIM:
-        raise InputError(f"head detr has heads of {HEAD_DIM} channels, and outer_dim is {config.outer_dim}")
+    if config.head not in DETRS:
+        return
+    if config.architecture == "pyramid":
+        raise InputError(
+            f"head {config.head} reads the sentences of a TNT; a PyramidTNT has maps of four scales: take retinanet"
+        )
+    if head_dim(config) % HEAD_DIM:
+        raise InputError(f"head {config.head} has heads of {HEAD_DIM} channels, and outer_dim is {config.outer_dim}")
 
 
 def conv(
@@ -218,10 +223,10 @@ class EncoderLayer(nnx.Module):
 
 class Detr(nnx.Module):
     """Sentences of a TNT to classes and boxes of queries (DETR), with a mean over 2 x 2 sentences before it, as the
-    paper has it (table 10)."""
+    paper has it (table 10), unless the head is `detr_unpooled`."""
 
     def __init__(self, dims: Sequence[int], *, config: ModelConfig, rngs: Rngs):
-        dim = head_dim(config)
+        self.pools, dim = config.head == "detr", head_dim(config)
         make, linear = (functools.partial(each, config=config, rngs=rngs) for each in (EncoderLayer, Linear))
         self.projection = linear(dims[-1], dim)
         self.encoder = nnx.List([make(dim) for _ in range(LAYERS)])
@@ -239,6 +244,8 @@ class Detr(nnx.Module):
         self, maps: Sequence[Maps], last: LayerNorm, key: Keys | None = None
     ) -> Float[Array, "batch layers queries outputs"]:
         maps = last(maps[-1])
+        if not self.pools:
+            return self.of_map(maps, key)
         _, rows, columns, dim = maps.shape
         down, right = min(2, rows), min(2, columns)
         maps = maps[:, : rows // down * down, : columns // right * right]
@@ -269,8 +276,8 @@ class Detr(nnx.Module):
 def detector_macs(config: ModelConfig) -> int:
     """Multiply-accumulates of an image behind the blocks, as `count_macs` counts: of linear maps and convolutions."""
     dim, (rows, columns) = head_dim(config), grid_size(config)
-    if config.head == "detr":
-        places = max(1, rows // 2) * max(1, columns // 2)
+    if config.head in DETRS:
+        places = max(1, rows // 2) * max(1, columns // 2) if config.head == "detr" else rows * columns
         of_layer = (4 + 2 * MLP_RATIO) * dim * dim
         encoder = LAYERS * (places * of_layer + 2 * places * places * dim)
         decoder = LAYERS * (

@@ -112,8 +112,20 @@ class Decoder(nnx.Module):
         return self.mlp(maps if self.pyramid is None else self.pyramid(maps, key), key)
 
 
-DETECTORS = ("retinanet", "detr")
-DECODERS = {"mlp": Decoder, "retinanet": detectors.RetinaNet, "detr": detectors.Detr}
+DETECTORS = ("retinanet", "detr", "detr_unpooled")
+DECODERS = {
+    "mlp": Decoder,
+    "retinanet": detectors.RetinaNet,
+    "detr": detectors.Detr,
+    "detr_unpooled": detectors.Detr,
+}
+
+
+class Identity(nnx.Module):
+    """The norm of a network that has none."""
+
+    def __call__(self, tokens: Array) -> Array:
+        return tokens
 
 
 class _Dense:
@@ -124,6 +136,8 @@ class _Dense:
         decoder = DECODERS.get(config.head)
         self.decoder = decoder and decoder(map_dims(config), config=config, rngs=rngs)
         self.head = None if config.head in DETECTORS else make_head(decoder_dim(config), config=config, rngs=rngs)
+        if config.head == "detr_unpooled":
+            self.norm = Identity()
 
     @explains_forward_mode
     def __call__(
@@ -168,6 +182,7 @@ class OfClasses(NamedTuple):
 OF_CLASSES = {
     "retinanet": OfClasses("decoder.classes.last", detectors.ANCHORS),
     "detr": OfClasses("decoder.classes", others=1),
+    "detr_unpooled": OfClasses("decoder.classes", others=1),
 }
 
 

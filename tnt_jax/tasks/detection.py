@@ -189,7 +189,7 @@ class Detection(task.DenseTask):
     name = "detection"
     noun = "classes"
     told = "boxes"
-    heads = ("retinanet", "detr")
+    heads = ("retinanet", "detr", "detr_unpooled")
     metrics = METRICS
     losses = ("detection", "detection_giou")
     weighs_classes = False

@@ -1,8 +1,9 @@
 """The published layouts of TNT state dicts, as one table that is used in both directions.
 
 Sources: tnt_pytorch/tnt.py and pyramid_tnt.py of huawei-noah/Efficient-AI-Backbones; timm/models/tnt.py, whose names
-the contrastive fork has too; mmpretrain/models/backbones/tnt.py. huawei has the official architecture and PyramidTNT,
-mmpretrain the legacy one, timm both of TNT.
+the contrastive fork has too; mmpretrain/models/backbones/tnt.py; models/detr of transformers, in the names that
+`save_pretrained` writes. huawei has the official architecture and PyramidTNT, mmpretrain the legacy one, timm both of
+TNT, transformers either as the backbone of a DETR.
 """
 
 import re
@@ -13,8 +14,9 @@ import numpy as np
 from tnt_jax.config import InputError
 
 # A row is one tensor, or a module whose `kernel` or `scale` is called `weight` there and whose `bias` is called `bias`.
-# A row that ends in .* gives what the names of the rows below begin with.
+# A row of `PREFIXES` gives what the names of the rows below begin with.
 # {qk,v}: the rows of two tensors, one after the other, are those of ours. -: the layout has no such module.
+PREFIXES = ("blocks.*", "encoder.*", "decoder.*")
 TNT_TABLE = """
 ours                        huawei                      timm                       mmpretrain
 
@@ -95,20 +97,66 @@ stages.*.blocks.*             stages.*.blocks.*
 .outer.se.fc2                 .se_layer.fc.3
 """
 
+# Behind a TNT of timm, whose names these begin with, without its norm and its head.
+DETR_BACKBONE = "model.backbone.conv_encoder.model.model."
+DETR_TABLE = """
+ours                          transformers
+
+decoder.projection            model.input_projection
+decoder.queries               model.query_position_embeddings.weight
+decoder.norm                  model.decoder.layernorm
+decoder.classes               class_labels_classifier
+decoder.boxes.*               bbox_predictor.layers.*
+
+decoder.encoder.*             model.encoder.layers.*
+.attn.q                       .self_attn.q_proj
+.attn.k                       .self_attn.k_proj
+.attn.v                       .self_attn.v_proj
+.attn.proj                    .self_attn.out_proj
+.norm1                        .self_attn_layer_norm
+.fc1                          .fc1
+.fc2                          .fc2
+.norm3                        .final_layer_norm
+
+decoder.decoder.*             model.decoder.layers.*
+.attn.q                       .self_attn.q_proj
+.attn.k                       .self_attn.k_proj
+.attn.v                       .self_attn.v_proj
+.attn.proj                    .self_attn.out_proj
+.norm1                        .self_attn_layer_norm
+.cross.q                      .encoder_attn.q_proj
+.cross.k                      .encoder_attn.k_proj
+.cross.v                      .encoder_attn.v_proj
+.cross.proj                   .encoder_attn.out_proj
+.norm2                        .encoder_attn_layer_norm
+.fc1                          .fc1
+.fc2                          .fc2
+.norm3                        .final_layer_norm
+"""
+
 # Tensors of huawei's models that no forward pass uses: a parameter that is always zero, and a count of batch norm.
 UNUSED = re.compile(r"outer_tokens|patch_embed\..*\.num_batches_tracked")
-ARCHITECTURES = {"huawei": ("official", "pyramid"), "timm": ("official", "legacy"), "mmpretrain": ("legacy",)}
+ARCHITECTURES = {
+    "huawei": ("official", "pyramid"),
+    "timm": ("official", "legacy"),
+    "mmpretrain": ("legacy",),
+    "transformers": ("official", "legacy"),
+}
+DETR_HEAD = "detr_unpooled"
+"""The head of `ModelConfig` that transformers' `DetrForObjectDetection` has; its layout has no other."""
+PROJECTION = "decoder.projection.kernel"
+"""A linear map of ours that is a convolution of one pixel there."""
 OURS = "tnt_jax"
 """The layout that has our own names and shapes. Only a file that holds its description is in it."""
 
 
 def _columns(table: str) -> dict[str, dict[str, str]]:
-    """layout -> our name -> name there, with block names written out as `blocks.*...`."""
+    """layout -> our name -> name there, with the names of blocks and layers written out as `blocks.*...`."""
     header, *rows = [line.split() for line in table.splitlines() if line]
     columns = {layout: {} for layout in header[1:]}
     prefixes = [""] * len(header)
     for row in rows:
-        if row[0].endswith("blocks.*"):
+        if row[0].endswith(PREFIXES):
             prefixes = row
             continue
         ours, *theirs = [name if name == "-" else prefix + name for prefix, name in zip(prefixes, row, strict=True)]
@@ -120,6 +168,9 @@ def _columns(table: str) -> dict[str, dict[str, str]]:
 
 _NAMES = _columns(TNT_TABLE)
 _NAMES["huawei"] |= _columns(PYRAMID_TABLE)["huawei"]  # no name of ours stands for different tensors in the two
+_NAMES["transformers"] = _columns(DETR_TABLE)["transformers"] | {
+    ours: DETR_BACKBONE + name for ours, name in _NAMES["timm"].items() if ours not in ("norm", "head")
+}
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 
 
@@ -188,6 +239,8 @@ def _to_torch(path: str, value: np.ndarray, layout: str, names: tuple[str, ...])
         return [value.transpose(0, 2, 1).reshape(1, inner, side, side)]
     if path.endswith("kernel"):
         value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
+    if path == PROJECTION:
+        value = value[..., None, None]
     if len(names) == 2:
         thirds = 2 if ".qk." in names[0] else 1  # query and key in the first, or query alone
         return np.split(value, [thirds * len(value) // 3])
@@ -198,6 +251,8 @@ def _from_torch(path: str, values: list[np.ndarray], layout: str) -> np.ndarray:
     value = values[0] if len(values) == 1 else np.concatenate(values)
     if path == "word_positions" and layout != "huawei":
         return value.reshape(*value.shape[:2], -1).transpose(0, 2, 1)
+    if path == PROJECTION:
+        value = value[..., 0, 0]
     if path.endswith("kernel"):
         value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
     return value

@@ -15,11 +15,20 @@ import numpy as np
 
 from tnt_jax.config import InputError, ModelConfig
 from tnt_jax.data.classes import named_classes
+from tnt_jax.models.heads import OF_CLASSES, OfClasses
 from tnt_jax.models.variants import VARIANTS, model_config
 from tnt_jax.storage.description import ModelDescription, description_from_dict
 from tnt_jax.storage.folder import check_count, parameter_shapes
 from tnt_jax.storage.torch.formats import is_tensor, read_checkpoint
-from tnt_jax.storage.torch.layouts import ARCHITECTURES, OURS, UNUSED, from_layout, layout_shapes, tensor_names
+from tnt_jax.storage.torch.layouts import (
+    ARCHITECTURES,
+    DETR_HEAD,
+    OURS,
+    UNUSED,
+    from_layout,
+    layout_shapes,
+    tensor_names,
+)
 from tnt_jax.storage.torch.pth import Tensor, UnsupportedTensor, kind_of
 from tnt_jax.storage.torch.unpickle import Damaged
 from tnt_jax.storage.torch.wrappings import StateDict, find_state_dict
@@ -147,21 +156,25 @@ def recognise_config(
 
     pyramid = _is_pyramid(shapes)
     architecture = "pyramid" if pyramid else ARCHITECTURES[layout][0]
-    if layout == "timm" and "blocks.0.norm2_proj.weight" not in shapes:
+    if architecture == "official" and tensor_names("blocks.0.words_to_sentence.norm2.scale", layout)[0] not in shapes:
         architecture = "legacy"
     sentences = shape("sentence_positions", 3)[1]
     known = dict(sizes) if sizes and len(sizes) > 1 else {"name": _published_name(architecture, shape)}
     with contextlib.suppress(InputError):  # timm and mmpretrain have no place for it
         name = f"{'stages.0.' if pyramid else ''}blocks.0.outer.se.norm.scale"
         known |= {"squeeze_excitation": True} if tensor_names(name, layout)[0] in shapes else {}
-    head = tensor_names("head.bias", layout)[0]
+    if layout == "transformers":
+        known["head"] = DETR_HEAD
+    part = OF_CLASSES.get(known.get("head"), OfClasses())
+    bias = f"{part.path}.bias"
+    classes = shape(bias, 1)[0] - part.others if tensor_names(bias, layout)[0] in shapes else 0
     channels = shape("stem.common.conv.kernel" if pyramid else "word_embedding.conv.kernel", 4)[1]
     patch_size = known.get("patch_size", VARIANTS[known["name"]].config.patch_size)
     return model_config(
         **known,
         image_size=_image_size(sentences if pyramid else sentences - 1, patch_size, image_size),
         in_channels=channels,
-        num_classes=shape("head.bias", 1)[0] if head in shapes else 0,
+        num_classes=classes,
     )
 
 

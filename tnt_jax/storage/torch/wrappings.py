@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from tnt_jax.config import InputError
 from tnt_jax.storage.torch.formats import is_tensor
+from tnt_jax.storage.torch.layouts import DETR_BACKBONE
 from tnt_jax.storage.torch.unpickle import Inert, OrderedDict
 
 _log = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ _ANCHORS = {
     "mmpretrain": "layers.0.outer_block.attn.attn.in_proj_weight",
     "huawei": "blocks.0.outer_attn.qk.weight",
     "timm": "blocks.0.attn_out.qk.weight",
+    "transformers": f"{DETR_BACKBONE}blocks.0.attn_out.qk.weight",
     "pyramid": "stages.0.blocks.0.outer_attn.q.weight",
     "tnt_jax": "blocks.0.outer.attn.qkv.kernel",
     "tnt_jax pyramid": "stages.0.blocks.0.outer.attn.qkv.kernel",
@@ -127,11 +129,11 @@ def _of_module(module: Inert) -> Mapping | None:
 def _prefixes(names: Mapping) -> list[str]:
     """The prefixes of the names of a TNT, such as `module.`; several where several networks lie side by side."""
     prefixes = {}
-    for name in names:
-        for kind, anchor in _ANCHORS.items():
-            if not isinstance(name, str) or not (name == anchor or name.endswith("." + anchor)):
-                continue
-            prefix = name.removesuffix(anchor)
+    for name in filter(lambda name: isinstance(name, str), names):
+        found = [kind for kind, anchor in _ANCHORS.items() if name == anchor or name.endswith("." + anchor)]
+        if found:
+            kind = max(found, key=lambda kind: len(_ANCHORS[kind]))  # a backbone of timm's in a DETR is both
+            prefix = name.removesuffix(_ANCHORS[kind])
             if kind == "mmpretrain":
                 prefix = prefix.removesuffix("backbone.")
             if not re.search(r"(^|\.)stages\.\d+\.$", prefix):  # a PyramidTNT has blocks in its stages

@@ -15,10 +15,10 @@ from tnt_jax.models.variants import Model
 from tnt_jax.storage.description import ModelDescription, description_text
 from tnt_jax.storage.files import write_whole
 from tnt_jax.storage.folder import check_destination, description_with, model_parameters
-from tnt_jax.storage.torch.layouts import ARCHITECTURES, to_layout
+from tnt_jax.storage.torch.layouts import ARCHITECTURES, DETR_HEAD, to_layout
 from tnt_jax.storage.torch.read import METADATA_KEY
 
-Layout = Literal["huawei", "timm", "mmpretrain"]
+Layout = Literal["huawei", "timm", "mmpretrain", "transformers"]
 ALIGNMENT = 64  # bytes, of each tensor in a file, as torch.save has it
 _STORAGES = {np.dtype(np.float32): "FloatStorage", np.dtype(np.int64): "LongStorage"}
 
@@ -57,6 +57,11 @@ def state_dict(model: Model, layout: Layout) -> dict[str, np.ndarray]:
         able = [name for name, has in ARCHITECTURES.items() if architecture in has]
         kind = "PyramidTNT" if architecture == "pyramid" else f"{architecture} TNT"
         raise InputError(f"{layout} has no {kind}, which {model.config.name} is; it can go to {' or '.join(able)}")
+    if layout == "transformers" and model.config.head != DETR_HEAD:
+        raise InputError(
+            f"transformers has a TNT as the backbone of a DETR, which is head {DETR_HEAD}, and {model.config.name} has "
+            f"head {model.config.head}"
+        )
     parameters = {name: np.asarray(value, np.float32) for name, value in model_parameters(model).items()}
     return {name: np.ascontiguousarray(tensor) for name, tensor in to_layout(parameters, layout).items()}
 
