@@ -10,7 +10,7 @@ from flax import nnx
 
 import tnt_jax
 from tnt_jax.config import DataConfig, ModelChanges, OptimizerConfig, TrainConfig
-from tnt_jax.storage.config_json import to_json
+from tnt_jax.storage.description import to_json
 from tnt_jax.storage.places import place
 
 TINY = ModelChanges(
@@ -54,7 +54,7 @@ def config_file(folder) -> str:
     """The path of a file with `tiny_run`."""
     path = folder / "config.py"
     path.write_text(
-        "from tnt_jax.config import ModelChanges, TrainConfig\nfrom tnt_jax.storage.config_json import from_json\n"
+        "from tnt_jax.config import ModelChanges, TrainConfig\nfrom tnt_jax.storage.description import from_json\n"
         f"get_config = lambda: from_json({to_json(tiny_run('unused'))!r}, TrainConfig[ModelChanges])\n"
     )
     return str(path)

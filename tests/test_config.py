@@ -22,7 +22,7 @@ from tnt_jax.config import (
 )
 from tnt_jax.fields import role_of
 from tnt_jax.models.variants import VARIANTS, changes_to, complete, resolve
-from tnt_jax.storage.config_json import from_json, to_json
+from tnt_jax.storage.description import from_json, to_json
 from tnt_jax.storage.run import by_role
 
 CONFIG = complete(TrainConfig(), num_classes=10)

@@ -259,7 +259,7 @@ def test_a_run_is_loaded_while_its_old_steps_go(finished, tmp_path, monkeypatch)
             shutil.rmtree(tmp_path / "run/checkpoints/22")
         return restore(run_dir, step, like)
 
-    monkeypatch.setattr("tnt_jax.storage.trained.restore", as_it_goes)
+    monkeypatch.setattr("tnt_jax.storage.run.restore", as_it_goes)
     assert tnt_jax.load_model(tmp_path / "run")
 
 

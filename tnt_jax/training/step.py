@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from tnt_jax.config import TrainConfig
 from tnt_jax.data.mixing import Normalisation, normalise, prepare_training
-from tnt_jax.storage.trained import average_like
+from tnt_jax.storage.run import average_like
 from tnt_jax.tasks.losses import Objective
 from tnt_jax.training.distillation import Teacher, distillation_loss
 from tnt_jax.training.mesh import kept_over_batch, to_devices
