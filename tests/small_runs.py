@@ -79,3 +79,15 @@ def assert_ended_as(config, finished):
     for weights in ("ema", "raw"):
         pairs = zip(*(parameters(each.run_dir, weights=weights, step=33) for each in (config, finished)), strict=True)
         assert all((ours == theirs).all() for ours, theirs in pairs)
+
+
+def check_program(program) -> None:
+    """Raises TypeError unless a step maps its state to itself: what is saved is then what is restored."""
+    state, _ = program.train_step.eval_shape(program.abstract_state, program.abstract_batch)
+    before, after = (jax.tree_util.tree_leaves_with_path(each) for each in (program.abstract_state, state))
+    if jax.tree.structure(state) != jax.tree.structure(program.abstract_state):
+        raise TypeError("a train step changes the structure of its state")
+    for (path, leaf), (_, new) in zip(before, after, strict=True):
+        if (leaf.shape, leaf.dtype) != (new.shape, new.dtype):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise TypeError(f"a train step makes {name} {new.dtype} {new.shape} of {leaf.dtype} {leaf.shape}")

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from commands import ROOT, run
+from small_runs import check_program
 
 from tnt_jax.commands.cli import training_config
 from tnt_jax.models.variants import complete, resolve
@@ -77,7 +78,7 @@ def test_a_step_maps_its_state_to_itself(name, param_dtype):
     model = dataclasses.replace(config.model, param_dtype=param_dtype)
     config = complete(dataclasses.replace(config, model=model), config.model.num_classes or 1000)
     program = Program(config, make_mesh(devices=jax.devices()[:1]), steps_per_epoch=100)
-    program.check()
+    check_program(program)
     for kept in (program.abstract_state.params, program.abstract_state.ema):
         assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {jnp.dtype("float32")}, "whatever the model's are"
 
@@ -85,8 +86,8 @@ def test_a_step_maps_its_state_to_itself(name, param_dtype):
 def test_a_step_that_does_not_is_refused():
     config = complete(training_config(["--smoke"]), 10)
     program = Program(config, make_mesh(devices=jax.devices()[:1]), steps_per_epoch=10)
-    program.check()
+    check_program(program)
     ema = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), program.abstract_state.ema)
     program.abstract_state = dataclasses.replace(program.abstract_state, ema=ema)
     with pytest.raises(TypeError, match=r"a train step makes ema.* float32 .* of bfloat16"):
-        program.check()
+        check_program(program)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tnt_jax.config import InputError, ModelChanges, ModelConfig, TrainConfig, check
+from tnt_jax.config import InputError, ModelChanges, ModelConfig, TrainConfig
 from tnt_jax.fields import faults, plain
 from tnt_jax.models import heads, pyramid_tnt
 from tnt_jax.models.heads import DensePyramidTNT, DenseTNT
@@ -224,9 +224,8 @@ def complete(config: TrainConfig[ModelChanges], num_classes: int) -> TrainConfig
     """A run with the complete configuration of its model, for data with this many classes.
 
     Raises:
-        InputError: as `check` and `resolve`; or the run asks for another number of classes.
+        InputError: as `resolve`; or the run asks for another number of classes.
     """
-    check(config)
     asked = config.model.num_classes
     if asked not in (None, num_classes):
         raise InputError(f"model.num_classes is {asked}, and {config.data.source} has {num_classes} classes")
