@@ -13,6 +13,7 @@ from commands import ROOT, run
 from small_runs import check_program
 
 from tnt_jax.commands.cli import training_config
+from tnt_jax.config import ModelChanges
 from tnt_jax.models.variants import complete, resolve
 from tnt_jax.training.mesh import make_mesh
 from tnt_jax.training.program import Program
@@ -39,12 +40,17 @@ def test_smoke_shrinks_what_takes_long_and_keeps_the_recipe():
     assert (resolve(config.model).depth, config.model.outer_dim) == ((1, 1, 1, 1), (80, 160, 320, 320))
 
 
-def test_pyramid_tnt_is_trained_as_tnt_with_20_epochs_of_warm_up():
-    tnt, pyramid = (training_config(["--config", f"imagenet_{name}"]) for name in ("tnt_s", "ptnt_m"))
-    assert (pyramid.model.name, pyramid.optimizer.warmup_epochs) == ("ptnt_m_patch16_256", 20)
-    changes = {"run_dir": tnt.run_dir, "model": tnt.model, "optimizer": tnt.optimizer}
-    assert dataclasses.replace(pyramid, **changes) == tnt
-    assert dataclasses.replace(pyramid.optimizer, warmup_epochs=5) == tnt.optimizer
+@pytest.mark.parametrize("name", ["tnt_ti", "tnt_b", "ptnt_ti", "ptnt_s", "ptnt_m", "ptnt_b"])
+def test_every_size_is_trained_by_the_published_recipe_a_pyramid_tnt_with_20_epochs_of_warm_up(name):
+    recipe, config = (training_config(["--config", f"imagenet_{each}"]) for each in ("tnt_s", name))
+    warmup = 20 if name.startswith("ptnt") else 5
+    assert (recipe.optimizer.warmup_epochs, config.optimizer.warmup_epochs) == (5, warmup)
+    assert config.model == ModelChanges(config.model.name, dtype="bfloat16")
+    assert config.model.name.startswith(f"{name}_patch16")
+    assert config.run_dir == f"runs/imagenet_{name}"
+    optimizer = dataclasses.replace(config.optimizer, warmup_epochs=5)
+    changes = {"run_dir": recipe.run_dir, "model": recipe.model, "optimizer": optimizer}
+    assert dataclasses.replace(config, **changes) == recipe
 
 
 def test_sizes_of_stages_are_numbers_on_the_command_line():
