@@ -185,7 +185,7 @@ class Confusion(OfModel):
 
 
 @dataclasses.dataclass(frozen=True)
-class Mistakes(OfModel):
+class WorstPredictions(OfModel):
     """Shows the test images on which a model is wrong and most sure."""
 
     count: int = 24
@@ -267,7 +267,7 @@ PICTURES = {
     "features": Features,
     "tsne": Tsne,
     "confusion": Confusion,
-    "mistakes": Mistakes,
+    "mistakes": WorstPredictions,
     "curves": Curves,
     "schedule": Schedule,
     "batch": Batch,

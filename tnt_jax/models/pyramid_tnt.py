@@ -51,7 +51,7 @@ def inner_blocks(depth: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(start + j for start, blocks in zip(first, depth, strict=True) for j in range(1 + (blocks > 6)))
 
 
-def check(config: ModelConfig) -> None:
+def check_pyramid(config: ModelConfig) -> None:
     """Raises InputError for sizes that PyramidTNT cannot have."""
     if (config.patch_size, config.word_stride) != (PATCH_SIZE, WORD_STRIDE):
         raise InputError(

@@ -88,7 +88,7 @@ def download(address: str) -> Path:
         raise InputError(f"{without_secrets(address)} cannot be kept in {folder}: {error.strerror or error}") from error
 
 
-def kept_file(address: str) -> Path | None:
+def cached_file(address: str) -> Path | None:
     """The file of an address in the cache, if it is there."""
     return _complete(cache_path() / "downloads" / _key(address))
 

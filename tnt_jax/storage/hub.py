@@ -61,7 +61,7 @@ def fetch_repository(name: str) -> Path:
 
     repository, _, revision = name.partition("@")
     command = f"On a machine that reaches it: hf download {repository} --local-dir FOLDER, then give local-dir:FOLDER"
-    if found := kept_repository(name):
+    if found := cached_repository(name):
         return found
     try:
         # This answers or fails at once, where a download tries for half a minute.
@@ -90,7 +90,7 @@ def fetch_repository(name: str) -> Path:
     return found
 
 
-def kept_repository(name: str) -> Path | None:
+def cached_repository(name: str) -> Path | None:
     """The folder of a repository in the hub's cache, if its weights are there, and its config or that it has none."""
     import huggingface_hub
 

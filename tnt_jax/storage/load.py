@@ -19,11 +19,11 @@ from tnt_jax.config import InputError, ModelConfig
 from tnt_jax.data.classes import match_classes
 from tnt_jax.models import variants
 from tnt_jax.models.adapting import adapt, select_classes
-from tnt_jax.models.variants import ALIASES, Model, changed, get_variant
+from tnt_jax.models.variants import ALIASES, Model, get_variant, with_changes
 from tnt_jax.storage.description import DESCRIPTION, describe, description_of, read_description
-from tnt_jax.storage.download import Unreachable, download, kept_file, without_secrets
+from tnt_jax.storage.download import Unreachable, cached_file, download, without_secrets
 from tnt_jax.storage.folder import PARAMETERS, model_from_parameters, model_parameters, restore_parameters
-from tnt_jax.storage.hub import fetch_repository, is_hub_name, kept_repository, open_hub_folder, weights_file
+from tnt_jax.storage.hub import cached_repository, fetch_repository, is_hub_name, open_hub_folder, weights_file
 from tnt_jax.storage.places import BucketPath, is_bucket, place
 from tnt_jax.storage.run import is_hub_folder, is_run, load_run
 from tnt_jax.storage.torch.checkpoint import Opened, is_published, open_checkpoint
@@ -155,7 +155,7 @@ def load_model(
     opened = open_model(model, weights=weights, step=step)
     for note in opened.notes:
         _log.info("%s: %s", model, note)
-    loaded = model_from_parameters(changed(opened.description.config, changes), opened.parameters)
+    loaded = model_from_parameters(with_changes(opened.description.config, changes), opened.parameters)
     loaded.description = opened.description
     return loaded
 
@@ -180,7 +180,7 @@ def create_model(name: str, pretrained: bool | str | os.PathLike = False, *, see
         return variants.fresh_model(name, seed=seed, **changes)
     opened = open_model(name if pretrained is True else pretrained)
     known = opened.description
-    wanted = changed(known.config, changes)
+    wanted = with_changes(known.config, changes)
     parameters, notes = adapt(opened.parameters, known.config, wanted, seed=seed)
     for note in notes:
         _log.warning("%s: %s", name, note)
@@ -231,7 +231,7 @@ def open_model(
     if found.kind != "published":
         return _fetched(found.where, weights, image_size, is_published(found.where))
     reasons, places = [], published_places(found.where)
-    for where in sorted(places, key=lambda where: not _is_kept(where)):
+    for where in sorted(places, key=lambda where: not _is_cached(where)):
         try:
             opened = _fetched(where, weights, image_size, published=True)
             check_published(opened.description.config, found.where, where)
@@ -321,9 +321,9 @@ def _open_folder(folder: Path) -> Opened:
     return Opened(restore_parameters(folder, description), description)
 
 
-def _is_kept(where: str) -> bool:
+def _is_cached(where: str) -> bool:
     """True if a place need not be asked."""
-    return bool(kept_repository(where) if is_hub_name(where) else kept_file(where))
+    return bool(cached_repository(where) if is_hub_name(where) else cached_file(where))
 
 
 def _fetched(

@@ -38,10 +38,10 @@ from tnt_jax.storage.reading import (
     DamagedError,
     UnreadableError,
     best_of,
-    kept_steps,
     readable,
     restore,
     scores_of,
+    steps_in_words,
     steps_of,
 )
 from tnt_jax.tasks.table import TASKS
@@ -294,7 +294,7 @@ def _restored(run_dir: str | os.PathLike, asked: int | None, like: dict) -> tupl
             if gone or not isinstance(error, DamagedError):
                 raise
             others = [each for each in steps if each != step]
-            raise DamagedError(f"{error}; of the run, {kept_steps(run_dir)}" if others else str(error)) from error
+            raise DamagedError(f"{error}; of the run, {steps_in_words(run_dir)}" if others else str(error)) from error
     raise AssertionError
 
 

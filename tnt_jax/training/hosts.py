@@ -263,7 +263,7 @@ def _cluster(config: DistributedConfig) -> tuple[str, int, int, list[int] | None
 
 
 def _detected(timeout: float) -> tuple:
-    """What JAX finds of a TPU pod, GKE, SLURM or Open MPI 4: as `_cluster`, each None where there is none."""
+    """The same as `_cluster`, as JAX finds it of a TPU pod, GKE, SLURM or Open MPI 4; each None where there is none."""
     from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize() asks; it is not public
 
     try:

@@ -14,7 +14,7 @@ from tnt_jax.data.mixing import Normalisation, normalise, prepare_training
 from tnt_jax.storage.run import average_like
 from tnt_jax.tasks.losses import Objective
 from tnt_jax.training.distillation import Teacher, distillation_loss
-from tnt_jax.training.mesh import kept_over_batch
+from tnt_jax.training.mesh import shard_over_batch
 from tnt_jax.training.objective import objective_of
 from tnt_jax.training.optimizer import average_of_weights
 from tnt_jax.training.trees import frozen_mask, overwritten, part_of
@@ -89,7 +89,7 @@ def make_train_step(
         )
         # A key for each image, so that it draws the same whatever part of the batch it is computed in.
         keys = jax.vmap(jax.random.fold_in, (None, 0))(model_key, jnp.arange(len(images)))
-        images, targets, keys = kept_over_batch(images), kept_over_batch(targets), kept_over_batch(keys)
+        images, targets, keys = shard_over_batch(images), shard_over_batch(targets), shard_over_batch(keys)
         grad = accumulated(value_and_grad, config.accumulation_steps)
         of_teacher = teacher and teacher.logits(batch["teacher"], images, config.data)
         (loss, (measured, statistics)), grads = grad(state.params, images, (targets, of_teacher), keys)
