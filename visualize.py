@@ -1,4 +1,4 @@
-"""Pictures of what a model does and of how a run went: `python visualize.py WHAT MODEL [IMAGE ...] --out FILE`."""
+"""Pictures of what a model does and of how a run went: `python visualize.py PICTURE MODEL [IMAGE ...] --out FILE`."""
 
 from tnt_jax.commands.visualize import main
 

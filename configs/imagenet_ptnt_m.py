@@ -9,14 +9,16 @@ that the configuration trains.
 The recipe is that of configs/imagenet_ptnt_s.py, which describes it.
 """
 
-import dataclasses
-import pathlib
-import runpy
-
-from tnt_jax.config import ModelChanges, TrainConfig
+from tnt_jax.config import DataConfig, ModelChanges, OptimizerConfig, TrainConfig
 
 
 def get_config() -> TrainConfig:
-    recipe = runpy.run_path(str(pathlib.Path(__file__).with_name("imagenet_ptnt_s.py")))["get_config"]()
-    model = ModelChanges("ptnt_m_patch16_256", dtype="bfloat16")
-    return dataclasses.replace(recipe, run_dir="runs/imagenet_ptnt_m", model=model)
+    return TrainConfig(
+        run_dir="runs/imagenet_ptnt_m",
+        model=ModelChanges("ptnt_m_patch16_256", dtype="bfloat16"),
+        data=DataConfig("tfds:imagenet2012", eval_split="validation", num_workers=8),
+        optimizer=OptimizerConfig(warmup_epochs=20, cooldown_epochs=10, change_every="epoch", ema_warmup=False),
+        batch_size=1024,
+        epochs=300,
+        log_every_steps=100,
+    )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from small_runs import check_program
 
 import tnt_jax
 from benchmarks.scenes import write
@@ -90,7 +91,7 @@ def step_of(config, classes, images, labels, devices):
     """Loss and parameters after a step on so many devices."""
     config, mesh = complete(config, classes), make_mesh(devices=jax.devices()[:devices])
     program = Program(config, mesh, 3)
-    program.check()
+    check_program(program)
     state = program.init(jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(build_model(config.model, 0)))))
     state, metrics = program.train_step(state, to_devices({"image": images[..., None], "label": labels}, mesh))
     return float(metrics["loss"]), state.params

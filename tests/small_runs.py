@@ -10,7 +10,7 @@ from flax import nnx
 
 import tnt_jax
 from tnt_jax.config import DataConfig, ModelChanges, OptimizerConfig, TrainConfig
-from tnt_jax.storage.config_json import to_json
+from tnt_jax.storage.description import to_json
 from tnt_jax.storage.places import place
 
 TINY = ModelChanges(
@@ -54,7 +54,7 @@ def config_file(folder) -> str:
     """The path of a file with `tiny_run`."""
     path = folder / "config.py"
     path.write_text(
-        "from tnt_jax.config import ModelChanges, TrainConfig\nfrom tnt_jax.storage.config_json import from_json\n"
+        "from tnt_jax.config import ModelChanges, TrainConfig\nfrom tnt_jax.storage.description import from_json\n"
         f"get_config = lambda: from_json({to_json(tiny_run('unused'))!r}, TrainConfig[ModelChanges])\n"
     )
     return str(path)
@@ -79,3 +79,15 @@ def assert_ended_as(config, finished):
     for weights in ("ema", "raw"):
         pairs = zip(*(parameters(each.run_dir, weights=weights, step=33) for each in (config, finished)), strict=True)
         assert all((ours == theirs).all() for ours, theirs in pairs)
+
+
+def check_program(program) -> None:
+    """Raises TypeError unless a step maps its state to itself: what is saved is then what is restored."""
+    state, _ = program.train_step.eval_shape(program.abstract_state, program.abstract_batch)
+    before, after = (jax.tree_util.tree_leaves_with_path(each) for each in (program.abstract_state, state))
+    if jax.tree.structure(state) != jax.tree.structure(program.abstract_state):
+        raise TypeError("a train step changes the structure of its state")
+    for (path, leaf), (_, new) in zip(before, after, strict=True):
+        if (leaf.shape, leaf.dtype) != (new.shape, new.dtype):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise TypeError(f"a train step makes {name} {new.dtype} {new.shape} of {leaf.dtype} {leaf.shape}")

@@ -21,8 +21,8 @@ from tnt_jax.config import (
     check,
 )
 from tnt_jax.fields import role_of
-from tnt_jax.models.variants import VARIANTS, changes_to, complete, resolve
-from tnt_jax.storage.config_json import from_json, to_json
+from tnt_jax.models.variants import VARIANTS, as_changes, complete, resolve
+from tnt_jax.storage.description import from_json, to_json
 from tnt_jax.storage.run import by_role
 
 CONFIG = complete(TrainConfig(), num_classes=10)
@@ -121,14 +121,14 @@ def test_a_complete_model_has_no_field_that_is_none_and_comes_back(name):
     assert None not in dataclasses.asdict(config).values()
     smaller = resolve(ModelChanges(name, image_size=[64, 96], num_classes=np.int64(7), inner="reference"))
     assert (smaller.name, smaller.image_size, smaller.num_classes) == (name, (64, 96), 7)
-    assert resolve(changes_to(smaller)) == smaller
+    assert resolve(as_changes(smaller)) == smaller
 
 
 def test_other_sizes_than_published_have_no_published_name():
     changes = ModelChanges("tnt_ti_patch16_224", image_size=32, patch_size=8, word_stride=2, depth=2)
     config = resolve(changes)
     assert (config.name, config.inner_blocks) == ("tnt_custom_patch8_32", (0, 1))
-    assert resolve(changes_to(config)) == config
+    assert resolve(as_changes(config)) == config
     assert resolve(ModelChanges("ptnt_s_patch16_256", depth=(1, 8, 1, 1))).inner_blocks == (0, 1, 2, 9, 10)
 
 

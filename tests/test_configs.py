@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 from commands import ROOT, run
+from small_runs import check_program
 
 from tnt_jax.commands.cli import training_config
+from tnt_jax.config import ModelChanges
 from tnt_jax.models.variants import complete, resolve
 from tnt_jax.training.mesh import make_mesh
 from tnt_jax.training.program import Program
@@ -38,12 +40,17 @@ def test_smoke_shrinks_what_takes_long_and_keeps_the_recipe():
     assert (resolve(config.model).depth, config.model.outer_dim) == ((1, 1, 1, 1), (80, 160, 320, 320))
 
 
-def test_pyramid_tnt_is_trained_as_tnt_with_20_epochs_of_warm_up():
-    tnt, pyramid = (training_config(["--config", f"imagenet_{name}"]) for name in ("tnt_s", "ptnt_m"))
-    assert (pyramid.model.name, pyramid.optimizer.warmup_epochs) == ("ptnt_m_patch16_256", 20)
-    changes = {"run_dir": tnt.run_dir, "model": tnt.model, "optimizer": tnt.optimizer}
-    assert dataclasses.replace(pyramid, **changes) == tnt
-    assert dataclasses.replace(pyramid.optimizer, warmup_epochs=5) == tnt.optimizer
+@pytest.mark.parametrize("name", ["tnt_ti", "tnt_b", "ptnt_ti", "ptnt_s", "ptnt_m", "ptnt_b"])
+def test_every_size_is_trained_by_the_published_recipe_a_pyramid_tnt_with_20_epochs_of_warm_up(name):
+    recipe, config = (training_config(["--config", f"imagenet_{each}"]) for each in ("tnt_s", name))
+    warmup = 20 if name.startswith("ptnt") else 5
+    assert (recipe.optimizer.warmup_epochs, config.optimizer.warmup_epochs) == (5, warmup)
+    assert config.model == ModelChanges(config.model.name, dtype="bfloat16")
+    assert config.model.name.startswith(f"{name}_patch16")
+    assert config.run_dir == f"runs/imagenet_{name}"
+    optimizer = dataclasses.replace(config.optimizer, warmup_epochs=5)
+    changes = {"run_dir": recipe.run_dir, "model": recipe.model, "optimizer": optimizer}
+    assert dataclasses.replace(config, **changes) == recipe
 
 
 def test_sizes_of_stages_are_numbers_on_the_command_line():
@@ -77,7 +84,7 @@ def test_a_step_maps_its_state_to_itself(name, param_dtype):
     model = dataclasses.replace(config.model, param_dtype=param_dtype)
     config = complete(dataclasses.replace(config, model=model), config.model.num_classes or 1000)
     program = Program(config, make_mesh(devices=jax.devices()[:1]), steps_per_epoch=100)
-    program.check()
+    check_program(program)
     for kept in (program.abstract_state.params, program.abstract_state.ema):
         assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {jnp.dtype("float32")}, "whatever the model's are"
 
@@ -85,8 +92,8 @@ def test_a_step_maps_its_state_to_itself(name, param_dtype):
 def test_a_step_that_does_not_is_refused():
     config = complete(training_config(["--smoke"]), 10)
     program = Program(config, make_mesh(devices=jax.devices()[:1]), steps_per_epoch=10)
-    program.check()
+    check_program(program)
     ema = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), program.abstract_state.ema)
     program.abstract_state = dataclasses.replace(program.abstract_state, ema=ema)
     with pytest.raises(TypeError, match=r"a train step makes ema.* float32 .* of bfloat16"):
-        program.check()
+        check_program(program)

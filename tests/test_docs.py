@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -130,3 +131,12 @@ def test_the_page_for_contributors_names_what_is_there():
     assert not missing
     targets = (ROOT / "Makefile").read_text()
     assert all(f"\n{name}:" in targets for name in set(re.findall(r"`make ([\w-]+)`", text)))
+
+
+def test_the_tree_for_contributors_has_a_line_for_each_file():
+    """`python .ci/tree.py` writes it."""
+    tree = runpy.run_path(str(ROOT / ".ci/tree.py"))
+    assert (ROOT / "docs/contributing.md").read_text() == tree["page"]()
+    names = re.findall(r"^ +(\w+\.\w+) +\S", tree["tree"](), re.M)
+    assert {"config.py", "loop.py", "inner_layer.c", "norm_gradient.cu", "page.html"} < set(names)
+    assert len(names) > 170

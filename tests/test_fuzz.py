@@ -15,7 +15,7 @@ from tnt_jax.config import DataConfig, InputError, ModelChanges, TrainConfig, ch
 from tnt_jax.data.check import check_splits, content_of
 from tnt_jax.data.opening import open_split
 from tnt_jax.models.variants import complete
-from tnt_jax.storage.config_json import from_json, to_json
+from tnt_jax.storage.description import from_json, to_json
 from tnt_jax.storage.run import by_role, read_config
 
 ODD = (

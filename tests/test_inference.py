@@ -291,8 +291,7 @@ def test_the_page_shows_labels_with_a_tick_and_numbers_as_lines():
 
 
 def test_a_card_says_what_outputs_mean():
-    from tnt_jax.storage.card import model_card
-    from tnt_jax.storage.publish import hub_config
+    from tnt_jax.storage.publish import hub_config, model_card
 
     config, given = small_model().config, {"for_timm": True, "name": None, "results": (), "licence": None}
     described = describe(config, class_names=NAMES, outputs=Outputs("multi_label"))

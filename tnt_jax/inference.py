@@ -136,7 +136,7 @@ def _predict_windows(
     max_pixels: int,
     zoom: float,
 ) -> dict[str, Any] | InputError:
-    """What a model of a dense task says of an image at its own size, from windows of the size of the model's input."""
+    """The result of a dense task for an image at its own size, from windows of the size of the model's input."""
     task, shown, (graph, state) = TASKS[description.outputs.task], description.preprocessing, nnx.split(model)
     try:
         pixels = read_image(image, description.config.in_channels, reading=Reading(shown.white, max_pixels))
@@ -171,7 +171,7 @@ def _predict_windows(
 
 
 def _starts(length: int, window: int) -> list[int]:
-    """Where windows begin that cover a length, each half over the one before it."""
+    """The beginnings of windows that cover a length, each half over the one before it."""
     count = -(-2 * (length - window) // window) + 1
     return np.linspace(0, length - window, count).round().astype(int).tolist()
 

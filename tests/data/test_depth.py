@@ -11,7 +11,7 @@ import tifffile
 from PIL import Image
 
 from tnt_jax.config import InputError
-from tnt_jax.data import deep
+from tnt_jax.data import depth
 from tnt_jax.data.decode import Reading, read_image
 from tnt_jax.data.samples import to_channels, to_depth
 
@@ -148,7 +148,7 @@ def test_heic_is_read_by_its_plugin_or_says_what_to_install(monkeypatch):
     file = io.BytesIO()
     pillow_heif.from_pillow(Image.new("RGB", (64, 48), (200, 30, 30))).save(file, quality=-1)
     assert np.abs(read_image(file.getvalue()).astype(int) - (200, 30, 30)).max() < 4
-    monkeypatch.setitem(deep.PLUGINS, "HEIC", ("no_such_module", "pillow-heif"))
+    monkeypatch.setitem(depth.PLUGINS, "HEIC", ("no_such_module", "pillow-heif"))
     with pytest.raises(InputError, match=r"it is HEIC, which needs pillow-heif: pip install pillow-heif"):
         read_image(file.getvalue())
 
@@ -157,7 +157,7 @@ def test_jpeg_xl_is_read_by_its_plugin_or_says_what_to_install(monkeypatch):
     pixels = noise(16, 24, 3, dtype=np.uint8)
     content = imagecodecs.jpegxl_encode(pixels, lossless=True)
     np.testing.assert_array_equal(read_image(content), pixels)
-    monkeypatch.setitem(deep.PLUGINS, "JPEG XL", ("no_such_module", "pillow-jxl-plugin"))
+    monkeypatch.setitem(depth.PLUGINS, "JPEG XL", ("no_such_module", "pillow-jxl-plugin"))
     with pytest.raises(InputError, match=r"it is JPEG XL, which needs pillow-jxl-plugin"):
         read_image(content)
 
@@ -175,7 +175,7 @@ def test_a_jpeg_xl_that_is_too_large_is_refused_before_its_plugin_decodes_it(siz
 def test_the_depth_of_a_volume_counts_before_it_is_decoded(monkeypatch):
     volume = np.zeros((40, 32, 32, 3), np.uint16)
     content = tiff(volume, volumetric=True, tile=(16, 32, 32), photometric="rgb", planarconfig="contig")
-    monkeypatch.setattr(deep, "_page", None)
+    monkeypatch.setattr(depth, "_page", None)
     with pytest.raises(InputError, match="32 x 32 pixels: could be a decompression bomb; at most 10,000"):
         read_image(content, reading=Reading(max_pixels=10_000))
 

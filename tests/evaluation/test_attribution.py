@@ -18,7 +18,7 @@ from benchmarks.marks import MARKS, SIDE, marked_images, write_idx
 from tnt_jax.config import DataConfig, InputError, ModelChanges, OptimizerConfig
 from tnt_jax.data.mixing import normalise
 from tnt_jax.evaluation.attribution import METHODS, OF_ATTENTION, attribute, input_gradient
-from tnt_jax.evaluation.faithfulness import area, deletion_and_insertion
+from tnt_jax.evaluation.faithfulness import area_under, deletion_and_insertion
 from tnt_jax.models.variants import with_formulation
 from tnt_jax.storage.description import description_of
 from tnt_jax.storage.torch.write import export
@@ -225,7 +225,7 @@ def test_deletion_and_insertion_tell_good_maps_from_random_ones(marked):
     good = attribute(model, inputs, classes, "integrated-gradients", size="words")
     random = np.random.default_rng(0).random(good.shape).astype(np.float32)
     areas = [
-        [float(area(each).mean()) for each in deletion_and_insertion(model, inputs, classes, maps)]
+        [float(area_under(each).mean()) for each in deletion_and_insertion(model, inputs, classes, maps)]
         for maps in (good, random, -good)
     ]
     deletions, insertions = zip(*areas, strict=True)

@@ -128,4 +128,4 @@ def test_where_cudnn_runs(on_platform, monkeypatch, asked, dtype, dim, card, has
     monkeypatch.setattr(attention, "gpu", lambda: card)
     layer = make_attention(dim, 6, inner=asked, dtype=dtype)
     monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(platform="gpu")])
-    assert attention.choose(layer, 8, has_bias=has_bias, training=True) == chosen
+    assert attention.choose_attention(layer, 8, has_bias=has_bias, training=True) == chosen

@@ -23,6 +23,7 @@ from test_inner import make_layer, random_words, results
 
 from tnt_jax.models.formulations import inner
 from tnt_jax.models.formulations.devices import gpu, say_once
+from tnt_jax.models.functions import survivors_of_branches
 from tnt_jax.models.kernels.gpu import call, nvrtc
 from tnt_jax.models.kernels.gpu.sizes import Rows, Sizes
 from tnt_jax.models.layers import LayerNorm
@@ -37,7 +38,7 @@ def in_c(monkeypatch):
 
 
 def call_cuda(layer, words, *, key):
-    return inner.cuda(layer, words, layer.branch_survival(len(words), key), multiprocessors=1)
+    return inner.cuda(layer, words, survivors_of_branches(len(words), layer.drop_path_rate, key), multiprocessors=1)
 
 
 def compared(sentences, channels, heads, words, dtype, key):
@@ -237,7 +238,7 @@ def test_what_it_does_not_cover_is_the_reference_and_is_said_once(
     given = {"channels": 24, "heads": 4, "norm": LayerNorm} | given
     words = given.pop("words", 16)
     layer = make_layer("cuda", given["channels"], given["heads"], norm=given["norm"], **{"dtype": "bfloat16"} | fields)
-    chosen = [inner.choose(layer, 196, words, training=True) for _ in range(2)]
+    chosen = [inner.choose_inner(layer, 196, words, training=True) for _ in range(2)]
     assert chosen == ["reference" if reason else "cuda"] * 2
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * bool(reason)
     assert (reason or "") in caplog.text
@@ -255,6 +256,6 @@ def test_without_a_gpu_or_nvrtc_the_reference_is_run(on_platform, monkeypatch, c
     call.own_means.cache_clear()
     say_once.cache_clear()
     layer = make_layer("cuda", 24, 4, dtype="bfloat16")
-    assert inner.choose(layer, 196, 16, training=False) == "reference"
+    assert inner.choose_inner(layer, 196, 16, training=False) == "reference"
     assert message in caplog.text
     call.own_means.cache_clear()

@@ -21,6 +21,7 @@ from test_inner import make_layer, random_words, results
 
 from tnt_jax import c_compiler
 from tnt_jax.models.formulations import inner
+from tnt_jax.models.functions import survivors_of_branches
 from tnt_jax.models.kernels.gpu import call, folding
 from tnt_jax.models.kernels.gpu.sizes import KERNELS
 
@@ -78,7 +79,7 @@ def layer_and_words(libcuda, channels=24):
 
 
 def call_cuda(layer, words):
-    return inner.cuda(layer, words, layer.branch_survival(len(words), None), multiprocessors=1)
+    return inner.cuda(layer, words, survivors_of_branches(len(words), layer.drop_path_rate, None), multiprocessors=1)
 
 
 def test_what_xla_launches_is_the_kernel_with_its_buffers(seen, libcuda):

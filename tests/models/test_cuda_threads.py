@@ -11,6 +11,7 @@ from test_inner import call as call_layer
 from test_inner import make_layer, random_words, results
 
 from tnt_jax.models.formulations import folded, inner
+from tnt_jax.models.functions import survivors_of_branches
 from tnt_jax.models.kernels.gpu import call
 
 
@@ -31,7 +32,7 @@ def test_an_inner_layer_and_its_gradients_err_at_most_twice_as_much_as_plain_jax
     layer, exact = (make_layer("reference", channels, heads, dtype=each) for each in ("bfloat16", "float32"))
 
     def cuda(layer, words, *, key):
-        survival = layer.branch_survival(len(words), key)
+        survival = survivors_of_branches(len(words), layer.drop_path_rate, key)
         return inner.cuda(layer, words, survival, multiprocessors=multiprocessors)
 
     kernel = results(layer, x, functools.partial(cuda, key=key))

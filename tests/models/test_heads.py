@@ -11,7 +11,7 @@ from small_models import small_model, small_pyramid
 
 from tnt_jax.models.adapting import adapt
 from tnt_jax.models.heads import map_blocks, resized
-from tnt_jax.models.variants import changed, model_config
+from tnt_jax.models.variants import model_config, with_changes
 from tnt_jax.storage.folder import model_from_parameters, model_parameters
 
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(2, 32, 48, 3)), jnp.float32)
@@ -68,7 +68,7 @@ def test_maps_in_training_are_those_of_the_features_with_the_same_key(make):
 def test_a_head_of_another_kind_is_fresh_and_one_of_the_same_stays():
     model = small_model(num_classes=3)
     given = model_parameters(model)
-    wanted = changed(model.config, {"head": "mlp", "num_classes": 3})
+    wanted = with_changes(model.config, {"head": "mlp", "num_classes": 3})
     parameters, notes = adapt(given, model.config, wanted, seed=1)
     assert notes[0] == "the head is mlp, and that of the checkpoint class"
     again, _ = adapt(given, model.config, wanted, seed=1)

@@ -16,7 +16,7 @@ from flax import nnx
 
 from tnt_jax.models.formulations import devices, inner, sentences
 from tnt_jax.models.formulations.devices import say_once
-from tnt_jax.models.functions import gelu
+from tnt_jax.models.functions import gelu, survivors_of_branches
 from tnt_jax.models.inner import InnerTransformer
 from tnt_jax.models.kernels.cpu import library
 from tnt_jax.models.kernels.tpu import inner_block, tile
@@ -80,8 +80,8 @@ def call(layer, words, *, key):
 
 def call_kernel(layer, words, *, key):
     count, _, _ = words.shape
-    rows, survival = words.reshape(count, -1).T, layer.branch_survival(count, key)
-    return inner.pallas(layer, rows, survival, interpret=True).T.reshape(words.shape)
+    rows, survival = words.reshape(count, -1).T, survivors_of_branches(count, layer.drop_path_rate, key)
+    return inner.inner_pallas(layer, rows, survival, interpret=True).T.reshape(words.shape)
 
 
 @pytest.mark.parametrize("key", [None, 7], ids=["evaluation", "stochastic depth"])
@@ -248,7 +248,7 @@ def project(layer, words):
 
 
 def project_by_kernel(layer, words):
-    return with_words(*sentences.pallas(layer, words, interpret=True))
+    return with_words(*sentences.sentence_pallas(layer, words, interpret=True))
 
 
 def with_words(words, sentences):
@@ -287,11 +287,11 @@ def compare_native_on_a_mesh():
     x, run = random_words(36, 4, 8, "float32"), functools.partial(call, key=jax.random.key(7))
     expected = results(reference, x, run)
     assert jax.device_count() == 4
-    assert inner.choose(layer, 36, 16, training=True) == "reference"
+    assert inner.choose_inner(layer, 36, 16, training=True) == "reference"
     mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     with jax.set_mesh(mesh):
-        assert inner.choose(layer, 36, 16, training=True) == "native"
-        assert inner.choose(layer, 37, 16, training=True) == "reference"
+        assert inner.choose_inner(layer, 36, 16, training=True) == "native"
+        assert inner.choose_inner(layer, 37, 16, training=True) == "reference"
         assert_equal(results(layer, x, run), expected, 1e-5)
     projection, x = make_projection(inner_dim=8, outer_dim=24, dtype="bfloat16"), random_words(36, 16, 8, "bfloat16")
     expected = results(projection, x, project)
@@ -335,7 +335,7 @@ def test_what_is_run_where(on_platform, monkeypatch, caplog, asked, platform, ch
     say_once.cache_clear()
     layer = make_layer(asked, channels, 4, **fields)
     with caplog.at_level(logging.WARNING):
-        assert [inner.choose(layer, 196, 16, training=training) for _ in range(2)] == [chosen] * 2
+        assert [inner.choose_inner(layer, 196, 16, training=training) for _ in range(2)] == [chosen] * 2
     usual = {"cpu": "native", "gpu": "reference", "tpu": "pallas"}[platform]
     fell_back = chosen != (usual if asked == "auto" else asked)
     assert len(caplog.records) == fell_back, "a fallback is logged once, a plain choice never"
@@ -345,7 +345,7 @@ def test_what_is_run_where(on_platform, monkeypatch, caplog, asked, platform, ch
 def test_a_tpu_of_little_vmem_runs_no_kernel(on_platform, monkeypatch, kind, chosen):
     on_platform("tpu")
     monkeypatch.setattr(inner, "device_kind", lambda: kind)
-    assert inner.choose(make_layer("auto", 24, 4), 196, 16, training=True) == chosen
+    assert inner.choose_inner(make_layer("auto", 24, 4), 196, 16, training=True) == chosen
 
 
 def test_without_a_c_compiler_the_reference_is_run(monkeypatch, caplog):
@@ -361,7 +361,7 @@ def test_without_a_c_compiler_the_reference_is_run(monkeypatch, caplog):
 def test_a_tpu_program_is_made_of_it(formulation):
     """Lowered for a TPU without one: what reaches the compiler is the kernel, or none."""
     layer = make_layer(formulation, 24, 4, dtype="bfloat16")
-    run = inner.feature_major if formulation == "feature_major" else inner.pallas
+    run = inner.feature_major if formulation == "feature_major" else inner.inner_pallas
     graphdef, params = nnx.split(layer)
 
     def gradient(params, words, survival):

@@ -9,7 +9,7 @@ from flax import nnx
 from small_models import SMALL_PYRAMID, small_pyramid
 
 import tnt_jax
-from tnt_jax.evaluation.observed import observe
+from tnt_jax.evaluation.capture import observe
 from tnt_jax.models.pyramid_tnt import Aggregation, ReducedAttention, stage_config
 from tnt_jax.models.variants import model_config, with_formulation
 

@@ -15,7 +15,7 @@ from commands import ROOT
 from loopback import Files
 
 from tnt_jax.config import InputError
-from tnt_jax.storage import cache, download
+from tnt_jax.storage import download
 from tnt_jax.user_cache import cache_path, process_folder
 
 CONTENT = np.random.default_rng(0).bytes(3_000_000)
@@ -53,7 +53,7 @@ def test_another_process_goes_on_where_one_ended(monkeypatch):
     with Files({PATH: CONTENT}, breaks=[1_000_000, 0]) as server:
         with pytest.raises(InputError, match=r"cannot be fetched: it broke off after 1,000,000 of 3,000,000 bytes"):
             download.download(server.address + PATH)
-        assert [kept.kind for kept in cache.kept()] == ["unfinished"]
+        assert [entry.kind for entry in download.cache_entries()] == ["unfinished"]
         assert download.download(server.address + PATH).read_bytes() == CONTENT
     assert server.requests[-1][2] == "bytes=1000000-"
 
@@ -162,7 +162,7 @@ def test_what_is_secret_in_an_address_is_sent_and_goes_nowhere_else(tmp_path, ca
         download.download(server.address + path + "#SECRET")
         with pytest.raises(InputError) as error:
             download.download(server.address + "/other.pth?token=SECRET")
-    told = str(error.value) + capsys.readouterr().err + str([kept.name for kept in cache.kept()])
+    told = str(error.value) + capsys.readouterr().err + str([entry.name for entry in download.cache_entries()])
     told += "".join(f"{path} {path.read_bytes()}" for path in (tmp_path / "cache").rglob("*") if path.is_file())
     assert "SECRET" not in told
     assert f"{server.address}/tnt.pth" in told
@@ -234,10 +234,10 @@ def test_what_is_cleared_is_gone():
     with Files({PATH: CONTENT, "/b.pth": CONTENT}) as server:
         for path in (PATH, "/b.pth"):
             download.download(server.address + path)
-        assert {kept.name for kept in cache.kept()} == {server.address + PATH, server.address + "/b.pth"}
-        assert [kept.size > len(CONTENT) for kept in cache.clear("/b.pth")] == [True]
-        assert [kept.name for kept in cache.kept()] == [server.address + PATH]
+        assert {entry.name for entry in download.cache_entries()} == {server.address + PATH, server.address + "/b.pth"}
+        assert [entry.size > len(CONTENT) for entry in download.clear_cache("/b.pth")] == [True]
+        assert [entry.name for entry in download.cache_entries()] == [server.address + PATH]
         with pytest.raises(InputError, match="is called 'nothing'"):
-            cache.clear("nothing")
-    assert len(cache.clear()) == 1
-    assert cache.kept() == []
+            download.clear_cache("nothing")
+    assert len(download.clear_cache()) == 1
+    assert download.cache_entries() == []

@@ -14,8 +14,8 @@ from tnt_jax.config import InputError
 from tnt_jax.models import variants
 from tnt_jax.models.variants import build_model, resolve
 from tnt_jax.storage import download, load
+from tnt_jax.storage.load import locate, published_places
 from tnt_jax.storage.publish import publish
-from tnt_jax.storage.resolve import locate, published_places
 from tnt_jax.storage.torch.write import export
 from tnt_jax.training.loop import train
 

@@ -13,7 +13,7 @@ from state_dicts import as_torch, state_dict
 
 import tnt_jax
 from tnt_jax.config import InputError
-from tnt_jax.storage import cache
+from tnt_jax.storage.download import cache_entries
 from tnt_jax.storage.load import load_model
 
 
@@ -129,7 +129,7 @@ def test_create_model_takes_it_with_another_head_and_image_size_and_says_so_once
 def test_what_the_hub_does_not_have_is_an_input_error(name, message, filled):
     with pytest.raises(InputError, match=message):
         load_model(name)
-    assert cache.kept() == []
+    assert cache_entries() == []
 
 
 def test_a_hub_out_of_reach_says_what_to_do(filled, monkeypatch):

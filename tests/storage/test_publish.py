@@ -17,7 +17,7 @@ from tnt_jax.config import InputError
 from tnt_jax.storage.description import Preprocessing, describe, description_of
 from tnt_jax.storage.files import write_whole
 from tnt_jax.storage.folder import model_parameters
-from tnt_jax.storage.hub_folder import open_hub_folder
+from tnt_jax.storage.hub import open_hub_folder
 from tnt_jax.storage.publish import publish
 
 NAMES = [f"animal {number}" for number in range(7)]

@@ -6,7 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from small_runs import assert_ended_as, parameters, tiny_run
+from small_runs import assert_ended_as, check_program, parameters, tiny_run
 
 import tnt_jax
 from tnt_jax.config import InputError, OptimizerConfig
@@ -111,7 +111,7 @@ def test_what_is_frozen_is_left_out_by_every_kind_of_optimizer(name):
     optimizer = OptimizerConfig(name, clip_norm=1.0, clip_ratio=0.1, layer_decay=0.9)
     config = complete(tiny_run("unused", optimizer=optimizer, freeze=("blocks.0.inner",)), 10)
     program = Program(config, make_mesh(devices=jax.devices()[:1]), steps_per_epoch=11)
-    program.check()
+    check_program(program)
     whole = Program(dataclasses.replace(config, freeze=()), make_mesh(devices=jax.devices()[:1]), steps_per_epoch=11)
     sizes = [sum(leaf.size for leaf in jax.tree.leaves(each.abstract_state.opt_state)) for each in (program, whole)]
     assert sizes[0] < sizes[1]

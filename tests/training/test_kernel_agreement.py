@@ -34,7 +34,7 @@ with jax.set_mesh(make_mesh(1, jax.devices())):
     else:
         agree_on_kernels(config)
         print(call.means(inner.cuda_sizes(layer, 16)))
-        print(inner.choose(layer, 392, 16, training=True))
+        print(inner.choose_inner(layer, 392, 16, training=True))
 """
 
 

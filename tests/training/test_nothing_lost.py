@@ -135,7 +135,7 @@ def test_an_evaluation_reads_every_image_once_for_both_weights(finished, copy, m
 # train.py, to which something happens when it calls something.
 DISTURBED = """
 import os, runpy, signal, sys, time
-from tnt_jax.training import loop, run, step
+from tnt_jax.training import loop, run
 {code}
 sys.argv[0] = "train.py"
 runpy.run_path("train.py", run_name="__main__")
@@ -149,7 +149,7 @@ def start(code, *arguments, **options):
 
 def test_a_stop_in_an_evaluation_is_noticed_and_what_was_trained_is_saved_before_it(finished, tmp_path):
     code = """
-feed = step.to_devices
+feed = run.to_devices
 def slowly(batch, mesh):
     if "mask" in batch:
         if os.environ.get("SENT") is None:
@@ -157,7 +157,7 @@ def slowly(batch, mesh):
             os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.5)
     return feed(batch, mesh)
-step.to_devices = slowly
+run.to_devices = slowly
 """
     flags = ["--run-dir", tmp_path / "run", "--config", config_file(tmp_path)]
     process = start(code, *flags)
@@ -259,7 +259,7 @@ def test_a_run_is_loaded_while_its_old_steps_go(finished, tmp_path, monkeypatch)
             shutil.rmtree(tmp_path / "run/checkpoints/22")
         return restore(run_dir, step, like)
 
-    monkeypatch.setattr("tnt_jax.storage.trained.restore", as_it_goes)
+    monkeypatch.setattr("tnt_jax.storage.run.restore", as_it_goes)
     assert tnt_jax.load_model(tmp_path / "run")
 
 

@@ -260,9 +260,12 @@ def test_tsne_draws_maps_of_an_image_and_test_images(folder, tmp_path):
         (["curves", "MODEL"], "is not the folder of a run"),
         (["curves", "MODEL", "a.png"], "is not the folder of a run"),
         (["schedule", "digits", "a.png"], "a.png"),
-        (["words", "MODEL", "a.png", "--patch", "0", "0"], "--patch was given, and words has no use for it"),
+        (["words", "MODEL", "a.png", "--patch", "0", "0"], "inner-attention"),
+        (["words", "MODEL", "a.png", "--count", "3"], "mistakes"),
+        (["sentences", "MODEL"], "Available subcommands: why, inner-attention"),
+        ([], "Missing subcommand"),
         (["mistakes", "MODEL", "--source", "digits", "--count", "0"], "--count is 0"),
-        (["mistakes", "MODEL", "--table", "a.csv"], "--table was given, and mistakes has no use for it"),
+        (["mistakes", "MODEL", "--table", "a.csv"], "confusion"),
         (["confusion", "MODEL", "--table", "a.txt"], "a.txt: a table of a confusion matrix ends in .csv"),
         (["schedule", "nowhere.py"], "there is no configuration nowhere.py"),
     ],
@@ -274,6 +277,18 @@ def test_the_command_refuses_what_it_cannot_draw(arguments, message, folder, tmp
     assert (code, out) == (2, "")
     assert message in err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [("words", []), ("inner-attention", ["--patch", "--block"]), ("confusion", ["--table"]), ("curves", [])],
+)
+def test_the_help_of_a_picture_shows_its_own_flags_alone(name, own):
+    code, out, _ = commands.run("visualize.py", name, "--help")
+    assert code == 0
+    flags = ("--patch", "--block", "--class", "--method", "--size", "--maps", "--count", "--table", "--step")
+    assert [flag for flag in flags if flag in out] == own
+    assert "--out" in out
 
 
 def test_why_has_a_row_for_each_class_and_a_map_of_each_method(tnt, tmp_path):
@@ -296,7 +311,7 @@ def test_why_has_a_row_for_each_class_and_a_map_of_each_method(tnt, tmp_path):
         (["--method", "cam"], "there is no method 'cam'; there are rollout, grad-cam"),
         (["--block", "0"], "block was given, and rollout has no use for it"),
         (["--maps", "maps.txt"], "maps.txt"),
-        (["--patch", "0", "0"], "--patch was given, and why has no use for it"),
+        (["--patch", "0", "0"], "inner-attention"),
     ],
 )
 def test_why_says_what_it_cannot_explain(flags, message, tnt, tmp_path):

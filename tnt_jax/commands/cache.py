@@ -22,12 +22,12 @@ class Arguments:
 @command
 def main() -> None:
     arguments = tyro.cli(Arguments)
-    from tnt_jax.storage import cache
+    from tnt_jax.storage.download import cache_entries, clear_cache
     from tnt_jax.user_cache import cache_path
 
     if arguments.name is not None and not arguments.clear:
         raise InputError(f"{arguments.name} was given without --clear, and everything is listed")
-    shown = cache.clear(arguments.name) if arguments.clear else cache.kept()
+    shown = clear_cache(arguments.name) if arguments.clear else cache_entries()
     for each in shown:
         print(f"{each.size / 1e6:9,.1f} MB  {each.kind:10}  {each.name}")
     total = sum(each.size for each in shown) / 1e6

@@ -161,11 +161,11 @@ def config_of(name: str) -> TrainConfig[ModelChanges]:
     if path.name == "config.json" and path.is_file():  # the file that a run leaves: the run is meant
         path = path.parent
     if path.is_dir() and not shipped:
-        from tnt_jax.models.variants import changes_to
+        from tnt_jax.models.variants import as_changes
         from tnt_jax.storage.run import read_config
 
         config = read_config(path)
-        return dataclasses.replace(config, model=changes_to(config.model))
+        return dataclasses.replace(config, model=as_changes(config.model))
     if not path.is_file() and not shipped:
         raise InputError(f"there is no configuration {name}; by name there are {', '.join(shipped_configs())}")
     file = path if path.is_file() else shipped

@@ -7,7 +7,7 @@ import sys
 
 from tnt_jax.commands.cli import command
 from tnt_jax.config import ModelChanges, TrainConfig
-from tnt_jax.storage.config_json import from_json, to_json
+from tnt_jax.storage.description import from_json, to_json
 
 
 def plan(config: TrainConfig, topology: str) -> int:

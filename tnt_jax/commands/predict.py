@@ -117,7 +117,7 @@ def _paths(given: tuple[str, ...], report, note) -> Iterator[str]:
 
 
 def _pictures(out: str, task: Task) -> Callable[[str, dict], InputError | None]:
-    """What writes the pictures of a result, and returns why it cannot."""
+    """The function that writes the pictures of a result, and returns the error where it cannot."""
     from tnt_jax.data.decode import read_image
     from tnt_jax.data.samples import visible
     from tnt_jax.storage.files import write_whole

@@ -46,7 +46,7 @@ class BoxedFiles(ImageFiles):
     boxes: Float[np.ndarray, "boxes 7"]
     """Those of all images, one after the other."""
     ends: Int[np.ndarray, " images"]
-    """Where those of an image end."""
+    """The row in `boxes` at which those of an image end."""
     sizes: Float[np.ndarray, "images 2"]
     """Width and height of each image as the source says them, NaN where it does not."""
     tells = "boxes"

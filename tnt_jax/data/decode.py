@@ -15,7 +15,7 @@ from jaxtyping import UInt16
 from PIL import Image
 
 from tnt_jax.config import DataConfig, InputError
-from tnt_jax.data import deep
+from tnt_jax.data import depth
 from tnt_jax.data.samples import Pixels, at_full_scale, check_size, upright
 
 ORIENTATION = 0x0112
@@ -91,7 +91,7 @@ def read_image(
             pixels = _of_pillow(source, channels, reading)
         elif hasattr(source, "__array__"):
             array = np.asarray(source.detach().cpu() if hasattr(source, "detach") else source)
-            pixels = deep.of_array(array, channels, reading.white)
+            pixels = depth.of_array(array, channels, reading.white)
         else:
             raise InputError(
                 f"{source!r:.80} is no image; one is a path, bytes, an open file, a PIL image, or an array "
@@ -177,17 +177,17 @@ def _decode(content: bytes, channels: int | None, at_least: tuple[int, int] | No
         if pixels is not None:
             return pixels
     if content.startswith(b"\x93NUMPY"):
-        return deep.of_array(np.load(io.BytesIO(content), allow_pickle=False), channels, reading.white)
+        return depth.of_array(np.load(io.BytesIO(content), allow_pickle=False), channels, reading.white)
     if content.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
-        pixels = deep.tiff(content, channels, reading.white, reading.max_pixels)
+        pixels = depth.tiff(content, channels, reading.white, reading.max_pixels)
         if pixels is not None:
             return pixels
-    if (samples := deep.pnm(content, reading.max_pixels)) is not None:
+    if (samples := depth.pnm(content, reading.max_pixels)) is not None:
         return samples
-    deep.register_plugin(content, reading.max_pixels)
+    depth.register_plugin(content, reading.max_pixels)
     image = _open(content)
     check_size(image.height, image.width, 1, reading.max_pixels)
-    if image.format == "PNG" and (samples := deep.png(image, content, channels)) is not None:
+    if image.format == "PNG" and (samples := depth.png(image, content, channels)) is not None:
         return upright(at_full_scale(samples, reading.white), _orientation(image))
     if at_least and _small_enough(image.height * image.width, reading):
         image.draft("RGB", (max(at_least),) * 2)  # it may lie on its side

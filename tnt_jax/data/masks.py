@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Meaning:
-    """What the values of masks mean."""
+    """The meaning of the values of masks."""
 
     names: tuple[str, ...]
     ignore: tuple[int, ...] = ()
@@ -123,7 +123,7 @@ def split_of_files(files: tuple[ImageFiles, ImageFiles], names: Sequence[str], d
 
 
 def _of_split(root: Path, split: str, data: DataConfig) -> tuple[str, Path, Path] | None:
-    """What a split is called here, and the folders with its images and its masks."""
+    """The name of a split here, and the folders with its images and its masks."""
     here = {name.lower(): name for name in folders_in(root)}
     both = [next((root / here[name] for name in names if name in here), None) for names in (IMAGES, MASKS)]
     for name in names_of_split(split):

@@ -1,4 +1,4 @@
-"""Where the pixels of a prepared image come from, so that what is told of them moves with them.
+"""The places in an image from which the pixels of a prepared one come, so that masks and boxes move with them.
 
 Crop, large-scale jitter, shift and flip keep rows rows and columns columns: a number for each row and for each column
 of the result says all, for masks and for boxes.

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from tnt_jax.config import InputError
-from tnt_jax.evaluation.observed import Observed, observe
+from tnt_jax.evaluation.capture import Observed, observe
 from tnt_jax.models.pyramid_tnt import SPATIAL_REDUCTION, key_grid, stage_grids
 from tnt_jax.models.tnt import grid_size, words_per_side
 from tnt_jax.models.variants import Model, with_formulation

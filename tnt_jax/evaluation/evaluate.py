@@ -24,7 +24,7 @@ from tnt_jax.data.sources import Split
 from tnt_jax.evaluation.probes import NEIGHBOURS, linear_probe, nearest_neighbours
 from tnt_jax.evaluation.published import published
 from tnt_jax.models.adapting import adapt
-from tnt_jax.models.variants import Model, changed
+from tnt_jax.models.variants import Model, with_changes
 from tnt_jax.storage.description import description_of
 from tnt_jax.storage.folder import model_from_parameters, model_parameters
 from tnt_jax.storage.load import load_model
@@ -114,7 +114,7 @@ class View:
         if self.crop is not None and TASKS[described.outputs.task].dense:
             raise InputError(f"crop is {self.crop:g}, and a model of task {described.outputs.task} sees images whole")
         if self.image_size and self.image_size != wanted.image_size:
-            wanted = changed(wanted, {"image_size": self.image_size})
+            wanted = with_changes(wanted, {"image_size": self.image_size})
             parameters, _ = adapt(model_parameters(model), model.config, wanted)
             model = model_from_parameters(wanted, parameters)
         shown = described.preprocessing.adapted(wanted)

@@ -64,7 +64,7 @@ def deletion_and_insertion(
     return deleted.T, inserted.T
 
 
-def area(curves: Float[Array, "batch points"]) -> Float[Array, " batch"]:
+def area_under(curves: Float[Array, "batch points"]) -> Float[Array, " batch"]:
     """The area under each curve over the share of the places, by the trapezoidal rule: from 0 to 1."""
     return (curves[:, :-1] + curves[:, 1:]).mean(axis=1) / 2
 
@@ -105,7 +105,7 @@ def _explained(
             def compute(model: Model, inputs: jax.Array, labels: jax.Array, maps_of=maps_of):
                 classes = model(inputs).argmax(axis=-1)
                 maps = maps_of(model, inputs, classes, size)
-                return [area(each) for each in deletion_and_insertion(model, inputs, classes, maps)]
+                return [area_under(each) for each in deletion_and_insertion(model, inputs, classes, maps)]
 
             (areas,), _ = over_images(images, data, [model], batch_size, compute)
             row = {"model": path, "data": data.source, "split": images.name}

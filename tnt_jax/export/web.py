@@ -14,7 +14,7 @@ from jaxtyping import Array, UInt8
 
 from tnt_jax.config import InputError
 from tnt_jax.evaluation.attribution import places_of
-from tnt_jax.evaluation.observed import ObservedAttention, blocks_of
+from tnt_jax.evaluation.capture import ObservedAttention, blocks_of
 from tnt_jax.export.files import Exported, check_difference, describe_file
 from tnt_jax.export.formats import FORMATS, Samples, logits_of, of_equations, output_name, to_onnx
 from tnt_jax.models.variants import Model

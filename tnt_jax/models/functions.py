@@ -45,6 +45,12 @@ def drop_path(x: Array, rate: float, key: Keys | None) -> Array:
     return x * survivors(x.shape[0], rate, key).astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
 
 
+def survivors_of_branches(count: int, rate: float, key: Keys | None) -> Float[Array, "2 count"]:
+    """`survivors` of the two branches of a transformer layer, drawn as `TransformerLayer` draws them."""
+    _, attn_key, _, mlp_key = split_key(key, 4)
+    return jnp.stack([survivors(count, rate, each) for each in (attn_key, mlp_key)])
+
+
 def split_key(key: Keys | None, count: int) -> list[Keys | None]:
     """`count` independent keys (of each image), or as many None when there is no randomness to pass on."""
     if key is None:

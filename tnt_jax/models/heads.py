@@ -68,7 +68,7 @@ def map_blocks(config: ModelConfig) -> tuple[int, ...]:
     return tuple(-(-config.depth * quarter // 4) - 1 for quarter in range(1, 5))
 
 
-def check(config: ModelConfig) -> None:
+def check_head(config: ModelConfig) -> None:
     """Raises InputError for a head that the network cannot have."""
     detectors.check_detector(config)
     if config.head == "linear" and config.architecture == "pyramid":
@@ -96,7 +96,7 @@ class MlpDecoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """What is between the maps of the blocks and the last map of the head `mlp`.
+    """The layers between the maps of the blocks and the last map of the head `mlp`.
 
     SegFormer's stages end with a norm, and those of TNT and PyramidTNT do not: each map has one here, the last one the
     model's own.
@@ -129,7 +129,7 @@ class Identity(nnx.Module):
 
 
 class _Dense:
-    """What both networks have in common: a mixin before TNT or PyramidTNT."""
+    """The parts that both networks have in common: a mixin before TNT or PyramidTNT."""
 
     def __init__(self, config: ModelConfig, *, rngs: Rngs):
         super().__init__(config, rngs=rngs)

@@ -4,11 +4,9 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
 
 from tnt_jax.config import ModelConfig
-from tnt_jax.models.formulations.inner import transform_words
-from tnt_jax.models.functions import Keys, split_key, survivors
+from tnt_jax.models.formulations.inner import Kernel, inner_kernel
 from tnt_jax.models.layers import LayerNorm, Rngs, TransformerLayer
 
 
@@ -17,7 +15,7 @@ class InnerTransformer(TransformerLayer):
     side.
 
     The words of a patch are one row, so stochastic depth drops a branch per patch, as the published code does.
-    How it is computed is chosen in formulations/inner.py.
+    It reads as every transformer layer; formulations/inner.py has the functions that compute it as a whole.
     """
 
     def __init__(
@@ -35,18 +33,5 @@ class InnerTransformer(TransformerLayer):
         self.dtype = jnp.dtype(config.dtype)
         self.has_dropout = bool(config.drop_rate or config.attn_drop_rate)
 
-    def __call__(
-        self, words: Float[Array, "sentences words inner"], key: Keys | None = None
-    ) -> Float[Array, "sentences words inner"]:
-        return transform_words(self, words, key)
-
-    def reference(
-        self, words: Float[Array, "sentences words inner"], key: Keys | None = None
-    ) -> Float[Array, "sentences words inner"]:
-        """The equations as the paper has them."""
-        return super().reference(words, key)
-
-    def branch_survival(self, sentences: int, key: Keys | None) -> Float[Array, "2 sentences"]:
-        """The factors of stochastic depth for the two branches of each sentence, drawn as `reference` draws them."""
-        _, attn_key, _, mlp_key = split_key(key, 4)
-        return jnp.stack([survivors(sentences, self.drop_path_rate, each) for each in (attn_key, mlp_key)])
+    def kernel_for(self, shape: tuple[int, int, int], *, has_bias: bool, training: bool) -> Kernel | None:
+        return inner_kernel(self, shape, training=training)

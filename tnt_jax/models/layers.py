@@ -13,9 +13,17 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from tnt_jax.config import ModelConfig
-from tnt_jax.models.formulations.attention import attend, attention_weights
-from tnt_jax.models.formulations.gradients import LINEAR, gelu_of_platform, layer_norm, parameter_add, parameter_einsum
-from tnt_jax.models.formulations.outer import transform_tokens
+from tnt_jax.models.formulations.attention import attention_kernel, attention_weights
+from tnt_jax.models.formulations.gradients import (
+    LINEAR,
+    gelu_of_platform,
+    layer_norm,
+    parameter_add,
+    parameter_einsum,
+    product,
+)
+from tnt_jax.models.formulations.inner import Kernel
+from tnt_jax.models.formulations.outer import add_to_patches, outer_kernel
 from tnt_jax.models.functions import NORM_EPSILON, Keys, drop_path, dropout, split_key
 
 BATCH_NORM_MOMENTUM = 0.1  # of the new value, as PyTorch counts it
@@ -193,6 +201,11 @@ class Attention(nnx.Module):
         self.qkv = Linear(dim, 3 * dim, use_bias=False, config=config, rngs=rngs)
         self.proj = Linear(dim, dim, config=config, rngs=rngs)
 
+    @property
+    def plain(self) -> bool:
+        """True for gradients of JAX's own."""
+        return self.formulation == "reference"
+
     def query_key_value(
         self, x: Float[Array, "batch tokens dim"]
     ) -> tuple[Float[Array, "batch heads _ head_dim"], ...]:
@@ -216,7 +229,7 @@ class Attention(nnx.Module):
     ) -> Float[Array, "batch heads queries keys"]:
         """The attention weights of each token, in float32; every row sums to one."""
         query, keys, _ = self.query_key_value(x)
-        return attention_weights(query, keys, bias, plain=self.formulation == "reference")
+        return attention_weights(query, keys, bias, plain=self.plain)
 
     def __call__(
         self,
@@ -226,7 +239,12 @@ class Attention(nnx.Module):
     ) -> Float[Array, "batch tokens dim"]:
         """Attention of `x` to itself; `bias` is added to the logits of the softmax."""
         weights_key, proj_key = split_key(key, 2)
-        return dropout(attend(self, x, bias, weights_key), self.drop_rate, proj_key)
+        if kernel := attention_kernel(self, x.shape[0], has_bias=bias is not None, training=key is not None):
+            return dropout(kernel(x, bias, weights_key), self.drop_rate, proj_key)
+        query, keys, value = self.query_key_value(x)
+        weights = attention_weights(query, keys, bias, plain=self.plain)
+        weights = dropout(weights.astype(value.dtype), self.attn_drop_rate, weights_key)
+        return dropout(self.merge_heads(product(weights, value, plain=self.plain)), self.drop_rate, proj_key)
 
 
 class Mlp(nnx.Module):
@@ -298,20 +316,18 @@ class TransformerLayer(nnx.Module):
         added: Float[Array, "batch patches dim"] | None = None,
     ) -> Float[Array, "batch tokens dim"]:
         """`bias` is added to the logits of the softmax; `added` first of all to every token but the first."""
-        return transform_tokens(self, x, key, bias, added)
-
-    def reference(
-        self,
-        x: Float[Array, "batch tokens dim"],
-        key: Keys | None = None,
-        bias: Float[Array, "1 heads queries keys"] | None = None,
-    ) -> Float[Array, "batch tokens dim"]:
-        """The equations as the paper has them."""
+        if kernel := self.kernel_for(x.shape, has_bias=bias is not None, training=key is not None):
+            return kernel(x, key, added)
+        x = x if added is None else add_to_patches(x, added)
         attn_key, attn_path_key, mlp_key, mlp_path_key = split_key(key, 4)
         x = x + drop_path(self.attn(self.norm1(x), attn_key, bias), self.drop_path_rate, attn_path_key)
         change = self.mlp(self.norm2(x), mlp_key)
         change = change if self.se is None else change + self.se(change)
         return x + drop_path(change, self.drop_path_rate, mlp_path_key)
+
+    def kernel_for(self, shape: tuple[int, int, int], *, has_bias: bool, training: bool) -> Kernel | None:
+        """The function that computes this layer for tokens of a shape; None where the equations above do."""
+        return outer_kernel(self, shape, has_bias=has_bias, training=training)
 
     def foreign_part(self) -> str | None:
         """The reason why no kernel can compute this layer: a part in the place of the one made here, or None."""

@@ -51,7 +51,7 @@ def inner_blocks(depth: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(start + j for start, blocks in zip(first, depth, strict=True) for j in range(1 + (blocks > 6)))
 
 
-def check(config: ModelConfig) -> None:
+def check_pyramid(config: ModelConfig) -> None:
     """Raises InputError for sizes that PyramidTNT cannot have."""
     if (config.patch_size, config.word_stride) != (PATCH_SIZE, WORD_STRIDE):
         raise InputError(
@@ -113,15 +113,14 @@ class ReducedAttention(Attention):
         self, x: Float[Array, "batch tokens dim"]
     ) -> tuple[Float[Array, "batch heads _ head_dim"], ...]:
         batch, _, dim = x.shape
-        plain = self.formulation == "reference"
         rows, columns = key_grid(self.grid, self.reduction)
         maps = x.reshape(batch, *self.grid, dim)[:, : rows * self.reduction, : columns * self.reduction]
         means = maps.reshape(batch, rows, self.reduction, columns, self.reduction, dim).mean(axis=(2, 4))
         reduced = self.norm(self.linear(means.reshape(batch, -1, dim)))
         if type(self.qkv) is Linear:
             of_query, of_rest = jnp.split(self.qkv.kernel[...], [dim], axis=1)
-            query = parameter_einsum("bnd,de->bne", x, of_query, plain=plain)
-            of_reduced = parameter_einsum("bnd,de->bne", reduced, of_rest, plain=plain)
+            query = parameter_einsum("bnd,de->bne", x, of_query, plain=self.plain)
+            of_reduced = parameter_einsum("bnd,de->bne", reduced, of_rest, plain=self.plain)
         else:  # such as nnx.LoRALinear: it is called, though half of its results are not needed
             query, of_reduced = self.qkv(x)[..., :dim], self.qkv(reduced)[..., dim:]
         keys, value = jnp.split(of_reduced, 2, axis=-1)

@@ -11,7 +11,7 @@ import rich.table
 from flax import nnx
 
 from tnt_jax.config import ModelConfig
-from tnt_jax.models.formulations.inner import choose
+from tnt_jax.models.formulations.inner import choose_inner
 from tnt_jax.models.heads import head_macs
 from tnt_jax.models.pyramid_tnt import SPATIAL_REDUCTION, STAGES, key_grid, stage_config, stage_grids
 from tnt_jax.models.tnt import TNT, WordEmbedding, grid_size, words_per_side
@@ -138,7 +138,7 @@ def _formulation(config: ModelConfig) -> str:
     # A multiple of any number of devices, as the patches of a batch that can be divided among them are.
     sentences = rows * columns * jax.device_count()
     words = words_per_side(config) ** 2
-    chosen = {choose(block.inner, sentences, words, training=True) for block in blocks if block.inner is not None}
+    chosen = {choose_inner(block.inner, sentences, words, training=True) for block in blocks if block.inner is not None}
     return " and ".join(sorted(chosen)) or "none"
 
 

@@ -17,7 +17,7 @@ from tnt_jax.config import ModelConfig
 from tnt_jax.models.calling import Images, block_indices, check_images, explains_forward_mode, training_key
 from tnt_jax.models.formulations.gradients import parameter_add, parameter_einsum
 from tnt_jax.models.formulations.outer import add_to_patches
-from tnt_jax.models.formulations.sentences import make_sentences
+from tnt_jax.models.formulations.sentences import sentence_kernel
 from tnt_jax.models.functions import Keys, dropout, split_key
 from tnt_jax.models.inner import InnerTransformer
 from tnt_jax.models.layers import (
@@ -159,22 +159,19 @@ class WordsToSentence(nnx.Module):
 
         Go on with the words that are returned: their two gradients then meet in the kernel.
         """
-        return make_sentences(self, words, batch)
+        if kernel := sentence_kernel(self, words.shape[0]):
+            words, sentences = kernel(words)
+            return words, sentences.reshape(batch, words.shape[0] // batch, -1)
+        normed = self.norm1(words) if self.norm_each_word else words
+        flat = normed.reshape(batch, words.shape[0] // batch, -1)
+        sentences = self.proj(flat if self.norm_each_word else self.norm1(flat))
+        return words, sentences if self.norm2 is None else self.norm2(sentences)
 
     def foreign_part(self) -> str | None:
         """As `TransformerLayer.foreign_part`."""
         norms = {"norm1": (self.norm1, LayerNorm)}
         norms |= {} if self.norm2 is None else {"norm2": (self.norm2, LayerNorm)}
         return foreign_part(proj=(self.proj, Linear), **norms)
-
-    def reference(
-        self, words: Float[Array, "sentences words inner"], batch: int
-    ) -> Float[Array, "batch patches outer"]:
-        """The equation as the paper has it."""
-        normed = self.norm1(words) if self.norm_each_word else words
-        flat = normed.reshape(batch, words.shape[0] // batch, -1)
-        sentences = self.proj(flat if self.norm_each_word else self.norm1(flat))
-        return sentences if self.norm2 is None else self.norm2(sentences)
 
 
 class Block(nnx.Module):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tnt_jax.config import InputError, ModelChanges, ModelConfig, TrainConfig, check
+from tnt_jax.config import InputError, ModelChanges, ModelConfig, TrainConfig
 from tnt_jax.fields import faults, plain
 from tnt_jax.models import heads, pyramid_tnt
 from tnt_jax.models.heads import DensePyramidTNT, DenseTNT
@@ -224,16 +224,15 @@ def complete(config: TrainConfig[ModelChanges], num_classes: int) -> TrainConfig
     """A run with the complete configuration of its model, for data with this many classes.
 
     Raises:
-        InputError: as `check` and `resolve`; or the run asks for another number of classes.
+        InputError: as `resolve`; or the run asks for another number of classes.
     """
-    check(config)
     asked = config.model.num_classes
     if asked not in (None, num_classes):
         raise InputError(f"model.num_classes is {asked}, and {config.data.source} has {num_classes} classes")
     return dataclasses.replace(config, model=resolve(dataclasses.replace(config.model, num_classes=num_classes)))
 
 
-def changes_to(config: ModelConfig) -> ModelChanges:
+def as_changes(config: ModelConfig) -> ModelChanges:
     """The complete configuration that `resolve` makes of this one."""
     base = next(name for name, variant in VARIANTS.items() if variant.config.architecture == config.architecture)
     return ModelChanges(**dataclasses.asdict(config) | {"name": config.name if config.name in VARIANTS else base})
@@ -260,8 +259,8 @@ def check_sizes(config: ModelConfig) -> None:
         raise InputError(fault)
     _check_stages(config)
     if config.architecture == "pyramid":
-        pyramid_tnt.check(config)
-    heads.check(config)
+        pyramid_tnt.check_pyramid(config)
+    heads.check_head(config)
     if min(config.image_size) < config.patch_size or any(side % config.patch_size for side in config.image_size):
         nearest = tuple(max(1, round(side / config.patch_size)) * config.patch_size for side in config.image_size)
         raise InputError(
@@ -322,14 +321,14 @@ def model_config(name: str, **changes: Any) -> ModelConfig:
     return resolve(ModelChanges(name=name, **changes))
 
 
-def changed(config: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:
+def with_changes(config: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:
     """A complete configuration with other values of some fields.
 
     Raises:
         InputError: as `fresh_model`.
     """
     _check_names(changes)
-    return resolve(dataclasses.replace(changes_to(config), **changes))
+    return resolve(dataclasses.replace(as_changes(config), **changes))
 
 
 def _check_names(fields: Iterable[str]) -> None:

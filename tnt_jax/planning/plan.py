@@ -17,7 +17,7 @@ import rich.console
 import rich.table
 
 from tnt_jax.chips import GIB, Chip, chip_of, training_flops
-from tnt_jax.config import InputError, ModelChanges, ModelConfig, TrainConfig
+from tnt_jax.config import InputError, ModelChanges, ModelConfig, TrainConfig, check
 from tnt_jax.planning import gpus
 from tnt_jax.planning.collectives import Collective
 from tnt_jax.planning.compiling import Compiled, bytes_of, compile_step, largest_batch, largest_batch_by_memory
@@ -94,6 +94,7 @@ def _resolved(config: TrainConfig[ModelChanges]) -> tuple[TrainConfig[ModelConfi
     from tnt_jax.data.opening import open_split
     from tnt_jax.models.variants import complete, resolve
 
+    check(config)
     note, classes = None, config.model.num_classes
     if classes is None:
         try:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from tnt_jax.fields import plain
 from tnt_jax.models.adapting import adapt
-from tnt_jax.models.variants import changed
+from tnt_jax.models.variants import with_changes
 from tnt_jax.storage.description import ModelDescription, describe
 from tnt_jax.storage.folder import check_destination, save_parameters
 from tnt_jax.storage.load import open_model
@@ -60,7 +60,7 @@ def convert(
     opened = open_model(source, weights=weights, image_size=image_size)
     known = opened.description
     changes = {"num_classes": num_classes, "image_size": image_size, "in_channels": in_channels}
-    wanted = changed(known.config, {name: value for name, value in changes.items() if value is not None})
+    wanted = with_changes(known.config, {name: value for name, value in changes.items() if value is not None})
     parameters, adapted = adapt(opened.parameters, known.config, wanted)
     if class_names is None and wanted.num_classes == known.config.num_classes:
         class_names = known.class_names

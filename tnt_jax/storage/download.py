@@ -1,7 +1,14 @@
-"""A file from an address: kept, resumed where it broke off, checked, and fetched once by several processes."""
+"""A file from an address: kept, resumed where it broke off, checked, and fetched once by several processes.
+
+Under the user's cache, `downloads/ADDRESS/FILE` is what lay at an address, beside `.record.json`: the address, the size
+and the SHA-256. Files of the Hugging Face hub lie in the hub's own cache (`HF_HOME`).
+"""
 
 import contextlib
+import dataclasses
+import hashlib
 import http.client
+import json
 import os
 import re
 import socket
@@ -12,14 +19,13 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import filelock
 
 from tnt_jax.config import InputError
-from tnt_jax.storage.cache import file_sha256, read_record, write_record
-from tnt_jax.storage.files import remove
+from tnt_jax.storage.files import remove, write_text
 from tnt_jax.storage.torch.formats import what_it_is
 from tnt_jax.user_cache import UnsafeCacheError, cache_folder, cache_path, process_folder
 
@@ -82,13 +88,13 @@ def download(address: str) -> Path:
         raise InputError(f"{without_secrets(address)} cannot be kept in {folder}: {error.strerror or error}") from error
 
 
-def kept_file(address: str) -> Path | None:
+def cached_file(address: str) -> Path | None:
     """The file of an address in the cache, if it is there."""
     return _complete(cache_path() / "downloads" / _key(address))
 
 
 def _key(address: str) -> str:
-    return sha256(address.encode()).hexdigest()[:16]
+    return hashlib.sha256(address.encode()).hexdigest()[:16]
 
 
 def _request(address: str) -> urllib.request.Request:
@@ -222,3 +228,65 @@ def _finished(address: str, part: Path, notes: Path, folder: Path) -> Path:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A small JSON file of this cache. One that is missing or damaged is as an empty one."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
+
+
+def write_record(path: Path, fields: dict[str, Any]) -> None:
+    """Writes what `read_record` reads. Raises OSError."""
+    write_text(path, json.dumps(fields, indent=1, ensure_ascii=False) + "\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheEntry:
+    """Something in the cache."""
+
+    kind: str
+    """`file` or `unfinished`."""
+    name: str
+    """The address."""
+    path: Path
+    size: int
+    """Bytes."""
+
+
+def cache_entries() -> list[CacheEntry]:
+    """Everything in the cache but the hub's own."""
+    found = []
+    for folder in sorted((cache_path() / "downloads").glob("*")):
+        whole, part = read_record(folder / ".record.json"), read_record(folder / ".unfinished.json")
+        if whole or (folder / ".unfinished").exists():
+            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            name = str((whole or part).get("address", folder.name))
+            found.append(CacheEntry("file" if whole else "unfinished", name, folder, size))
+    return found
+
+
+def clear_cache(name: str | None = None) -> list[CacheEntry]:
+    """Removes everything, or what has `name` in its address, from the cache, and says what it was.
+
+    Raises:
+        InputError: nothing is called so, or it cannot be removed.
+    """
+    chosen = [each for each in cache_entries() if name is None or name in each.name]
+    if name is not None and not chosen:
+        raise InputError(f"nothing in {cache_path()} is called {name!r}")
+    try:
+        for each in chosen:
+            remove(each.path)
+    except OSError as error:
+        raise InputError(f"{cache_path()} cannot be cleared: {error}") from error
+    return chosen

@@ -1,8 +1,14 @@
-"""A model from wherever it lies; see `tnt_jax.storage.resolve` for what a MODEL is."""
+"""A model from wherever it lies: the one place that decides what a MODEL is, for every command and function.
+
+A model folder, the folder of a training run, a published name (ours, mmpretrain's, timm's), OWNER/NAME or
+OWNER/NAME@REVISION on the Hugging Face hub, `hf-hub:OWNER/NAME`, `local-dir:FOLDER` of a hub repository, an address of
+a checkpoint, or a checkpoint file.
+"""
 
 import dataclasses
 import logging
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,18 +19,113 @@ from tnt_jax.config import InputError, ModelConfig
 from tnt_jax.data.classes import match_classes
 from tnt_jax.models import variants
 from tnt_jax.models.adapting import adapt, select_classes
-from tnt_jax.models.variants import Model, changed, get_variant
-from tnt_jax.storage.description import describe, description_of, read_description
-from tnt_jax.storage.download import Unreachable, download, kept_file, without_secrets
-from tnt_jax.storage.folder import model_from_parameters, model_parameters, restore_parameters
-from tnt_jax.storage.hub import fetch_repository, is_hub_name, kept_repository
-from tnt_jax.storage.hub_folder import open_hub_folder
-from tnt_jax.storage.resolve import locate, published_places
+from tnt_jax.models.variants import ALIASES, Model, get_variant, with_changes
+from tnt_jax.storage.description import DESCRIPTION, describe, description_of, read_description
+from tnt_jax.storage.download import Unreachable, cached_file, download, without_secrets
+from tnt_jax.storage.folder import PARAMETERS, model_from_parameters, model_parameters, restore_parameters
+from tnt_jax.storage.hub import cached_repository, fetch_repository, is_hub_name, open_hub_folder, weights_file
+from tnt_jax.storage.places import BucketPath, is_bucket, place
+from tnt_jax.storage.run import is_hub_folder, is_run, load_run
 from tnt_jax.storage.torch.checkpoint import Opened, is_published, open_checkpoint
-from tnt_jax.storage.trained import load_run
 from tnt_jax.tasks.task import Outputs
 
 _log = logging.getLogger(__name__)
+
+LONGEST = 1024  # letters of a MODEL; no system has longer paths
+Kind = Literal["folder", "run", "hub folder", "file", "published", "hub", "address"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelPlace:
+    """The place of a model."""
+
+    kind: Kind
+    where: str
+    """A path; a name on the hub; an address; or the published name as it was given."""
+
+    @property
+    def path(self) -> Path | BucketPath:
+        """Of a folder or a file."""
+        return place(self.where)
+
+
+def locate(model: str | os.PathLike) -> ModelPlace:
+    """The place of a MODEL. Nothing is read but names of files, and nothing is fetched.
+
+    Raises:
+        InputError: it is nothing of all this; the message says what is nearest.
+    """
+    given = os.fspath(model)
+    prefix, colon, rest = given.partition(":")
+    if colon and prefix.lower() in ("hf-hub", "hf_hub", "local-dir"):
+        if prefix.lower() == "local-dir":
+            folder = Path(rest).expanduser()
+            if not folder.is_dir():
+                raise InputError(f"there is no folder {rest}, which {given} names")
+            return ModelPlace("hub folder", str(folder))
+        if not is_hub_name(rest):
+            raise InputError(f"{given} should be hf-hub:OWNER/NAME or hf-hub:OWNER/NAME@REVISION")
+        return ModelPlace("hub", rest)
+    if re.match(r"[a-z][a-z0-9+.-]*://", given, re.IGNORECASE):
+        if is_bucket(given):
+            if not is_run(given):
+                raise InputError(f"{given} holds no run; of a bucket, only runs are read")
+            return ModelPlace("run", given)
+        if not given.lower().startswith(("https://", "http://")):
+            shown = without_secrets(given)
+            raise InputError(f"{shown} is no https:// address, and no other kind of address is fetched")
+        return ModelPlace("address", given)
+    path = Path(os.path.expanduser(given))
+    if len(given) > LONGEST or "\0" in given:
+        raise InputError(f"there is no model {given[:60]!r}... of {len(given)} letters")
+    if path.is_dir():
+        return ModelPlace(_kind_of_folder(path), str(path))
+    if path.exists():
+        return ModelPlace("file", str(path))
+    try:
+        get_variant(given)
+        return ModelPlace("published", given)
+    except InputError as error:
+        if is_hub_name(given) and not path.parent.exists():
+            return ModelPlace("hub", given)
+        nothing = f"there is no folder {given} and no file"
+        raise InputError(nothing if os.sep in given else f"{nothing}, and {error}") from error
+
+
+def _kind_of_folder(folder: Path) -> Kind:
+    if is_hub_folder(folder) and not (folder / PARAMETERS).is_dir():
+        return "hub folder"
+    if is_run(folder):
+        return "run"
+    if (folder / DESCRIPTION).exists() or weights_file(folder) is None:
+        return "folder"
+    return "hub folder"
+
+
+def published_places(name: str) -> tuple[str, ...]:
+    """The places of the weights of a published name, in the order in which they are tried: on the hub, and addresses.
+
+    Raises:
+        InputError: nobody has published weights of it, or they lie where no program can fetch them.
+    """
+    variant = get_variant(name)
+    if not variant.weights:
+        raise InputError(
+            f"nobody has published weights of {variant.config.name}; train it, or give a folder or file of your own"
+        )
+    places = [place for place in variant.weights if is_hub_name(place) or not _is_page(place)]
+    if not places:
+        raise InputError(
+            f"the published weights of {variant.config.name} lie where no program can fetch them, behind the passwords "
+            f"on {variant.weights[0]}; download the file there, and give it instead of the name"
+        )
+    if name in ALIASES:  # mmpretrain's own file first
+        places.sort(key=lambda place: "openmmlab" not in place)
+    return tuple(places)
+
+
+def _is_page(address: str) -> bool:
+    return "." not in address.rpartition("/")[2]
 
 
 def load_model(
@@ -54,7 +155,7 @@ def load_model(
     opened = open_model(model, weights=weights, step=step)
     for note in opened.notes:
         _log.info("%s: %s", model, note)
-    loaded = model_from_parameters(changed(opened.description.config, changes), opened.parameters)
+    loaded = model_from_parameters(with_changes(opened.description.config, changes), opened.parameters)
     loaded.description = opened.description
     return loaded
 
@@ -79,7 +180,7 @@ def create_model(name: str, pretrained: bool | str | os.PathLike = False, *, see
         return variants.fresh_model(name, seed=seed, **changes)
     opened = open_model(name if pretrained is True else pretrained)
     known = opened.description
-    wanted = changed(known.config, changes)
+    wanted = with_changes(known.config, changes)
     parameters, notes = adapt(opened.parameters, known.config, wanted, seed=seed)
     for note in notes:
         _log.warning("%s: %s", name, note)
@@ -113,27 +214,27 @@ def open_model(
     Raises:
         InputError: as `load_model`.
     """
-    place = locate(model)
-    if step is not None and place.kind != "run":
+    found = locate(model)
+    if step is not None and found.kind != "run":
         raise InputError(f"step {step} was asked for, and {model} is not the folder of a training run")
-    if place.kind == "run":
-        loaded = load_run(place.path, weights=weights or "ema", step=step)
+    if found.kind == "run":
+        loaded = load_run(found.path, weights=weights or "ema", step=step)
         return Opened(model_parameters(loaded), description_of(loaded))
-    if place.kind == "folder" and weights is not None:
+    if found.kind == "folder" and weights is not None:
         raise InputError(f"{weights} weights were asked for, and {model} is a model folder, which holds one model")
-    if place.kind == "folder":
-        return _open_folder(place.path)
-    if place.kind == "hub folder":
-        return open_hub_folder(place.path, weights=weights)
-    if place.kind == "file":
-        return open_checkpoint(place.path, weights=weights, image_size=image_size)
-    if place.kind != "published":
-        return _fetched(place.where, weights, image_size, is_published(place.where))
-    reasons, places = [], published_places(place.where)
-    for where in sorted(places, key=lambda where: not _is_kept(where)):
+    if found.kind == "folder":
+        return _open_folder(found.path)
+    if found.kind == "hub folder":
+        return open_hub_folder(found.path, weights=weights)
+    if found.kind == "file":
+        return open_checkpoint(found.path, weights=weights, image_size=image_size)
+    if found.kind != "published":
+        return _fetched(found.where, weights, image_size, is_published(found.where))
+    reasons, places = [], published_places(found.where)
+    for where in sorted(places, key=lambda where: not _is_cached(where)):
         try:
             opened = _fetched(where, weights, image_size, published=True)
-            check_published(opened.description.config, place.where, where)
+            check_published(opened.description.config, found.where, where)
             return opened
         except Unreachable as error:
             reasons.append(error.why)
@@ -220,9 +321,9 @@ def _open_folder(folder: Path) -> Opened:
     return Opened(restore_parameters(folder, description), description)
 
 
-def _is_kept(where: str) -> bool:
+def _is_cached(where: str) -> bool:
     """True if a place need not be asked."""
-    return bool(kept_repository(where) if is_hub_name(where) else kept_file(where))
+    return bool(cached_repository(where) if is_hub_name(where) else cached_file(where))
 
 
 def _fetched(

@@ -74,7 +74,7 @@ class RunLock:
             self._file.close()
 
     def _lock(self) -> bool:
-        """Whether this process has the kernel's lock; there is none in a bucket, and on some disks."""
+        """True if this process has the kernel's lock; there is none in a bucket, and on some disks."""
         if self._file is None:
             return False
         try:
@@ -88,7 +88,7 @@ class RunLock:
     def _take(self) -> None:
         locked, holder = self._lock(), self._holder()
         # On this machine, who holds no lock any more is dead.
-        is_dead = holder.get("place") == self._me["place"] and (locked or not _lives(holder.get("process")))
+        is_dead = holder.get("place") == self._me["place"] and (locked or not _is_alive(holder.get("process")))
         if holder and not is_dead:
             watched = 2.5 * BEAT_SECONDS
             self._tell(f"{_who(holder)} was here last; watching for {watched:.0f} s whether it lives")
@@ -156,8 +156,8 @@ def _holder_of(folder: pathlib.Path | BucketPath) -> dict:
         return {}
 
 
-def _lives(process: int | None) -> bool:
-    """Whether there is a process of this number on this machine."""
+def _is_alive(process: int | None) -> bool:
+    """True if there is a process of this number on this machine."""
     try:
         os.kill(process or 0, 0)
     except ProcessLookupError:

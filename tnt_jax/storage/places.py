@@ -1,4 +1,4 @@
-"""Where a run lies: a folder on a disk, or one in a bucket, `gs://BUCKET/FOLDER`.
+"""The place of a run: a folder on a disk, or one in a bucket, `gs://BUCKET/FOLDER`.
 
 A bucket has no appending, no renaming and no locks. What is appended to is made on the disk and sent as a whole
 (`Spool`), a checkpoint is complete when Orbax's last object of it is there, and a lock is its holder's heartbeat.
@@ -21,7 +21,7 @@ from etils.epath.gpath import PosixGPath
 from tnt_jax.config import InputError
 
 COMMITTED = "commit_success.txt"
-"""What Orbax writes last of a checkpoint in a bucket."""
+"""The object that Orbax writes last of a checkpoint in a bucket."""
 
 
 def is_bucket(path: str | os.PathLike) -> bool:

@@ -117,7 +117,7 @@ def restore(run_dir: str | os.PathLike, step: int, like: Trees, is_open: Callabl
     """
     folder = place(run_dir).resolve() / CHECKPOINTS / str(step)
     if not folder.is_dir():
-        raise InputError(f"the run in {run_dir} has no checkpoint of step {step}; {kept_steps(run_dir)}")
+        raise InputError(f"the run in {run_dir} has no checkpoint of step {step}; {steps_in_words(run_dir)}")
     try:
         saved = _description(folder)
         for name, tree in like.items():
@@ -144,7 +144,7 @@ def restore(run_dir: str | os.PathLike, step: int, like: Trees, is_open: Callabl
     return {name: unpack(packed[name], tree, least) for name, tree in like.items()}
 
 
-def kept_steps(run_dir: str | os.PathLike) -> str:
+def steps_in_words(run_dir: str | os.PathLike) -> str:
     """The steps that a run has, in words."""
     steps = steps_of(run_dir)
     return f"it has {', '.join(map(str, steps))}" if steps else "it has none yet"

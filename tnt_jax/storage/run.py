@@ -1,4 +1,4 @@
-"""A run's folder: what the run is, and whether another start is the same run.
+"""A run's folder: the run's identity, the comparison of another start with it, and its model, also while it trains.
 
 `config.json` is written last and in one step: a folder without it holds no run. Beside it lie `model.json`, `data.json`
 (digests of what the data holds) and `starts.jsonl` (a line for each start, with the fields that changed).
@@ -13,29 +13,46 @@ import pathlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
+import jax
 import numpy as np
+from flax import nnx
 
-from tnt_jax.config import InputError, TrainConfig
+from tnt_jax.config import InputError, TrainConfig, best_metric
 from tnt_jax.fields import role_of
-from tnt_jax.storage.config_json import from_json, to_json
+from tnt_jax.models.variants import Model, abstract_model
 from tnt_jax.storage.description import (
     DESCRIPTION,
     ModelDescription,
     Outputs,
     Preprocessing,
     describe,
+    from_json,
+    read_description,
+    to_json,
     write_description,
 )
 from tnt_jax.storage.files import UNFINISHED, append, free_space, write_text
 from tnt_jax.storage.lock import HOLDER_FILE, LOCK_FILE, RunningError
 from tnt_jax.storage.places import BucketPath, is_bucket, place
-from tnt_jax.storage.reading import UnreadableError, readable, steps_of
+from tnt_jax.storage.reading import (
+    DamagedError,
+    UnreadableError,
+    best_of,
+    readable,
+    restore,
+    scores_of,
+    steps_in_words,
+    steps_of,
+)
+from tnt_jax.tasks.table import TASKS
 
 CONFIG_FILE = "config.json"
 DATA_FILE = "data.json"
 STARTS_FILE = "starts.jsonl"
 LOCK_FILES = (LOCK_FILE, HOLDER_FILE)
 RUN_FILES = ("checkpoints", "metrics.jsonl", STARTS_FILE, "tensorboard")  # of which a run has some, a model none
+TREES = {"ema": "ema", "raw": "params"}
+ATTEMPTS = 3
 
 
 def read_config(run_dir: str | os.PathLike) -> TrainConfig:
@@ -222,3 +239,69 @@ def check_checkpoint_space(config: TrainConfig, state_bytes: int) -> None:
             f"the disk of {config.run_dir} has {free / 1e9:.2f} GB free, and the checkpoints to come need "
             f"{needed / 1e9:.2f} GB: {missing} of {state_bytes / 1e9:.2f} GB. Make room, or take another --run-dir"
         )
+
+
+def load_run(run_dir: str | os.PathLike, *, weights: str = "ema", step: int | None = None) -> Model:
+    """The model of a training run; see `tnt_jax.load_model`.
+
+    Raises:
+        InputError: the run has no checkpoint yet, or none of this step; or it is damaged.
+        UnreadableError: it cannot be read now.
+    """
+    description = read_description(run_dir)
+    graphdef, state = nnx.split(abstract_model(description.config))
+    # Onto one device of this machine, wherever it was trained.
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    own = nnx.to_pure_dict(state)
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), average_like(own))
+    step, trees = _restored(run_dir, step, {TREES[weights]: like})
+    params = trees[TREES[weights]]
+    model = nnx.merge(graphdef, jax.tree.map(lambda leaf, to: leaf.astype(to.dtype), params, own))
+    origin = {
+        **(description.source or {}),
+        "run": os.fspath(run_dir) if is_bucket(run_dir) else os.path.abspath(run_dir),
+        "step": step,
+        "weights": weights,
+        "scores": scores_of(run_dir).get(step),
+    }
+    model.description = dataclasses.replace(description, source=origin)
+    return model
+
+
+def average_like(params: dict) -> dict:
+    """Shapes and dtypes of what a run keeps of parameters, and of their average: float32 or more, for bfloat16 cannot
+    hold so small changes."""
+
+    def average(leaf) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, jax.numpy.promote_types(leaf.dtype, "float32"))
+
+    return jax.tree.map(average, params)
+
+
+def _restored(run_dir: str | os.PathLike, asked: int | None, like: dict) -> tuple[int, dict]:
+    for attempt in range(1, ATTEMPTS + 1):
+        steps = steps_of(run_dir)
+        step = asked if asked is not None else _best(run_dir, steps) or max(steps, default=None)
+        if step is None:
+            raise InputError(f"the run in {run_dir} has no checkpoint yet")
+        try:
+            return step, restore(run_dir, step, like)
+        except InputError as error:
+            # A run that is being trained removes its old steps.
+            gone = step not in steps_of(run_dir)
+            if asked is None and gone and attempt < ATTEMPTS:
+                continue
+            if gone or not isinstance(error, DamagedError):
+                raise
+            others = [each for each in steps if each != step]
+            raise DamagedError(f"{error}; of the run, {steps_in_words(run_dir)}" if others else str(error)) from error
+    raise AssertionError
+
+
+def _best(run_dir: str | os.PathLike, steps: list[int]) -> int | None:
+    """The best of some steps by the metric that the run's configuration says, or that of its task."""
+    try:
+        metric = best_metric(read_config(run_dir))
+    except InputError:  # it is not there, or of another version
+        metric = TASKS[read_description(run_dir).outputs.task].metrics[0].name
+    return best_of(steps, scores_of(run_dir), metric)

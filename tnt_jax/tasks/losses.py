@@ -109,7 +109,7 @@ def cross_entropy_dice(objective: Objective, logits: Logits, labels: Labels) -> 
 
 
 def _own_class(logits: Logits, labels: Labels) -> Bool[Array, "batch height width outputs"]:
-    """Whether a class is that of the pixel; none is of what is ignored. No gather: its gradient is a scatter."""
+    """True where a class is that of the pixel; none is that of an ignored one. No gather: its gradient is a scatter."""
     return labels[..., None] == jnp.arange(logits.shape[-1], dtype=labels.dtype)
 
 

@@ -56,7 +56,7 @@ class Matrix(NamedTuple):
     columns: Sequence[str]
     title: str
     of: str = "images"
-    """What is counted."""
+    """The things that are counted."""
 
 
 class Scatter(NamedTuple):
@@ -75,7 +75,7 @@ class Mistakes(NamedTuple):
     captions: list[str]
     title: str
     pictures: Sequence[np.ndarray] | None = None
-    """What is drawn beside each, 8 bits RGB."""
+    """One to be drawn beside each, 8 bits RGB."""
 
 
 class Canvas(NamedTuple):

@@ -77,14 +77,18 @@ class Hosts:
             self._client.key_value_set(key, json.dumps(value(), default=str))
         return json.loads(self._client.blocking_key_value_get(key, FOR_EVER))
 
-    def agree(self, what: str, facts: Mapping[str, str]) -> None:
+    def agree(self, what: str, of_this: Callable[[], Mapping[str, str]]) -> None:
         """Makes sure that all have the same facts; `what` says what a process does that has not.
+
+        Args:
+            of_this: the facts of this process by name, which a lone one is not asked for.
 
         Raises:
             InputError: this process has others than process 0. The others wait here, and are told.
         """
         if self.count == 1:
             return
+        facts = of_this()
         theirs = self.share(lambda: {name: [_digest(value), value[:100]] for name, value in facts.items()})
         differ = [
             f"{name} is {facts.get(name, 'missing')[:100]} here and {theirs.get(name, ('', 'missing'))[1]} on process 0"
@@ -259,7 +263,7 @@ def _cluster(config: DistributedConfig) -> tuple[str, int, int, list[int] | None
 
 
 def _detected(timeout: float) -> tuple:
-    """What JAX finds of a TPU pod, GKE, SLURM or Open MPI 4: as `_cluster`, each None where there is none."""
+    """The same as `_cluster`, as JAX finds it of a TPU pod, GKE, SLURM or Open MPI 4; each None where there is none."""
     from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize() asks; it is not public
 
     try:

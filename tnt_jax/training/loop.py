@@ -1,16 +1,18 @@
 """A run from its configuration to its last step."""
 
 import contextlib
+import dataclasses
 import os
 import sys
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import jax
 import rich.console
 
 from tnt_jax.config import InputError, ModelChanges, TrainConfig, best_metric
+from tnt_jax.data.pipeline import Batch
 from tnt_jax.storage.checkpoint import Checkpoints, NonFiniteError, WriteError
 from tnt_jax.storage.lock import RunLock
 from tnt_jax.storage.places import place
@@ -26,7 +28,6 @@ from tnt_jax.training.step import TrainState
 
 LONGEST_WAIT = 90
 """Seconds until a disk that processes share shows all of them what one has made."""
-
 
 Scores = dict[str, float | None]
 OnStep = Callable[[int, dict[str, jax.Array]], bool | None]
@@ -57,46 +58,166 @@ def train(
         LostError: a device or another process is gone, or not all came. The last checkpoint is kept.
     """
     began = time.perf_counter()
+    place(config.run_dir)  # whether it can be reached
     signals = current_signals()
     # The hosts are inside: an error is told to the others before anything is closed, which may take long.
-    place(config.run_dir)  # whether it can be reached
     with contextlib.ExitStack() as opened, joined(config.distributed, signals) as hosts:
-        hosts.agree("is of another run", facts(config))
-        # A notebook takes lines as a file does; its kernel asks for colours, which rich takes for a terminal.
-        plain = {"force_jupyter": False, "force_terminal": False if "ipykernel" in sys.modules else None}
-        console = rich.console.Console(highlight=False, markup=False, soft_wrap=True, quiet=hosts.index > 0, **plain)
-        run = Run(config)
-        hosts.agree("reads other data", run.content())
-        agree_on_kernels(run.config.model)
-        fresh_state = _open_run_dir(run, hosts, opened, console)
-        signals.kept = lambda: _kept(config.run_dir)
-        checkpoints = Checkpoints(
-            config.run_dir, keep=config.keep_checkpoints, best_by=best_metric(config), warn=console.print
-        )
-        opened.enter_context(contextlib.closing(checkpoints))
-        state = run.saved_state(checkpoints) or fresh_state
-        called = Calls(on_step, on_epoch)
-        scores = _train_from(state, run, checkpoints, hosts, console, signals, began, called)
+        console = _console(quiet=hosts.index > 0)
+        run, checkpoints, state, changed = _set_up(config, hosts, opened, console, signals)
+        step = int(state.step)
+        # A run that was killed in an evaluation has saved the step, and not its scores.
+        evaluated = hosts.share(lambda: step == 0 or not run.evaluates_after(step) or bool(checkpoints.scores(step)))
+        if evaluated and (step == run.total_steps or run.stops_early(step, checkpoints)):
+            console.print(f"The run in {config.run_dir} is finished. Use another --run-dir to start a new one.")
+        else:
+            console.print(run.describe(step))
+            if "epochs" in changed:
+                console.print(run.longer_schedule(changed["epochs"][0], step))
+            minutes, steps = config.checkpoint_every_minutes, config.checkpoint_every_steps
+            pauses = Pauses(signals.received, minutes, steps, hosts.count)
+            sizes, split = (step, run.total_steps, run.steps_per_epoch), run.test_source.name
+            with (
+                _last_sound_step_named(checkpoints),
+                Report(run.config, console, *sizes, began, split=split, evaluates_first=not evaluated) as report,
+                contextlib.closing(run.batches(step)) as batches,
+                signals.training(),
+            ):
+                loop = _Loop(run, checkpoints, report, pauses, on_step, on_epoch)
+                if not evaluated:
+                    loop.evaluate(step, state)
+                step = loop.take_steps(step, state, batches)
+        scores = hosts.share(lambda: _conclude(step, checkpoints, run, console))
         opened.close()
         return scores
 
 
-class Calls(NamedTuple):
-    """The callbacks of `train`, each of which may end it."""
+@dataclasses.dataclass(frozen=True)
+class _Loop:
+    """The loop of a run: its steps, and what is saved and evaluated between them."""
 
+    run: Run
+    checkpoints: Checkpoints
+    report: Report
+    pauses: Pauses
     on_step: OnStep | None
     on_epoch: OnEpoch | None
 
+    def take_steps(self, start: int, state: TrainState, batches: Iterator[Batch]) -> int:
+        """Takes the steps after `start`; the last one that was taken. Raises StoppedError."""
+        run, checkpoints, step = self.run, self.checkpoints, start
+        after = () if run.stops_early(start, checkpoints) else range(start + 1, run.total_steps + 1)
+        # The order within a step is what makes a run that is killed anywhere go on as if it had not been.
+        for step in after:
+            state, metrics = run.train_step(state, next(batches))
+            self.report.train(step, metrics)
+            checkpoints.check()
+            ends = self.on_step is not None and self.on_step(step, metrics)
+            evaluates, number = run.evaluates_after(step) or ends, self.pauses.stop()
+            if not (evaluates or number or self.pauses.is_save_due(step)):
+                continue
+            # Nothing of a step is saved before its loss and its norms are known to be finite.
+            self.report.keep()
+            with self.pauses.saving():
+                checkpoints.save(step, saved_trees(state))
+            # Saved first: a run that is killed in its evaluation has lost no step.
+            if number:  # also of the last step, which the next start evaluates
+                self._stop(step, number)
+            if evaluates:
+                self.evaluate(step, state)
+                if self.on_epoch:
+                    ends = self.on_epoch(step / run.steps_per_epoch, checkpoints.scores(step)) or ends
+            if ends or run.stops_early(step, checkpoints):
+                break
+        checkpoints.wait()
+        return step
+
+    def evaluate(self, step: int, state: TrainState) -> None:
+        """Scores a step that was saved. Raises StoppedError where a signal comes before the end."""
+        number: int | None = None
+
+        def stop() -> bool:
+            nonlocal number
+            number = self.pauses.stop()
+            return number is not None
+
+        scores = self.run.evaluate(state, stop)
+        if scores is None:
+            self._stop(step, number)
+        try:
+            # Only what the network gives can show that it is broken: a metric may be undefined for these images.
+            losses = {name: value for name, value in scores.items() if name.endswith("loss")}
+            check_finite(f"an evaluation after step {step}", losses)
+        except NonFiniteError as error:
+            self.checkpoints.discard(step, str(error))
+            raise
+        self.report.test(step, scores)
+        self.checkpoints.set_scores(step, scores)
+
+    def _stop(self, step: int, number: int) -> NoReturn:
+        self.checkpoints.wait()
+        raise StoppedError(
+            f"stopped after step {step} of {self.run.total_steps}, which is saved; the same command goes on from there",
+            number,
+        )
+
+
+@contextlib.contextmanager
+def _last_sound_step_named(checkpoints: Checkpoints) -> Iterator[None]:
+    """An error that ends the run says from which step it can go on."""
+    try:
+        yield
+    except (NonFiniteError, WriteError) as error:
+        step = checkpoints.latest_step
+        last = "there is no checkpoint yet" if step is None else f"the last good checkpoint is step {step}"
+        raise type(error)(f"{error}; {last}") from error.__cause__
+
+
+def _console(*, quiet: bool) -> rich.console.Console:
+    # A notebook takes lines as a file does; its kernel asks for colours, which rich takes for a terminal.
+    terminal = False if "ipykernel" in sys.modules else None
+    return rich.console.Console(
+        highlight=False, markup=False, soft_wrap=True, quiet=quiet, force_jupyter=False, force_terminal=terminal
+    )
+
+
+def _set_up(
+    config: TrainConfig[ModelChanges],
+    hosts: Hosts,
+    opened: contextlib.ExitStack,
+    console: rich.console.Console,
+    signals: Signals,
+) -> tuple[Run, Checkpoints, TrainState, dict[str, list]]:
+    """The run, its checkpoints, the state from which it goes on, and what changed since its last start.
+
+    Raises:
+        InputError, RunningError, UnreadableError: as `train`.
+    """
+    hosts.agree("is of another run", lambda: facts(config))
+    run = Run(config)
+    content = run.content()
+    hosts.agree("reads other data", lambda: content)
+    agree_on_kernels(run.config.model)
+    fresh_state, changed = _open_run_dir(run, content, hosts, opened, console)
+    signals.kept = lambda: _kept(config.run_dir)
+    checkpoints = Checkpoints(
+        config.run_dir, keep=config.keep_checkpoints, best_by=best_metric(config), warn=console.print
+    )
+    opened.enter_context(contextlib.closing(checkpoints))
+    return run, checkpoints, run.saved_state(checkpoints) or fresh_state, changed
+
 
 def _open_run_dir(
-    run: Run, hosts: Hosts, opened: contextlib.ExitStack, console: rich.console.Console
-) -> TrainState | None:
-    """Checks, locks and claims the run's folder, which process 0 does for all; the initial state of a run that begins.
+    run: Run, content: dict[str, str], hosts: Hosts, opened: contextlib.ExitStack, console: rich.console.Console
+) -> tuple[TrainState | None, dict[str, list]]:
+    """Checks, locks and claims the run's folder, which process 0 does for all.
+
+    Returns:
+        The initial state of a run that begins, and what changed since its last start.
 
     Raises:
         InputError, RunningError: the folder cannot be had.
     """
-    config, content = run.config, run.content()
+    config = run.config
     changed = hosts.share(lambda: compare(config, content))
     begins = hosts.share(lambda: not had_checkpoint(config.run_dir))
     state = run.initial_state() if begins else None
@@ -111,8 +232,7 @@ def _open_run_dir(
 
     hosts.share(take)
     _wait_for(config.run_dir, hosts.index)
-    run.epochs_before = changed["epochs"][0] if changed and "epochs" in changed else None
-    return state
+    return state, changed or {}
 
 
 def _wait_for(run_dir: str, index: int) -> None:
@@ -143,108 +263,6 @@ def _kept(run_dir: str) -> str:
         f"the checkpoint of step {steps[-1]} is kept, and the same command goes on from there"
         if steps
         else "there is no checkpoint yet, and the same command begins again"
-    )
-
-
-def _train_from(
-    state: TrainState,
-    run: Run,
-    checkpoints: Checkpoints,
-    hosts: Hosts,
-    console: rich.console.Console,
-    signals: Signals,
-    began: float,
-    called: Calls,
-) -> Scores:
-    """Trains from a state on, if that is not the last one; the scores of the last step."""
-    config, start = run.config, int(state.step)
-    # A run that was killed in an evaluation has saved the step, and not its scores.
-    evaluated = hosts.share(lambda: start == 0 or not run.evaluates_after(start) or bool(checkpoints.scores(start)))
-    if evaluated and (start == run.total_steps or run.stops_early(start, checkpoints)):
-        console.print(f"The run in {config.run_dir} is finished. Use another --run-dir to start a new one.")
-        return hosts.share(lambda: _conclude(start, checkpoints, run, console))
-    console.print(run.describe(start))
-    if run.epochs_before is not None:
-        console.print(run.longer_schedule(run.epochs_before, start))
-    pauses = Pauses(signals.received, config.checkpoint_every_minutes, config.checkpoint_every_steps, hosts.count)
-    try:
-        with (
-            Report(
-                config,
-                console,
-                start,
-                run.total_steps,
-                run.steps_per_epoch,
-                began,
-                split=run.test_source.name,
-                evaluates_first=not evaluated,
-            ) as report,
-            contextlib.closing(run.batches(start)) as batches,
-            signals.training(),
-        ):
-            if not evaluated and (number := _evaluate(run, start, state, checkpoints, report, pauses)):
-                raise _stopped(start, run, number)
-            step = start
-            while step < run.total_steps and not run.stops_early(step, checkpoints):
-                step += 1
-                state, metrics = run.train_step(state, next(batches))
-                report.train(step, metrics)
-                checkpoints.check()
-                ends = called.on_step is not None and called.on_step(step, metrics)
-                evaluates, number = run.evaluates_after(step) or ends, pauses.stop()
-                if not (evaluates or number or pauses.is_save_due(step)):
-                    continue
-                # Nothing of a step is saved before its loss and its norms are known to be finite.
-                report.keep()
-                with pauses.saving():
-                    checkpoints.save(step, saved_trees(state))
-                # Saved first: a run that is killed in its evaluation has lost no step.
-                if evaluates and not number:
-                    number = _evaluate(run, step, state, checkpoints, report, pauses)
-                if number:  # also of the last step, which the next start evaluates
-                    checkpoints.wait()
-                    raise _stopped(step, run, number)
-                if evaluates and called.on_epoch:
-                    ends = called.on_epoch(step / run.steps_per_epoch, checkpoints.scores(step)) or ends
-                if ends:
-                    break
-            checkpoints.wait()
-    except (NonFiniteError, WriteError) as error:
-        step = checkpoints.latest_step
-        last = "there is no checkpoint yet" if step is None else f"the last good checkpoint is step {step}"
-        raise type(error)(f"{error}; {last}") from error.__cause__
-    return hosts.share(lambda: _conclude(step, checkpoints, run, console))
-
-
-def _evaluate(
-    run: Run, step: int, state: TrainState, checkpoints: Checkpoints, report: Report, pauses: Pauses
-) -> int | None:
-    """Scores a step that was saved; the signal that stopped it."""
-    number: int | None = None
-
-    def stop() -> bool:
-        nonlocal number
-        number = pauses.stop()
-        return number is not None
-
-    scores = run.evaluate(state, stop)
-    if scores is None:
-        return number
-    try:
-        # Only what the network gives can show that it is broken: a metric may be undefined for these images.
-        losses = {name: value for name, value in scores.items() if name.endswith("loss")}
-        check_finite(f"an evaluation after step {step}", losses)
-    except NonFiniteError as error:
-        checkpoints.discard(step, str(error))
-        raise
-    report.test(step, scores)
-    checkpoints.set_scores(step, scores)
-    return number
-
-
-def _stopped(step: int, run: Run, number: int) -> StoppedError:
-    return StoppedError(
-        f"stopped after step {step} of {run.total_steps}, which is saved; the same command goes on from there", number
     )
 
 

@@ -67,7 +67,7 @@ def over_batch(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def kept_over_batch(x: jax.Array) -> jax.Array:
+def shard_over_batch(x: jax.Array) -> jax.Array:
     """The same array, with its first axis cut among all devices of the mesh that is traced for.
 
     Where rows are taken apart in a way that does not fit the devices, XLA gathers all of them on every device, and

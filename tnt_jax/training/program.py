@@ -81,18 +81,3 @@ class Program:
         self.eval_step = jax.jit(
             on_mesh(mesh, make_eval_step(graphdef, own, config.data, objective)), out_shardings=replicated(mesh)
         )
-
-    def check(self) -> None:
-        """Makes sure that a step maps its state to itself: what is saved is then what is restored.
-
-        Raises:
-            TypeError: an array comes out with another shape or dtype.
-        """
-        state, _ = self.train_step.eval_shape(self.abstract_state, self.abstract_batch)
-        before, after = (jax.tree_util.tree_leaves_with_path(each) for each in (self.abstract_state, state))
-        if jax.tree.structure(state) != jax.tree.structure(self.abstract_state):
-            raise TypeError("a train step changes the structure of its state")
-        for (path, leaf), (_, new) in zip(before, after, strict=True):
-            if (leaf.shape, leaf.dtype) != (new.shape, new.dtype):
-                name = jax.tree_util.keystr(path, simple=True, separator=".")
-                raise TypeError(f"a train step makes {name} {new.dtype} {new.shape} of {leaf.dtype} {leaf.shape}")

@@ -20,7 +20,7 @@ from tnt_jax.chips import chip_of, training_flops
 from tnt_jax.config import InputError, TrainConfig, best_metric
 from tnt_jax.models.summary import count_macs
 from tnt_jax.storage.checkpoint import NonFiniteError, WriteError
-from tnt_jax.storage.config_json import to_json
+from tnt_jax.storage.description import to_json
 from tnt_jax.storage.files import write_text
 from tnt_jax.storage.places import Spool, is_bucket, place
 from tnt_jax.tasks.table import METRICS, metric_of

@@ -22,7 +22,7 @@ from tnt_jax.training.objective import objective_of
 from tnt_jax.training.optimizer import learning_rate_schedule
 from tnt_jax.training.program import Program
 from tnt_jax.training.report import check_wandb
-from tnt_jax.training.step import TrainState, evaluate
+from tnt_jax.training.step import TrainState
 
 
 def saved_trees(state: TrainState) -> dict[str, dict]:
@@ -39,6 +39,7 @@ class Run:
 
     def __init__(self, config: TrainConfig[ModelChanges]):
         data = config.data
+        # Before any data is opened; the model is complete when its classes are known.
         check(config)
         resolve(config.model)
         check_wandb(config)
@@ -53,8 +54,6 @@ class Run:
         objective = objective_of(self.config, lambda: self.train_source.all_targets)
         self.teacher = open_teacher(self.config, self.train_source.class_names, self.mesh)
         self.program = Program(self.config, self.mesh, self.steps_per_epoch, objective, self.teacher)
-        self.epochs_before: int | None = None
-        """The value of `epochs` before it was raised, where the last start had another one."""
         self._feed = {
             "image_size": self.config.model.image_size,
             "channels": self.config.model.in_channels,
@@ -106,12 +105,29 @@ class Run:
         return train_batches(self.train_source, self.config.data, **self._feed, **drawn)
 
     def evaluate(self, state: TrainState, stop: Callable[[], bool]) -> dict[str, float | None] | None:
-        """Scores on every evaluated image, of the averaged and the raw weights; None if it was stopped in between."""
-        batches = eval_batches(self.test_source, self.config.data, **self._feed, dtype=self._dtypes[1])
+        """Scores on every evaluated image, each prepared once.
+
+        Args:
+            stop: asked after each batch.
+
+        Returns:
+            count (images seen), and the metrics of the task for the averaged weights (`ema_`) and the raw ones
+            (`raw_`); None if it was stopped.
+        """
+        found, objective = [], self.program.objective
         weights = {"ema": state.ema, "raw": state.params}
+        batches = eval_batches(self.test_source, self.config.data, **self._feed, dtype=self._dtypes[1])
         with contextlib.closing(batches):
-            program = self.program
-            return evaluate(program.eval_step, program.objective, weights, batches, self.mesh, stop)
+            for batch in batches:
+                found.append(self.program.eval_step(weights, to_devices(batch, self.mesh)))
+                if stop():
+                    return None
+        found, scores = jax.device_get(found), {}
+        for name in weights:
+            of_name = objective.task.scores((batch[name] for batch in found), objective.outputs)
+            scores["count"] = of_name.pop("count")
+            scores |= {f"{name}_{metric}": value for metric, value in of_name.items()}
+        return scores
 
     def content(self) -> dict[str, str]:
         """Digests of what the data of both splits holds, by what they are of."""

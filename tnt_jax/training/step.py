@@ -1,21 +1,20 @@
 """One step of training, and one of evaluation, as pure functions of (state, batch)."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
 
 from tnt_jax.config import TrainConfig
 from tnt_jax.data.mixing import Normalisation, normalise, prepare_training
-from tnt_jax.storage.trained import average_like
+from tnt_jax.storage.run import average_like
 from tnt_jax.tasks.losses import Objective
 from tnt_jax.training.distillation import Teacher, distillation_loss
-from tnt_jax.training.mesh import kept_over_batch, to_devices
+from tnt_jax.training.mesh import shard_over_batch
 from tnt_jax.training.objective import objective_of
 from tnt_jax.training.optimizer import average_of_weights
 from tnt_jax.training.trees import frozen_mask, overwritten, part_of
@@ -90,7 +89,7 @@ def make_train_step(
         )
         # A key for each image, so that it draws the same whatever part of the batch it is computed in.
         keys = jax.vmap(jax.random.fold_in, (None, 0))(model_key, jnp.arange(len(images)))
-        images, targets, keys = kept_over_batch(images), kept_over_batch(targets), kept_over_batch(keys)
+        images, targets, keys = shard_over_batch(images), shard_over_batch(targets), shard_over_batch(keys)
         grad = accumulated(value_and_grad, config.accumulation_steps)
         of_teacher = teacher and teacher.logits(batch["teacher"], images, config.data)
         (loss, (measured, statistics)), grads = grad(state.params, images, (targets, of_teacher), keys)
@@ -160,32 +159,3 @@ def make_eval_step(
         return objective.task.evaluated(outputs, labels, mask)
 
     return eval_step
-
-
-def evaluate(
-    eval_step: Callable,
-    objective: Objective,
-    weights: dict[str, dict],
-    batches: Iterable[dict],
-    mesh: Mesh,
-    stop: Callable[[], bool],
-) -> dict[str, float] | None:
-    """Scores of several parameters by their names, each image prepared once.
-
-    Args:
-        stop: asked after each batch.
-
-    Returns:
-        count (images seen), and for each name NAME_METRIC for the metrics of the task; None if it was stopped.
-    """
-    found = []
-    for batch in batches:
-        found.append(eval_step(weights, to_devices(batch, mesh)))
-        if stop():
-            return None
-    found, scores = jax.device_get(found), {}
-    for name in weights:
-        of_name = objective.task.scores((batch[name] for batch in found), objective.outputs)
-        scores["count"] = of_name.pop("count")
-        scores |= {f"{name}_{metric}": value for metric, value in of_name.items()}
-    return scores

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 MAP = "viridis"  # rises evenly in lightness: it holds in grey print and for the colour-blind
 MARK = "#ff2a2a"  # the paper's red
 LEAST_GREY, ALPHA = 170, 0.7
-"""What is black in the image under a map, and how much of the map covers it. A bar stands over the grey between."""
+"""The grey of black in the image under a map, and the opacity of the map. A bar stands over the grey between."""
 MEAN_GREY = str((LEAST_GREY + 255) / 2 / 255)
 PANEL = 1.7  # inches
 TITLE_WIDTH = 4.8  # inches: no narrower, or the title is cut off

@@ -8,6 +8,7 @@
 
 import functools
 import importlib.util
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,29 +20,32 @@ from tnt_jax.models.formulations.gradients import parameter_add, parameter_einsu
 from tnt_jax.models.functions import Keys, dropout
 
 
-def attend(
+def attention_kernel(layer: nnx.Module, batch: int, *, has_bias: bool, training: bool) -> Callable | None:
+    """The function of tokens, a bias and the key of the weights' dropout that computes an `Attention`, for so many
+    images; None where its equations do."""
+    formulation = choose_attention(layer, batch, has_bias=has_bias, training=training)
+    return None if formulation == "reference" else functools.partial(_run, formulation, layer)
+
+
+def _run(
+    formulation: str,
     layer: nnx.Module,
     x: Float[Array, "batch tokens dim"],
     bias: Float[Array, "1 heads queries keys"] | None,
     key: Keys | None,
 ) -> Float[Array, "batch tokens dim"]:
-    """The output of an `Attention` for tokens; `key` is for the dropout of the attention weights."""
-    formulation = choose(layer, x.shape[0], has_bias=bias is not None, training=key is not None)
     if formulation == "native":
         from tnt_jax.models.kernels.cpu.attention import attention
 
         return layer.proj(on_each_device(functools.partial(attention, layer.num_heads), (0,), 0)(layer.qkv(x)))
     if formulation == "cudnn":
         return layer.proj(cudnn(layer.num_heads, layer.qkv(x)))
-    heads_first = formulation == "heads_first"
-    query, keys, value = _heads_first(layer, x) if heads_first and layer.one_input else layer.query_key_value(x)
-    plain = layer.formulation == "reference"
-    weights = dropout(attention_weights(query, keys, bias, plain=plain).astype(value.dtype), layer.attn_drop_rate, key)
-    attended = product(weights, value, plain=plain)
-    return _merge_heads_first(layer, attended) if heads_first else layer.merge_heads(attended)
+    query, keys, value = _heads_first(layer, x) if layer.one_input else layer.query_key_value(x)
+    weights = dropout(attention_weights(query, keys, bias).astype(value.dtype), layer.attn_drop_rate, key)
+    return _merge_heads_first(layer, product(weights, value))
 
 
-def choose(layer: nnx.Module, batch: int, *, has_bias: bool, training: bool) -> str:
+def choose_attention(layer: nnx.Module, batch: int, *, has_bias: bool, training: bool) -> str:
     """The formulation of an `Attention` for so many images. The fallback is silent: only speed differs."""
     if layer.formulation == "reference" or layer.foreign_part():
         return "reference"

@@ -13,6 +13,7 @@ docs/performance.md and docs/gpus.md say what each costs.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -29,26 +30,29 @@ from tnt_jax.models.formulations.devices import (
     say_once,
     tpu,
 )
-from tnt_jax.models.functions import NORM_EPSILON, Keys, gelu
+from tnt_jax.models.functions import NORM_EPSILON, Keys, gelu, survivors_of_branches
 from tnt_jax.models.kernels.gpu.sizes import LEAST_CAPABILITY, Sizes
 from tnt_jax.models.kernels.gpu.sizes import obstacle as sizes_obstacle
 from tnt_jax.models.kernels.parameters import LayerParameters
 
 SMALL_VMEM = ("TPU v2", "TPU v3", "TPU v4")
+Kernel = Callable[..., Array]
 
 
-def transform_words(
-    layer: nnx.Module, words: Float[Array, "sentences words inner"], key: Keys | None
+def inner_kernel(layer: nnx.Module, shape: tuple[int, int, int], *, training: bool) -> Kernel | None:
+    """The function of words and a key that computes an `InnerTransformer`; None where its equations do."""
+    formulation = choose_inner(layer, *shape[:2], training=training)
+    return None if formulation == "reference" else functools.partial(_run, formulation, layer)
+
+
+def _run(
+    formulation: str, layer: nnx.Module, words: Float[Array, "sentences words inner"], key: Keys | None, _: None = None
 ) -> Float[Array, "sentences words inner"]:
-    """The output of an `InnerTransformer` for words."""
-    formulation = choose(layer, *words.shape[:2], training=key is not None)
-    if formulation == "reference":
-        return layer.reference(words, key)
     count, num_words, channels = words.shape
-    survival = layer.branch_survival(count, key)
+    survival = survivors_of_branches(count, layer.drop_path_rate, key)
     if formulation in ("native", "cuda"):
         return {"native": native, "cuda": cuda}[formulation](layer, words, survival)
-    run = {"feature_major": feature_major, "pallas": pallas}[formulation]
+    run = {"feature_major": feature_major, "pallas": inner_pallas}[formulation]
     # Transposing moves nothing: XLA gives the words the layout that the formulation wants.
     return run(layer, words.reshape(count, -1).T, survival).T.reshape(count, num_words, channels)
 
@@ -60,7 +64,7 @@ def preferred(asked: str) -> str:
     return {"tpu": "pallas", "cpu": "native"}.get(platform(), "reference")
 
 
-def choose(layer: nnx.Module, sentences: int, num_words: int, *, training: bool) -> str:
+def choose_inner(layer: nnx.Module, sentences: int, num_words: int, *, training: bool) -> str:
     """The formulation that a layer runs: the one that was asked for, if platform and sizes allow it."""
     asked = preferred(layer.formulation)
     if asked != "reference" and (foreign := layer.foreign_part()):
@@ -187,7 +191,7 @@ def cuda(
     return on_each_device(kernel, (0, 1, None), 0)(words, survival, as_held(layer))
 
 
-def pallas(
+def inner_pallas(
     layer: nnx.Module,
     words: Float[Array, "rows sentences"],
     survival: Float[Array, "2 sentences"],

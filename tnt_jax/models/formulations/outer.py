@@ -11,25 +11,16 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from tnt_jax.models.formulations.devices import on_each_device, say_once, tpu
-from tnt_jax.models.formulations.inner import pallas_obstacle, preferred
-from tnt_jax.models.functions import NORM_EPSILON, Keys, split_key, survivors
+from tnt_jax.models.formulations.inner import Kernel, pallas_obstacle, preferred
+from tnt_jax.models.functions import NORM_EPSILON, Keys, survivors_of_branches
 from tnt_jax.models.kernels.parameters import LayerParameters
 
 
-def transform_tokens(
-    layer: nnx.Module,
-    x: Float[Array, "batch tokens dim"],
-    key: Keys | None,
-    bias: Float[Array, "1 heads queries keys"] | None,
-    added: Float[Array, "batch patches dim"] | None,
-) -> Float[Array, "batch tokens dim"]:
-    """The output of a `TransformerLayer` for tokens.
-
-    `bias` is added to the logits of the softmax, `added` to all tokens but the first.
-    """
-    if runs_kernel(layer, x.shape, has_bias=bias is not None, training=key is not None):
-        return pallas(layer, x.astype(layer.attn.qkv.dtype), key, added)
-    return layer.reference(x if added is None else add_to_patches(x, added), key, bias)
+def outer_kernel(layer: nnx.Module, shape: tuple[int, int, int], *, has_bias: bool, training: bool) -> Kernel | None:
+    """The function of tokens, a key and what is added to the patches that computes a `TransformerLayer`; None where its
+    equations do."""
+    covered = _is_covered(layer, shape, has_bias=has_bias, training=training)
+    return functools.partial(outer_pallas, layer) if covered else None
 
 
 def add_to_patches(
@@ -39,8 +30,7 @@ def add_to_patches(
     return tokens + jnp.pad(added, ((0, 0), (tokens.shape[1] - added.shape[1], 0), (0, 0)))
 
 
-def runs_kernel(layer: nnx.Module, shape: tuple[int, int, int], *, has_bias: bool, training: bool) -> bool:
-    """True if a `TransformerLayer` runs its kernel for tokens of this shape."""
+def _is_covered(layer: nnx.Module, shape: tuple[int, int, int], *, has_bias: bool, training: bool) -> bool:
     attn, mlp = layer.attn, layer.mlp
     if preferred(getattr(attn, "formulation", "reference")) != "pallas" or pallas_obstacle(shape[0]):
         return False
@@ -59,7 +49,7 @@ def runs_kernel(layer: nnx.Module, shape: tuple[int, int, int], *, has_bias: boo
     )
 
 
-def pallas(
+def outer_pallas(
     layer: nnx.Module,
     x: Float[Array, "batch tokens dim"],
     key: Keys | None,
@@ -69,6 +59,8 @@ def pallas(
 ) -> Float[Array, "batch tokens dim"]:
     """The layer in one kernel; on a mesh, each device runs it on its own images. `interpret` runs it anywhere."""
     from tnt_jax.models.kernels.tpu.outer_layer import covers_added, outer_layer
+
+    x = x.astype(layer.attn.qkv.dtype)
 
     def row(vector: nnx.Param) -> Array:
         return vector[...].astype(jnp.float32)[None]
@@ -81,8 +73,7 @@ def pallas(
         row(norm1.scale), row(norm1.bias), matrix(attn.qkv), matrix(attn.proj), row(attn.proj.bias),
         row(norm2.scale), row(norm2.bias), matrix(mlp.fc1), row(mlp.fc1.bias), matrix(mlp.fc2), row(mlp.fc2.bias),
     )  # fmt: skip
-    _, attn_key, _, mlp_key = split_key(key, 4)
-    survival = jnp.stack([survivors(x.shape[0], layer.drop_path_rate, each) for each in (attn_key, mlp_key)])
+    survival = survivors_of_branches(x.shape[0], layer.drop_path_rate, key)
     if added is not None and not covers_added(x.shape[1]):
         x, added = add_to_patches(x, added), None
     rows = None if added is None else added.reshape(-1, added.shape[-1])

@@ -7,6 +7,7 @@
 """
 
 import functools
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import nnx
@@ -19,16 +20,14 @@ from tnt_jax.models.functions import NORM_EPSILON
 from tnt_jax.models.kernels.gpu.sizes import Rows
 
 
-def make_sentences(
-    layer: nnx.Module, words: Float[Array, "sentences words inner"], batch: int
-) -> tuple[Float[Array, "sentences words inner"], Float[Array, "batch patches outer"]]:
-    """The words as they were given, and what a `WordsToSentence` makes of them."""
-    if runs_kernel(layer, words.shape[0]):
-        words, sentences = pallas(layer, words)
-        return words, sentences.reshape(batch, words.shape[0] // batch, -1)
-    if runs_folded(layer, words.shape[0]):
-        return words, folded(layer, words, gpu()[1]).reshape(batch, words.shape[0] // batch, -1)
-    return words, layer.reference(words, batch)
+def sentence_kernel(layer: nnx.Module, count: int) -> Callable | None:
+    """The function of the words of so many sentences that gives them back and what a `WordsToSentence` makes of them,
+    (sentences, outer); None where its equations do."""
+    if _runs_pallas(layer, count):
+        return functools.partial(sentence_pallas, layer)
+    if _runs_folded(layer, count):
+        return lambda words: (words, folded(layer, words, gpu()[1]))
+    return None
 
 
 def row_sizes(layer: nnx.Module) -> Rows:
@@ -36,7 +35,7 @@ def row_sizes(layer: nnx.Module) -> Rows:
     return Rows(layer.proj.in_features, layer.proj.out_features, NORM_EPSILON)
 
 
-def runs_folded(layer: nnx.Module, sentences: int) -> bool:
+def _runs_folded(layer: nnx.Module, sentences: int) -> bool:
     """True if a WordsToSentence runs `folded`. The fallback is silent: the inner layer says the reason."""
     if layer.formulation != "cuda" or platform() != "gpu" or layer.norm_each_word or layer.norm2 is None:
         return False
@@ -49,8 +48,7 @@ def runs_folded(layer: nnx.Module, sentences: int) -> bool:
     return sizes.covered and not obstacle and not call.means(sizes).obstacle
 
 
-def runs_kernel(layer: nnx.Module, sentences: int) -> bool:
-    """True if a WordsToSentence runs its kernel; XLA computes the equations of the others."""
+def _runs_pallas(layer: nnx.Module, sentences: int) -> bool:
     if preferred(layer.formulation) != "pallas":
         return False
     from tnt_jax.models.kernels.tpu import words_to_sentence
@@ -66,7 +64,7 @@ def runs_kernel(layer: nnx.Module, sentences: int) -> bool:
     return obstacle is None
 
 
-def pallas(
+def sentence_pallas(
     layer: nnx.Module, words: Float[Array, "sentences words inner"], *, interpret: bool = False
 ) -> tuple[Float[Array, "sentences words inner"], Float[Array, "sentences outer"]]:
     """The words, and their sentences from one kernel; on a mesh, each device runs it on its own. `interpret` runs it

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from tnt_jax.config import ModelConfig
 from tnt_jax.data.classes import imagenet_names
 from tnt_jax.models.variants import VARIANTS
-from tnt_jax.storage.cache import file_sha256
 from tnt_jax.storage.description import ModelDescription, describe
+from tnt_jax.storage.download import file_sha256
 from tnt_jax.storage.torch.read import (
     is_array,
     is_unused,
