@@ -328,10 +328,11 @@ def attention(batch: int, smoke: bool) -> None:
     from tnt_jax.models.formulations.attention import cudnn
 
     qkv = draw((1 if smoke else batch, 197, 3 * 384), 1).astype(jnp.bfloat16)
-    for implementation in ("xla", *["cudnn"] * (jax.default_backend() == "gpu")):
-        run = functools.partial(cudnn, 6, implementation=implementation)
+    ways = [("xla", 8), *[("cudnn", 8), ("cudnn", 1)] * (jax.default_backend() == "gpu")]
+    for implementation, multiple in ways:  # the last one may be refused
+        run = functools.partial(cudnn, 6, implementation=implementation, multiple=multiple)
         gradient = jax.jit(lambda qkv, run=run: jax.vjp(run, qkv)[1](qkv[..., :384]))
-        say(implementation=implementation, forward_us=seconds(jax.jit(run), qkv) * 1e6,
+        say(implementation=implementation, padded_to=multiple, forward_us=seconds(jax.jit(run), qkv) * 1e6,
             forward_and_gradient_us=seconds(gradient, qkv) * 1e6)  # fmt: skip
 
 
