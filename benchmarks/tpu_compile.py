@@ -47,7 +47,7 @@ def main() -> None:
     given = arguments.parse_args()
     for topology in given.topologies:
         print(f"\n{topology}, one device, {given.batch} images, bfloat16; per image")
-        columns = ["pass", "model", "ms" if topology == "here" else "kilocycles", *COLUMNS]
+        columns = ["one device of", "pass", "model", "ms" if topology == "here" else "kilocycles", *COLUMNS]
         print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
         for which in given.passes:
             measured = {}
@@ -55,10 +55,10 @@ def main() -> None:
                 found = measured[model] = programs.child(__file__, topology, model, which, given.batch, given.remat)
                 if "wanted" in found:
                     wanted = f"{found['wanted'] / 2**30:.1f} GiB" if found["wanted"] else "more than there is"
-                    cells = [which, model, f"does not fit: {wanted}"]
+                    cells = [topology, which, model, f"does not fit: {wanted}", *["-"] * len(COLUMNS)]
                 else:
                     found["spent"] = found["wall"] or programs.cycles(found, given.batch, topology)
-                    cells = _cells(which, model, measured, given.batch)
+                    cells = [topology, *_cells(which, model, measured, given.batch)]
                 print(f"| {' | '.join(cells)} |", flush=True)
 
 
@@ -69,7 +69,8 @@ def _cells(which: str, model: str, measured: dict[str, dict], batch: int) -> lis
     chip, seconds = chip_of(found["device"]), found["wall"]
     if chip and not seconds and chip.name in programs.CLOCK:
         seconds = found["spent"] / programs.CLOCK[chip.name]
-    cells = [which, model, f"{found['spent'] * (1e3 if found['wall'] else 1e-3) / batch:.3g}"]
+    spent = found["spent"] * (1e3 if found["wall"] else 1e-3) / batch
+    cells = [which, model, f"{spent:,.{0 if spent >= 100 else 1}f}"]
     for yardstick in YARDSTICKS:
         peer = measured.get(yardstick, {})
         cells.append(f"{found['spent'] / peer['spent']:.2f}" if "spent" in peer else "-")
@@ -77,7 +78,7 @@ def _cells(which: str, model: str, measured: dict[str, dict], batch: int) -> lis
     cells.append(f"{found['flops'] / chip.flops / seconds:.0%}" if seconds and chip else "-")
     cells += [f"{found['traffic'] / batch / 1e6:.0f}", f"{found['temporary'] / batch / 2**20:.1f}"]
     left = chip.memory - STATE_BYTES * found["parameters"] if chip else 0
-    cells.append(f"{left / found['temporary'] * batch:.0f}" if which == "train" and chip else "-")
+    cells.append(f"{left / found['temporary'] * batch:,.0f}" if which == "train" and chip else "-")
     return cells
 
 
