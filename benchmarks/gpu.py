@@ -321,7 +321,8 @@ def inner(batch: int, smoke: bool) -> None:
 
 
 def attention(batch: int, smoke: bool) -> None:
-    """Attention between the sentences of a TNT-S, by cuDNN and by XLA."""
+    """Attention between the sentences of a TNT-S, by cuDNN and by XLA, and whether its gradient has equal bits twice: if
+    not, no run can be repeated."""
     import jax
     import jax.numpy as jnp
 
@@ -332,7 +333,9 @@ def attention(batch: int, smoke: bool) -> None:
     for implementation, multiple in ways:  # the last one may be refused
         run = functools.partial(cudnn, 6, implementation=implementation, multiple=multiple)
         gradient = jax.jit(lambda qkv, run=run: jax.vjp(run, qkv)[1](qkv[..., :384]))
-        say(implementation=implementation, padded_to=multiple, forward_us=seconds(jax.jit(run), qkv) * 1e6,
+        same = bool((gradient(qkv)[0] == gradient(qkv)[0]).all())
+        say(implementation=implementation, padded_to=multiple, same_bits=same,
+            forward_us=seconds(jax.jit(run), qkv) * 1e6,
             forward_and_gradient_us=seconds(gradient, qkv) * 1e6)  # fmt: skip
 
 
