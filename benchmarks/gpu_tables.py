@@ -8,7 +8,7 @@ Row = list[object]
 def render(text: str) -> str:
     """All tables for which there are lines, in Markdown."""
     lines = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
-    parts = ("card", "kernel", "sanitizer", "inner", "attention", "model", "timm", "knobs", "digits")
+    parts = ("card", "kernel", "inner", "attention", "model", "timm", "knobs", "digits")
     of = {part: [line for line in lines if line.get("part", "").split()[:1] == [part]] for part in parts}
     parts = [_card(line) for line in of["card"]]
     parts += [
