@@ -102,12 +102,12 @@ def write(name: str, run: dict, tables: list[Table]) -> None:
 
 
 def rendered(names: str) -> str:
-    """The tables of files in Markdown, those with the same columns as one, and a line of where each comes from; nothing
-    where there is no file yet."""
+    """The tables of files in Markdown, those with the same columns as one, and a line of where each comes from. A file
+    that is not there yet has nothing."""
     joined, lines = {}, []
     for name in names.split():
         if not (FOLDER / f"{name}.jsonl").exists():
-            return ""
+            continue
         run, tables = read(name)
         for columns, *rows in tables:
             joined.setdefault(tuple(columns), []).extend(rows)
@@ -117,7 +117,7 @@ def rendered(names: str) -> str:
         "\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows))
         for columns, rows in joined.items()
     ]
-    return "\n\n".join([*parts, "\n".join(lines)]) + "\n"
+    return "\n\n".join([*parts, "\n".join(lines)]) + "\n" if lines else ""
 
 
 def with_tables(text: str) -> str:

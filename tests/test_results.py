@@ -18,7 +18,6 @@ NAMES = sorted(path.stem for path in results.FOLDER.glob("*.jsonl"))
 PENDING = (
     "tpu",
     "gpu-kernels",
-    "trained-digits",
     "trained-scenes",
     "evaluated-digits",
     "probed-digits",
