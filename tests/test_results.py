@@ -17,7 +17,6 @@ NAMES = sorted(path.stem for path in results.FOLDER.glob("*.jsonl"))
 # Tables with figures that are not of a run: sizes and published accuracies, which other tests hold.
 PENDING = (
     "tpu",
-    "gpu-kernels",
     "trained-scenes",
     "evaluated-digits",
     "probed-digits",
