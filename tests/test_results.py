@@ -18,10 +18,6 @@ NAMES = sorted(path.stem for path in results.FOLDER.glob("*.jsonl"))
 PENDING = (
     "tpu",
     "trained-scenes",
-    "evaluated-digits",
-    "probed-digits",
-    "explained-digits",
-    "int8-digits",
 )
 NOT_RUN = {"README.md: name", "docs/weights.md: published checkpoint"}
 
