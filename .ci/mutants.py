@@ -15,7 +15,6 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGE, BEGIN, END = ROOT / "docs/contributing.md", "<!-- mutants -->\n", "<!-- end of mutants -->\n"
 CIRCLE = ("--peers", "-m", "not nightly and not gpu and not demo")
 JOBS = 2
 LIMIT = 600  # seconds: an endless loop is noticed too
@@ -99,11 +98,14 @@ def write_table(mutants: list[dict], missed: list[dict]) -> None:
         return parts[1] if len(parts) > 2 else "the files beside them"
 
     planted, left = (collections.Counter(map(package, each)) for each in (mutants, missed))
-    rows = [f"| {name} | {count} | {count - left[name]} |\n" for name, count in sorted(planted.items())]
-    rows.append(f"| all | {len(mutants)} | {len(mutants) - len(missed)} |\n")
-    table = "What the last whole run found:\n\n| package | planted | found |\n|---|---|---|\n" + "".join(rows)
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    PAGE.write_text(before + BEGIN + table + END + rest.partition(END)[2])
+    rows = [[name, str(count), str(count - left[name])] for name, count in sorted(planted.items())]
+    rows.append(["all", str(len(mutants)), str(len(mutants) - len(missed))])
+    sys.path.append(str(ROOT / "benchmarks"))
+    import results
+
+    run = {"command": "make mutants", "sources": [".ci/mutants.py"], "versions": {"jax": "", "pytest": ""}}
+    results.write("mutants", results.dated(run), [[["package", "planted", "found"], *rows]])
+    results.write_pages()
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MODELS = ("cuda+cudnn", "stock", "auto", "deit+cudnn", "cuda", "deit", "reference", "feature_major")
 # Name, seconds at most, most of which compile: the most telling first.
-PARTS = [("kernel", 240), ("sanitizer", 240)]
+SANITIZERS = ("memcheck", "racecheck")  # NVIDIA's compute-sanitizer: memory out of bounds, and a missing barrier
+PARTS = [("kernel", 240), *((tool, 150) for tool in SANITIZERS)]
 PARTS += [(f"model {model} train", 240) for model in MODELS] + [("timm", 300), ("inner", 120)]
 PARTS += [(f"model {model} forward", 150) for model in MODELS]
 PARTS += [("attention", 90), ("knobs", 150), ("digits", 300)]
@@ -84,11 +85,11 @@ def _child(name: str, limit: float, given: argparse.Namespace, say) -> list[dict
     settings = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     if given.out:
         settings["JAX_COMPILATION_CACHE_DIR"] = str(given.out.resolve().parent / "compiled")
-    if name == "sanitizer":
+    if name in SANITIZERS:
         if not (tool := shutil.which("compute-sanitizer")):
             say({"part": name, "not_run": "compute-sanitizer is not installed"})
             return []
-        command = [tool, "--error-exitcode", "9", *command]
+        command = [tool, "--tool", name, "--error-exitcode", "9", *command]
     settings["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]  # one card
     start, found, late = time.monotonic(), [], threading.Event()
     with tempfile.TemporaryFile("w+") as errors:
@@ -264,16 +265,19 @@ def kernel(batch: int, smoke: bool) -> None:
 
 
 def sanitizer(batch: int, smoke: bool) -> None:
-    """The kernel and its gradient on a few sentences, under NVIDIA's compute-sanitizer, which ends with an error."""
+    """The kernel and its gradient on a few sentences, of TNT-S and in parts of TNT-B, under NVIDIA's compute-sanitizer,
+    which ends with an error."""
     import jax
     import jax.numpy as jnp
 
-    if reason := obstacle_of("tnt_s_patch16_224"):
-        return say(not_run=reason)
-    params, run, channels = layer_of("cuda", "tnt_s_patch16_224", "bfloat16")
-    words, cotangent = (draw((SENTENCES, 16, channels), seed).astype(jnp.bfloat16) for seed in (3, 4))
-    jax.block_until_ready(gradient_of(run)(params, words, cotangent))
-    return say(sentences=SENTENCES, right=True)
+    for model in ("tnt_s_patch16_224", "tnt_b_patch16_224"):
+        if reason := obstacle_of(model):
+            say(model=model, not_run=reason)
+            continue
+        params, run, channels = layer_of("cuda", model, "bfloat16")
+        words, cotangent = (draw((SENTENCES, 16, channels), seed).astype(jnp.bfloat16) for seed in (3, 4))
+        jax.block_until_ready(gradient_of(run)(params, words, cotangent))
+        say(model=model, sentences=SENTENCES, right=True)
 
 
 def digits(batch: int, smoke: bool) -> None:
@@ -321,17 +325,21 @@ def inner(batch: int, smoke: bool) -> None:
 
 
 def attention(batch: int, smoke: bool) -> None:
-    """Attention between the sentences of a TNT-S, by cuDNN and by XLA."""
+    """Attention between the sentences of a TNT-S, by cuDNN and by XLA, and whether its gradient has equal bits twice:
+    if not, no run can be repeated."""
     import jax
     import jax.numpy as jnp
 
     from tnt_jax.models.formulations.attention import cudnn
 
     qkv = draw((1 if smoke else batch, 197, 3 * 384), 1).astype(jnp.bfloat16)
-    for implementation in ("xla", *["cudnn"] * (jax.default_backend() == "gpu")):
-        run = functools.partial(cudnn, 6, implementation=implementation)
+    ways = [("xla", 8), *[("cudnn", 8), ("cudnn", 1)] * (jax.default_backend() == "gpu")]
+    for implementation, multiple in ways:  # the last one may be refused
+        run = functools.partial(cudnn, 6, implementation=implementation, multiple=multiple)
         gradient = jax.jit(lambda qkv, run=run: jax.vjp(run, qkv)[1](qkv[..., :384]))
-        say(implementation=implementation, forward_us=seconds(jax.jit(run), qkv) * 1e6,
+        same = bool((gradient(qkv)[0] == gradient(qkv)[0]).all())
+        say(implementation=implementation, padded_to=multiple, same_bits=same,
+            forward_us=seconds(jax.jit(run), qkv) * 1e6,
             forward_and_gradient_us=seconds(gradient, qkv) * 1e6)  # fmt: skip
 
 
@@ -432,7 +440,8 @@ if __name__ == "__main__":
         if part.startswith("model "):
             model(*part.split()[1:], given_batch, given_smoke)
         else:
-            others = (card, kernel, sanitizer, inner, attention, timm, knobs, digits)
-            {each.__name__: each for each in others}[part](given_batch, given_smoke)
+            others = (card, kernel, inner, attention, timm, knobs, digits)
+            parts = {each.__name__: each for each in others} | dict.fromkeys(SANITIZERS, sanitizer)
+            parts[part](given_batch, given_smoke)
     else:
         main()

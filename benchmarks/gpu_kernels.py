@@ -37,7 +37,8 @@ def main() -> None:
     arguments.add_argument("--architectures", nargs="+", default=("sm_80", "sm_90a", "sm_100"))
     arguments.add_argument("--models", nargs="+", choices=SIZES, default=tuple(SIZES))
     given = arguments.parse_args()
-    print("| | kernel | | registers | spilled bytes | instructions | of them | issue limit µs a layer |")
+    columns = ("model", "kernel", "card", "registers", "spilled bytes", "instructions", "of them")
+    print(f"| {' | '.join(columns)} | issue limit µs a layer |")
     print("|---|---|---|---|---|---|---|---|")
     for model in given.models:
         for kernel in (*KERNELS, "norm_gradient"):

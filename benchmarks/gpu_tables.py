@@ -8,7 +8,7 @@ Row = list[object]
 def render(text: str) -> str:
     """All tables for which there are lines, in Markdown."""
     lines = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
-    parts = ("card", "kernel", "sanitizer", "inner", "attention", "model", "timm", "knobs", "digits")
+    parts = ("card", "kernel", "inner", "attention", "model", "timm", "knobs", "digits")
     of = {part: [line for line in lines if line.get("part", "").split()[:1] == [part]] for part in parts}
     parts = [_card(line) for line in of["card"]]
     parts += [
@@ -18,7 +18,7 @@ def render(text: str) -> str:
                ("formulation", "launched_by", "forward_us", "gradient_us", "forward_call_us", "gradient_call_us",
                 "floor_us"), "{:.0f}"),
         _table("Attention between sentences, µs", of["attention"],
-               ("implementation", "forward_us", "forward_and_gradient_us"), "{:.0f}"),
+               ("implementation", "padded_to", "same_bits", "forward_us", "forward_and_gradient_us"), "{:.0f}"),
         _models(of["model"] + of["timm"], [line for line in lines if line.get("estimate")]),
         _table("Warps of a block and blocks of a multiprocessor, µs", of["knobs"],
                ("warps", "blocks", "forward_us", "forward_and_gradient_us"), "{:.0f}"),

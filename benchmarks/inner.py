@@ -19,7 +19,6 @@ import programs
 
 FORMULATIONS = ("reference", "native", "feature_major", "pallas")
 PASSES = ("forward", "gradient")
-CLOCK = {"TPU v5e": 1.5e9, "TPU v5p": 1.75e9, "TPU v6e": 1.75e9}  # from their peaks and the sizes of their matrix units
 
 
 def main() -> None:
@@ -31,7 +30,7 @@ def main() -> None:
     formulations = given.formulations or _that_can_run(given.topology)
     unit = "µs" if given.topology == "here" else "kilocycles"
     print(f"{given.topology}, {given.batch} images, one block of TNT-S; {unit} of an image")
-    print("| | | " + unit + " | floor | of the floor | HBM MB | temporary MiB |")
+    print("| pass | formulation | " + unit + " | floor | of the floor | HBM MB | temporary MiB |")
     print("|---|---|---|---|---|---|---|")
     for which in PASSES:
         for formulation in formulations:
@@ -58,7 +57,7 @@ def _row(which: str, formulation: str, found: dict, given: argparse.Namespace) -
     floor = None
     if chip:
         floor = max(found["flops"] / chip.flops, found["least traffic"] / chip.bandwidth)
-        floor *= 1 if given.topology == "here" else CLOCK[chip.name]
+        floor *= 1 if given.topology == "here" else programs.CLOCK[chip.name]
     cells = [which, formulation, f"{spent * scale / given.batch:.2f}"]
     cells += [f"{floor * scale / given.batch:.2f}", f"{spent / floor:.1f}"] if floor else ["-", "-"]
     cells += [f"{found['traffic'] / given.batch / 1e6:.2f}", f"{found['temporary'] / given.batch / 2**20:.2f}"]

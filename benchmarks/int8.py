@@ -1,6 +1,7 @@
-"""A model in ONNX Runtime, float32 and int8, beside our own float32: images a second on a CPU, in turns.
+"""A model in ONNX Runtime, float32 and int8: top-1 and bytes, and images a second on a CPU beside our own float32.
 
     python benchmarks/int8.py runs/digits [--batch 1 8] [--rounds 5]
+    python benchmarks/int8.py runs/digits --rounds 0      without the times
 
 int8 is fast where the processor has 8-bit products (AVX512-VNNI and the like); what a file spends outside of its matrix
 products does not become faster. `--profile` prints where ONNX Runtime's time goes, by kind of operator.
@@ -36,15 +37,20 @@ def main() -> None:
     model = tnt_jax.load_model(given.model)
     with tempfile.TemporaryDirectory() as folder:
         files = {"ONNX Runtime": f"{folder}/float32.onnx", "ONNX Runtime, int8": f"{folder}/int8.onnx"}
-        for (name, file), flags in zip(files.items(), ((), ("--quantize", "int8")), strict=True):
+        for file, flags in zip(files.values(), ((), ("--quantize", "int8")), strict=True):
             command = [sys.executable, ROOT / "export.py", given.model, "--format", "onnx", "--out", file, *flags]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            print(f"{name}: {pathlib.Path(file).stat().st_size:,} bytes")
+        report = json.loads(pathlib.Path(f"{files['ONNX Runtime, int8']}.json").read_text())["quantization"]
+        print(f"| file | top-1 in percent ({report['measured_on']}) | bytes |\n|---|---|---|")
+        for name, file in files.items():
+            top1 = report["top1_int8" if "int8" in name else "top1_float32"]
+            print(f"| {name} | {100 * top1:.2f} | {pathlib.Path(file).stat().st_size:,} |")
         run = {name: session(file) for name, file in files.items()} | {"ours": jax.jit(logits_of(model))}
-        print("| batch | " + " | ".join(f"{name}, images/s" for name in run) + " | int8 over float32 |")
-        print("|---" * (len(run) + 2) + "|")
-        for batch in given.batch:
-            print(row(run, batch, given.rounds, (*model.config.image_size, model.config.in_channels)), flush=True)
+        if given.rounds:
+            print("\n| batch | " + " | ".join(f"{name}, images/s" for name in run) + " | int8 over float32 |")
+            print("|---" * (len(run) + 2) + "|")
+            for batch in given.batch:
+                print(row(run, batch, given.rounds, (*model.config.image_size, model.config.in_channels)), flush=True)
         if given.profile:
             for name, file in files.items():
                 print(f"{name}: {profile(file, model)}")

@@ -20,6 +20,7 @@ KERNELS = r"(inner_block|words_to_sentence|outer_layer)_(forward|backward)"
 TILE = 1024  # sentences that a kernel of words takes at a time
 IMAGES = 4  # that a kernel of tokens takes at a time, and how often the loop within it runs
 CORES = {"v5p": 2, "v4": 2}  # of a device; they share the steps of a kernel
+CLOCK = {"TPU v5e": 1.5e9, "TPU v5p": 1.75e9, "TPU v6e": 1.75e9}  # from their peaks and the sizes of their matrix units
 ONE_BLOCK = "block"  # to tpu_compile.py, a TNT-S of one block, from which the schedules are read
 ROUNDS = 5
 

@@ -12,8 +12,10 @@ import pytest
 from commands import ROOT, run
 from small_runs import check_program
 
+from tnt_jax.chips import chip_of, training_flops
 from tnt_jax.commands.cli import training_config
 from tnt_jax.config import ModelChanges
+from tnt_jax.models.summary import count_macs
 from tnt_jax.models.variants import complete, resolve
 from tnt_jax.training.mesh import make_mesh
 from tnt_jax.training.program import Program
@@ -29,6 +31,20 @@ def test_says_what_to_type_and_holds_a_model_that_can_be_made(name):
     config = runpy.run_path(str(path))["get_config"]()
     assert resolve(config.model)
     assert config.run_dir.startswith("runs/")
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("imagenet_")])
+def test_chip_hours_are_those_of_the_plan(name):
+    """The FLOPs of all epochs at 39 and 26% of a TPU v5e's peak."""
+    path = ROOT / "configs" / name
+    config = complete(runpy.run_path(str(path))["get_config"](), 1000)
+    epochs = config.epochs + config.optimizer.cooldown_epochs
+    flops = 1_281_167 * epochs * training_flops(sum(count_macs(config.model).values()))
+    hours = flops / chip_of("TPU v5e").flops / 3600
+    docstring = " ".join(ast.get_docstring(ast.parse(path.read_text())).split())
+    said = f"An estimate: {hours / 0.39:.0f} to {hours / 0.26:.0f} chip-hours of TPU v5e"
+    assert said in docstring
+    assert f"its {flops:.1e} FLOPs".replace("e+", "e") in docstring
 
 
 def test_smoke_shrinks_what_takes_long_and_keeps_the_recipe():

@@ -38,7 +38,7 @@ def test_every_part_is_a_line_and_the_lines_are_tables(tmp_path):
         "timm",
         "model reference",
         "model cuda",
-        "sanitizer",
+        "racecheck",
         "inner",
         "digits",
     )

@@ -68,6 +68,11 @@ GPUS = {
 }
 
 
+def shared_memory(capability: float) -> int:
+    """Bytes of shared memory that a block can have on a GPU, by its compute capability."""
+    return {8.0: 163, 9.0: 227, 10.0: 227}.get(capability, 99) * 2**10
+
+
 def chip_of(device_kind: str) -> Chip | None:
     """The chip of a device by its `device_kind`; None where it is not known."""
     return CHIPS.get(ALIASES.get(device_kind, device_kind))

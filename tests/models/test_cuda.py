@@ -21,10 +21,11 @@ from cuda_in_c import launch
 from test_inner import call as call_layer
 from test_inner import make_layer, random_words, results
 
+from tnt_jax.chips import shared_memory
 from tnt_jax.models.formulations import inner
 from tnt_jax.models.formulations.devices import gpu, say_once
 from tnt_jax.models.functions import survivors_of_branches
-from tnt_jax.models.kernels.gpu import call, nvrtc
+from tnt_jax.models.kernels.gpu import call, folding, nvrtc
 from tnt_jax.models.kernels.gpu.sizes import Rows, Sizes
 from tnt_jax.models.layers import LayerNorm
 from tnt_jax.models.pyramid_tnt import PatchNorm
@@ -225,6 +226,13 @@ OTHER_CARDS = "the processes have different cards: A, B"
         (H100, {"channels": 48}, {}, "an even number of channels up to 40, and these are 48"),
         (H100, {"channels": 32, "heads": 2}, {}, "heads of at most 15 channels, and these have 16"),
         (H100, {}, {"mlp_ratio": 3.5}, "hidden channels in multiples of 16, and these are 84"),
+        (H100, {"channels": 40}, {"mlp_ratio": 16}, "needs 239 KiB of shared memory, and a block of this card has 227"),
+        (
+            (8.6, 84),
+            {"channels": 40},
+            {"mlp_ratio": 6},
+            "needs 113 KiB of shared memory, and a block of this card has 99",
+        ),
         (H100, {"norm": PatchNorm}, {}, "normalises each word by itself"),
         (H100, {}, {"drop_rate": 0.1}, "cuda has no dropout"),
     ],
@@ -242,6 +250,13 @@ def test_what_it_does_not_cover_is_the_reference_and_is_said_once(
     assert chosen == ["reference" if reason else "cuda"] * 2
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * bool(reason)
     assert (reason or "") in caplog.text
+
+
+@pytest.mark.parametrize(("channels", "heads"), SIZES.values(), ids=SIZES)
+def test_the_published_sizes_fit_the_smallest_block(channels, heads):
+    """Compute capability 8.6 and others have 99 KiB of shared memory for a block."""
+    sizes = Sizes(16, channels, heads, 4 * channels, 1e-5)
+    assert all(0 < wanted <= shared_memory(8.6) for wanted in folding.shared_bytes(sizes).values())
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,14 @@ import sys
 import types
 
 import pytest
+import rich
 from commands import ROOT, run
-from small_runs import config_file
+from small_runs import config_file, tiny_run
 
 from tnt_jax.chips import GIB, chip_of
-from tnt_jax.planning import gpus
+from tnt_jax.planning import gpus, plan
 from tnt_jax.planning.collectives import Collective, collectives, loops
-from tnt_jax.planning.compiling import Compiled, largest_batch, largest_batch_by_memory, memory_wanted
+from tnt_jax.planning.compiling import Compiled, costs_of, largest_batch, largest_batch_by_memory, memory_wanted
 from tnt_jax.planning.plan import _chip, environment_for
 
 # Prints what a train step of the tiny run sends between devices, the bytes of its parameters, and how many more the
@@ -231,6 +232,17 @@ def test_collectives_are_read_from_the_text_of_a_program():
         Collective("all-reduce", 6 * 4, 4),
     ]
     assert loops(HLO) == [12]
+
+
+def test_a_count_that_jax_does_not_give_is_missed(monkeypatch, capsys):
+    """XLA's count of a program for a GPU that is not there has no public name."""
+    monkeypatch.setitem(sys.modules, "jax._src.lib", None)
+    program = types.SimpleNamespace(cost_analysis=dict)
+    assert costs_of(program) == {}
+    config, _ = plan._resolved(tiny_run("unused"))
+    step = Compiled(32, GIB, True, 1.0)
+    rich.print(plan._table(config, step, chip_of("NVIDIA H100 80GB HBM3"), 60 * GIB))
+    assert re.search(r"as compiled +not known: JAX [\d.]+ does not count them", capsys.readouterr().out)
 
 
 def test_chips_are_known_under_what_jax_calls_them():

@@ -19,7 +19,7 @@ from small_runs import config_file, free_port, metrics_of, parameters, tiny_run
 
 from tnt_jax.config import DistributedConfig, InputError
 from tnt_jax.data.workers import WorkerError
-from tnt_jax.training.hosts import LostError, joined
+from tnt_jax.training.hosts import Hosts, LostError, _detected, joined
 from tnt_jax.training.loop import train
 from tnt_jax.training.signals import Signals
 
@@ -308,6 +308,18 @@ def test_a_pod_that_may_not_ask_kubernetes_says_what_to_write(tmp_path):
     code, _, err = process_alone(**pod, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
     assert code == 2
     assert "RuntimeError: no token). --distributed.num-processes 1 trains alone" in err
+
+
+def test_a_jax_that_has_them_elsewhere_is_a_message(monkeypatch):
+    """What JAX asks of a cluster, and its key-value store, have no public name."""
+    monkeypatch.setitem(sys.modules, "jax._src.clusters", None)
+    with pytest.raises(
+        InputError, match=r"JAX cannot find out which processes there are .*num-processes 1 trains alone"
+    ):
+        _detected(1)
+    monkeypatch.setitem(sys.modules, "jax._src.distributed", None)
+    with pytest.raises(InputError, match=r"has its key-value store elsewhere .* requirements\.txt"):
+        Hosts(0, 2)
 
 
 @pytest.mark.parametrize(

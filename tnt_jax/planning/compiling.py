@@ -84,7 +84,7 @@ def costs_of(compiled: Any) -> dict[str, float]:
     """The compiler's account of a program: `flops` and `bytes accessed`; empty where there is none.
 
     A program for a GPU that is not there has none of its own, and XLA's count of any program's operations is had from
-    the client of the CPU. That function is private to JAX.
+    the client of the CPU. That function is private to JAX; where it has gone, the plan says that there is no count.
     """
     if cost := compiled.cost_analysis():
         return cost

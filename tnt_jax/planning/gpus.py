@@ -3,7 +3,7 @@
 import math
 import re
 
-from tnt_jax.chips import CHIPS, GPUS, Chip, Gpu
+from tnt_jax.chips import CHIPS, GPUS, Chip, Gpu, shared_memory
 from tnt_jax.config import InputError
 
 KNOWN = ", ".join(f"{name}:8" for name in GPUS) + ", or h100:4x8 for 4 hosts of 8"
@@ -14,8 +14,6 @@ DEFAULT_SHARE = 0.75
 """Of a card's memory that JAX takes by default, XLA_PYTHON_CLIENT_MEM_FRACTION."""
 TOPOLOGY = re.compile(r"(?P<card>[a-z][\w-]*(?:,\w+=[\d.e+]+)*):(?:(?P<hosts>[1-9]\d*)x)?(?P<gpus>[1-9]\d*)")
 F16, F32, BF16 = 10, 11, 16  # of XLA's PrimitiveType
-SHARED = {8.0: 163, 9.0: 227, 10.0: 227}
-"""KiB of shared memory that a block can have, by compute capability; others have 99."""
 
 
 def is_gpu(topology: str) -> bool:
@@ -74,7 +72,7 @@ def target_config(gpu: Gpu, chip: Chip) -> str:
     units = 4  # tensor cores of a multiprocessor
     per_cycle = 2 ** round(math.log2(chip.flops / (2 * units * gpu.multiprocessors * gpu.clock * 1e9)))
     matrix_clock = chip.flops / (2 * units * gpu.multiprocessors * per_cycle * 1e9)
-    optin = SHARED.get(gpu.capability, 99) * 1024
+    optin = shared_memory(gpu.capability)
     extension = "ACCELERATED_FEATURES" if major >= 9 else "NONE"
     scalar = _rates(gpu.clock, {F16: (lanes, 2), F32: (lanes, 1), BF16: (lanes, 2)})
     matrix = _rates(matrix_clock, {F16: (units, per_cycle), F32: (units, per_cycle // 2), BF16: (units, per_cycle)})

@@ -152,6 +152,8 @@ def _heading(config: TrainConfig, topology: str, devices: list, chip: Chip | Non
 
 
 def _table(config: TrainConfig, step: Compiled, chip: Chip | None, limit: float | None) -> rich.table.Table:
+    import jax
+
     from tnt_jax.models.summary import count_macs
 
     table = _new_table("of each device", "")
@@ -174,6 +176,8 @@ def _table(config: TrainConfig, step: Compiled, chip: Chip | None, limit: float 
         if step.loops:
             runs = ", ".join(map(str, sorted(set(step.loops))))
             table.add_row("loops", f"the compiler counts a body once; they run {runs} times")
+    elif step.fits:
+        table.add_row("FLOPs and traffic as compiled", f"not known: JAX {jax.__version__} does not count them")
     table.add_row("compiled in", f"{step.seconds:.0f} s")
     return table
 

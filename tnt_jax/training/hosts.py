@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 
@@ -62,9 +62,7 @@ class Hosts:
         self._keys = (f"tnt_jax/{number}" for number in itertools.count())
         self._told, self._over = threading.Event(), threading.Event()
         if count > 1:
-            from jax._src.distributed import global_state  # as Orbax does: it has no public name
-
-            self._client = global_state.client
+            self._client = _key_value_store()
             self._listening = threading.Thread(target=self._listen, daemon=True)
             self._listening.start()
 
@@ -264,15 +262,28 @@ def _cluster(config: DistributedConfig) -> tuple[str, int, int, list[int] | None
 
 def _detected(timeout: float) -> tuple:
     """The same as `_cluster`, as JAX finds it of a TPU pod, GKE, SLURM or Open MPI 4; each None where there is none."""
-    from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize() asks; it is not public
-
     try:
+        from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize() asks; it is not public
+
         return ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, int(timeout))
     except Exception as error:  # of many types: an empty variable, a token that is not there
         first = (str(error).splitlines() or [""])[0]
         raise InputError(
             f"JAX cannot find out which processes there are ({type(error).__name__}: {first}). {ALONE}; several need "
             f"all of {TOLD}"
+        ) from error
+
+
+def _key_value_store() -> Any:
+    """The client of the store that all processes of jax.distributed share."""
+    try:
+        from jax._src.distributed import global_state  # as Orbax does: it has no public name
+
+        return global_state.client
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"JAX {jax.__version__} has its key-value store elsewhere ({error}), without which several processes "
+            "cannot train; the versions of requirements.txt are tested"
         ) from error
 
 

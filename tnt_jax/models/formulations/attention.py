@@ -78,15 +78,18 @@ def cudnn_obstacle(layer: nnx.Module) -> str | None:
     return None
 
 
-def cudnn(num_heads: int, qkv: Float[Array, "batch tokens qkv"], implementation: str = "cudnn") -> Array:
+def cudnn(
+    num_heads: int, qkv: Float[Array, "batch tokens qkv"], implementation: str = "cudnn", multiple: int = 8
+) -> Array:
     """softmax(q k^T / sqrt(head_dim)) v of q, k and v that lie side by side: (batch, tokens, dim).
 
-    The gradient is refused for an odd number of tokens, so they are padded to a multiple of 8.
+    Tokens are padded to a `multiple`. JAX refuses the gradient for an odd number of them only beside a bias, which is
+    not here; whether cuDNN takes it, and is faster without padding, benchmarks/gpu.py asks the first card.
     """
     batch, tokens, _ = qkv.shape
-    padded = jnp.pad(qkv, ((0, 0), (0, -tokens % 8), (0, 0)))
+    padded = jnp.pad(qkv, ((0, 0), (0, -tokens % multiple), (0, 0)))
     heads = (each.reshape(batch, padded.shape[1], num_heads, -1) for each in jnp.split(padded, 3, axis=-1))
-    lengths = jnp.full(batch, tokens, jnp.int32) if tokens % 8 else None
+    lengths = jnp.full(batch, tokens, jnp.int32) if tokens % multiple else None
     attended = jax.nn.dot_product_attention(
         *heads, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation=implementation
     )

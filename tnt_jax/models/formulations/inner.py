@@ -21,6 +21,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from tnt_jax.chips import shared_memory
 from tnt_jax.models.formulations.devices import (
     device_kind,
     gpu,
@@ -125,10 +126,15 @@ def cuda_obstacle(layer: nnx.Module, sentences: int, num_words: int) -> str | No
         return obstacle
     if not layer.norms_each_token:
         return "the CUDA kernel normalises each word by itself"
-    from tnt_jax.models.kernels.gpu import call
+    from tnt_jax.models.kernels.gpu import call, folding
 
     sizes = cuda_sizes(layer, num_words)
-    return sizes_obstacle(sizes) or mesh_obstacle(sentences) or call.means(sizes).obstacle
+    if obstacle := sizes_obstacle(sizes):
+        return obstacle
+    wanted, most = max(folding.shared_bytes(sizes).values()) / 2**10, shared_memory(gpu()[0]) / 2**10
+    if wanted > most:
+        return f"the CUDA kernel needs {wanted:.0f} KiB of shared memory, and a block of this card has {most:.0f}"
+    return mesh_obstacle(sentences) or call.means(sizes).obstacle
 
 
 def columns(layer: nnx.Module) -> LayerParameters:

@@ -4,8 +4,10 @@ Norms' scales and biases, the scale of the softmax and log2(e) are folded into t
 and each head is padded to 8 or 16 channels (inner_layer.h says why). JAX differentiates the folding.
 """
 
+import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +87,24 @@ def attention_tiles(sizes: Sizes, m: Folded) -> Float[Array, "tiles 32 8"]:
     """The matrices of inner_attention_gradient.cu."""
     by_head = m.qkv[: sizes.channels].T.reshape(sizes.heads, -1, sizes.channels)
     return jnp.concatenate([tiles(m.qkv), tiles(m.proj.T), *map(tiles, by_head)])
+
+
+@functools.cache
+def shared_bytes(sizes: Sizes) -> dict[str, int]:
+    """The shared memory that a block of each kernel takes: the tiles of its matrices, and sums in their place."""
+
+    def bytes_of(tiles: Callable, *arguments: Any) -> int:
+        return 512 * jax.eval_shape(functools.partial(tiles, *arguments), matrices).shape[0]
+
+    shapes = ((sizes.normed, 3 * sizes.merged), (sizes.merged, sizes.channels), (sizes.normed, sizes.hidden))
+    shapes = (*shapes, (sizes.hidden, sizes.channels), (sizes.padded,))
+    matrices = Folded(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+    of_mlp, of_attention = sum(_of_mlp_part(sizes)), sum(_of_attention_part(sizes))
+    return {
+        "inner_forward": bytes_of(forward_tiles) + 4 * sizes.padded,
+        "inner_mlp_gradient": max(bytes_of(mlp_tiles, sizes), 512 * of_mlp),
+        "inner_attention_gradient": max(bytes_of(attention_tiles, sizes), 512 * of_attention),
+    }
 
 
 def mlp_sums(sizes: Sizes) -> int:

@@ -41,7 +41,7 @@ def _folded_layer(sizes: Sizes, multiprocessors: int, words: Array, survival: Ar
         arrays,
         [jax.ShapeDtypeStruct(words.shape, words.dtype)],
         grid=_grid("inner_forward", sizes, multiprocessors, len(words)),
-        shared=512 * len(tiles) + 4 * sizes.padded,
+        shared=folding.shared_bytes(sizes)["inner_forward"],
     )
     return out
 
@@ -53,32 +53,24 @@ def _forward(sizes: Sizes, multiprocessors: int, words: Array, survival: Array, 
 def _backward(sizes: Sizes, multiprocessors: int, saved: tuple, cotangent: Array):
     words, survival, m = saved
 
-    def run(kernel: str, cotangent: Array, tiles: Array, sums: int, parts: int) -> tuple[Array, Array]:
+    def run(kernel: str, cotangent: Array, tiles: Array, sums: int) -> tuple[Array, Array]:
         """The cotangent of what a kernel was given, and tiles of sums over all sentences."""
         tiles, grid = tiles.astype(words.dtype), _grid(kernel, sizes, multiprocessors, len(words))
         results = [
             jax.ShapeDtypeStruct(words.shape, words.dtype),
             jax.ShapeDtypeStruct((grid, sums, 32, 4), jnp.float32),
         ]
-        if kernel == "inner_mlp_gradient" and parts > 1:
+        if kernel == "inner_mlp_gradient" and sizes.mlp_parts > 1:
             results.append(results[0])  # the words after attention, from one part to the next
         arrays = (words, survival.astype(jnp.float32), cotangent, tiles, _count(words))
-        cotangent, sums, *_ = call.launch(
-            kernel, sizes, arrays, results, grid=grid, shared=512 * max(len(tiles), sums // parts)
-        )
+        shared = folding.shared_bytes(sizes)[kernel]
+        cotangent, sums, *_ = call.launch(kernel, sizes, arrays, results, grid=grid, shared=shared)
         return cotangent, sums.sum(0)
 
-    cotangent, sums = run(
-        "inner_mlp_gradient", cotangent, folding.mlp_tiles(sizes, m), folding.mlp_sums(sizes), sizes.mlp_parts
-    )
+    cotangent, sums = run("inner_mlp_gradient", cotangent, folding.mlp_tiles(sizes, m), folding.mlp_sums(sizes))
     fc1, fc2, bias = folding.mlp_gradients(sizes, sums)
-    cotangent, sums = run(
-        "inner_attention_gradient",
-        cotangent,
-        folding.attention_tiles(sizes, m),
-        folding.attention_sums(sizes),
-        sizes.attention_parts,
-    )
+    tiles = folding.attention_tiles(sizes, m)
+    cotangent, sums = run("inner_attention_gradient", cotangent, tiles, folding.attention_sums(sizes))
     qkv, proj = folding.attention_gradients(sizes, sums)
     return cotangent, jnp.zeros_like(survival), Folded(qkv, proj, fc1, fc2, bias)
 

@@ -14,7 +14,16 @@ of VMEM then do not collide. In HBM the words are a matrix (words * channels, se
 
 What bounds the kernels is the arithmetic between registers, so all that a matrix product can do is left to it: norms'
 scales and biases, the biases of the linear maps and constant factors are folded into matrices (folded_layer.py), which
-take two words at a time.
+take two words at a time. Each stage runs for two pairs of words and all sentences before the next one, and attention
+takes two queries at a time. Where a TPU has registers of bfloat16 (v6e, v7x), attention and GELU compute in them, and
+the last additions of a softmax's sum are float32.
+
+What that was worth, in instructions of libtpu 0.0.42 for a v5e, forward, 1,024 sentences: 47,100 with 128 sentences on
+the lanes and channels transposed in registers, 45,700 with tiles of 1,024 and strides that collide, 36,500 with strides
+that do not, 26,400 with each stage for all sentences before the next, 17,500 with two words at a time and all that
+matrices can take. The arithmetic between registers alone would be 13,100, in attention it fills 92% of its slots. Tried
+and not taken: one span of sentences after the other, and chains of stages that start one behind the other; registers
+suffice for both, and more slots stay empty.
 """
 
 import functools
