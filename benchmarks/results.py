@@ -5,11 +5,11 @@
     python benchmarks/results.py take NAME --command "python benchmarks/x.py" --sources benchmarks/x.py
 
 The first line of a file says what was run: the command, the date, versions, the machine in words, and the sources with
-a hash of their code, in which comments and docstrings do not count. Then come the tables, each with a line of columns
-and a line for each row. In a page a table stands between `<!-- results: NAME -->` and `<!-- end of results -->`; tables
-of several names that have the same columns are one.
-tests/test_results.py fails where page and file differ, or where the code is no longer that which was run: then run it
-again, or take the table out.
+a hash of their code, in which comments and docstrings do not count. Sources are the benchmark, of kernels their files
+as well, and of a run its configuration. Then come the tables, each with a line of columns and a line for each row. In a
+page a table stands between `<!-- results: NAME -->` and `<!-- end of results -->`; tables of several names that have
+the same columns are one. tests/test_results.py fails where page and file differ, or where the code is no longer that
+which was run: then run it again, or take the table out.
 """
 
 import argparse
