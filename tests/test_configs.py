@@ -79,6 +79,7 @@ def test_sizes_of_stages_are_numbers_on_the_command_line():
 SHRUNK = {"finetune_folder.py": (), "imagenet_tnt_s.py": pytest.mark.slow, "imagenet_ptnt_s.py": pytest.mark.nightly}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(name, marks=SHRUNK.get(name, pytest.mark.nightly)) for name in CONFIGS])
 def test_trains_when_shrunk(name, tmp_path):
     config = pathlib.Path(ROOT / "configs" / name)

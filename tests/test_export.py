@@ -71,6 +71,7 @@ def test_the_command_writes_stablehlo_for_a_process_without_this_project(tmp_pat
     assert "a.stablehlo exists" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [
@@ -159,6 +160,7 @@ def test_what_was_trained_in_bfloat16_is_exported_in_float32(format, fields, tmp
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_stablehlo_in_bfloat16_is_compared_with_the_equations_in_bfloat16(tmp_path):
     model = small_model()
     done = export_model(model, tmp_path / "a.stablehlo", "stablehlo", dtype="bfloat16")
@@ -285,6 +287,7 @@ def test_twenty_lines_run_a_file_in_an_environment_that_has_nothing_of_ours(form
         assert float(found[1]) == pytest.approx(expected["pred_score"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_int8_agrees_with_float32_in_a_third_of_its_size(tmp_path):
     model = tnt_jax.create_model("tnt_ti_patch16_224", image_size=32, depth=2, num_classes=3)
     judged = Judged(pixels(16), pixels(24), None, "noise")
@@ -296,6 +299,7 @@ def test_int8_agrees_with_float32_in_a_third_of_its_size(tmp_path):
     assert done.size < (tmp_path / "b.onnx").stat().st_size / 3
 
 
+@pytest.mark.slow
 def test_a_layer_that_int8_ruins_stays_in_float32_and_one_that_is_too_many_is_named(tmp_path):
     model = small_model()
     model.norm.scale[...] = model.norm.scale[...].at[0].set(1e5)  # one channel takes the whole range of eight bits,

@@ -36,6 +36,7 @@ def test_labels_and_thresholds_are_matched_by_name():
         predictions_of([model], source_of(np.zeros(12, int)), DataConfig("any"))
 
 
+@pytest.mark.slow
 def test_a_calibrated_model_gives_logits_divided_by_the_temperature():
     model, labels = model_of("single_label"), np.arange(12) % 3
     (predictions,) = predictions_of([model], source_of(labels), DataConfig("any"))

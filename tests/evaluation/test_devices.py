@@ -32,6 +32,7 @@ def test_a_run_is_evaluated_as_image_by_image(run):
         np.testing.assert_allclose(predictions.scores[index], np.sort(scores)[::-1][:5], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -51,6 +52,7 @@ def test_every_command_over_images_takes_a_run(arguments, run, tmp_path, monkeyp
     assert code == 0, err
 
 
+@pytest.mark.slow
 def test_three_devices_give_what_these_give(run, tmp_path):
     """By the command, as a user would type it."""
     code, _, err = run_command("eval.py", run, "--out", tmp_path / "here.csv")

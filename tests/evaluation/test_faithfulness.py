@@ -20,6 +20,7 @@ def model(tmp_path_factory):
     return str(folder)
 
 
+@pytest.mark.slow
 def test_explanations_have_a_row_each_and_one_in_random_order(model):
     options = {"methods": ("rollout", "grad-cam"), "size": "words", "count": 12, "batch_size": 6}
     rows = list(explain_model(model, ["digits"], **options))
@@ -48,6 +49,7 @@ def test_what_cannot_be_examined_is_said(flags, message, model):
     assert message in err
 
 
+@pytest.mark.slow
 def test_insertion_begins_with_a_blurred_image_and_deletion_ends_with_the_mean_colour(model):
     network = tnt_jax.load_model(model)
     images = 3 * np.random.default_rng(0).standard_normal((2, 2, 2)).repeat(8, 1).repeat(8, 2).astype(np.float32)

@@ -34,6 +34,7 @@ def loss_of(model, images, labels, rngs=None):
 
 @pytest.mark.parametrize("kind", ["tnt", "pyramid"])
 class TestRandomness:
+    @pytest.mark.slow
     def test_rngs_are_a_key(self, kind):
         model = make(kind)
         key = nnx.Rngs(0).dropout()
@@ -67,6 +68,7 @@ def test_training_moves_the_averages_of_batch_norm():
     assert not np.array_equal(model.stem.common.norm.mean[...], before)
 
 
+@pytest.mark.slow
 def test_a_model_is_made_as_flax_makes_modules():
     config = model_config("tnt_ti_patch16_224", image_size=32, depth=1, num_classes=3)
     model = TNT(config, rngs=nnx.Rngs(0))
@@ -131,12 +133,14 @@ def test_a_new_head_is_trained_alone_and_the_rest_is_frozen():
         assert moved == (path[0] == "head"), path
 
 
+@pytest.mark.slow
 def test_parameters_and_averages_are_split_by_their_kind():
     graphdef, parameters, averages = nnx.split(small_pyramid(), nnx.Param, nnx.BatchStat)
     assert {path[-1] for path, _ in nnx.to_flat_state(averages)} == {"mean", "var"}
     assert nnx.merge(graphdef, parameters, averages)(IMAGES).shape == (4, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tnt", pytest.param("pyramid", marks=pytest.mark.nightly)])
 def test_the_reference_is_differentiated_in_every_way(kind):
     graphdef, state = nnx.split(make(kind, inner="reference"))
@@ -199,6 +203,7 @@ with jax.set_mesh(explicit):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", ["native", "reference"])
 def test_meshes_and_shard_map(inner):
     """Kernels run under a mesh with Auto axes and inside of a user's shard_map; Explicit axes are refused."""

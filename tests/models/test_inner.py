@@ -176,6 +176,7 @@ def test_native_under_vmap_is_the_reference():
     assert_equal([jax.vmap(layer)(x)], [reference(x.reshape(6, 16, 12)).reshape(x.shape)], 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sentences", "dtype", "key", "cores"),
     [(2100, "float32", 7, 2), (5, "bfloat16", None, 1)],

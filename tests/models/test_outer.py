@@ -34,6 +34,7 @@ def random_tokens(batch, tokens, dim, dtype):
     return jnp.asarray(np.random.default_rng(3).standard_normal((batch, tokens, dim)), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", [None, 7], ids=["evaluation", "stochastic depth"])
 @pytest.mark.parametrize(
     ("batch", "tokens", "heads", "dtype", "with_added"),
@@ -94,6 +95,7 @@ def test_what_is_run_where(on_platform, monkeypatch, asked, platform, changes, k
     assert (found is not None) == kernel
 
 
+@pytest.mark.slow
 def test_a_tpu_program_is_made_of_it(on_platform, monkeypatch):
     """Lowered for a TPU without one, a block of TNT-S has two kernels for its tokens: forward and backward."""
     on_platform("tpu")

@@ -66,6 +66,7 @@ def words(machine, sentences):
     return run, (random(128, sentences), parameters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernel", "count"),
     [(words, 196), (outer, 4)]

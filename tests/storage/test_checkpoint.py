@@ -434,6 +434,7 @@ with contextlib.closing(Checkpoints(sys.argv[1], keep=len(meshes))) as checkpoin
 """
 
 
+@pytest.mark.slow
 def test_saved_and_restored_on_any_devices_whole_or_in_shards(tmp_path):
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
     paths = f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests/storage'}"

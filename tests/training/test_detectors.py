@@ -50,7 +50,14 @@ def few(tmp_path_factory):
     return write_few(tmp_path_factory)
 
 
-@pytest.fixture(scope="module", params=["retinanet", "detr", pytest.param("pyramid", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("retinanet", marks=pytest.mark.slow),
+        pytest.param("detr", marks=pytest.mark.slow),
+        pytest.param("pyramid", marks=pytest.mark.nightly),
+    ],
+)
 def finished(request, few, tmp_path_factory):
     """A run of each head; `retinanet` of a TNT and of a PyramidTNT."""
     model = dataclasses.replace(SMALL, head="retinanet" if request.param == "pyramid" else request.param)
@@ -61,6 +68,7 @@ def finished(request, few, tmp_path_factory):
     return config
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_as_one_that_was_not(finished, tmp_path):
     assert_goes_on_exactly(finished, tmp_path / "run")
 
@@ -82,6 +90,7 @@ def step_of(config, devices):
     return dense_runs.step_of(config, 10, images, labels, devices)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["retinanet", "detr", "detr_unpooled"])
 def test_a_step_is_the_same_on_several_devices(head, few, tmp_path):
     model = dataclasses.replace(SMALL, head=head, drop_path_rate=0.0)
@@ -132,6 +141,7 @@ def test_classes_are_chosen_in_another_order(finished):
     np.testing.assert_allclose(after[..., 2:], before[..., 10:], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_every_command(finished, few, tmp_path):
     folder, table = finished.run_dir, tmp_path / "table.csv"
     run("eval.py", folder, "--per-class", "--table", table, "--out", tmp_path / "a.jsonl")

@@ -29,6 +29,7 @@ def scored(monkeypatch):
     monkeypatch.setattr(Run, "evaluate", say)
 
 
+@pytest.mark.slow
 def test_a_run_ends_after_so_many_evaluations_that_were_worse_and_counts_on_when_it_is_started_again(
     scored, tmp_path, capsys
 ):
@@ -54,6 +55,7 @@ def test_a_run_ends_after_so_many_evaluations_that_were_worse_and_counts_on_when
     assert tnt_jax.train(longer)["ema_top1"] == 0.9
 
 
+@pytest.mark.slow
 def test_a_caller_sees_every_step_and_ends_the_run_which_then_goes_on(finished, tmp_path):
     config = dataclasses.replace(finished, run_dir=str(tmp_path / "run"))
     steps, epochs = [], []

@@ -98,6 +98,7 @@ def test_a_probe_of_the_head_computes_no_gradient_and_keeps_no_state_of_the_rest
     assert moments == 2 * (12 * 10 + 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["muon", "schedule_free"])
 def test_a_run_with_another_optimizer_goes_on_exactly_and_learns(name, tmp_path):
     optimizer = OptimizerConfig(name, learning_rate=1e-2, warmup_epochs=1, clip_norm=1.0, layer_decay=0.9)

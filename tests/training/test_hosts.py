@@ -114,6 +114,7 @@ SIGTERM = "os.kill(os.getpid(), signal.SIGTERM); time.sleep(1)"
 SIGINT = "os.kill(os.getpid(), signal.SIGINT); time.sleep(1)"
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_at_sigterm_to_one_and_one_process_ends_their_run_as_its_own(finished, tmp_path):
     (code0, out0, err0), (code1, out1, err1) = end(start(tmp_path, happens={1: SIGTERM}))
     assert (code0, code1) == (75, 75), err0 + err1
@@ -181,6 +182,7 @@ def test_no_process_outlives_another(who, happens, codes, message, tmp_path):
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_a_device_that_is_lost_is_one_message_and_another_start_goes_on(finished, tmp_path):
     ((code, _, err),) = end(start(tmp_path, "--checkpoint-every-steps", "4", count=1, devices=1, happens={0: LOST}))
     assert code == 75, err
@@ -201,6 +203,7 @@ workers.Worker.__init__ = lambda self, *of: (begin(self, *of), workers.Worker.al
 """
 
 
+@pytest.mark.slow
 def test_a_data_worker_that_is_killed_is_a_reason_to_start_again(tmp_path):
     flags = ["--data.num-workers", "1"]
     ((code, _, err),) = end(
@@ -457,6 +460,7 @@ is_run, looks = loop.is_run, []
 loop.is_run = lambda folder: len(looks) > 3 and is_run(folder) if not looks.append(folder) else None"""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("who", [0, pytest.param(1, marks=pytest.mark.nightly)])
 def test_a_step_that_one_process_does_not_see_ends_both_at_once_and_nothing_is_renamed(who, finished, tmp_path):
     shutil.copytree(finished.run_dir, tmp_path / "run")

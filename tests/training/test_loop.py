@@ -34,6 +34,7 @@ def finished(finished):
     return finished, scores_of(finished.run_dir)[33]
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_weights_that_are_kept(finished):
     config, scores = finished
     assert scores["count"] == 360
@@ -107,6 +108,7 @@ def test_run_that_is_killed_goes_on_and_ends_as_if_nothing_had_happened(finished
     assert history(tmp_path / "run") == history(config.run_dir)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stop", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(stop, exit_code, tmp_path):
     arguments = ["--run-dir", str(tmp_path / "run"), "--config", config_file(tmp_path), "--epochs", "2000"]
@@ -218,6 +220,7 @@ def write_targets(folder, columns, values) -> str:
     return f"csv:{folder}/table.csv"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("columns", "values", "r2"), [("x", [[0.5]], None), ("xy", [[0.5, 1], [0.2, 1], [0.3, 1]], float)]
 )
@@ -273,6 +276,7 @@ runpy.run_path("train.py", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_checkpoint_that_cannot_be_written_stops_the_run_and_harms_none_before_it(finished, tmp_path):
     config, _ = finished
     run_dir = tmp_path / "run"
@@ -305,6 +309,7 @@ def stand_in_for_wandb() -> types.ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_what_is_watched_when_asked_for(tmp_path, monkeypatch, capsys):
     wandb = stand_in_for_wandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
@@ -326,6 +331,7 @@ def test_what_is_watched_when_asked_for(tmp_path, monkeypatch, capsys):
     assert train(dataclasses.replace(config, wandb=False, profile=False))["count"] == 360
 
 
+@pytest.mark.slow
 def test_weights_and_biases_that_does_not_answer_ends_no_run(tmp_path, monkeypatch, capsys):
     wandb = stand_in_for_wandb()
 

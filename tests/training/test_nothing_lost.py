@@ -26,6 +26,7 @@ from tnt_jax.training import run as run_module
 from tnt_jax.training.loop import train
 
 
+@pytest.mark.slow
 def test_what_cannot_be_read_now_ends_the_run_and_harms_nothing(finished, copy, monkeypatch):
     before = contents(copy.run_dir, "starts.jsonl")
 
@@ -85,6 +86,7 @@ def test_parameters_in_bfloat16_train_go_on_and_load(finished, tmp_path, monkeyp
     assert train(config("killed")) == whole
 
 
+@pytest.mark.slow
 def test_what_is_useless_after_an_update_is_not_saved(tmp_path):
     optimizer = dataclasses.replace(tiny_run("x").optimizer, learning_rate=1e38, warmup_epochs=0)
     config = tiny_run(tmp_path / "run", optimizer=optimizer, batch_size=1436, log_every_steps=1)
@@ -147,6 +149,7 @@ def start(code, *arguments, **options):
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
+@pytest.mark.slow
 def test_a_stop_in_an_evaluation_is_noticed_and_what_was_trained_is_saved_before_it(finished, tmp_path):
     code = """
 feed = run.to_devices

@@ -32,6 +32,7 @@ def runs(finished, tmp_path):
     return tmp_path / "runs"
 
 
+@pytest.mark.slow
 def test_each_run_has_its_line_with_what_differs(runs, tmp_path):
     code, out, err = run("tnt_jax/commands/runs.py", runs, "--table", tmp_path / "table.csv")
     assert code == 0, err

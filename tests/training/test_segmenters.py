@@ -50,7 +50,10 @@ def few(tmp_path_factory):
     return write_few(tmp_path_factory)
 
 
-@pytest.fixture(scope="module", params=["mlp", "linear", pytest.param("pyramid", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param("mlp", marks=pytest.mark.slow), "linear", pytest.param("pyramid", marks=pytest.mark.nightly)],
+)
 def finished(request, few, tmp_path_factory):
     """A run of each head; `mlp` of a TNT and of a PyramidTNT."""
     model = dataclasses.replace(SMALL, head="linear") if request.param == "linear" else SMALL
@@ -262,6 +265,7 @@ def learned(folder, counts, *arguments):
     return history(folder / "run")[-1]["ema_miou"]
 
 
+@pytest.mark.slow
 def test_digits_in_scenes_are_found(tmp_path):
     """At least 0.5 over the background and ten digits, after one look at 3,200 scenes."""
     assert learned(tmp_path, {"train": 3200, "val": 150}, "--epochs", "1") >= 0.5

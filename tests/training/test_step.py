@@ -37,6 +37,7 @@ def steps(count=1, model=(), **changes):
     return states, metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [{"drop_path_rate": 0.3, "depth": 2}, {"drop_rate": 0.2}])
 def test_a_step_in_parts_is_the_step_with_dropout_and_stochastic_depth_too(model):
     (_, whole), (metrics,) = steps(model=model)
@@ -49,6 +50,7 @@ def test_a_step_in_parts_is_the_step_with_dropout_and_stochastic_depth_too(model
     assert metrics["loss"] != pytest.approx(undropped["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_with_a_key_for_each_image_none_depends_on_the_others():
     config = complete(tiny_run("unused"), 10)
     config = dataclasses.replace(config.model, drop_path_rate=0.5, drop_rate=0.3, depth=2)
@@ -62,6 +64,7 @@ def test_with_a_key_for_each_image_none_depends_on_the_others():
     assert not np.allclose(model(images, keys[::-1]), whole, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_what_a_run_keeps_of_bfloat16_parameters_is_float32_and_falls_and_moves_as_float32_does():
     (first, *_, last), _ = steps(5, model={"param_dtype": "bfloat16"})
     kept = {leaf.dtype for leaf in jax.tree.leaves((last.params, last.ema, last.opt_state)) if leaf.ndim}

@@ -291,6 +291,7 @@ def test_the_help_of_a_picture_shows_its_own_flags_alone(name, own):
     assert "--out" in out
 
 
+@pytest.mark.slow
 def test_why_has_a_row_for_each_class_and_a_map_of_each_method(tnt, tmp_path):
     tnt_jax.save_model(tnt, tmp_path / "m", class_names=["cat", "dog", "fish"])
     model = tnt_jax.load_model(tmp_path / "m")
