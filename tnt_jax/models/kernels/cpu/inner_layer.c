@@ -1,5 +1,5 @@
 /* The inner transformer layer on a CPU, forward and gradient: words in float32 or bfloat16, arithmetic and parameters in
-   float32. inner_layer.py calls this; the equations are those of `reference` in ../inner.py.
+   float32. inner_layer.py calls this; the equations are those of `TransformerLayer` in ../../layers.py.
 
    A sentence is a lane: a vector holds one channel of one word of LANES sentences. All of the layer is then arithmetic
    between vectors and broadcast weights, and no loop is as short as a head of 6 channels. A tile of LANES sentences
