@@ -21,6 +21,7 @@ from tnt_jax.data.tables import open_table
 from tnt_jax.tasks.table import TASKS
 
 VALIDATION = "validation"
+TABLES = (".csv", ".tsv", ".tab", ".parquet", ".pq")
 
 
 def open_split(data: DataConfig, split: str | None) -> Split:
@@ -105,7 +106,7 @@ def _is_trained_on(found: Split, data: DataConfig) -> bool:
 
 def _open(data: DataConfig, split: str) -> Split:
     """A split as the source has it."""
-    name, _, argument = data.source.partition(":")
+    name, argument = _kind_and_place(data.source)
     if name not in SOURCES or (name != "synthetic" and bool(argument) != (name != "digits")):
         known = "digits, idx:FOLDER, folder:PATH, csv:FILE, npy:PATH, hf:NAME, tfds:NAME, "
         known += "array_record:PATH, masks:PATH, coco:PATH, voc:PATH, boxes:PATH, synthetic"
@@ -134,10 +135,16 @@ def _open(data: DataConfig, split: str) -> Split:
 
 def without_unused(data: DataConfig) -> DataConfig:
     """The same without the options that its source has no use for, which were given for another one."""
-    source = SOURCES.get(data.source.partition(":")[0])
+    source = SOURCES.get(_kind_and_place(data.source)[0])
     unused = set(OPTIONS) - set(source.options if source else ())
     defaults = {field.name: field.default for field in dataclasses.fields(data) if field.name in unused}
     return dataclasses.replace(data, **defaults)
+
+
+def _kind_and_place(source: str) -> tuple[str, str]:
+    """The two parts of `csv:FILE`; a table may be named without its kind."""
+    name, colon, place = source.partition(":")
+    return ("csv", source) if not colon and source.lower().endswith(TABLES) else (name, place)
 
 
 def _guess(source: str) -> str:
@@ -145,9 +152,7 @@ def _guess(source: str) -> str:
     path = os.path.expanduser(source)
     if source in ("imagenet", "imagenet2012"):
         return "; did you mean tfds:imagenet2012, or array_record:PATH?"
-    suffix = os.path.splitext(path)[1].lower()
-    kind = "csv" if suffix in (".csv", ".tsv", ".tab", ".parquet", ".pq") else "npy" if suffix == ".npz" else None
-    kind = kind or ("folder" if os.path.isdir(path) else None)
+    kind = "npy" if path.lower().endswith(".npz") else "folder" if os.path.isdir(path) else None
     return f"; did you mean {kind}:{source}?" if kind else ""
 
 
