@@ -15,10 +15,7 @@ import results
 
 NAMES = sorted(path.stem for path in results.FOLDER.glob("*.jsonl"))
 # Tables with figures that are not of a run: sizes and published accuracies, which other tests hold.
-PENDING = (
-    "tpu-v6e",
-    "trained-scenes",
-)
+PENDING = ("tpu-v6e",)
 NOT_RUN = {"README.md: name", "docs/weights.md: published checkpoint"}
 
 
