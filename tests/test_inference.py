@@ -154,7 +154,7 @@ def test_predict_goes_on_after_bad_images_and_says_which(folder, photos, model, 
     [
         (["nowhere", "a.jpg"], "there is no folder nowhere"),
         (["nowhere"], "no images were given"),
-        (["nowhere", "a.jpg", "--top-k", "0"], "top_k must be at least 1"),
+        (["nowhere", "a.jpg", "--top-k", "0"], "top_k is 0, and must be at least 1"),
         (["nowhere", "a.jpg", "--colour"], "--colour"),
     ],
 )

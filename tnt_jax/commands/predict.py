@@ -59,7 +59,9 @@ def main() -> None:
     from tnt_jax.storage.load import load_model
 
     if arguments.top_k < 1 or not arguments.images:
-        raise InputError("top_k must be at least 1" if arguments.images else "no images were given")
+        raise InputError(
+            f"top_k is {arguments.top_k}, and must be at least 1" if arguments.images else "no images were given"
+        )
     model = load_model(arguments.model, dtype=arguments.dtype)
     description = description_of(model)
     written = _pictures(arguments.out, TASKS[description.outputs.task]) if arguments.out else None
