@@ -1,7 +1,8 @@
 # `make digits` and `make test` do all the set-up on a machine with Python 3.11 or newer; PYTHON=python3.13 chooses another one.
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
-PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile
+# Three for two cores: tests of several processes and of servers wait half of their time.
+PYTEST = .venv/bin/python -m pytest -n 3 --dist loadfile
 
 .PHONY: digits test check nightly mutants resolve install test-gpu test-demo docs lint clean
 

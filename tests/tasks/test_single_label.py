@@ -16,10 +16,12 @@ ANSWERS = ClassPredictions(
 )
 
 
-@pytest.mark.parametrize(("right", "count"), [(0, 7), (7, 7), (81, 100), (40753, 50000)])
+@pytest.mark.parametrize(("right", "count"), [(0, 7), (0, 21), (7, 7), (81, 100), (40753, 50000)])
 def test_the_interval_is_wilsons_as_scipy_has_it(right, count):
     expected = binomtest(right, count).proportion_ci(0.95, method="wilson")
-    np.testing.assert_allclose(wilson(right, count), expected, atol=1e-12)
+    found = wilson(right, count)
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    assert 0 <= found[0] <= found[1] <= 1
 
 
 def test_calibration_error_is_the_mean_gap_of_confidence_and_accuracy():

@@ -133,4 +133,5 @@ def wilson(right: int, count: int) -> tuple[float, float]:
     share = right / count
     middle = share + Z95**2 / (2 * count)
     half = Z95 * math.sqrt(share * (1 - share) / count + Z95**2 / (4 * count**2))
-    return (middle - half) / (1 + Z95**2 / count), (middle + half) / (1 + Z95**2 / count)
+    # Rounding leaves a proportion of none a hair below 0, which is printed as -0.00.
+    return max(0.0, (middle - half) / (1 + Z95**2 / count)), min(1.0, (middle + half) / (1 + Z95**2 / count))
