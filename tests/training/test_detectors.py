@@ -176,7 +176,10 @@ def test_pictures_and_files(finished, few, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": ModelChanges("tnt_s_patch16_224")}, r"model\.head is class, and must be retinanet or detr for"),
+        (
+            {"model": ModelChanges("tnt_s_patch16_224")},
+            r"model\.head is class, and must be retinanet or detr or detr_unpooled for",
+        ),
         (
             {"data": {"task": "single_label"}},
             r"model\.head is retinanet, and must be class for data\.task single_label",
