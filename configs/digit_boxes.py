@@ -4,6 +4,12 @@
     python train.py --config configs/digit_boxes.py
 
 needs `pip install tnt-jax[coco]`, for average precision.
+
+Reached: AP 91.5% and AP50 97.3% over the ten digits of the 300 test scenes (averaged weights, seed 0), in 5.5 minutes
+of a processor; AP 86.7% of the validation scenes after four of eight epochs.
+
+As in `digit_scenes.py` patches of 16 pixels see a digit in four of them; the finest of RetinaNet's maps has a place
+every eight pixels.
 """
 
 from tnt_jax.config import DataConfig, ModelChanges, OptimizerConfig, TrainConfig

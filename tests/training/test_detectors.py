@@ -225,7 +225,7 @@ def test_a_head_that_a_network_cannot_have(name, changes, message):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(("head", "epochs"), [("retinanet", "12"), ("detr", "60")])
+@pytest.mark.parametrize(("head", "epochs"), [("retinanet", "8"), ("detr", "60")])
 def test_digits_in_scenes_are_found_well(head, epochs, tmp_path):
     write(tmp_path / "scenes", {"train": 4000, "val": 300})
     command = [sys.executable, "train.py", "--config", "digit_boxes", "--data.source", f"coco:{tmp_path / 'scenes'}"]
