@@ -43,6 +43,7 @@ class TestRandomness:
         with pytest.raises(tnt_jax.InputError, match="a key or rngs, and got both"):
             model(IMAGES, key, rngs=nnx.Rngs(0))
 
+    @pytest.mark.slow
     def test_train_and_eval_do_what_flax_says(self, kind):
         model = make(kind)
         plain = model(IMAGES)
@@ -60,6 +61,7 @@ class TestRandomness:
         np.testing.assert_array_equal(nnx.view(model, deterministic=True)(IMAGES), plain)
 
 
+@pytest.mark.slow
 def test_training_moves_the_averages_of_batch_norm():
     model = small_pyramid()
     before = np.asarray(model.stem.common.norm.mean[...])
@@ -251,7 +253,7 @@ def parts_of(layer):
         ("LoRALinear", "tnt"),
         pytest.param("LoRALinear", "pyramid", marks=pytest.mark.nightly),
         ("LoRA", "tnt"),
-        ("LoRA", "pyramid"),
+        pytest.param("LoRA", "pyramid", marks=pytest.mark.slow),
     ],
 )
 def test_lora_is_computed_wherever_it_is_put_and_has_a_gradient(kind, part, lora, caplog):

@@ -54,6 +54,7 @@ def test_a_pyramid_gives_every_pixel_too_and_its_batch_norm_trains():
     assert float(abs(model.decoder.mlp.norm.mean[...] - before).max()) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [small_model, small_pyramid])
 def test_maps_in_training_are_those_of_the_features_with_the_same_key(make):
     model, key = make(drop_rate=0.3, drop_path_rate=0.3), jax.random.key(3)

@@ -98,6 +98,7 @@ def test_a_step_is_the_same_on_several_devices(head, few, tmp_path):
     assert_same_step(step_of(config, 1), step_of(config, 4))
 
 
+@pytest.mark.slow
 def test_bfloat16_trains(few, tmp_path):
     model = dataclasses.replace(SMALL, dtype="bfloat16", param_dtype="bfloat16")
     loss, _ = step_of(run_of(tmp_path, few, model, loss=LossConfig("detection_giou")), 1)

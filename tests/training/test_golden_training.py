@@ -51,6 +51,7 @@ def test_parameters_and_their_average_end_where_the_published_ones_do(run, kind)
         assert np.abs(ours[kind][name] - expected).max() < 1e-4 * np.abs(expected).max(), name
 
 
+@pytest.mark.slow
 def test_the_curve_is_the_same_on_any_devices_sharded_in_parts_and_rematerialised():
     record, _ = published.record("huawei_training_40_steps")
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"

@@ -88,12 +88,14 @@ def step_of(config, devices):
     return dense_runs.step_of(config, len(NAMES), images, masks, devices)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["mlp", "linear"])
 def test_a_step_is_the_same_on_several_devices(head, few, tmp_path):
     config = run_of(tmp_path, few, dataclasses.replace(SMALL, head=head))
     assert_same_step(step_of(config, 1), step_of(config, 4))
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_have_the_loss_of_the_whole(few, tmp_path):
     """Without batch norm, which sees a part at a time."""
     config = run_of(tmp_path, few, dataclasses.replace(SMALL, head="linear"))
@@ -101,6 +103,7 @@ def test_parts_of_a_batch_have_the_loss_of_the_whole(few, tmp_path):
     assert whole == pytest.approx(parts, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
 def test_bfloat16_trains_and_its_logits_are_float32(param_dtype, few, tmp_path):
     model = dataclasses.replace(SMALL, dtype="bfloat16", param_dtype=param_dtype)
@@ -110,6 +113,7 @@ def test_bfloat16_trains_and_its_logits_are_float32(param_dtype, few, tmp_path):
     assert nnx.eval_shape(lambda: built(jnp.zeros((1, 64, 64, 1)))).dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_weights_of_classes_are_numbers(few, tmp_path):
     weights = tuple(np.linspace(0, 1, 11).tolist())
     plain, weighed = (

@@ -80,6 +80,7 @@ def test_every_block_and_the_logits_are_those_of_the_published_code(name):
     assert max(errors.values()) < 1e-5, {name: error for name, error in errors.items() if error >= 1e-5}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECORDS)
 def test_bfloat16_has_the_same_most_likely_class(name):
     """Up to its own rounding, 1 to 2.5% of the largest logit; one record's two best classes are only 2.3% apart."""
@@ -91,6 +92,7 @@ def test_bfloat16_has_the_same_most_likely_class(name):
     assert (of_the_likeliest >= expected.max(-1) - 0.04 * np.abs(expected).max()).all()
 
 
+@pytest.mark.slow
 def test_one_record_as_users_compile_it():
     """The other tests compile at XLA's lowest level, which is fast; users have its default, 3."""
     flags = {"XLA_FLAGS": "--xla_backend_optimization_level=3"}
