@@ -11,13 +11,14 @@ import queue
 import subprocess
 import sys
 import tempfile
+import time
 import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 CIRCLE = ("--peers", "-m", "not nightly and not gpu and not demo")
 JOBS = 2
-LIMIT = 600  # seconds: an endless loop is noticed too
+LIMIT = 600  # seconds
 
 
 def planted(mutant: dict, text: str) -> str:
@@ -40,7 +41,8 @@ def copy_of_tree(folder: Path) -> Path:
     return folder / "tree"
 
 
-def fails(tree: Path, tests: list[str], cache: Path) -> bool:
+def outcome(tree: Path, tests: list[str], cache: Path) -> str:
+    """`found`, `MISSED` or, where the tests did not end in time, `endless`, which is noticed too."""
     environment = os.environ | {
         "PYTHONPATH": str(tree),
         "PYTHONDONTWRITEBYTECODE": "1",
@@ -50,10 +52,10 @@ def fails(tree: Path, tests: list[str], cache: Path) -> bool:
     try:
         done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, timeout=LIMIT)
     except subprocess.TimeoutExpired:
-        return True
+        return "endless"
     if done.returncode > 2:  # 3: an internal error; 4: a wrong path; 5: no test
         sys.exit(f"error: pytest ended with {done.returncode} for {tests}:\n{done.stdout.decode()[-2000:]}")
-    return done.returncode > 0
+    return "found" if done.returncode else "MISSED"
 
 
 def main(chosen: str = "") -> None:
@@ -68,24 +70,23 @@ def main(chosen: str = "") -> None:
             trees.put(copy_of_tree(Path(folder) / str(job)))
         cache = Path(folder) / "compiled"
 
-        def is_found(mutant: dict) -> bool:
+        def tried(mutant: dict) -> tuple[str, float]:
             tree = trees.get()
             path = tree / mutant["file"]
             text = path.read_text()
             path.write_text(planted(mutant, text))
+            start = time.monotonic()
             try:
-                return fails(tree, mutant["tests"], cache)
+                return outcome(tree, mutant["tests"], cache), time.monotonic() - start
             finally:
                 path.write_text(text)
                 trees.put(tree)
 
         missed = []
-        for mutant, found in zip(asked, pool.map(is_found, asked), strict=True):
-            print(
-                "found " if found else "MISSED", f"{mutant['file']}: {mutant['old'].strip()} -> {mutant['new'].strip()}"
-            )
-            sys.stdout.flush()
-            missed += [] if found else [mutant]
+        for mutant, (how, seconds) in zip(asked, pool.map(tried, asked), strict=True):
+            bug = f"{mutant['file']}: {mutant['old'].strip()} -> {mutant['new'].strip()}"
+            print(f"{how:7} {seconds:4.0f} s  {bug}", flush=True)
+            missed += [mutant] if how == "MISSED" else []
     print(f"{len(asked) - len(missed)} of {len(asked)} found")
     if not chosen:
         write_table(asked, missed)
