@@ -1,11 +1,13 @@
 """Plants one bug at a time, as `.ci/mutants.toml` lists them, runs the nearest tests, and says which bugs they miss.
 
 `make mutants` runs all, which takes about an hour on two cores; `.ci/mutants.py optimizer` those of files whose path
-has that in it. First `make check` must have passed: a test that fails by itself finds nothing.
+has that in it, `.ci/mutants.py missed` those that no run has found. The table counts the last run of each. First
+`make check` must have passed: a test that fails by itself finds nothing.
 """
 
 import collections
 import concurrent.futures
+import json
 import os
 import queue
 import subprocess
@@ -19,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 CIRCLE = ("--peers", "-m", "not nightly and not gpu and not demo")
 JOBS = 2
 LIMIT = 600  # seconds
+OUTCOMES = ROOT / "build/mutants.json"
 
 
 def planted(mutant: dict, text: str) -> str:
@@ -30,6 +33,10 @@ def planted(mutant: dict, text: str) -> str:
     if text.count(mutant["old"]) != 1:
         sys.exit(f"error: {mutant['file']} has {text.count(mutant['old'])} times {mutant['old']!r}, and should once")
     return text.replace(mutant["old"], mutant["new"])
+
+
+def named(mutant: dict) -> str:
+    return f"{mutant['file']}: {mutant['old'].strip()} -> {mutant['new'].strip()}"
 
 
 def copy_of_tree(folder: Path) -> Path:
@@ -62,7 +69,9 @@ def main(chosen: str = "") -> None:
     mutants = tomllib.loads((ROOT / ".ci/mutants.toml").read_text())["mutant"]
     for mutant in mutants:
         planted(mutant, (ROOT / mutant["file"]).read_text())
-    asked = [mutant for mutant in mutants if chosen in mutant["file"]]
+    outcomes = json.loads(OUTCOMES.read_text()) if OUTCOMES.exists() else {}
+    waiting = [mutant for mutant in mutants if outcomes.get(named(mutant), "MISSED") == "MISSED"]
+    asked = waiting if chosen == "missed" else [mutant for mutant in mutants if chosen in mutant["file"]]
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(JOBS) as pool:
         trees = queue.SimpleQueue()
         for job in range(JOBS):
@@ -82,14 +91,15 @@ def main(chosen: str = "") -> None:
                 path.write_text(text)
                 trees.put(tree)
 
-        missed = []
+        OUTCOMES.parent.mkdir(exist_ok=True)
         for mutant, (how, seconds) in zip(asked, pool.map(tried, asked), strict=True):
-            bug = f"{mutant['file']}: {mutant['old'].strip()} -> {mutant['new'].strip()}"
-            print(f"{how:7} {seconds:4.0f} s  {bug}", flush=True)
-            missed += [mutant] if how == "MISSED" else []
+            print(f"{how:7} {seconds:4.0f} s  {named(mutant)}", flush=True)
+            outcomes[named(mutant)] = how
+            OUTCOMES.write_text(json.dumps(outcomes, indent=1))
+    missed = [mutant for mutant in asked if outcomes[named(mutant)] == "MISSED"]
     print(f"{len(asked) - len(missed)} of {len(asked)} found")
-    if not chosen:
-        write_table(asked, missed)
+    if all(named(mutant) in outcomes for mutant in mutants):
+        write_table(mutants, [mutant for mutant in mutants if outcomes[named(mutant)] == "MISSED"])
     sys.exit(bool(missed))
 
 

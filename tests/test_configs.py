@@ -76,7 +76,7 @@ def test_sizes_of_stages_are_numbers_on_the_command_line():
 
 
 # After shrinking, the configurations of one family train the same network.
-SHRUNK = {"finetune_folder.py": (), "imagenet_tnt_s.py": pytest.mark.slow, "imagenet_ptnt_s.py": pytest.mark.nightly}
+SHRUNK = {"imagenet_tnt_s.py": pytest.mark.slow}
 
 
 @pytest.mark.slow
@@ -93,9 +93,7 @@ def test_trains_when_shrunk(name, tmp_path):
 
 
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in SHRUNK else pytest.mark.nightly) for name in CONFIGS]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SHRUNK.get(name, pytest.mark.nightly)) for name in CONFIGS])
 def test_a_step_maps_its_state_to_itself(name, param_dtype):
     config = runpy.run_path(str(ROOT / "configs" / name))["get_config"]()
     model = dataclasses.replace(config.model, param_dtype=param_dtype)

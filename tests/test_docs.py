@@ -21,7 +21,11 @@ from tnt_jax.commands.cli import config_of
 PAGES = sorted(["README.md", *(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))])
 BLOCK = re.compile(r"(?:^<!-- not run: (.+?) -->\n)?(?:^<!-- [^\n]* -->\n)?^```(\w*)\n(.*?)^```$", re.M | re.S)
 RUN_ELSEWHERE = {"docs/weights.md"}  # tests/test_weights_page.py runs the table, test_publish.py and others the rest
-LONG = {"docs/own_images.md"}  # two trainings; its commands have tests of their own
+LONG = {
+    "docs/own_images.md",
+    "docs/detection.md",
+    "docs/segmentation.md",
+}  # trainings; their commands have tests of their own
 NOT_COMMANDS = {"yaml", "dockerfile", "json", "text"}
 
 

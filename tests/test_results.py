@@ -95,7 +95,7 @@ def test_tables_with_the_same_columns_are_one(tree):
     assert lines[1:] == [{"columns": ["a", "b"]}, {"row": ["x", "7"]}, {"row": ["y", "8"]}]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_configuration_is_trained_twice_and_is_a_row(tmp_path):
     command = [sys.executable, "benchmarks/trained.py", config_file(tmp_path), "--again", "--keep", tmp_path / "run"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

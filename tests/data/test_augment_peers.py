@@ -9,10 +9,11 @@ import torch
 from others import timm
 from PIL import Image
 from scipy.stats import ks_2samp
-from torchvision.transforms import ColorJitter, InterpolationMode, Pad, Resize
+from torchvision.transforms import CenterCrop, ColorJitter, InterpolationMode, Pad, RandomResizedCrop, Resize
 
 from tnt_jax.config import DataConfig
 from tnt_jax.data import augment, mixing
+from tnt_jax.data.crop import evaluation_crop
 
 SEEDS = 200
 COLOURS = np.random.default_rng(0).integers(40, 200, (8, 8, 3)).astype(np.uint8)
@@ -91,3 +92,21 @@ def test_a_simple_crop_is_a_place_in_what_torchvision_resizes_and_pads():
     rows, columns = (np.unique(each) for each in zip(*seen, strict=True))
     assert rows.tolist() == list(range(9))
     assert columns.tolist() == list(range(places.shape[1]))
+
+
+def test_random_crops_have_the_areas_and_aspects_of_torchvisions():
+    torch.manual_seed(0)
+    scale, ratio, image = (0.1, 0.5), (0.25, 4.0), torch.zeros(3, 400, 500)
+    theirs = np.array([RandomResizedCrop.get_params(image, scale, ratio)[2:] for _ in range(1000)])
+    data, rng = DataConfig(crop_area=scale, crop_aspect=ratio), np.random.default_rng(0)
+    ours = np.array([augment.crop_box(400, 500, data, rng)[2:] for _ in range(1000)])
+    assert same_distribution(ours.prod(axis=1), theirs.prod(axis=1))
+    assert same_distribution(ours[:, 1] / ours[:, 0], theirs[:, 1] / theirs[:, 0])
+
+
+def test_the_crop_of_evaluation_is_torchvisions_for_images_of_any_sides():
+    rng = np.random.default_rng(0)
+    for height, width in rng.integers(20, 120, (40, 2)):
+        image = rng.integers(0, 256, (height, width, 3), np.uint8)
+        resized = Resize(36, InterpolationMode.BICUBIC)(Image.fromarray(image))
+        np.testing.assert_array_equal(evaluation_crop(image, (32, 32), 0.875), CenterCrop(32)(resized))

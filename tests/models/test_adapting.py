@@ -7,7 +7,7 @@ import torch
 from others import timm
 
 import tnt_jax
-from tnt_jax.models.adapting import adapt_channels
+from tnt_jax.models.adapting import adapt_channels, resize_position_bias
 
 SIZES = {
     "tnt_ti_patch16_224": {"depth": 1, "image_size": 32},
@@ -20,6 +20,18 @@ def test_filters_are_those_of_timm(channels):
     kernel = np.random.default_rng(0).normal(size=(7, 7, 3, 5)).astype(np.float32)
     theirs = timm.models.adapt_input_conv(channels, torch.from_numpy(kernel.transpose(3, 2, 0, 1)))
     np.testing.assert_allclose(adapt_channels(kernel, channels), theirs.numpy().transpose(2, 3, 1, 0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("new", [(6, 4, 3, 2), (3, 2, 2, 1)])
+def test_the_bias_of_pairs_is_resized_as_pytorch_resizes_pictures(new):
+    """Over the places of queries, then over those of keys."""
+    old, bias = (4, 4, 2, 2), np.random.default_rng(0).normal(size=(1, 3, 16, 4)).astype(np.float32)
+    resize = {"mode": "bicubic", "antialias": True, "align_corners": False}
+    maps = torch.from_numpy(bias.reshape(3, *old).transpose(0, 3, 4, 1, 2)).reshape(3, 4, 4, 4)
+    maps = torch.nn.functional.interpolate(maps, new[:2], **resize).reshape(3, 2, 2, *new[:2]).permute(0, 3, 4, 1, 2)
+    maps = torch.nn.functional.interpolate(maps.reshape(3, -1, 2, 2), new[2:], **resize)
+    expected = maps.reshape(1, 3, new[0] * new[1], new[2] * new[3]).numpy()
+    np.testing.assert_allclose(resize_position_bias(bias, old, new), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -246,14 +246,18 @@ def parts_of(layer):
     }
 
 
-@pytest.mark.parametrize("part", ["qkv", "proj", "fc1", "fc2", "words"])
+PARTS = ["qkv", "proj", "fc1", "fc2", "words"]
+
+
 @pytest.mark.parametrize(
-    ("lora", "kind"),
+    ("lora", "kind", "part"),
     [
-        ("LoRALinear", "tnt"),
-        pytest.param("LoRALinear", "pyramid", marks=pytest.mark.nightly),
-        ("LoRA", "tnt"),
-        pytest.param("LoRA", "pyramid", marks=pytest.mark.slow),
+        *(("LoRA", "tnt", part) for part in PARTS),
+        ("LoRALinear", "tnt", "words"),
+        *(pytest.param("LoRALinear", "tnt", part, marks=pytest.mark.slow) for part in PARTS[:-1]),
+        pytest.param("LoRA", "pyramid", "qkv", marks=pytest.mark.slow),
+        *(pytest.param("LoRA", "pyramid", part, marks=pytest.mark.nightly) for part in PARTS[1:]),
+        *(pytest.param("LoRALinear", "pyramid", part, marks=pytest.mark.nightly) for part in PARTS),
     ],
 )
 def test_lora_is_computed_wherever_it_is_put_and_has_a_gradient(kind, part, lora, caplog):

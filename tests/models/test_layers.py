@@ -47,3 +47,21 @@ def test_attention_is_pytorchs(monkeypatch, platform, inner):
     expected.backward(torch.tensor(cotangent))
     ours = [out, dx, found.qkv.kernel[...], found.proj.kernel[...], found.proj.bias[...]]
     assert_close(ours, [expected, *(array.grad for array in theirs)])
+
+
+def test_dropout_falls_on_the_hidden_channels_and_on_the_outputs_and_keeps_their_mean():
+    """By mean and variance over many tokens that are the same."""
+    rate = 0.25
+    config = dataclasses.replace(CONFIG, drop_rate=rate)
+    mlp = layers.Mlp(6, config=config, rngs=nnx.Rngs(0))
+    token = np.random.default_rng(0).normal(size=(1, 1, 6)).astype(np.float32)
+    mlp.fc1.bias[...] += 0.5
+    found = np.asarray(mlp(jnp.tile(jnp.asarray(token), (20, 1000, 1)), jax.random.key(0)), np.float64).reshape(-1, 6)
+    without = np.asarray(mlp(token))[0, 0]
+    hidden = torch.nn.functional.gelu(torch.tensor(np.asarray(mlp.fc1(token)))).numpy()[0, 0]
+    np.testing.assert_allclose(hidden @ mlp.fc2.kernel[...] + mlp.fc2.bias[...], without, atol=1e-5)
+    spread = rate / (1 - rate)  # the variance of what a 1 becomes
+    of_hidden = spread * np.square(hidden[:, None] * np.asarray(mlp.fc2.kernel[...])).sum(axis=0)
+    expected = (1 + spread) * (of_hidden + without**2) - without**2
+    np.testing.assert_allclose(found.var(axis=0), expected, rtol=0.1)
+    np.testing.assert_allclose(found.mean(axis=0), without, atol=5 * np.sqrt(expected.max() / len(found)))

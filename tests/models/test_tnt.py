@@ -195,7 +195,9 @@ def test_drop_path_drops_whole_rows_and_keeps_the_mean():
     assert set(np.unique(dropped)) == {0, np.float32(1 / 0.75)}
     assert (dropped == dropped[:, :1, :1]).all()
     assert float(dropped.mean()) == pytest.approx(1, abs=0.03)
-    assert (dropout(x, 0.25, jax.random.key(0)) != dropped).any()
+    of_elements = dropout(x, 0.25, jax.random.key(0))
+    assert (of_elements != dropped).any()
+    assert set(np.unique(of_elements)) == {0, np.float32(1 / 0.75)}
 
 
 def test_drop_path_is_per_patch_inside_and_per_image_outside_and_rises_linearly():

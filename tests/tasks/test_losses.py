@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import top_k_accuracy_score
 from sklearn.utils.class_weight import compute_class_weight
 from torch.nn import functional
 
@@ -150,6 +151,15 @@ def test_scores_of_classes_count_the_images_of_the_mask_alone():
     assert scores["balanced_accuracy"] == pytest.approx((1 + 1 / 2) / 2)
     expected = functional.cross_entropy(torch.tensor(np.asarray(logits[:3])), torch.tensor([0, 1, 1]))
     assert scores["loss"] == pytest.approx(float(expected), 1e-6)
+
+
+def test_top5_is_scikit_learns():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(200, 12)).astype(np.float32), rng.integers(0, 12, 200)
+    task = TASKS["single_label"]
+    batch = task.evaluated(jnp.asarray(logits), jnp.asarray(labels), jnp.ones(200, bool))
+    scores = task.scores([jax.device_get(batch)], Outputs(task.name))
+    assert scores["top5"] == pytest.approx(top_k_accuracy_score(labels, logits, k=5))
 
 
 @pytest.mark.parametrize(

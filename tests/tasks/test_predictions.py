@@ -126,5 +126,6 @@ def test_a_threshold_is_that_of_the_highest_f1():
     truth, scores = TRUTH[:, 1] > 0.5, SCORES[:, 1]
     ours = theirs.f1_score(truth, scores >= best_threshold(truth, scores))
     assert ours == pytest.approx(max(theirs.f1_score(truth, scores >= cut) for cut in scores))
+    assert best_threshold(np.array([True, False]), np.array([0.8, 0.4])) == pytest.approx(0.6)
     assert best_threshold(np.zeros(5, bool), np.arange(5.0)) == 0.5
     assert best_threshold(np.ones(3, bool), np.full(3, 0.4)) < 0.4

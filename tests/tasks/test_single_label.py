@@ -28,6 +28,9 @@ def test_calibration_error_is_the_mean_gap_of_confidence_and_accuracy():
     # Two bins: three predictions at 0.95 of which two are right, one at 0.3 that is right.
     confidence, right = np.array([0.95, 0.95, 0.95, 0.3]), np.array([True, True, False, True])
     assert calibration_error(confidence, right) == pytest.approx((3 * abs(2 / 3 - 0.95) + 0.7) / 4)
+    # Of 15 bins the borders are 0.6, 0.667 and 0.733, so that these lie in two; of 10 they would lie in one.
+    apart = calibration_error(np.array([0.68, 0.62]), np.array([True, False]))
+    assert apart == pytest.approx((0.32 + 0.62) / 2)
     # The ends of the bins: 0 and 1 belong to the first and the last.
     assert calibration_error(np.array([0.0, 1.0]), np.array([False, True])) == 0
 

@@ -261,6 +261,11 @@ def test_a_run_lasts_as_long_as_its_epochs_and_its_cooldown(tmp_path):
     assert Run(tiny_run(tmp_path / "run", optimizer=optimizer)).total_steps == (3 + 2) * 11
 
 
+def test_a_run_is_evaluated_every_so_many_epochs_and_at_its_end(tmp_path):
+    run = Run(tiny_run(tmp_path, eval_every_epochs=2))
+    assert [step for step in range(1, 34) if run.evaluates_after(step)] == [22, 33]
+
+
 def test_run_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(tnt_jax.InputError, match="cannot write into the run's folder"):
