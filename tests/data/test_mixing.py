@@ -171,6 +171,7 @@ for result in results[1:]:
 """
 
 
+@pytest.mark.slow
 def test_up_to_eight_devices_exchange_no_pixel_and_mix_alike():
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     done = subprocess.run(

@@ -46,6 +46,7 @@ def test_logits_are_of_every_pixel_and_every_parameter_learns(head):
         assert float(abs(gradient.get_value()).max()) > 0, path
 
 
+@pytest.mark.slow
 def test_a_pyramid_gives_every_pixel_too_and_its_batch_norm_trains():
     model = small_pyramid(head="mlp", image_size=(32, 64), num_classes=5)
     images = jnp.ones((2, 32, 64, 3)) * jnp.arange(64)[:, None] / 64

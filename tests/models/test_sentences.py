@@ -11,7 +11,8 @@ from tnt_jax.models.formulations.devices import say_once
 
 
 @pytest.mark.parametrize(
-    ("sentences", "dtype", "use_bias"), [(1100, "float32", False), (2, "float32", True), (1100, "bfloat16", True)]
+    ("sentences", "dtype", "use_bias"),
+    [(1100, "float32", False), (2, "float32", True), pytest.param(1100, "bfloat16", True, marks=pytest.mark.slow)],
 )
 def test_the_projections_kernel_is_the_reference(monkeypatch, sentences, dtype, use_bias):
     monkeypatch.setitem(devices.CORES, jax.devices()[0].device_kind, 2)

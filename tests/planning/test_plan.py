@@ -12,7 +12,7 @@ import rich
 from commands import ROOT, run
 from small_runs import config_file, tiny_run
 
-from tnt_jax.chips import GIB, chip_of
+from tnt_jax.chips import GIB, Chip, chip_of
 from tnt_jax.planning import gpus, plan
 from tnt_jax.planning.collectives import Collective, collectives, loops
 from tnt_jax.planning.compiling import Compiled, costs_of, largest_batch, largest_batch_by_memory, memory_wanted
@@ -252,3 +252,12 @@ def test_chips_are_known_under_what_jax_calls_them():
     devices = [types.SimpleNamespace(device_kind="TPU v4")]
     assert _chip("v4:2x2x2", 16 * devices).memory == 16 * GIB
     assert _chip("v4:2x2x2", 8 * devices).memory == 32 * GIB
+
+
+@pytest.mark.parametrize(("traffic", "said"), [(4e9, "133, by FLOPs"), (4e11, "8, by memory traffic")])
+def test_the_rate_at_the_peaks_is_bound_by_what_takes_longer(traffic, said, capsys):
+    """FLOPs take 60 ms of a step of 8 images, its traffic 10 ms or a second."""
+    chip, step = Chip("a chip", 16 * GIB, 1e14, 4e11), Compiled(8, GIB, True, 1.0, 6e12, traffic)
+    config, _ = plan._resolved(tiny_run("unused"))
+    rich.print(plan._table(config, step, chip, None))
+    assert f"at most {said}" in capsys.readouterr().out

@@ -119,6 +119,11 @@ def test_windows_are_averaged_and_brought_to_the_size_of_the_image():
     joined = TASK.join([(0, 0, left), (0, 2, right)], Canvas((4, 4), 0, 0, 4, 6, (4, 6)))
     np.testing.assert_array_equal(joined, [[1, 1, 2, 2, 2, 2]] * 4)
     assert TASK.join([(0, 0, left)], Canvas((4, 4), 0, 0, 4, 4, (9, 7))).shape == (9, 7)
+    # Where two windows meet, the mean counts beside what one alone has seen: 0.55 and 0.45 of the two classes.
+    one, two = np.zeros((4, 4, 3), np.float32), np.zeros((4, 4, 3), np.float32)
+    one[:, :2, 1], one[:, 2:], two[...] = 1.0, (0, 0.4, 0.6), (0, 0.4, 0.6)
+    wide = TASK.join([(0, 0, one), (0, 2, two)], Canvas((4, 4), 0, 0, 4, 6, (4, 12)))
+    np.testing.assert_array_equal(wide[0], [1] * 5 + [2] * 7)
     # A low image in the middle of its window.
     left[1:3, :, 2] = 0.9
     np.testing.assert_array_equal(TASK.join([(0, 0, left)], Canvas((4, 4), 1, 0, 2, 4, (2, 4))), [[2] * 4] * 2)

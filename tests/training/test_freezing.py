@@ -69,6 +69,7 @@ def goes_on(config, steps_lost=1):
     assert_ended_as(again, config)
 
 
+@pytest.mark.slow
 def test_what_is_frozen_stays_and_the_rest_goes_on_exactly(tmp_path):
     config = tiny_run(tmp_path / "run", freeze=("word_embedding", "blocks.0.inner", "head.bias"))
     goes_on(config)

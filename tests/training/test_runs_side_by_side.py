@@ -4,14 +4,16 @@ import csv
 import dataclasses
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
-from commands import run
+from commands import ROOT, run
 from small_runs import tiny_run
 
 import tnt_jax
 from tnt_jax.config import InputError
-from tnt_jax.storage.lock import RunLock
+from tnt_jax.storage.lock import HOLDER_FILE, RunLock, is_held
 from tnt_jax.training.report import duration
 from tnt_jax.visualize.runs import compare_curves
 
@@ -46,6 +48,16 @@ def test_each_run_has_its_line_with_what_differs(runs, tmp_path):
     with RunLock(runs / "finished", print, print):
         code, out, _ = run("tnt_jax/commands/runs.py", runs)
     assert "running" in out
+
+
+def test_a_run_whose_process_died_a_moment_ago_is_not_running(tmp_path):
+    dies = "import os, sys; from tnt_jax.storage.lock import RunLock; RunLock(sys.argv[1], print, print).__enter__(); "
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", dies + "os._exit(0)", tmp_path], env=environment, check=True)
+    assert (tmp_path / HOLDER_FILE).exists()
+    assert not is_held(tmp_path)
+    with RunLock(tmp_path, print, print):
+        assert is_held(tmp_path)
 
 
 def test_a_folder_without_runs_is_refused(tmp_path):

@@ -52,7 +52,10 @@ def few(tmp_path_factory):
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param("mlp", marks=pytest.mark.slow), "linear", pytest.param("pyramid", marks=pytest.mark.nightly)],
+    params=[
+        *(pytest.param(head, marks=pytest.mark.slow) for head in ("mlp", "linear")),
+        pytest.param("pyramid", marks=pytest.mark.nightly),
+    ],
 )
 def finished(request, few, tmp_path_factory):
     """A run of each head; `mlp` of a TNT and of a PyramidTNT."""

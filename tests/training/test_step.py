@@ -21,7 +21,7 @@ BATCH = {
 }
 
 
-def steps(count=1, model=(), **changes):
+def steps(count=1, model=(), batch=BATCH, **changes):
     """The states before and after each of so many steps of a tiny run on one batch, and their metrics."""
     config = tiny_run("unused", **changes)
     config = complete(dataclasses.replace(config, model=dataclasses.replace(config.model, **dict(model))), 10)
@@ -31,7 +31,7 @@ def steps(count=1, model=(), **changes):
     step = jax.jit(make_train_step(graphdef, params, optimizer, lambda step: 0.0, config))
     states, metrics = [init_state(params, optimizer)], []
     for _ in range(count):
-        state, measured = step(states[-1], BATCH)
+        state, measured = step(states[-1], batch)
         states.append(state)
         metrics.append({name: float(value) for name, value in measured.items()})
     return states, metrics
@@ -62,6 +62,16 @@ def test_with_a_key_for_each_image_none_depends_on_the_others():
             model(images[np.array(chosen)], keys[np.array(chosen)]), whole[np.array(chosen)], atol=1e-5
         )
     assert not np.allclose(model(images, keys[::-1]), whole, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_each_image_of_a_batch_draws_for_itself():
+    """What is the same 32 times has another mean loss than once; without a draw it has the same."""
+    batches = [{name: np.repeat(value[:1], count, axis=0) for name, value in BATCH.items()} for count in (1, 32)]
+    for rate in (0.0, 0.3):
+        model = {"drop_rate": rate, "drop_path_rate": 0.0}
+        once, often = (steps(model=model, batch=batch)[1][0]["loss"] for batch in batches)
+        assert (often == pytest.approx(once, rel=1e-5)) == (rate == 0)
 
 
 @pytest.mark.slow
