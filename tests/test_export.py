@@ -142,8 +142,15 @@ def test_a_large_model_and_a_missing_converter_and_wrong_logits_are_refused(tmp_
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("fields", [{"dtype": "bfloat16"}, {"dtype": "bfloat16", "param_dtype": "bfloat16"}])
-@pytest.mark.parametrize("format", ["onnx", "stablehlo"])
+@pytest.mark.parametrize(
+    ("format", "fields"),
+    [
+        ("onnx", {"dtype": "bfloat16", "param_dtype": "bfloat16"}),
+        pytest.param("onnx", {"dtype": "bfloat16"}, marks=pytest.mark.slow),
+        pytest.param("stablehlo", {"dtype": "bfloat16", "param_dtype": "bfloat16"}, marks=pytest.mark.slow),
+        ("stablehlo", {"dtype": "bfloat16"}),
+    ],
+)
 def test_what_was_trained_in_bfloat16_is_exported_in_float32(format, fields, tmp_path):
     """Ten of the shipped configurations train in bfloat16."""
     import onnxruntime

@@ -58,7 +58,7 @@ def read(batches, count):
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in ("npy16", "several") else pytest.param(name, marks=pytest.mark.slow) for name in CHANNELS]
+    "name", [name if name == "npy16" else pytest.param(name, marks=pytest.mark.slow) for name in CHANNELS]
 )
 def test_batches_do_not_depend_on_processes_and_workers(name, sources):
     data = dataclasses.replace(sources[name], repeats=1)

@@ -98,7 +98,7 @@ def test_a_bias_of_the_logits_and_a_machine_without_a_compiler_take_the_equation
     np.testing.assert_array_equal(layer(x), reference(x))
 
 
-@pytest.mark.parametrize("tokens", [197, 16])
+@pytest.mark.parametrize("tokens", [pytest.param(197, marks=pytest.mark.slow), 16])
 def test_padding_for_cudnn_changes_nothing(tokens):
     """As far as it can be proven without a GPU: XLA in the place of cuDNN, with the same lengths."""
     layer, x = make_attention(64, 2, inner="reference"), random_tokens(2, tokens, 64)

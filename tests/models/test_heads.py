@@ -67,6 +67,7 @@ def test_maps_in_training_are_those_of_the_features_with_the_same_key(make):
     assert float(abs(model.forward_intermediates(images, (-1,))[0] - last).max()) > 0.01
 
 
+@pytest.mark.slow
 def test_a_head_of_another_kind_is_fresh_and_one_of_the_same_stays():
     model = small_model(num_classes=3)
     given = model_parameters(model)

@@ -272,7 +272,11 @@ def test_the_kernels_gelu_is_within_its_bound(scaled):
 
 
 @pytest.mark.parametrize(
-    "compare", ["compare_native_on_a_mesh", pytest.param("compare_pallas_on_a_mesh", marks=pytest.mark.nightly)]
+    "compare",
+    [
+        pytest.param("compare_native_on_a_mesh", marks=pytest.mark.slow),
+        pytest.param("compare_pallas_on_a_mesh", marks=pytest.mark.nightly),
+    ],
 )
 def test_every_device_of_a_mesh_runs_the_kernel_on_its_own_sentences(compare):
     """Four devices, whose gradients of the parameters are added up, in a process of their own."""

@@ -119,7 +119,7 @@ def test_initialisation_is_the_published_one():
     assert np.abs(model.word_embedding.conv.bias[...]).max() <= bound
 
 
-@pytest.mark.parametrize("remat", ["linear", "all"])
+@pytest.mark.parametrize("remat", [pytest.param("linear", marks=pytest.mark.slow), "all"])
 def test_remat_changes_neither_loss_nor_gradients(remat):
     x, key = images(2, 32, 32, 3), jax.random.key(1)
     model = small(drop_path_rate=0.3)

@@ -78,6 +78,7 @@ def test_a_caller_sees_every_step_and_ends_the_run_which_then_goes_on(finished, 
     assert {line["kind"] for line in extra} >= {"test"}
 
 
+@pytest.mark.slow
 def test_early_stop_binds_no_run(finished, copy):
     """It decides when a run ends, and not what a step computes."""
     tnt_jax.train(dataclasses.replace(copy, early_stop=EarlyStopConfig(100)))

@@ -126,7 +126,7 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(stop, exit_code, tmp_path)
     assert parameters(tmp_path / "run", weights="raw")
 
 
-@pytest.mark.parametrize("damage", ["flipped bytes", "truncated"])
+@pytest.mark.parametrize("damage", [pytest.param("flipped bytes", marks=pytest.mark.slow), "truncated"])
 def test_damaged_checkpoint_is_put_aside_and_the_run_still_ends_as_it_should(damage, finished, tmp_path, capsys):
     config, scores = finished
     shutil.copytree(config.run_dir, tmp_path / "run")

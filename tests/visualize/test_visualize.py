@@ -325,6 +325,7 @@ def test_why_says_what_it_cannot_explain(flags, message, tnt, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["image.png", "m"]
 
 
+@pytest.mark.slow
 def test_why_writes_its_maps(tnt, tmp_path):
     tnt_jax.save_model(tnt, tmp_path / "m")
     Image.fromarray(IMAGE).save(tmp_path / "image.png")
