@@ -21,11 +21,11 @@ from tnt_jax.commands.cli import config_of
 PAGES = sorted(["README.md", *(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))])
 BLOCK = re.compile(r"(?:^<!-- not run: (.+?) -->\n)?(?:^<!-- [^\n]* -->\n)?^```(\w*)\n(.*?)^```$", re.M | re.S)
 RUN_ELSEWHERE = {"docs/weights.md"}  # tests/test_weights_page.py runs the table, test_publish.py and others the rest
+# What others test too: trainings, pictures, and every command by itself.
 LONG = {
-    "docs/own_images.md",
-    "docs/detection.md",
-    "docs/segmentation.md",
-}  # trainings; their commands have tests of their own
+    f"docs/{name}.md"
+    for name in ("detection", "evaluation", "export", "own_images", "pictures", "segmentation", "training")
+}
 NOT_COMMANDS = {"yaml", "dockerfile", "json", "text"}
 
 
@@ -97,7 +97,7 @@ CELL = re.compile(r"^\|[^|]*\|[^|]*\| `([^`]+)` \|$", re.M)
 TYPED = CELL.findall((ROOT / "docs/coming_from.md").read_text())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("typed", TYPED)
 def test_what_one_types_here_runs(typed, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)

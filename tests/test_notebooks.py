@@ -40,7 +40,7 @@ def test_there_are_the_five_notebooks_with_their_outputs():
         assert not any(output["output_type"] == "error" for output in outputs)
 
 
-NIGHTLY = ("finetune", "own_images")
+NIGHTLY = ("finetune", "inside_tnt", "own_images")
 
 
 @pytest.mark.parametrize(

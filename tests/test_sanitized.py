@@ -12,7 +12,11 @@ from commands import ROOT
 SANITIZED = ROOT / "tests/sanitized"
 FLAGS = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 # Under x86, also what a processor without vector instructions would run.
-X86 = ["-march=native", pytest.param("-mno-avx", marks=pytest.mark.nightly), "-mno-sse3"]
+X86 = [
+    "-march=native",
+    pytest.param("-mno-avx", marks=pytest.mark.nightly),
+    pytest.param("-mno-sse3", marks=pytest.mark.nightly),
+]
 SETS = X86 if platform.machine() == "x86_64" else ["-O1"]
 IS = {"inner_layer": ["-DINNER"], "transpose": ["-DTRANSPOSE"]}
 

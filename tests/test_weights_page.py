@@ -99,7 +99,7 @@ def world(here, tmp_path_factory):
     patch.undo()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_line_on_the_right_runs(world, here):
     known = {"numpy": np, "tnt_jax": tnt_jax}
     for _, line in rows():
@@ -116,7 +116,7 @@ def test_every_line_on_the_right_runs(world, here):
     assert (here / "out.pth").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_line_of_timms_on_the_left_runs(world, here):
     known = {"timm": timm, "torch": torch, "model": timm.create_model("local-dir:hub", pretrained=True)}
     lines = [line for line, _ in rows() if line.startswith("timm.")]

@@ -57,9 +57,10 @@ def read(batches, count):
     return found
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "npy16" else pytest.param(name, marks=pytest.mark.slow) for name in CHANNELS]
-)
+MARKS = {"npy16": (), "hf": pytest.mark.slow, "csv": pytest.mark.slow, "several": pytest.mark.slow}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, pytest.mark.nightly)) for name in CHANNELS])
 def test_batches_do_not_depend_on_processes_and_workers(name, sources):
     data = dataclasses.replace(sources[name], repeats=1)
     train, test = (open_split(data, split) for split in ("train", None))

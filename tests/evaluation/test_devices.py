@@ -37,11 +37,12 @@ def test_a_run_is_evaluated_as_image_by_image(run):
     "arguments",
     [
         ["eval.py"],
-        ["eval.py", "--probe", "knn"],
         ["eval.py", "--explain", "grad-cam", "--images", "9"],
         ["visualize.py", "confusion"],
-        ["visualize.py", "mistakes"],
-        ["visualize.py", "tsne"],
+        *(
+            pytest.param(words, marks=pytest.mark.nightly)
+            for words in (["eval.py", "--probe", "knn"], ["visualize.py", "mistakes"], ["visualize.py", "tsne"])
+        ),
     ],
 )
 def test_every_command_over_images_takes_a_run(arguments, run, tmp_path, monkeypatch):

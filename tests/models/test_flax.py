@@ -32,7 +32,7 @@ def loss_of(model, images, labels, rngs=None):
     return optax.softmax_cross_entropy_with_integer_labels(model(images, rngs=rngs), labels).mean()
 
 
-@pytest.mark.parametrize("kind", ["tnt", "pyramid"])
+@pytest.mark.parametrize("kind", ["tnt", pytest.param("pyramid", marks=pytest.mark.nightly)])
 class TestRandomness:
     @pytest.mark.slow
     def test_rngs_are_a_key(self, kind):
@@ -232,7 +232,7 @@ def test_in_both_modes_of_flax(graph_mode, graph_updates, chosen):
     modes = {"NNX_GRAPH_MODE": graph_mode, "NNX_GRAPH_UPDATES": graph_updates}
     # The usual mode, both true, is that of the suite.
     tests = ["tests/models/test_flax.py", "tests/storage/test_folder.py"]
-    which = "not slow and not nightly and not gpu and not demo"
+    which = "not nightly and not gpu and not demo"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-m", which, "-k", chosen, *tests]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | modes, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
@@ -254,10 +254,9 @@ PARTS = ["qkv", "proj", "fc1", "fc2", "words"]
     ("lora", "kind", "part"),
     [
         *((lora, "tnt", part) for lora, part in (("LoRA", "qkv"), ("LoRALinear", "words"))),
-        *(pytest.param("LoRALinear", "tnt", part, marks=pytest.mark.slow) for part in PARTS[:-1]),
+        *(pytest.param("LoRALinear", "tnt", part, marks=pytest.mark.nightly) for part in PARTS[:-1]),
         *(pytest.param("LoRA", "tnt", part, marks=pytest.mark.slow) for part in PARTS[1:]),
-        pytest.param("LoRA", "pyramid", "qkv", marks=pytest.mark.slow),
-        *(pytest.param("LoRA", "pyramid", part, marks=pytest.mark.nightly) for part in PARTS[1:]),
+        *(pytest.param("LoRA", "pyramid", part, marks=pytest.mark.nightly) for part in PARTS),
         *(pytest.param("LoRALinear", "pyramid", part, marks=pytest.mark.nightly) for part in PARTS),
     ],
 )

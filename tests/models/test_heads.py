@@ -56,7 +56,7 @@ def test_a_pyramid_gives_every_pixel_too_and_its_batch_norm_trains():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [small_model, small_pyramid])
+@pytest.mark.parametrize("make", [small_model, pytest.param(small_pyramid, marks=pytest.mark.nightly)])
 def test_maps_in_training_are_those_of_the_features_with_the_same_key(make):
     model, key = make(drop_rate=0.3, drop_path_rate=0.3), jax.random.key(3)
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 32, 32, 3)), jnp.float32)

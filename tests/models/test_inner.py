@@ -179,7 +179,7 @@ def test_native_under_vmap_is_the_reference():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("sentences", "dtype", "key", "cores"),
-    [(2100, "float32", 7, 2), (5, "bfloat16", None, 1)],
+    [pytest.param(2100, "float32", 7, 2, marks=pytest.mark.nightly), (5, "bfloat16", None, 1)],
 )
 def test_the_kernel_is_the_reference(monkeypatch, sentences, dtype, key, cores):
     """Few words and channels, because the kernel is slow where it is interpreted; sentences that do not fill a tile,

@@ -39,10 +39,10 @@ def random_tokens(batch, tokens, dim, dtype):
 @pytest.mark.parametrize(
     ("batch", "tokens", "heads", "dtype", "with_added"),
     [
-        (3, 10, 2, "float32", False),
+        pytest.param(3, 10, 2, "float32", False, marks=pytest.mark.nightly),
         (5, 17, 2, "float32", True),
         (1, 16, 2, "float32", True),  # 15 patches: XLA adds
-        (2, 197, 4, "float32", True),
+        pytest.param(2, 197, 4, "float32", True, marks=pytest.mark.nightly),
         (9, 37, 2, "bfloat16", True),
     ],
 )

@@ -71,7 +71,7 @@ def test_256_chips_exchange_the_gradient_and_nothing_that_grows_with_the_pod():
         assert other.bytes <= 4 * 16 * 16 * 4
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_is_sent_is_the_same_for_8_and_for_256_chips():
     small, large = (sent(topology, batch)["sent"] for topology, batch in (("v5e:2x4", 4 * 8), ("v5e:16x16", 4 * 256)))
     assert [(each.kind, each.bytes) for each in small] == [(each.kind, each.bytes) for each in large]

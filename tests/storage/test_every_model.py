@@ -73,7 +73,7 @@ def test_a_kind_is_located_and_loads_as_the_same_model(kind, everywhere, made):
 
 
 # The others differ from one of these in how they are written, which the test above knows.
-WHOLE = ("folder", "me/digits@v1", "local-dir:hub", "ADDRESS/tnt.pth", "tnt.safetensors", "tnt_ti_legacy_patch16_224")
+WHOLE = ("folder", "me/digits@v1", "ADDRESS/tnt.pth", "tnt.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def run(folder, script, **environment):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_page_runs_and_answers_as_mmpretrain_does_and_again_without_a_network(record, folder):
     arrays, _ = record
     script = PREFIX + PAGE + "IMAGES = numpy.load('images.npy')\n" + AFTER

@@ -63,7 +63,7 @@ def few(tmp_path_factory):
     scope="module",
     params=[
         pytest.param("retinanet", marks=pytest.mark.slow),
-        pytest.param("detr", marks=pytest.mark.slow),
+        pytest.param("detr", marks=pytest.mark.nightly),
         pytest.param("pyramid", marks=pytest.mark.nightly),
     ],
 )
@@ -100,7 +100,9 @@ def step_of(config, devices):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head", ["retinanet", "detr", pytest.param("detr_unpooled", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(
+    "head", ["detr", *(pytest.param(head, marks=pytest.mark.nightly) for head in ("retinanet", "detr_unpooled"))]
+)
 def test_a_step_is_the_same_on_several_devices(head, few, tmp_path):
     model = dataclasses.replace(SMALL, head=head, drop_path_rate=0.0)
     config = run_of(tmp_path, few, model, optimizer=OptimizerConfig(name="sgd", learning_rate=1e-3, warmup_epochs=0))
@@ -169,7 +171,7 @@ def test_every_command(finished, few, tmp_path):
     assert found["pred_boxes"].shape == (len(found["pred_labels"]), 4)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_pictures_and_files(finished, few, tmp_path):
     folder = finished.run_dir
     for what in ("confusion", "curves", "batch"):

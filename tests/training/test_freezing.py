@@ -100,7 +100,7 @@ def test_a_probe_of_the_head_computes_no_gradient_and_keeps_no_state_of_the_rest
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["muon", "schedule_free"])
+@pytest.mark.parametrize("name", [pytest.param("muon", marks=pytest.mark.nightly), "schedule_free"])
 def test_a_run_with_another_optimizer_goes_on_exactly_and_learns(name, tmp_path):
     optimizer = OptimizerConfig(name, learning_rate=1e-2, warmup_epochs=1, clip_norm=1.0, layer_decay=0.9)
     goes_on(tiny_run(tmp_path / "run", optimizer=optimizer))

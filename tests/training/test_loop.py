@@ -109,7 +109,9 @@ def test_run_that_is_killed_goes_on_and_ends_as_if_nothing_had_happened(finished
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stop", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+@pytest.mark.parametrize(
+    ("stop", "exit_code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.nightly), (signal.SIGTERM, 75)]
+)
 def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(stop, exit_code, tmp_path):
     arguments = ["--run-dir", str(tmp_path / "run"), "--config", config_file(tmp_path), "--epochs", "2000"]
     command = [sys.executable, "-u", "train.py", *arguments]

@@ -198,8 +198,15 @@ def test_a_run_that_is_killed_in_an_epoch_without_end_goes_on_from_minutes_ago(t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("moment", ["import jax", "compiling"])
+@pytest.mark.parametrize(
+    ("moment", "number", "code"),
+    [
+        ("import jax", signal.SIGTERM, 75),
+        ("compiling", signal.SIGINT, 130),
+        pytest.param("import jax", signal.SIGINT, 130, marks=pytest.mark.nightly),
+        pytest.param("compiling", signal.SIGTERM, 75, marks=pytest.mark.nightly),
+    ],
+)
 def test_a_signal_while_the_run_starts_ends_it_at_once(number, code, moment, tmp_path):
     sleeping = {
         "import jax": "import tnt_jax.commands.train as command\n"

@@ -53,8 +53,8 @@ def few(tmp_path_factory):
 @pytest.fixture(
     scope="module",
     params=[
-        *(pytest.param(head, marks=pytest.mark.slow) for head in ("mlp", "linear")),
-        pytest.param("pyramid", marks=pytest.mark.nightly),
+        pytest.param("mlp", marks=pytest.mark.slow),
+        *(pytest.param(head, marks=pytest.mark.nightly) for head in ("linear", "pyramid")),
     ],
 )
 def finished(request, few, tmp_path_factory):
@@ -92,7 +92,7 @@ def step_of(config, devices):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head", ["mlp", "linear"])
+@pytest.mark.parametrize("head", ["mlp", pytest.param("linear", marks=pytest.mark.nightly)])
 def test_a_step_is_the_same_on_several_devices(head, few, tmp_path):
     config = run_of(tmp_path, few, dataclasses.replace(SMALL, head=head))
     assert_same_step(step_of(config, 1), step_of(config, 4))
@@ -169,7 +169,7 @@ def test_every_command(finished, few, tmp_path):
     assert (code, "which is there already; name a new folder" in err) == (2, True)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_pictures_and_files(finished, few, tmp_path):
     folder = finished.run_dir
     for what in ("confusion", "mistakes", "curves", "batch"):

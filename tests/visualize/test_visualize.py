@@ -75,7 +75,7 @@ def test_an_outer_map_of_a_pyramid_repeats_a_key_over_its_square_of_sentences(py
     np.testing.assert_allclose(outer_map(pyramid, outer, 2, (2, 5)), outer[2].mean(axis=0)[1].reshape(2, 2))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_picture_of_a_pyramid():
     pyramid = small_pyramid(image_size=64)
     shapes = [weights.shape for weights in attention_of(pyramid, preprocess(pyramid, IMAGE))[1]]
