@@ -219,9 +219,7 @@ def test_meshes_and_shard_map(inner):
 @pytest.mark.parametrize(
     ("graph_mode", "graph_updates", "chosen"),
     [
-        pytest.param(
-            "false", "false", "split_by_their_kind or trained_alone or tnt and flax_says", marks=pytest.mark.slow
-        ),
+        pytest.param("false", "false", "lower_the_loss or LoRA", marks=pytest.mark.slow),
         *(
             pytest.param(*modes, "", marks=pytest.mark.nightly)
             for modes in (("false", "false"), ("true", "false"), ("false", "true"))
@@ -232,7 +230,7 @@ def test_in_both_modes_of_flax(graph_mode, graph_updates, chosen):
     modes = {"NNX_GRAPH_MODE": graph_mode, "NNX_GRAPH_UPDATES": graph_updates}
     # The usual mode, both true, is that of the suite.
     tests = ["tests/models/test_flax.py", "tests/storage/test_folder.py"]
-    which = "not nightly and not gpu and not demo"
+    which = "not slow and not nightly and not gpu and not demo"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-m", which, "-k", chosen, *tests]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | modes, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
