@@ -17,7 +17,7 @@ from tnt_jax.config import DataConfig, ModelChanges, OptimizerConfig, TrainConfi
 def get_config() -> TrainConfig:
     return TrainConfig(
         run_dir="runs/coco_retinanet_ptnt_s",
-        model=ModelChanges("ptnt_s_patch16_256", image_size=768, head="retinanet", dtype="bfloat16"),
+        model=ModelChanges("ptnt_s_patch16_256", image_size=768, num_classes=80, head="retinanet", dtype="bfloat16"),
         data=DataConfig.plain(
             "coco:data/coco",
             task="detection",

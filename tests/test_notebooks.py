@@ -29,8 +29,9 @@ def clothes(tmp_path_factory):
     return str(folder)
 
 
-def test_there_are_the_five_notebooks_with_their_outputs():
-    assert [path.stem for path in NOTEBOOKS] == ["convert", "finetune", "inside_tnt", "own_images", "quickstart"]
+def test_there_are_the_six_notebooks_with_their_outputs():
+    names = ["convert", "finetune", "inside_tnt", "masks_and_boxes", "own_images", "quickstart"]
+    assert [path.stem for path in NOTEBOOKS] == names
     for path in NOTEBOOKS:
         cells = json.loads(path.read_text())["cells"]
         code = [cell for cell in cells if cell["cell_type"] == "code"]
@@ -40,7 +41,7 @@ def test_there_are_the_five_notebooks_with_their_outputs():
         assert not any(output["output_type"] == "error" for output in outputs)
 
 
-NIGHTLY = ("finetune", "inside_tnt", "own_images")
+NIGHTLY = ("finetune", "inside_tnt", "masks_and_boxes", "own_images")
 
 
 @pytest.mark.parametrize(

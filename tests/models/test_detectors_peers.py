@@ -147,6 +147,22 @@ def test_anchors_fit_images_of_any_shape():
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+def test_detr_begins_as_its_authors_do():
+    """`xavier_uniform_` of every matrix of the transformers, PyTorch's own of the linear maps around them."""
+    ours, xavier = Detr((64,) * 4, config=dataclasses.replace(CONFIG, head="detr"), rngs=nnx.Rngs(0)), []
+    for shape in ((64, 64), (512, 64), (64, 512)):
+        xavier.append(torch.nn.init.xavier_uniform_(torch.empty(shape)))
+    attention, linear = torch.nn.MultiheadAttention(64, 2), torch.nn.Linear(64, 64)
+    for layer in (ours.encoder[0], ours.decoder[5]):
+        within = [(each, attention.in_proj_weight) for each in (layer.attn.q, layer.attn.k, layer.attn.v)]
+        within += zip((layer.attn.proj, layer.fc1, layer.fc2), xavier, strict=True)
+        within += [(ours.projection, linear.weight), (ours.boxes[2], linear.weight), (ours.classes, linear.weight)]
+        for found, theirs in within:
+            kernel, bound = found.kernel[...], float(theirs.detach().abs().max())
+            assert float(abs(kernel).max()) == pytest.approx(bound, rel=0.03)
+            assert float(kernel.std()) == pytest.approx(bound / 3**0.5, rel=0.1)
+
+
 @pytest.fixture(scope="module")
 def detrs():
     """Ours, and transformers' with the same weights."""

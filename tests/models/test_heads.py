@@ -89,6 +89,16 @@ def test_a_head_of_another_kind_is_fresh_and_one_of_the_same_stays():
     assert back.keys() == given.keys()
 
 
+def test_a_detector_says_what_of_it_is_fresh():
+    model = small_model(num_classes=3)
+    wanted = with_changes(model.config, {"head": "retinanet"})
+    parameters, notes = adapt(model_parameters(model), model.config, wanted, seed=1)
+    assert notes == ["the head is retinanet, and that of the checkpoint class"]
+    more = dataclasses.replace(wanted, num_classes=4)
+    _, notes = adapt(parameters, wanted, more, seed=1)
+    assert notes == ["2 arrays of the head retinanet are new"]
+
+
 def test_maps_of_one_size_are_not_touched_and_constants_stay():
     maps = jnp.full((1, 3, 4, 2), 7.0)
     assert resized(maps, (3, 4)) is maps

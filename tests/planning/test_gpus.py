@@ -82,6 +82,20 @@ print(json.dumps({"memory": step.memory}))
 """
 
 
+# The gradient of logits that are enlarged, as of ADE20K's configuration.
+ENLARGED = """
+import json, sys
+import jax, jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+from tnt_jax.models.heads import resized
+from tnt_jax.planning.gpus import gpu_devices
+place = SingleDeviceSharding(gpu_devices(sys.argv[1])[0])
+maps, targets = (jax.ShapeDtypeStruct((2, side, side, 150), jnp.float32, sharding=place) for side in (128, 512))
+gradient = jax.jit(jax.grad(lambda maps, targets: ((resized(maps, (512, 512)) - targets) ** 2).sum()))
+print(json.dumps({"bytes": gradient.lower(maps, targets).compile().memory_analysis().temp_size_in_bytes}))
+"""
+
+
 def compiled(program, topology, *arguments) -> dict:
     settings = environment_for(topology) | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     command = [sys.executable, "-c", program, topology, *arguments]
@@ -118,3 +132,7 @@ def test_the_train_step_fits_and_sends_the_gradient_once(topology, cards):
 def test_each_card_has_its_own_images_alone_where_groups_of_128_do_not_fit_the_cards():
     """Else each computes the whole batch, in 6 GiB; of its own images it is less than one."""
     assert compiled(GROUPS, "h100:8")["memory"] < 1.5 * 2**30
+
+
+def test_the_gradient_of_enlarged_logits_compiles():
+    assert compiled(ENLARGED, "h100:8")["bytes"] > 0

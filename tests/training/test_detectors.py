@@ -237,11 +237,10 @@ def test_a_head_that_a_network_cannot_have(name, changes, message):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(("head", "epochs"), [("retinanet", "8"), ("detr", "60")])
-def test_digits_in_scenes_are_found_well(head, epochs, tmp_path):
+def test_digits_in_scenes_are_found_well(tmp_path):
     write(tmp_path / "scenes", {"train": 4000, "val": 300})
     command = [sys.executable, "train.py", "--config", "digit_boxes", "--data.source", f"coco:{tmp_path / 'scenes'}"]
-    command += ["--run-dir", str(tmp_path / "run"), "--model.head", head, "--epochs", epochs]
+    command += ["--run-dir", str(tmp_path / "run")]
     environment = os.environ | {"XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": ""}
     subprocess.run(command, cwd=commands.ROOT, env=environment, check=True, capture_output=True)
-    assert history(tmp_path / "run")[-1]["ema_ap50"] >= (0.9 if head == "retinanet" else 0.75)
+    assert history(tmp_path / "run")[-1]["ema_ap50"] >= 0.9

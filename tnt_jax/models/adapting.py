@@ -63,7 +63,8 @@ def adapt(
             fresh = fresh_decoder(wanted, seed)
             changed = {path: new for path, new in fresh.items() if np.shape(adapted.get(path)) != new.shape}
             adapted |= changed
-            notes.append(f"{len(changed)} arrays of the head {wanted.head} are new")
+            if changed:
+                notes.append(f"{len(changed)} arrays of the head {wanted.head} are new")
         elif wanted.num_classes:
             shape = (decoder_dim(wanted), wanted.num_classes)
             adapted["head.kernel"] = normal_init(None, shape, wanted.param_dtype).draw((seed,))

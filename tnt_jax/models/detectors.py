@@ -8,7 +8,7 @@ every layer of its decoder says, else the last one's.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -164,6 +164,23 @@ class RetinaNet(nnx.Module):
         return jnp.concatenate([*found, jnp.broadcast_to(anchors, (batch, *anchors.shape))], axis=-1)
 
 
+def uniform(fan: Callable[[int, int], float]) -> Callable:
+    """An initialiser: uniform, at most the root of one over `fan` of inputs and outputs."""
+
+    def draw(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+        bound = fan(*shape) ** -0.5
+        return rng.uniform(-bound, bound, shape).astype(np.float32)
+
+    return initializer(draw)
+
+
+# As DETR's authors begin: Xavier's in its transformers, where queries, keys and values are one matrix, PyTorch's around
+# them.
+OF_ATTENTION = uniform(lambda inputs, outputs: (inputs + 3 * outputs) / 6)
+OF_TRANSFORMER = uniform(lambda inputs, outputs: (inputs + outputs) / 6)
+OF_LINEAR = uniform(lambda inputs, outputs: inputs)
+
+
 def sine_positions(rows: int, columns: int, dim: int) -> Float[np.ndarray, "places dim"]:
     """DETR's positions: sine and cosine of the row in the first half of the channels, of the column in the other."""
     half = dim // 2
@@ -182,7 +199,8 @@ class CrossAttention(nnx.Module):
     def __init__(self, dim: int, *, config: ModelConfig, rngs: Rngs):
         make = functools.partial(Linear, dim, dim, config=config, rngs=rngs)
         self.num_heads = dim // HEAD_DIM
-        self.q, self.k, self.v, self.proj = (make() for _ in range(4))
+        self.q, self.k, self.v = (make(kernel_init=OF_ATTENTION) for _ in range(3))
+        self.proj = make(kernel_init=OF_TRANSFORMER)
 
     def __call__(self, queries: Array, keys: Array, values: Array, key: Keys | None = None) -> Array:
         q, k, v = (
@@ -204,8 +222,8 @@ class EncoderLayer(nnx.Module):
         )
         self.attn, self.norm1 = attention(), norm()
         self.cross, self.norm2 = (attention(), norm()) if has_cross else (None, None)
-        self.fc1 = Linear(dim, MLP_RATIO * dim, config=config, rngs=rngs)
-        self.fc2 = Linear(MLP_RATIO * dim, dim, config=config, rngs=rngs)
+        make = functools.partial(Linear, kernel_init=OF_TRANSFORMER, config=config, rngs=rngs)
+        self.fc1, self.fc2 = make(dim, MLP_RATIO * dim), make(MLP_RATIO * dim, dim)
         self.norm3 = norm()
 
     def __call__(
@@ -227,7 +245,8 @@ class Detr(nnx.Module):
 
     def __init__(self, dims: Sequence[int], *, config: ModelConfig, rngs: Rngs):
         self.pools, dim = config.head == "detr", head_dim(config)
-        make, linear = (functools.partial(each, config=config, rngs=rngs) for each in (EncoderLayer, Linear))
+        make = functools.partial(EncoderLayer, config=config, rngs=rngs)
+        linear = functools.partial(Linear, kernel_init=OF_LINEAR, config=config, rngs=rngs)
         self.projection = linear(dims[-1], dim)
         self.encoder = nnx.List([make(dim) for _ in range(LAYERS)])
         self.queries = nnx.Param(

@@ -38,11 +38,15 @@ def resized(
 
     Two matrix products, as `jax.image.resize` computes it too, which cannot be exported for any number of images.
     """
-    for spec, length, to in zip(("bhwc,yh->bywc", "bhwc,xw->bhxc"), maps.shape[1:3], size, strict=True):
-        if length != to:
-            matrix = jnp.asarray(bilinear(length, to), maps.dtype)
-            maps = jnp.einsum(spec, maps, matrix, precision=jax.lax.Precision.HIGHEST)
-    return maps
+    if maps.shape[1:3] == size:
+        return maps
+    rows, columns = (
+        jnp.asarray(bilinear(length, to), maps.dtype) for length, to in zip(maps.shape[1:3], size, strict=True)
+    )
+    # Channels stand before the places in between: of the gradient in any other order XLA for GPUs (JAX 0.10.2) says
+    # that it finds no tiles.
+    maps = jnp.einsum("bhwc,xw->bchx", maps, columns, precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum("bchx,yh->byxc", maps, rows, precision=jax.lax.Precision.HIGHEST)
 
 
 def bilinear(length: int, to: int) -> Float[np.ndarray, "to length"]:

@@ -94,15 +94,25 @@ def fan_in_uniform(fan_in: int) -> Callable:
 
 
 class Linear(nnx.Linear):
-    """A linear map of the last axis, initialised as published: weights with standard deviation 0.02, zero bias."""
+    """A linear map of the last axis, initialised as published: weights with standard deviation 0.02 where nothing else
+    is said, zero bias."""
 
-    def __init__(self, in_features: int, out_features: int, *, use_bias: bool = True, config: ModelConfig, rngs: Rngs):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = True,
+        kernel_init: Callable = normal_init,
+        config: ModelConfig,
+        rngs: Rngs,
+    ):
         self.plain = config.inner == "reference"
         super().__init__(
             in_features,
             out_features,
             use_bias=use_bias,
-            kernel_init=normal_init,
+            kernel_init=kernel_init,
             bias_init=zeros_init,
             dtype=jnp.dtype(config.dtype),
             param_dtype=jnp.dtype(config.param_dtype),

@@ -237,9 +237,9 @@ class Detection(task.DenseTask):
         )
         if not np.isfinite(loss).all():
             return len(loss), {metric.name: np.nan for metric in METRICS}
-        classes = int(max(found[..., 5].max(initial=0), labels[:, 1:, 4].max(initial=0))) + 1
-        of_images = [_of_image(boxes, label) for boxes, label in zip(found, labels, strict=True)]
-        return len(loss), coco_scores(coco_evaluation(of_images, labels, classes)) | {"loss": float(loss.mean())}
+        predicted = self.predictions((found, labels, loss), outputs, None, np.nan)
+        scores = coco_scores(coco_evaluation(predicted.found, labels, predicted.classes))
+        return len(loss), scores | {"loss": float(loss.mean())}
 
     def in_classes(self, logits: "jax.Array", chosen: Any) -> "jax.Array":
         import jax.numpy as jnp
