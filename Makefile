@@ -1,5 +1,7 @@
 # `make digits` and `make test` do all the set-up on a machine with Python 3.11 or newer; PYTHON=python3.13 chooses another one.
 PYTHON ?= python3
+# The Python of the newest JAX; `make install PYTHON=$(NEWEST)` is `make digits test` on it, in a folder of its own.
+NEWEST ?= python3.13
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 # Three for two cores: tests of several processes and of servers wait half of their time.
 PYTEST = .venv/bin/python -m pytest -n 3 --dist loadfile
@@ -23,11 +25,13 @@ check: .venv/.installed-dev lint
 	CHECK_SHAPES=1 $(PYTEST) $(CIRCLE) $(CHECKED)
 
 # What takes long and breaks rarely: every size of every kernel, whole recipes, the table of mutants, a second number of
-# devices, programs for GPUs, and an installation from PyPI alone.
+# devices, Flax's coming default, programs for GPUs, and an installation from PyPI alone, of the oldest and newest JAX.
 nightly: .venv/.installed-dev
 	$(PYTEST) --peers -m nightly --durations=25
 	DEVICES=3 $(PYTEST) tests/evaluation tests/visualize tests/test_inference.py
+	NNX_GRAPH_MODE=false NNX_GRAPH_UPDATES=false $(PYTEST)
 	$(MAKE) mutants test-gpu install
+	$(MAKE) install PYTHON=$(NEWEST)
 
 # Bugs of one line, planted one at a time: which do the tests of `make check` miss?
 mutants: .venv/.installed-dev

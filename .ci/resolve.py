@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-PYTHONS = ("3.11", "3.12", "3.13")
+PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 LINUX, MACOS = "x86_64-manylinux_2_31", "aarch64-apple-darwin"
 # The list for development has the other lists in it.
 CASES = (

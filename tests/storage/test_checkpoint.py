@@ -148,7 +148,7 @@ def test_a_stutter_of_the_disk_anywhere_in_reading_is_another_try(place, saved, 
         raise OSError(116, "Stale file handle")
 
     if place == "listing":
-        monkeypatch.setattr(reading.os, "listdir", stale)
+        monkeypatch.setattr(pathlib.Path, "iterdir", stale)
     else:
         monkeypatch.setattr(pathlib.Path, "read_text", stale)
     reads = {"listing": (steps_of, reading.had_checkpoint), "scores": (scores_of, Checkpoints)}
