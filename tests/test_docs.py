@@ -24,7 +24,7 @@ RUN_ELSEWHERE = {"docs/weights.md"}  # tests/test_weights_page.py runs the table
 # What others test too: trainings, pictures, and every command by itself.
 LONG = {
     f"docs/{name}.md"
-    for name in ("detection", "evaluation", "export", "own_images", "pictures", "segmentation", "training")
+    for name in ("detection", "evaluation", "export", "models", "own_images", "pictures", "segmentation", "training")
 }
 NOT_COMMANDS = {"yaml", "dockerfile", "json", "text"}
 

@@ -54,9 +54,9 @@ def test_dropout_falls_on_the_hidden_channels_and_on_the_outputs_and_keeps_their
     rate = 0.25
     config = dataclasses.replace(CONFIG, drop_rate=rate)
     mlp = layers.Mlp(6, config=config, rngs=nnx.Rngs(0))
-    token = np.random.default_rng(0).normal(size=(1, 1, 6)).astype(np.float32)
+    token = jnp.asarray(np.random.default_rng(0).normal(size=(1, 1, 6)), jnp.float32)
     mlp.fc1.bias[...] += 0.5
-    found = np.asarray(mlp(jnp.tile(jnp.asarray(token), (20, 1000, 1)), jax.random.key(0)), np.float64).reshape(-1, 6)
+    found = np.asarray(mlp(jnp.tile(token, (20, 1000, 1)), jax.random.key(0)), np.float64).reshape(-1, 6)
     without = np.asarray(mlp(token))[0, 0]
     hidden = torch.nn.functional.gelu(torch.tensor(np.asarray(mlp.fc1(token)))).numpy()[0, 0]
     np.testing.assert_allclose(hidden @ mlp.fc2.kernel[...] + mlp.fc2.bias[...], without, atol=1e-5)

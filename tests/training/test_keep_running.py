@@ -90,9 +90,8 @@ runpy.run_path("train.py", run_name="__main__")
 """
 
 
-@pytest.mark.parametrize(
-    "victim", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.nightly)]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("victim", [0, 1])
 def test_machines_whose_neighbour_was_killed_by_the_kernel_go_on_with_it(victim, tmp_path):
     port, processes = free_port(), []
     for index in range(2):
