@@ -79,6 +79,7 @@ def test_what_is_sent_is_the_same_for_8_and_for_256_chips():
         assert {each.group for each in found if each.kind == "all-reduce"} == {all_devices}
 
 
+@pytest.mark.slow
 def test_plan_of_eight_processors_is_a_table(tmp_path):
     arguments = ["--plan", "cpu:8", "--config", config_file(tmp_path), "--run-dir", tmp_path / "run"]
     done = subprocess.run([sys.executable, "train.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
