@@ -49,7 +49,7 @@ def test_what_cannot_be_examined_is_said(flags, message, model):
     assert message in err
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 def test_insertion_begins_with_a_blurred_image_and_deletion_ends_with_the_mean_colour(model):
     network = tnt_jax.load_model(model)
     images = 3 * np.random.default_rng(0).standard_normal((2, 2, 2)).repeat(8, 1).repeat(8, 2).astype(np.float32)
