@@ -29,7 +29,7 @@ def scored(monkeypatch):
     monkeypatch.setattr(Run, "evaluate", say)
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 def test_a_run_ends_after_so_many_evaluations_that_were_worse_and_counts_on_when_it_is_started_again(
     scored, tmp_path, capsys
 ):
