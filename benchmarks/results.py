@@ -14,6 +14,7 @@ which was run: then run it again, or take the table out.
 
 import argparse
 import ast
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
@@ -133,10 +134,19 @@ def machine() -> str:
     return f"{cores} {'core' if cores == 1 else 'cores'} of an {found[1] if found else platform.machine()}"
 
 
+def version_of(package: str) -> str:
+    """Of this Python's package, or of that of `PEER_PYTHON`, which runs others' code for some benchmarks."""
+    peer = os.environ.get("PEER_PYTHON")
+    with contextlib.nullcontext() if peer is None else contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    code = f"import importlib.metadata as m; print(m.version({package!r}))"
+    return subprocess.run([peer, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+
+
 def dated(run: dict) -> dict:
     """What was run with the date, this machine if none is said, the hash of its code, and the packages' versions."""
     run = {"machine": machine()} | run | {"date": str(datetime.date.today()), "code": code_hash(run["sources"])}
-    return run | {"versions": {package: importlib.metadata.version(package) for package in run["versions"]}}
+    return run | {"versions": {package: version_of(package) for package in run["versions"]}}
 
 
 def take(name: str, **said: object) -> None:

@@ -1,5 +1,6 @@
 """Tables of our own figures are those of their files, and the files are of today's code."""
 
+import importlib.metadata
 import json
 import os
 import re
@@ -93,6 +94,14 @@ def test_tables_with_the_same_columns_are_one(tree):
     assert page.count("| x | 7 |") == 2
     lines = [json.loads(line) for line in (tree / "one.jsonl").read_text().splitlines()]
     assert lines[1:] == [{"columns": ["a", "b"]}, {"row": ["x", "7"]}, {"row": ["y", "8"]}]
+
+
+def test_versions_are_of_this_python_or_of_the_peers(monkeypatch):
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        results.version_of("a_package_of_the_peer")
+    monkeypatch.setenv("PEER_PYTHON", "echo")
+    assert results.version_of("jax") == importlib.metadata.version("jax")
+    assert "a_package_of_the_peer" in results.version_of("a_package_of_the_peer")
 
 
 @pytest.mark.nightly
