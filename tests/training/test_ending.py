@@ -85,6 +85,26 @@ def test_early_stop_binds_no_run(finished, copy):
     assert_ended_as(copy, finished)
 
 
+@pytest.mark.slow
+def test_an_evaluation_that_was_lost_is_told_to_the_caller_too(scored, tmp_path):
+    config, epochs = tiny_run(tmp_path / "run", epochs=3, batch_size=512), []
+
+    def stop(step, metrics):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+
+    def second(epoch, scores):
+        epochs.append(epoch)
+        return epoch == 1
+
+    with pytest.raises(StoppedError, match="stopped after step 2 of 6"):
+        tnt_jax.train(config, on_step=stop, on_epoch=second)
+    assert not epochs
+    assert tnt_jax.train(config, on_epoch=second)["ema_top1"] == ACCURACY[0]
+    assert (epochs, steps_of(config.run_dir)) == ([1], [2])
+
+
 def test_a_stop_at_the_very_last_step_is_said_and_the_next_start_evaluates_it(finished, tmp_path):
     config = dataclasses.replace(finished, run_dir=str(tmp_path / "run"))
 

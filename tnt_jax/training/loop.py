@@ -83,9 +83,8 @@ def train(
                 signals.training(),
             ):
                 loop = _Loop(run, checkpoints, report, pauses, on_step, on_epoch)
-                if not evaluated:
-                    loop.evaluate(step, state)
-                step = loop.take_steps(step, state, batches)
+                ends = not evaluated and loop.evaluate(step, state)
+                step = loop.take_steps(step, state, batches, ends=ends)
         scores = hosts.share(lambda: _conclude(step, checkpoints, run, console))
         opened.close()
         return scores
@@ -102,10 +101,14 @@ class _Loop:
     on_step: OnStep | None
     on_epoch: OnEpoch | None
 
-    def take_steps(self, start: int, state: TrainState, batches: Iterator[Batch]) -> int:
-        """Takes the steps after `start`; the last one that was taken. Raises StoppedError."""
+    def take_steps(self, start: int, state: TrainState, batches: Iterator[Batch], *, ends: bool) -> int:
+        """Takes the steps after `start`, none where the run `ends` with it; the last one that was taken.
+
+        Raises:
+            StoppedError: a signal has come.
+        """
         run, checkpoints, step = self.run, self.checkpoints, start
-        after = () if run.stops_early(start, checkpoints) else range(start + 1, run.total_steps + 1)
+        after = () if ends or run.stops_early(start, checkpoints) else range(start + 1, run.total_steps + 1)
         # The order within a step is what makes a run that is killed anywhere go on as if it had not been.
         for step in after:
             state, metrics = run.train_step(state, next(batches))
@@ -123,16 +126,18 @@ class _Loop:
             if number:  # also of the last step, which the next start evaluates
                 self._stop(step, number)
             if evaluates:
-                self.evaluate(step, state)
-                if self.on_epoch:
-                    ends = self.on_epoch(step / run.steps_per_epoch, checkpoints.scores(step)) or ends
+                ends = self.evaluate(step, state) or ends
             if ends or run.stops_early(step, checkpoints):
                 break
         checkpoints.wait()
         return step
 
-    def evaluate(self, step: int, state: TrainState) -> None:
-        """Scores a step that was saved. Raises StoppedError where a signal comes before the end."""
+    def evaluate(self, step: int, state: TrainState) -> bool:
+        """Scores a step that was saved; True where the caller ends the run with it.
+
+        Raises:
+            StoppedError: a signal came before the end.
+        """
         number: int | None = None
 
         def stop() -> bool:
@@ -152,6 +157,7 @@ class _Loop:
             raise
         self.report.test(step, scores)
         self.checkpoints.set_scores(step, scores)
+        return bool(self.on_epoch and self.on_epoch(step / self.run.steps_per_epoch, self.checkpoints.scores(step)))
 
     def _stop(self, step: int, number: int) -> NoReturn:
         self.checkpoints.wait()
