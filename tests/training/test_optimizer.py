@@ -181,6 +181,19 @@ def test_muon_moves_the_matrices_of_the_blocks_and_convolutions_between_them(var
     assert {found for name, found in axes.items() if "conv" not in name} == {((0,), 1)}
 
 
+@pytest.mark.parametrize("head", ["retinanet", "detr"])
+def test_adamw_moves_the_last_layers_of_a_detector(head):
+    config = model_config("tnt_ti_patch16_224", head=head, num_classes=5)
+    axes = muon_dimensions(nnx.to_pure_dict(nnx.state(abstract_model(config))))["decoder"]
+    classes, boxes = axes["classes"], axes["boxes"]
+    if head == "retinanet":
+        last, before = (classes["last"], boxes["last"]), (classes["convs"][3], boxes["convs"][3])
+    else:
+        last, before = (classes, boxes[2]), (boxes[1], axes["projection"])
+    assert [layer["kernel"] for layer in last] == [None, None]
+    assert None not in [layer["kernel"] for layer in before]
+
+
 def test_gradients_are_clipped_as_in_pytorch(problem):
     start, gradients = problem
     gradient = jax.tree.map(jnp.float32, gradients[0])

@@ -188,6 +188,8 @@ OF_CLASSES = {
     "detr": OfClasses("decoder.classes", others=1),
     "detr_unpooled": OfClasses("decoder.classes", others=1),
 }
+LAST_LAYERS = {part.path for part in (OfClasses(), *OF_CLASSES.values())} | {"decoder.boxes.last", "decoder.boxes.2"}
+"""Of any network: what gives the classes, of a detector the boxes too."""
 
 
 def of_classes(config: ModelConfig) -> OfClasses:

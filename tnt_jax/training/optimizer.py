@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from tnt_jax.config import OptimizerConfig
+from tnt_jax.models.heads import LAST_LAYERS
 from tnt_jax.training.trees import frozen_mask, overwritten
 
 NOT_DECAYED = {"class_token", "word_positions", "sentence_positions"}
@@ -69,10 +70,12 @@ def decay_mask(params: dict) -> dict:
 
 def muon_dimensions(params: dict) -> dict:
     """The axes that Muon takes as a matrix, inputs and outputs: of linear maps and convolutions but for the first and
-    the last layer. None for what AdamW moves: vectors, positions, the class token, the words' embedding, the head."""
+    the last layers. None for what AdamW moves: vectors, positions, the class token, the words' embedding, and what
+    gives classes or boxes."""
 
     def dimensions(path, leaf) -> optax.contrib.MuonDimensionNumbers | None:
-        if path[-1].key != "kernel" or path[0].key in ("word_embedding", "stem", "head"):
+        *layer, name = (str(entry.key) for entry in path)
+        if name != "kernel" or layer[0] in ("word_embedding", "stem") or ".".join(layer) in LAST_LAYERS:
             return None
         *inputs, output = range(leaf.ndim)
         return optax.contrib.MuonDimensionNumbers(tuple(inputs), output)
