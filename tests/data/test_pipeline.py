@@ -3,6 +3,7 @@ import itertools
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tnt_jax.config import DataConfig, InputError
 from tnt_jax.data.pipeline import epoch_order, eval_batches, steps_per_epoch, train_batches
@@ -80,6 +81,16 @@ def test_a_batch_read_directly_equals_the_one_read_in_order(source, reference, s
 def test_a_batch_read_directly_on_another_number_of_processes_equals_the_one_read_in_order(source, reference, workers):
     data = dataclasses.replace(RECIPE, num_workers=workers)
     assert_same(global_batches(source, data, 3, processes=2, start_step=62), reference[62:65])
+
+
+@pytest.mark.parametrize("interpolation", ["random", "bicubic", "bilinear"])
+def test_the_middle_is_resized_by_the_filter_that_was_asked_for(source, interpolation):
+    data = DataConfig.plain("digits", interpolation=interpolation)
+    (batch,) = take(1, train_batches(source, data, **FEED, batch_size=BATCH, seed=3))
+    wanted = Image.Resampling.BILINEAR if interpolation == "bilinear" else Image.Resampling.BICUBIC
+    for image, label in zip(batch["image"], batch["label"], strict=True):
+        expected = Image.fromarray(source.images[label]).resize((24, 16), wanted)  # 30 x 20, of the same shape
+        np.testing.assert_array_equal(image, expected)
 
 
 def test_another_seed_gives_other_batches(source, reference):

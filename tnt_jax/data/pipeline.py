@@ -128,7 +128,8 @@ class TrainRecipe:
     def _augmented(self, pixels: Pixels, rng: np.random.Generator) -> tuple[Pixels, Places]:
         data = self.data
         if not (data.crop_area or data.simple_crop or data.scale_jitter or TASKS[data.task].dense):
-            pixels = evaluation_crop(pixels, self.row_shape[:2], self.data.crop)
+            interpolation = "bicubic" if data.interpolation == "random" else data.interpolation
+            pixels = evaluation_crop(pixels, self.row_shape[:2], data.crop, interpolation)
         return augment(pixels, self.data, self.row_shape[:2], rng)
 
 
