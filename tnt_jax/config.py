@@ -8,7 +8,7 @@ from typing import Generic, Literal, TypeVar
 
 from tnt_jax.errors import InputError
 from tnt_jax.fields import changes_of, faults, setting
-from tnt_jax.tasks.table import TASKS, TaskName, with_setting
+from tnt_jax.tasks.table import TASKS, LossName, TaskName, with_setting
 from tnt_jax.tasks.task import Outputs
 
 
@@ -69,9 +69,9 @@ class ModelConfig:
     """The part that the backward pass computes again instead of keeping it, for less memory and more time: nothing; all
     of a block but what its linear maps return; or all of it."""
     inner: Literal["auto", "reference", "native", "feature_major", "pallas", "cuda"] = setting(role="execution")
-    """The way to compute the inner transformers; auto is what is fastest on the platform. The results are the same.
-    With auto or native, attention of the others on CPUs is a function in C too; with cuda, on GPUs, it is cuDNN's.
-    cuda has not run on a GPU yet, and auto does not choose it: docs/gpus.md."""
+    """The way to compute the inner transformers, and what goes with it between sentences: a kernel on TPUs (pallas),
+    attention in C on CPUs (auto, native) and cuDNN's on GPUs (cuda). auto is what is fastest on the platform; the
+    results are the same. cuda has not run on a GPU yet, and auto does not choose it: docs/gpus.md."""
     head: Literal["class", "linear", "mlp", "retinanet", "detr", "detr_unpooled"] = "class"
     """The last part: class is one map of the class token (PyramidTNT: of the mean), for the image. For every pixel
     linear is Segmenter's head over the last sentences, mlp SegFormer's over maps of four scales. For boxes there are
@@ -109,7 +109,8 @@ class DataConfig:
     validation split where there is one (`val`, `valid` or `validation`), or what `holdout` or `fold` leaves, or the
     test split; and `eval.py` reports the test split where there is one. A name is for both."""
     task: TaskName = Outputs.task
-    """The task: one class an image, any number of labels, numbers, the class of each pixel, or boxes."""
+    """The task: one class an image (single_label), any number of labels (multi_label), numbers (regression), the class
+    of each pixel (segmentation), or boxes (detection)."""
     holdout: float = setting(0.0, least=0, below=1)
     """Share of the training images that is evaluated instead of trained on where the source has no `eval_split`, or by
     default no validation split. It is drawn by `split_seed` and stratified: each class gives the same share."""
@@ -169,7 +170,8 @@ class DataConfig:
     """Instead of the random resized crop: the shorter side is resized to that of the input, four pixels are mirrored
     around, and a place is drawn. DeiT III's crop for ImageNet-21k."""
     interpolation: Literal["random", "bilinear", "bicubic"] = "random"
-    """The filter by which training resizes, shears and turns: `random` draws one of the two. Evaluation is bicubic."""
+    """The filter by which training resizes, shears and turns: `random` draws one of the two, but resizes by bicubic
+    where no crop is drawn. Evaluation is bicubic."""
     random_shift: float = setting(0.0, least=0, most=1)
     """Training images move by up to this fraction of their side in each direction; the edge is repeated."""
     random_flip: float = setting(0.5, least=0, most=1)
@@ -193,7 +195,7 @@ class DataConfig:
     cutmix: float = setting(1.0, least=0)
     """Cutmix: alpha of the beta distribution of the area that comes from another image; 0 switches it off."""
     mix_probability: float = setting(1.0, least=0, most=1)
-    """Probability that a batch is mixed at all."""
+    """Probability that a group of 128 images of a batch is mixed at all."""
     cutmix_switch: float = setting(0.5, least=0, most=1)
     """Probability of cutmix, where mixup is on as well."""
     label_smoothing: float = setting(0.1, least=0, most=1)
@@ -220,7 +222,8 @@ class DataConfig:
 
     @classmethod
     def plain(cls, source: str, **fields) -> "DataConfig":
-        """Whole images in their ordinary order, unmixed and unchanged but for what `fields` ask for: for small data."""
+        """Whole images in their ordinary order, unmixed and unchanged but for what `fields` ask for: for small data.
+        Labels are smoothed as in the recipe, by 0.1."""
         off = {"repeats": 1, "crop_area": None, "crop": 1.0, "random_flip": 0.0, "randaugment_ops": 0}
         off |= {"color_jitter": 0.0, "erasing": 0.0, "mixup": 0.0, "cutmix": 0.0}
         return cls(source, **(off | fields))
@@ -233,11 +236,7 @@ class LossConfig:
     (segmentation), that of the head (detection).
     """
 
-    name: (
-        Literal["cross_entropy", "binary_cross_entropy", "squared_error", "cross_entropy_dice", "pixel_cross_entropy"]
-        | Literal["detection", "detection_giou"]
-        | None
-    ) = None
+    name: LossName | None = None
     """Another loss that the task can have: binary_cross_entropy (BCE) for single_label, as DeiT III (arXiv 2204.07118)
     has it; predictions and evaluations are those of a softmax all the same. pixel_cross_entropy is segmentation's
     without Dice; detection_giou is RetinaNet's with 1 - GIoU of the boxes."""
@@ -257,8 +256,9 @@ class OptimizerConfig:
     """An optimizer with a linear warm-up and a cosine to the end, and an average of the weights."""
 
     name: Literal["adamw", "nadamw", "lamb", "lion", "sgd", "muon", "schedule_free"] = "adamw"
-    """The optimizer. sgd has momentum, `beta1`; muon moves the matrices of the blocks, and AdamW the
-    rest; schedule_free is AdamW whose learning rate stays at its peak. docs/training.md has what suits each."""
+    """The optimizer. sgd has momentum, `beta1`; muon moves the matrices and convolutions between the first and the
+    last layers, and AdamW the rest; schedule_free is AdamW whose learning rate stays at its peak. docs/training.md has
+    what suits each."""
     learning_rate: float = setting(1e-3, above=0)
     """The peak, for the batch size of the run; it is not scaled by it."""
     warmup_epochs: float = setting(5, least=0)
@@ -363,7 +363,7 @@ class TrainConfig(Generic[Model]):
     """Images of a step over all devices."""
     accumulation_steps: int = setting(1, role="execution", least=1)
     """Parts that a step's batch is computed in, one after the other: less memory, and the same result but where there
-    is batch norm, as in a PyramidTNT, which sees a part at a time."""
+    is batch norm, as in a PyramidTNT, or where the loss is one of a batch, as DETR's is: they see a part at a time."""
     fsdp: int = setting(1, role="execution", least=1)
     """Devices that share one copy of parameters and optimizer state; 1 keeps a copy on each."""
     epochs: int = setting(20, least=1)
@@ -481,10 +481,9 @@ def check_task(config: TrainConfig) -> None:
     if (head := config.model.head or "class") not in TASKS[task].heads:
         right = " or ".join(TASKS[task].heads)
         raise InputError(f"model.head is {head}, and must be {right} for data.task {task}")
-    if loss.name not in (None, *TASKS[task].losses):
-        raise InputError(
-            f"loss.name is {loss.name!r}, and must be {' or '.join(TASKS[task].losses)} for data.task {task}"
-        )
+    if loss.name not in (None, *(losses := TASKS[task].losses_of(head))):
+        of = f"data.task {task}" + (f" with model.head {head}" if losses != TASKS[task].losses else "")
+        raise InputError(f"loss.name is {loss.name!r}, and must be {' or '.join(losses)} for {of}")
     metrics = [metric.name for metric in TASKS[task].metrics]
     if config.best_metric not in (None, *metrics):
         raise InputError(

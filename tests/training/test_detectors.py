@@ -205,6 +205,10 @@ def test_pictures_and_files(finished, few, tmp_path):
             r"loss\.class_weights is .*, and must be none for",
         ),
         ({"loss": LossConfig("cross_entropy")}, r"must be detection or detection_giou"),
+        (
+            {"loss": LossConfig("detection_giou"), "model": {"head": "detr"}},
+            r"loss\.name is 'detection_giou', and must be detection for data\.task detection with model\.head detr",
+        ),
     ],
 )
 def test_what_a_configuration_cannot_have_is_said(changes, message, few):

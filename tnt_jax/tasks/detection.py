@@ -46,7 +46,7 @@ METRICS = (*map(_metric, NAMES), LOSS)
 
 
 def coco_evaluation(found: Sequence[np.ndarray], labels: Sequence[np.ndarray], classes: int) -> Any:
-    """What faster-coco-eval makes of boxes in pixels of whole images, accumulated.
+    """The evaluation of faster-coco-eval, accumulated, of boxes in pixels of whole images.
 
     Args:
         found: of each image (count, 6): left, top, right, bottom, score, class.
@@ -198,6 +198,9 @@ class Detection(task.DenseTask):
     wanted = "a class of each box"
     pipeline = tag = "object-detection"
 
+    def losses_of(self, head: str) -> tuple[str, ...]:
+        return self.losses if head == "retinanet" else self.losses[:1]
+
     def label_shape(self, outputs: int, image_size: tuple[int, int]) -> tuple[int, ...]:
         return (1 + MOST_BOXES, 7)
 
@@ -206,7 +209,7 @@ class Detection(task.DenseTask):
         _faster_coco_eval()
 
     def moved(self, label: Float[np.ndarray, "boxes 7"], places: Any) -> Float[np.ndarray, "rows 7"]:
-        """What is left of each box in the prepared image; one of which nothing is left goes."""
+        """The part of each box that lies in the prepared image; one of which nothing is left goes."""
         row = np.full((1 + MOST_BOXES, 7), -1, np.float32)
         row[0, :4], boxes = places.of_boxes(label[:, :4])
         inside = (boxes[:, 2:] - boxes[:, :2] > 1e-6).all(axis=1)
@@ -360,7 +363,7 @@ class Detection(task.DenseTask):
 
 
 def _of_image(found: Float[np.ndarray, "boxes 6"], label: np.ndarray) -> Float[np.ndarray, "boxes 6"]:
-    """What was found of an image, in pixels of the whole one."""
+    """The boxes that were found of an image, in pixels of the whole one."""
     found = found[found[:, 4] > 0].copy()
     found[:, :4] = _to_pixels(found[:, :4], label)
     return found

@@ -1,4 +1,4 @@
-"""What detectors minimise: RetinaNet's focal loss with a loss of boxes, and DETR's loss of sets.
+"""The losses of detectors: RetinaNet's focal loss with a loss of boxes, and DETR's loss of sets.
 
 A target is an image's label as `tnt_jax.tasks.detection` has it; crowds and rows without a class teach nothing.
 """

@@ -15,6 +15,7 @@ from tnt_jax.tasks.task import Outputs, Task
 _ALL = (SingleLabel(), MultiLabel(), Regression(), Segmentation(), Detection())
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 TaskName = Literal[tuple(TASKS)]
+LossName = Literal[tuple(loss for task in TASKS.values() for loss in task.losses)]
 METRICS = {metric.name: metric for task in TASKS.values() for metric in task.metrics}
 METRICS |= {metric.name: metric for metric in OTHERS}
 

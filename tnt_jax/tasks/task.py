@@ -173,6 +173,10 @@ class Task(abc.ABC):
         """True if labels move with the pixels of their image."""
         return self.told != "labels"
 
+    def losses_of(self, head: str) -> tuple[str, ...]:
+        """The `losses` that a model with this head can have."""
+        return self.losses
+
     # What a source says of images
 
     label_dtype: str = "float32"
