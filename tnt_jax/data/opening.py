@@ -107,10 +107,9 @@ def _is_trained_on(found: Split, data: DataConfig) -> bool:
 def _open(data: DataConfig, split: str) -> Split:
     """A split as the source has it."""
     name, argument = _kind_and_place(data.source)
-    if name not in SOURCES or (name != "synthetic" and bool(argument) != (name != "digits")):
-        known = "digits, idx:FOLDER, folder:PATH, csv:FILE, npy:PATH, hf:NAME, tfds:NAME, "
-        known += "array_record:PATH, masks:PATH, coco:PATH, voc:PATH, boxes:PATH, synthetic"
-        raise InputError(f"data source {data.source!r} is none of {known}, synthetic:COUNT{_guess(data.source)}")
+    if name not in SOURCES or bool(argument) not in map(bool, SOURCES[name].places):
+        forms = [f"{each}:{place}".rstrip(":") for each, of in SOURCES.items() for place in of.places]
+        raise InputError(f"data source {data.source!r} is none of {', '.join(forms)}{_guess(data.source)}")
     source = SOURCES[name]
     for option in OPTIONS:
         if getattr(data, option) not in (None, (), False) and option not in source.options:
@@ -188,10 +187,13 @@ def _open_synthetic(argument: str, data: DataConfig, split: str) -> Split:
 
 
 class Source(NamedTuple):
-    """The function that opens a kind of source, and those of `OPTIONS` that it honours."""
+    """A kind of source, `NAME:PLACE` in a configuration."""
 
     open: Callable[[str, DataConfig, str], Split]
     options: tuple[str, ...] = ()
+    """Those of `OPTIONS` that it honours."""
+    places: tuple[str, ...] = ("PATH",)
+    """For messages; empty where nothing needs to be said."""
 
 
 GROUPED = ("fold_column", "group_column", "weight_column")
@@ -200,17 +202,17 @@ OPTIONS = (*LABELS, *GROUPED, "image_column", "split_column", "encoding", "ignor
 """Fields of `DataConfig` that only some sources have a use for. One that was given is never ignored."""
 
 SOURCES = {
-    "digits": Source(_open_digits),
-    "idx": Source(open_idx, ("class_names",)),
+    "digits": Source(_open_digits, places=("",)),
+    "idx": Source(open_idx, ("class_names",), ("FOLDER",)),
     "folder": Source(open_folder, ("class_names", "other_classes")),
-    "csv": Source(open_table, OPTIONS),
+    "csv": Source(open_table, OPTIONS, ("FILE",)),
     "npy": Source(open_numpy, ("class_names", *GROUPED)),
-    "hf": Source(open_hub_dataset, (*LABELS, *GROUPED, "image_column")),
-    "tfds": Source(open_tfds, ("class_names", "ignore")),
+    "hf": Source(open_hub_dataset, (*LABELS, *GROUPED, "image_column"), ("NAME",)),
+    "tfds": Source(open_tfds, ("class_names", "ignore"), ("NAME",)),
     "array_record": Source(open_array_record, ("class_names", "ignore")),
     "masks": Source(open_masks, ("class_names", "ignore")),
     "coco": Source(open_coco, ("class_names",)),
     "voc": Source(open_voc, ("class_names",)),
     "boxes": Source(open_box_table, ("class_names", "label_columns", "image_column", "split_column", "encoding")),
-    "synthetic": Source(_open_synthetic),
+    "synthetic": Source(_open_synthetic, places=("", "COUNT")),
 }

@@ -1,4 +1,4 @@
-"""A split of a dataset: images, what is told of each, and what must stay together. At random and without state."""
+"""A split of a dataset: images, what is told of each, and what must stay together; images are read in any order."""
 
 import dataclasses
 import functools

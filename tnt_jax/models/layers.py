@@ -73,10 +73,8 @@ def initializer(draw: Callable[[np.random.Generator, tuple[int, ...]], np.ndarra
 
         if isinstance(bits, jax.core.Tracer):
             drawn = jax.ShapeDtypeStruct(shape, undrawn.dtype)
-            return jax.pure_callback(
-                lambda bits: undrawn.draw(np.asarray(bits).tolist()), drawn, bits, vmap_method="sequential"
-            )
-        return jnp.asarray(undrawn.draw(np.asarray(bits).tolist()))
+            return jax.pure_callback(from_bits, drawn, bits, vmap_method="sequential")
+        return jnp.asarray(from_bits(bits))
 
     return init
 
@@ -325,7 +323,7 @@ class TransformerLayer(nnx.Module):
         bias: Float[Array, "1 heads queries keys"] | None = None,
         added: Float[Array, "batch patches dim"] | None = None,
     ) -> Float[Array, "batch tokens dim"]:
-        """`bias` is added to the logits of the softmax; `added` first of all to every token but the first."""
+        """`bias` is added to the logits of the softmax; `added` first of all to the patches, the last tokens."""
         if kernel := self.kernel_for(x.shape, has_bias=bias is not None, training=key is not None):
             return kernel(x, key, added)
         x = x if added is None else add_to_patches(x, added)

@@ -232,7 +232,8 @@ def make_head(dim: int, *, config: ModelConfig, rngs: Rngs) -> Linear | None:
 
 
 class TNT(nnx.Module):
-    """The network. `tnt_jax.create_model` makes one from a name.
+    """The network that gives a class of the image; those of pixels and boxes are in heads.py.
+    `tnt_jax.create_model` makes one from a name.
 
     Calling it without a key evaluates. With a key, or with `rngs` as Flax's modules take them, it trains: dropout and
     stochastic depth are drawn from the key. Modules hold parameters and sizes, no random state.
