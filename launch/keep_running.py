@@ -73,7 +73,7 @@ def keep_running(command: list[str], starts: int, first_wait: float, good: float
         if start == starts:
             print(f"keep_running: exit code {code}, and this was start {start} of {starts}", file=sys.stderr)
             return code
-        text = f"keep_running: exit code {code}; start {start + 1} of at most {starts} in {wait:.0f} s"
+        text = f"keep_running: exit code {code}; start {start + 1} of at most {starts} in {wait:g} s"
         print(text, file=sys.stderr, flush=True)
         again = time.monotonic() + wait
         while time.monotonic() < again:

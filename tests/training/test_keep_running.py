@@ -39,11 +39,11 @@ def test_it_starts_again_after_everything_but_these(final, tmp_path):
 
 
 def test_its_starts_are_bounded_and_each_waits_twice_as_long(tmp_path):
-    done = keep(tmp_path, "75 75 75 75 75", "--starts", "4", "--wait", "1")
+    done = keep(tmp_path, "75 75 75 75 75", "--starts", "4", "--wait", "0.25")
     assert done.returncode == 75
     assert (tmp_path / "codes").read_text() == "75"
     waits = [line.rpartition(" in ")[2] for line in done.stderr.splitlines()]
-    assert waits[:3] == ["1 s", "2 s", "4 s"]
+    assert waits[:3] == ["0.25 s", "0.5 s", "1 s"]
     assert "this was start 4 of 4" in done.stderr
 
 

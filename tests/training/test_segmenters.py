@@ -107,7 +107,7 @@ def test_parts_of_a_batch_have_the_loss_of_the_whole(few, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("param_dtype", [pytest.param("float32", marks=pytest.mark.nightly), "bfloat16"])
 def test_bfloat16_trains_and_its_logits_are_float32(param_dtype, few, tmp_path):
     model = dataclasses.replace(SMALL, dtype="bfloat16", param_dtype=param_dtype)
     loss, _ = step_of(run_of(tmp_path, few, model, loss=LossConfig("pixel_cross_entropy")), 1)
