@@ -20,12 +20,12 @@ import tempfile
 
 from tnt_jax.models.functions import NORM_EPSILON
 from tnt_jax.models.kernels.gpu import call, nvrtc
-from tnt_jax.models.kernels.gpu.sizes import KERNELS, Rows, Sizes
+from tnt_jax.models.kernels.gpu.sizes import KERNELS, LayerSizes, Rows
 
 SIZES = {
-    "TNT-Ti": Sizes(16, 12, 2, 48, NORM_EPSILON),
-    "TNT-S": Sizes(16, 24, 4, 96, NORM_EPSILON),
-    "TNT-B": Sizes(16, 40, 4, 160, NORM_EPSILON),
+    "TNT-Ti": LayerSizes(16, 12, 2, 48, NORM_EPSILON),
+    "TNT-S": LayerSizes(16, 24, 4, 96, NORM_EPSILON),
+    "TNT-B": LayerSizes(16, 40, 4, 160, NORM_EPSILON),
 }
 ROWS = {model: Rows(width, width, NORM_EPSILON) for model, width in (("TNT-Ti", 192), ("TNT-S", 384), ("TNT-B", 640))}
 SENTENCES, SCHEDULERS, CLOCK = 128 * 196, 528, 1.755e9
@@ -62,10 +62,10 @@ def _row(model: str, kernel: str, architecture: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def account(kernel: str, sizes: Sizes | Rows, architecture: str) -> tuple[int, int, bytes]:
+def account(kernel: str, sizes: LayerSizes | Rows, architecture: str) -> tuple[int, int, bytes]:
     """Registers of a thread, bytes that it spills (stores), and the machine code."""
     options = (*call.options(kernel, sizes), "--ptxas-options=-v")
-    code, log = nvrtc.compiled(*call.source(kernel), architecture, options)
+    code, log = nvrtc.compile_source(*call.source(kernel), architecture, options)
     registers = int(re.search(r"Used (\d+) registers", log)[1])
     return registers, int(re.search(r"(\d+) bytes spill stores", log)[1]), code
 

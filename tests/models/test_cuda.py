@@ -26,7 +26,7 @@ from tnt_jax.models.formulations import inner
 from tnt_jax.models.formulations.devices import gpu, say_once
 from tnt_jax.models.functions import survivors_of_branches
 from tnt_jax.models.kernels.gpu import call, folding, nvrtc
-from tnt_jax.models.kernels.gpu.sizes import Rows, Sizes
+from tnt_jax.models.kernels.gpu.sizes import LayerSizes, Rows
 from tnt_jax.models.layers import LayerNorm
 from tnt_jax.models.pyramid_tnt import PatchNorm
 
@@ -145,8 +145,8 @@ REGISTERS = {
 WIDTHS = {"TNT-Ti": 192, "TNT-S": 384, "TNT-B": 640}
 
 
-def sizes(channels, heads, words=16) -> Sizes:
-    return Sizes(words, channels, heads, 4 * channels, 1e-5)
+def sizes(channels, heads, words=16) -> LayerSizes:
+    return LayerSizes(words, channels, heads, 4 * channels, 1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100"])
@@ -158,7 +158,7 @@ def test_nvrtc_fits_the_kernels_into_registers(model, kernel, architecture):
     width = WIDTHS[model]
     of = Rows(width, width, 1e-5) if kernel == "norm_gradient" else sizes(*SIZES[model])
     options = (*call.options(kernel, of), "--ptxas-options=-v")
-    code, log = nvrtc.compiled(*call.source(kernel), architecture, options)
+    code, log = nvrtc.compile_source(*call.source(kernel), architecture, options)
     assert code.startswith(b"\x7fELF")
     registers, spilled = (int(re.search(rf"(\d+) {what}", log)[1]) for what in ("registers", "bytes spill stores"))
     most_registers, most_spilled = REGISTERS[model, kernel]
@@ -170,15 +170,15 @@ def test_ptx_is_for_every_card_from_sm_80_on_and_for_old_drivers(tmp_path, monke
     """PTX 8.0 is CUDA 12.0's; what is compiled once is read from the cache, unless it is damaged."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     arguments = (*call.source("inner_forward"), call.options("inner_forward", sizes(12, 2)))
-    text = nvrtc.ptx(*arguments)
+    text = nvrtc.ptx_of(*arguments)
     assert ".version 8.0\n.target sm_80\n" in text
     assert ".visible .entry inner_forward(" in text
     (kept,) = (tmp_path / "tnt_jax").iterdir()
     with monkeypatch.context() as without_compiler:
-        without_compiler.setattr(nvrtc, "compiled", None)
-        assert nvrtc.ptx(*arguments) == text
+        without_compiler.setattr(nvrtc, "compile_source", None)
+        assert nvrtc.ptx_of(*arguments) == text
     kept.write_text(text[:-100])
-    assert nvrtc.ptx(*arguments) == text
+    assert nvrtc.ptx_of(*arguments) == text
     assert kept.read_text() == text
 
 
@@ -186,7 +186,7 @@ def test_what_nvrtc_refuses_is_one_line(tmp_path):
     wrong = tmp_path / "wrong.cu"
     wrong.write_text("__global__ void f() { forty_two(); }")
     with pytest.raises(nvrtc.NvrtcError, match=r"^NVRTC cannot compile wrong.cu for sm_80: .*forty_two.*$") as caught:
-        nvrtc.compiled(wrong, (), "sm_80", ())
+        nvrtc.compile_source(wrong, (), "sm_80", ())
     assert "\n" not in str(caught.value)
 
 
@@ -255,7 +255,7 @@ def test_what_it_does_not_cover_is_the_reference_and_is_said_once(
 @pytest.mark.parametrize(("channels", "heads"), SIZES.values(), ids=SIZES)
 def test_the_published_sizes_fit_the_smallest_block(channels, heads):
     """Compute capability 8.6 and others have 99 KiB of shared memory for a block."""
-    sizes = Sizes(16, channels, heads, 4 * channels, 1e-5)
+    sizes = LayerSizes(16, channels, heads, 4 * channels, 1e-5)
     assert all(0 < wanted <= shared_memory(8.6) for wanted in folding.shared_bytes(sizes).values())
 
 

@@ -54,7 +54,7 @@ def test_a_folded_norm_and_its_gradients_are_the_equations(rows, inputs, width):
         return jnp.asarray(rng.standard_normal(shape), jnp.float32)
 
     x, cotangent = drawn(rows, inputs).astype(jnp.bfloat16) + 1, drawn(rows, width).astype(jnp.bfloat16)
-    first, last = (folded.Norm(1 + drawn(size) / 5, drawn(size)) for size in (inputs, width))
+    first, last = (folded.NormParameters(1 + drawn(size) / 5, drawn(size)) for size in (inputs, width))
     matrix, offset = drawn(inputs, width) / 20, drawn(width)
 
     def run(multiprocessors):

@@ -37,23 +37,23 @@ def random_tokens(batch, tokens, dim, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("key", [None, 7], ids=["evaluation", "stochastic depth"])
 @pytest.mark.parametrize(
-    ("batch", "tokens", "heads", "dtype", "with_added"),
+    ("batch", "tokens", "patches", "heads", "dtype"),
     [
-        pytest.param(3, 10, 2, "float32", False, marks=pytest.mark.nightly),
-        (5, 17, 2, "float32", True),
-        (1, 16, 2, "float32", True),  # 15 patches: XLA adds
-        pytest.param(2, 197, 4, "float32", True, marks=pytest.mark.nightly),
-        (9, 37, 2, "bfloat16", True),
+        pytest.param(3, 10, 0, 2, "float32", marks=pytest.mark.nightly),
+        (5, 18, 16, 2, "float32"),  # two tokens before them
+        (1, 16, 15, 2, "float32"),  # XLA adds
+        pytest.param(2, 197, 196, 4, "float32", marks=pytest.mark.nightly),
+        (9, 37, 36, 2, "bfloat16"),
     ],
 )
-def test_pallas_is_the_reference(monkeypatch, batch, tokens, heads, dtype, with_added, key):
+def test_pallas_is_the_reference(monkeypatch, batch, tokens, patches, heads, dtype, key):
     monkeypatch.setitem(devices.CORES, jax.devices()[0].device_kind, 2 if batch > 3 else 1)
     dim = 64 * heads
-    x = random_tokens(batch, 2 * tokens - 1 if with_added else tokens, dim, dtype)
+    x = random_tokens(batch, tokens + patches, dim, dtype)
     key = None if key is None else jax.random.key(key)
 
     def run(layer, x, *, kernel):
-        x, added = (x[:, :tokens], x[:, tokens:]) if with_added else (x, None)
+        x, added = x[:, :tokens], x[:, tokens:] if patches else None
         if kernel:
             return outer.outer_pallas(layer, x, key, added, interpret=True)
         return layer(x, key, added=added)

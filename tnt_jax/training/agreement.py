@@ -12,7 +12,7 @@ from tnt_jax.models.formulations.inner import cuda_sizes
 from tnt_jax.models.formulations.sentences import row_sizes
 from tnt_jax.models.inner import InnerTransformer
 from tnt_jax.models.kernels.gpu import call
-from tnt_jax.models.kernels.gpu.sizes import Rows, Sizes, obstacle
+from tnt_jax.models.kernels.gpu.sizes import LayerSizes, Rows, sizes_obstacle
 from tnt_jax.models.tnt import WordsToSentence, words_per_side
 from tnt_jax.models.variants import abstract_model
 
@@ -38,11 +38,11 @@ def agree_on_kernels(config: ModelConfig) -> None:
         call.agree(sizes, call.Means(reason, handler=bool(rows[:, REASON_BYTES].all())))
 
 
-def _kernel_sizes(config: ModelConfig) -> set[Sizes | Rows]:
+def _kernel_sizes(config: ModelConfig) -> set[LayerSizes | Rows]:
     """The sizes that the CUDA kernels of a network are compiled for."""
     modules, words = [module for _, module in nnx.iter_modules(abstract_model(config))], words_per_side(config) ** 2
     inner = [module for module in modules if isinstance(module, InnerTransformer) and module.norms_each_token]
-    found = {sizes for sizes in (cuda_sizes(layer, words) for layer in inner) if not obstacle(sizes)}
+    found = {sizes for sizes in (cuda_sizes(layer, words) for layer in inner) if not sizes_obstacle(sizes)}
     projections = [row_sizes(module) for module in modules if isinstance(module, WordsToSentence)]
     return found | {sizes for sizes in projections if sizes.covered}
 

@@ -20,7 +20,7 @@ Rows = Float[Array, "rows inputs"]
 Outputs = Float[Array, "rows outputs"]
 
 
-class Norm(NamedTuple):
+class NormParameters(NamedTuple):
     """Its parameters, in float32."""
 
     scale: Float[Array, " n"]
@@ -31,10 +31,10 @@ def norm_linear_norm(
     epsilon: float,
     multiprocessors: int | None,
     x: Rows,
-    first: Norm,
+    first: NormParameters,
     matrix: Float[Array, "inputs outputs"],
     bias: Float[Array, " outputs"] | None,
-    last: Norm,
+    last: NormParameters,
 ) -> Outputs:
     """last(first(x) matrix + bias) in the dtype of x, with statistics and sums in float32.
 

@@ -32,8 +32,7 @@ from tnt_jax.models.formulations.devices import (
     tpu,
 )
 from tnt_jax.models.functions import NORM_EPSILON, Keys, gelu, survivors_of_branches
-from tnt_jax.models.kernels.gpu.sizes import LEAST_CAPABILITY, Sizes
-from tnt_jax.models.kernels.gpu.sizes import obstacle as sizes_obstacle
+from tnt_jax.models.kernels.gpu.sizes import LEAST_CAPABILITY, LayerSizes, sizes_obstacle
 from tnt_jax.models.kernels.parameters import LayerParameters
 
 SMALL_VMEM = ("TPU v2", "TPU v3", "TPU v4")
@@ -174,10 +173,10 @@ def native(
     return on_each_device(kernel, (0, 1, None), 0)(words, survival, as_held(layer))
 
 
-def cuda_sizes(layer: nnx.Module, num_words: int) -> Sizes:
+def cuda_sizes(layer: nnx.Module, num_words: int) -> LayerSizes:
     """The sizes that the CUDA kernels are compiled for."""
     channels, hidden = layer.attn.qkv.in_features, layer.mlp.fc1.out_features
-    return Sizes(num_words, channels, layer.attn.num_heads, hidden, NORM_EPSILON)
+    return LayerSizes(num_words, channels, layer.attn.num_heads, hidden, NORM_EPSILON)
 
 
 def cuda(

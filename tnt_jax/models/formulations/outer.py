@@ -26,7 +26,7 @@ def outer_kernel(layer: nnx.Module, shape: tuple[int, int, int], *, has_bias: bo
 def add_to_patches(
     tokens: Float[Array, "batch tokens dim"], added: Float[Array, "batch patches dim"]
 ) -> Float[Array, "batch tokens dim"]:
-    """Patches, which are the last tokens, with something added; the class token before them stays what it is."""
+    """Patches, which are the last tokens, with something added; what stands before them stays what it is."""
     return tokens + jnp.pad(added, ((0, 0), (tokens.shape[1] - added.shape[1], 0), (0, 0)))
 
 
@@ -74,7 +74,7 @@ def outer_pallas(
         row(norm2.scale), row(norm2.bias), matrix(mlp.fc1), row(mlp.fc1.bias), matrix(mlp.fc2), row(mlp.fc2.bias),
     )  # fmt: skip
     survival = survivors_of_branches(x.shape[0], layer.drop_path_rate, key)
-    if added is not None and not covers_added(x.shape[1]):
+    if added is not None and not covers_added(added.shape[1]):
         x, added = add_to_patches(x, added), None
     rows = None if added is None else added.reshape(-1, added.shape[-1])
     kernel = functools.partial(outer_layer, NORM_EPSILON, tpu(interpret=interpret))

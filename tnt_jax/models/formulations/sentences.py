@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from tnt_jax.models.formulations.devices import gpu, mesh_obstacle, on_each_device, platform, say_once, tpu
-from tnt_jax.models.formulations.folded import Norm, norm_linear_norm
+from tnt_jax.models.formulations.folded import NormParameters, norm_linear_norm
 from tnt_jax.models.formulations.inner import cuda_card_obstacle, pallas_obstacle, preferred
 from tnt_jax.models.functions import NORM_EPSILON
 from tnt_jax.models.kernels.gpu.sizes import Rows
@@ -104,6 +104,6 @@ def folded(
     norm1, proj, norm2 = layer.norm1, layer.proj, layer.norm2
     rows = words.astype(norm1.dtype).reshape(words.shape[0], -1)
     bias = None if proj.bias is None else held(proj.bias)
-    first, last = (Norm(held(norm.scale), held(norm.bias)) for norm in (norm1, norm2))
+    first, last = (NormParameters(held(norm.scale), held(norm.bias)) for norm in (norm1, norm2))
     run = functools.partial(norm_linear_norm, NORM_EPSILON, multiprocessors)
     return on_each_device(run, (0, None, None, None, None), 0)(rows, first, held(proj.kernel), bias, last)

@@ -21,14 +21,14 @@ from jaxtyping import Array
 
 from tnt_jax import c_compiler
 from tnt_jax.models.kernels.gpu import nvrtc
-from tnt_jax.models.kernels.gpu.sizes import Rows, Sizes
+from tnt_jax.models.kernels.gpu.sizes import LayerSizes, Rows
 
 FOLDER = pathlib.Path(__file__).parent
 HANDLER = "tnt_jax_launch_cuda"
 NOT_AGREED = "several processes have not agreed on how the CUDA kernel is compiled, as train.py's do"
 
 
-def warps_and_blocks(kernel: str, sizes: Sizes | Rows) -> tuple[int, int]:
+def warps_and_blocks(kernel: str, sizes: LayerSizes | Rows) -> tuple[int, int]:
     """Warps of a block, and blocks that a multiprocessor is to hold: the registers of a thread follow from them."""
     if kernel == "norm_gradient":
         return (8, 2) if sizes.width <= 384 else (8, 1)
@@ -37,7 +37,7 @@ def warps_and_blocks(kernel: str, sizes: Sizes | Rows) -> tuple[int, int]:
     return (8, 2) if sizes.channels <= 32 else (12, 1)
 
 
-def options(kernel: str, sizes: Sizes | Rows) -> tuple[str, ...]:
+def options(kernel: str, sizes: LayerSizes | Rows) -> tuple[str, ...]:
     """The macros of a kernel."""
     warps, blocks = warps_and_blocks(kernel, sizes)
     macros = {"WARPS": warps, "BLOCKS": blocks} | sizes.macros(kernel)
@@ -51,9 +51,9 @@ def source(kernel: str) -> tuple[pathlib.Path, tuple[pathlib.Path, ...]]:
 
 
 @functools.cache
-def ptx(kernel: str, sizes: Sizes | Rows) -> str:
+def ptx(kernel: str, sizes: LayerSizes | Rows) -> str:
     """A kernel's PTX. Raises NvrtcError."""
-    return nvrtc.ptx(*source(kernel), options(kernel, sizes))
+    return nvrtc.ptx_of(*source(kernel), options(kernel, sizes))
 
 
 class Means(NamedTuple):
@@ -66,7 +66,7 @@ class Means(NamedTuple):
 
 
 @functools.cache
-def own_means(sizes: Sizes | Rows) -> Means:
+def own_means(sizes: LayerSizes | Rows) -> Means:
     """The means of this machine. All kernels are compiled at once, so that training does not find out later."""
     try:
         for kernel in sizes.kernels:
@@ -76,15 +76,15 @@ def own_means(sizes: Sizes | Rows) -> Means:
     return Means(None, handler_library() is not None)
 
 
-_agreed: dict[Sizes | Rows, Means] = {}
+_agreed: dict[LayerSizes | Rows, Means] = {}
 
 
-def agree(sizes: Sizes | Rows, common: Means) -> None:
+def agree(sizes: LayerSizes | Rows, common: Means) -> None:
     """The means that all processes of a run have, for each of them to go by (training/agreement.py)."""
     _agreed[sizes] = common
 
 
-def means(sizes: Sizes | Rows) -> Means:
+def means(sizes: LayerSizes | Rows) -> Means:
     """The means to go by for layers of these sizes: of several processes, those that all of them have."""
     if jax.process_count() == 1:
         return own_means(sizes)
@@ -106,7 +106,7 @@ def handler_library() -> ctypes.CDLL | None:
 
 def launch(
     kernel: str,
-    sizes: Sizes | Rows,
+    sizes: LayerSizes | Rows,
     arrays: Sequence[Array],
     results: Sequence[jax.ShapeDtypeStruct],
     *,

@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tnt_jax.models.kernels.gpu.sizes import Sizes
+from tnt_jax.models.kernels.gpu.sizes import LayerSizes
 from tnt_jax.models.kernels.parameters import LayerParameters
 
 LOG2E = math.log2(math.e)
 
 
-class Folded(NamedTuple):
+class PaddedMatrices(NamedTuple):
     """Matrices (inputs, outputs) in float32; a kernel's gradient has the same names."""
 
     qkv: Array  # normed to (heads, q k v, padded_dim)
@@ -29,7 +29,7 @@ class Folded(NamedTuple):
     bias: Array  # of fc2, padded
 
 
-def fold(sizes: Sizes, p: LayerParameters) -> Folded:
+def padded_matrices(sizes: LayerSizes, p: LayerParameters) -> PaddedMatrices:
     """Parameters as the modules hold them, in float32."""
     channels = sizes.channels
 
@@ -47,7 +47,7 @@ def fold(sizes: Sizes, p: LayerParameters) -> Folded:
     )
     v = v.at[channels, sizes.dim :: sizes.padded_dim].set(1.0)  # the product with it sums up the softmax
     by_head = [each.reshape(sizes.normed, sizes.heads, -1) for each in (q * (sizes.dim**-0.5 * LOG2E), k, v)]
-    return Folded(
+    return PaddedMatrices(
         qkv=jnp.stack(by_head, axis=2).reshape(sizes.normed, -1),
         proj=_pad_heads(sizes, p.proj.T).T.at[sizes.dim].set(p.proj_bias),
         fc1=with_bias_row(p.norm2_scale[:, None] * p.fc1, p.fc1_bias + times_matrix(p.norm2_bias, p.fc1)),
@@ -56,7 +56,7 @@ def fold(sizes: Sizes, p: LayerParameters) -> Folded:
     )
 
 
-def _pad_heads(sizes: Sizes, matrix: Float[Array, "*rows channels"]) -> Float[Array, "*rows padded"]:
+def _pad_heads(sizes: LayerSizes, matrix: Float[Array, "*rows channels"]) -> Float[Array, "*rows padded"]:
     heads = matrix.reshape(*matrix.shape[:-1], sizes.heads, sizes.dim)
     padding = [(0, 0)] * (heads.ndim - 1) + [(0, sizes.padded_dim - sizes.dim)]
     return jnp.pad(heads, padding).reshape(*matrix.shape[:-1], -1)
@@ -71,26 +71,26 @@ def tiles(matrix: Float[Array, "inputs outputs"]) -> Float[Array, "tiles 32 8"]:
     return parts.reshape(rows * columns, 32, 8)
 
 
-def forward_tiles(m: Folded) -> Float[Array, "tiles 32 8"]:
+def forward_tiles(m: PaddedMatrices) -> Float[Array, "tiles 32 8"]:
     """The matrices of inner_forward.cu."""
     return jnp.concatenate([tiles(each) for each in (m.qkv, m.proj, m.fc1, m.fc2)])
 
 
-def mlp_tiles(sizes: Sizes, m: Folded) -> Float[Array, "tiles 32 8"]:
+def mlp_tiles(sizes: LayerSizes, m: PaddedMatrices) -> Float[Array, "tiles 32 8"]:
     """The matrices of inner_mlp_gradient.cu."""
     more = sizes.hidden_in_parts - sizes.hidden
     fc1, fc2 = jnp.pad(m.fc1, ((0, 0), (0, more))), jnp.pad(m.fc2, ((0, more), (0, 0)))
     return jnp.concatenate([tiles(each) for each in (m.qkv, m.proj, fc1, fc2.T, fc1[: sizes.channels].T)])
 
 
-def attention_tiles(sizes: Sizes, m: Folded) -> Float[Array, "tiles 32 8"]:
+def attention_tiles(sizes: LayerSizes, m: PaddedMatrices) -> Float[Array, "tiles 32 8"]:
     """The matrices of inner_attention_gradient.cu."""
     by_head = m.qkv[: sizes.channels].T.reshape(sizes.heads, -1, sizes.channels)
     return jnp.concatenate([tiles(m.qkv), tiles(m.proj.T), *map(tiles, by_head)])
 
 
 @functools.cache
-def shared_bytes(sizes: Sizes) -> dict[str, int]:
+def shared_bytes(sizes: LayerSizes) -> dict[str, int]:
     """The shared memory that a block of each kernel takes: the tiles of its matrices, and sums in their place."""
 
     def bytes_of(tiles: Callable, *arguments: Any) -> int:
@@ -98,7 +98,7 @@ def shared_bytes(sizes: Sizes) -> dict[str, int]:
 
     shapes = ((sizes.normed, 3 * sizes.merged), (sizes.merged, sizes.channels), (sizes.normed, sizes.hidden))
     shapes = (*shapes, (sizes.hidden, sizes.channels), (sizes.padded,))
-    matrices = Folded(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+    matrices = PaddedMatrices(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
     of_mlp, of_attention = sum(_of_mlp_part(sizes)), sum(_of_attention_part(sizes))
     return {
         "inner_forward": bytes_of(forward_tiles) + 4 * sizes.padded,
@@ -107,27 +107,27 @@ def shared_bytes(sizes: Sizes) -> dict[str, int]:
     }
 
 
-def mlp_sums(sizes: Sizes) -> int:
+def mlp_sums(sizes: LayerSizes) -> int:
     """Tiles of 16 x 8 sums of inner_mlp_gradient.cu, part by part: of fc1 and fc2, and a few of the bias."""
     return sizes.mlp_parts * sum(_of_mlp_part(sizes))
 
 
-def _of_mlp_part(sizes: Sizes) -> tuple[int, int, int]:
+def _of_mlp_part(sizes: LayerSizes) -> tuple[int, int, int]:
     groups, hidden = sizes.padded // 8, sizes.hidden_in_parts // sizes.mlp_parts
     return sizes.normed // 16 * hidden // 8, hidden // 16 * groups, -(-groups * 2 // 4)
 
 
-def attention_sums(sizes: Sizes) -> int:
+def attention_sums(sizes: LayerSizes) -> int:
     """The same of inner_attention_gradient.cu: of qkv and proj, part by part."""
     return sizes.attention_parts * sum(_of_attention_part(sizes))
 
 
-def _of_attention_part(sizes: Sizes) -> tuple[int, int]:
+def _of_attention_part(sizes: LayerSizes) -> tuple[int, int]:
     groups = sizes.merged // 8 // sizes.attention_parts
     return sizes.normed // 16 * 3 * groups, (groups + 1) // 2 * (sizes.padded // 8)
 
 
-def mlp_gradients(sizes: Sizes, sums: Float[Array, "tiles 32 4"]) -> tuple[Array, Array, Array]:
+def gradients_of_mlp(sizes: LayerSizes, sums: Float[Array, "tiles 32 4"]) -> tuple[Array, Array, Array]:
     """Of fc1, fc2 and the bias."""
     groups, hidden = sizes.padded // 8, sizes.hidden_in_parts // sizes.mlp_parts
     of_fc1, of_fc2, _ = _of_mlp_part(sizes)
@@ -143,7 +143,7 @@ def mlp_gradients(sizes: Sizes, sums: Float[Array, "tiles 32 4"]) -> tuple[Array
     )
 
 
-def attention_gradients(sizes: Sizes, sums: Float[Array, "tiles 32 4"]) -> tuple[Array, Array]:
+def gradients_of_attention(sizes: LayerSizes, sums: Float[Array, "tiles 32 4"]) -> tuple[Array, Array]:
     """Of qkv and proj."""
     qkv, proj = [], []
     of_qkv, _ = _of_attention_part(sizes)

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tnt_jax.models.kernels.gpu import call, folding
-from tnt_jax.models.kernels.gpu.folding import Folded
-from tnt_jax.models.kernels.gpu.sizes import Sizes
+from tnt_jax.models.kernels.gpu.folding import PaddedMatrices
+from tnt_jax.models.kernels.gpu.sizes import LayerSizes
 from tnt_jax.models.kernels.parameters import LayerParameters
 
 
 def inner_layer(
-    sizes: Sizes,
+    sizes: LayerSizes,
     multiprocessors: int,
     words: Float[Array, "sentences words channels"],
     survival: Float[Array, "2 sentences"],
@@ -28,11 +28,11 @@ def inner_layer(
         multiprocessors: of the card.
         parameters: in float32, as the modules hold them.
     """
-    return _folded_layer(sizes, multiprocessors, words, survival, folding.fold(sizes, parameters))
+    return _folded_layer(sizes, multiprocessors, words, survival, folding.padded_matrices(sizes, parameters))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _folded_layer(sizes: Sizes, multiprocessors: int, words: Array, survival: Array, m: Folded) -> Array:
+def _folded_layer(sizes: LayerSizes, multiprocessors: int, words: Array, survival: Array, m: PaddedMatrices) -> Array:
     tiles = folding.forward_tiles(m).astype(words.dtype)
     arrays = (words, survival.astype(jnp.float32), tiles, m.bias, _count(words))
     (out,) = call.launch(
@@ -46,11 +46,11 @@ def _folded_layer(sizes: Sizes, multiprocessors: int, words: Array, survival: Ar
     return out
 
 
-def _forward(sizes: Sizes, multiprocessors: int, words: Array, survival: Array, m: Folded):
+def _forward(sizes: LayerSizes, multiprocessors: int, words: Array, survival: Array, m: PaddedMatrices):
     return _folded_layer(sizes, multiprocessors, words, survival, m), (words, survival, m)
 
 
-def _backward(sizes: Sizes, multiprocessors: int, saved: tuple, cotangent: Array):
+def _backward(sizes: LayerSizes, multiprocessors: int, saved: tuple, cotangent: Array):
     words, survival, m = saved
 
     def run(kernel: str, cotangent: Array, tiles: Array, sums: int) -> tuple[Array, Array]:
@@ -68,11 +68,11 @@ def _backward(sizes: Sizes, multiprocessors: int, saved: tuple, cotangent: Array
         return cotangent, sums.sum(0)
 
     cotangent, sums = run("inner_mlp_gradient", cotangent, folding.mlp_tiles(sizes, m), folding.mlp_sums(sizes))
-    fc1, fc2, bias = folding.mlp_gradients(sizes, sums)
+    fc1, fc2, bias = folding.gradients_of_mlp(sizes, sums)
     tiles = folding.attention_tiles(sizes, m)
     cotangent, sums = run("inner_attention_gradient", cotangent, tiles, folding.attention_sums(sizes))
-    qkv, proj = folding.attention_gradients(sizes, sums)
-    return cotangent, jnp.zeros_like(survival), Folded(qkv, proj, fc1, fc2, bias)
+    qkv, proj = folding.gradients_of_attention(sizes, sums)
+    return cotangent, jnp.zeros_like(survival), PaddedMatrices(qkv, proj, fc1, fc2, bias)
 
 
 _folded_layer.defvjp(_forward, _backward)
@@ -82,6 +82,6 @@ def _count(words: Array) -> Array:
     return jnp.array([len(words)], jnp.int32)
 
 
-def _grid(kernel: str, sizes: Sizes, multiprocessors: int, sentences: int) -> int:
+def _grid(kernel: str, sizes: LayerSizes, multiprocessors: int, sentences: int) -> int:
     warps, blocks = call.warps_and_blocks(kernel, sizes)
     return max(1, min(multiprocessors * blocks, -(-sentences // warps)))

@@ -39,7 +39,7 @@ def _library() -> ctypes.CDLL | None:
     return None
 
 
-def ptx(source: pathlib.Path, headers: Sequence[pathlib.Path], options: tuple[str, ...]) -> str:
+def ptx_of(source: pathlib.Path, headers: Sequence[pathlib.Path], options: tuple[str, ...]) -> str:
     """The PTX of a file for `compute_80` and everything newer, from the cache if it has been compiled before.
 
     A file of the cache that is damaged or that others could have written is compiled again. Where the cache belongs to
@@ -69,12 +69,12 @@ def ptx(source: pathlib.Path, headers: Sequence[pathlib.Path], options: tuple[st
 
 
 def _as_ptx(source: pathlib.Path, headers: Sequence[pathlib.Path], options: tuple[str, ...]) -> str:
-    text = compiled(source, headers, "compute_80", options)[0].decode()
+    text = compile_source(source, headers, "compute_80", options)[0].decode()
     # NVRTC names the newest version that it knows, which a driver of last year refuses.
     return re.sub(r"^\.version .*$", f".version {PTX_VERSION}", text, count=1, flags=re.M)
 
 
-def compiled(
+def compile_source(
     source: pathlib.Path, headers: Sequence[pathlib.Path], architecture: str, options: tuple[str, ...]
 ) -> tuple[bytes, str]:
     """PTX for an architecture such as `compute_80`, machine code for one such as `sm_90a`, and what NVRTC said of it.

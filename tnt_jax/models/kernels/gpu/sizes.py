@@ -11,7 +11,7 @@ MOST_SUMS = 192
 take longer to be read, once for each part, than to be computed; with more, what is spilled fits into no first cache."""
 
 
-class Sizes(NamedTuple):
+class LayerSizes(NamedTuple):
     """Of an inner layer."""
 
     words: int
@@ -110,7 +110,7 @@ class Rows(NamedTuple):
         return self.width % 64 == 0 and self.width <= 640
 
 
-def obstacle(sizes: Sizes) -> str | None:
+def sizes_obstacle(sizes: LayerSizes) -> str | None:
     """The reason why the kernels cannot run a layer of these sizes, or None."""
     if sizes.words > MOST_WORDS:
         return f"the CUDA kernel takes at most {MOST_WORDS} words a patch, and these are {sizes.words}"

@@ -57,9 +57,9 @@ def covers(tokens: int, dim: int, hidden: int, heads: int, dtype: DTypeLike) -> 
     return of_parameters + of_image + of_step <= VMEM_LIMIT
 
 
-def covers_added(tokens: int) -> bool:
-    """True if the kernels can add something to all tokens of an image but the first: it fills whole registers."""
-    return IMAGES * (tokens - 1) % 16 == 0
+def covers_added(patches: int) -> bool:
+    """True if the kernels can add something to the patches of an image: it fills whole registers."""
+    return IMAGES * patches % 16 == 0
 
 
 class Attended:
@@ -142,24 +142,32 @@ def to_hidden(layer: LayerParameters, epsilon: float, x: Array, keep: Array) -> 
     return part1, h1, attention, x, part2, h2, dot(h2, layer.fc1[...]) + layer.fc1_bias[...]
 
 
-class Sizes(NamedTuple):
+class ImageSizes(NamedTuple):
     """The sizes that the kernels are compiled for."""
 
     batch: int
     tokens: int
     dim: int
     epsilon: float
-    has_added: bool
+    patches: int
+    """The last tokens of an image, to which something is added; 0 where nothing is."""
+
+    @property
+    def has_added(self) -> bool:
+        return self.patches > 0
 
     @property
     def scratch(self) -> list[tuple[int, ...]]:
-        """Shapes of float32 arrays in VMEM: tokens, and what is added to all but the first of them."""
-        added = IMAGES * (self.tokens - 1) if self.has_added else 8
-        return [(IMAGES, self.tokens, self.dim), (added, self.dim)]
+        """Shapes of float32 arrays in VMEM: tokens, and what is added to the patches."""
+        return [(IMAGES, self.tokens, self.dim), (IMAGES * self.patches or 8, self.dim)]
+
+    def of_patches(self, image: int) -> tuple[int, slice]:
+        """The patches of an image of a step among its tokens."""
+        return image, slice(self.tokens - self.patches, None)
 
     def added(self, image: int) -> pl.Slice:
         """The rows of an image of a step in what is added."""
-        return pl.ds(image * (self.tokens - 1), self.tokens - 1)
+        return pl.ds(image * self.patches, self.patches)
 
     def for_images(self, step: Array, visit) -> None:
         """Calls `visit` with an image's index in the step and in the batch; the last step may have fewer."""
@@ -168,17 +176,17 @@ class Sizes(NamedTuple):
         lax.fori_loop(0, count, lambda image, _: visit(image, first + image) or 0, 0)
 
 
-def start(sizes: Sizes, x_ref, added_refs: tuple, x32_ref, added32_ref) -> None:
-    """The tokens in float32, with what is added to all but the first of each image."""
+def start(sizes: ImageSizes, x_ref, added_refs: tuple, x32_ref, added32_ref) -> None:
+    """The tokens in float32, with what is added to the patches of each image."""
     x32_ref[...] = x_ref[...].astype(jnp.float32)
     if sizes.has_added:
         (added_ref,) = added_refs
         added32_ref[...] = added_ref[...].astype(jnp.float32)
         for image in range(IMAGES):
-            x32_ref[image, 1:, :] += added32_ref[sizes.added(image), :]
+            x32_ref[sizes.of_patches(image)] += added32_ref[sizes.added(image), :]
 
 
-def forward_kernel(sizes: Sizes, step: Array, keep_ref, x_ref, *refs) -> None:
+def forward_kernel(sizes: ImageSizes, step: Array, keep_ref, x_ref, *refs) -> None:
     """`keep_ref` (2, images): what the residual branch of attention and that of the MLP are multiplied by."""
     added_refs, refs = refs[: sizes.has_added], refs[sizes.has_added :]
     layer, (y_ref, *scratch) = LayerParameters(*refs[:-3]), refs[-3:]
@@ -194,7 +202,7 @@ def forward_kernel(sizes: Sizes, step: Array, keep_ref, x_ref, *refs) -> None:
     sizes.for_images(step, visit)
 
 
-def backward_kernel(sizes: Sizes, step: Array, keep_ref, x_ref, *refs) -> None:
+def backward_kernel(sizes: ImageSizes, step: Array, keep_ref, x_ref, *refs) -> None:
     """Gradients of the tokens, of what is added and, summed over the images, of the parameters."""
     added_refs, (dy_ref, *refs) = refs[: sizes.has_added], refs[sizes.has_added :]
     count = len(LayerParameters._fields)
@@ -237,7 +245,7 @@ def backward_kernel(sizes: Sizes, step: Array, keep_ref, x_ref, *refs) -> None:
     dx_ref[...] = x32_ref[...].astype(dx_ref.dtype)
     for dadded_ref in dadded_refs:
         for image in range(IMAGES):
-            added32_ref[sizes.added(image), :] = x32_ref[image, 1:, :]
+            added32_ref[sizes.added(image), :] = x32_ref[sizes.of_patches(image)]
         dadded_ref[...] = added32_ref[...].astype(dadded_ref.dtype)
 
 
@@ -252,7 +260,7 @@ def outer_layer(
 ) -> Float[Array, "batch tokens dim"]:
     """A transformer layer over the tokens of every image.
 
-    `added` is added first to all tokens of an image but the first; those of all images lie one after the other.
+    `added` is added first to the patches, the last tokens of an image; those of all images lie one after the other.
     `keep` is what each image's branch of attention and of the MLP is multiplied by: 1, or what stochastic depth has
     drawn. It has no gradient.
     """
@@ -287,7 +295,7 @@ def _over_images(name: str, kernel, epsilon: float, machine: Machine, tokens, ad
     parameters.
     """
     batch, count, dim = tokens.shape
-    sizes = Sizes(batch, count, dim, epsilon, added is not None)
+    sizes = ImageSizes(batch, count, dim, epsilon, 0 if added is None else added.shape[0] // batch)
     parameters = [value if value.shape[0] == 1 else value.astype(tokens.dtype) for value in layer]
     arrays = [array for array in (tokens, added, gradient) if array is not None]
     results = [tokens] if gradient is None or added is None else [tokens, added]
@@ -300,7 +308,7 @@ def _over_images(name: str, kernel, epsilon: float, machine: Machine, tokens, ad
     def of_step(array) -> pl.BlockSpec:
         if array.ndim == 3:
             return pl.BlockSpec((IMAGES, count, dim), lambda *at: (steps.of(*at), 0, 0))
-        return pl.BlockSpec((IMAGES * (count - 1), dim), lambda *at: (steps.of(*at), 0))
+        return pl.BlockSpec((IMAGES * sizes.patches, dim), lambda *at: (steps.of(*at), 0))
 
     def whole(value) -> pl.BlockSpec:
         return pl.BlockSpec(value.shape, lambda *at: (0, 0), pipeline_mode=pl.Buffered(1))

@@ -43,7 +43,7 @@ class Projection(NamedTuple):
     norm2_bias: Array
 
 
-class Folded(NamedTuple):
+class FoldedProjection(NamedTuple):
     """A linear map of what is normalised and no more, whose results have mean 0; and what the second norm has."""
 
     proj: Array
@@ -57,11 +57,11 @@ def covers_projection(rows: int, outer: int) -> bool:
     return rows % LANES == 0 and outer % LANES == 0
 
 
-def fold(layer: Projection) -> Folded:
+def fold_projection(layer: Projection) -> FoldedProjection:
     """The first norm's scale and bias, and the second one's mean, as part of the linear map; differentiable."""
     proj = layer.proj * layer.norm1_scale.T
     bias = layer.proj_bias + (layer.proj * layer.norm1_bias.T).sum(1, keepdims=True)
-    return Folded(proj - proj.mean(0), bias - bias.mean(0), layer.norm2_scale, layer.norm2_bias)
+    return FoldedProjection(proj - proj.mean(0), bias - bias.mean(0), layer.norm2_scale, layer.norm2_bias)
 
 
 def column_means(x: Float[Array, "rows group"], dtype: DTypeLike) -> Float[Array, "8 group"]:
@@ -117,11 +117,11 @@ def backward_kernel(
     epsilon: float, sentences: int, first: Array,
     x_ref, passed_ref, dy_ref, proj_ref, transposed_ref, bias_ref, scale2_ref, dx_ref, *gradients,
 ) -> None:  # fmt: skip
-    """Gradients of the words and, summed over the tiles, of `Folded`; those of vectors with 128 partial sums.
+    """Gradients of the words and, summed over the tiles, of `FoldedProjection`; those of vectors with 128 partial sums.
 
     `passed_ref` is the gradient that reaches the words by other ways, and is added.
     """
-    gradients, dtype = Folded(*gradients), proj_ref.dtype
+    gradients, dtype = FoldedProjection(*gradients), proj_ref.dtype
 
     @pl.when(first + TILE > sentences)
     def _():
@@ -151,11 +151,11 @@ def words_to_sentence(
     What goes on with the words that are returned has its gradient added in the backward kernel, not in a pass of its
     own.
     """
-    return _words_to_sentence(epsilon, machine, words, fold(layer))
+    return _words_to_sentence(epsilon, machine, words, fold_projection(layer))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _words_to_sentence(epsilon: float, machine: Machine, words, layer: Folded) -> tuple[Array, Array]:
+def _words_to_sentence(epsilon: float, machine: Machine, words, layer: FoldedProjection) -> tuple[Array, Array]:
     return words, _sentences(epsilon, machine, words, layer)
 
 
@@ -166,7 +166,7 @@ def in_every_lane(column: Float[Array, "rows 1"]) -> Float[Array, "rows 128"]:
 
 # Jitted, as in inner_block.py.
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _sentences(epsilon: float, machine: Machine, words, layer: Folded) -> Array:
+def _sentences(epsilon: float, machine: Machine, words, layer: FoldedProjection) -> Array:
     _, sentences = words.shape
     (out,) = over_tiles(
         "words_to_sentence_forward",
@@ -180,7 +180,7 @@ def _sentences(epsilon: float, machine: Machine, words, layer: Folded) -> Array:
     return out
 
 
-def _forward(epsilon: float, machine: Machine, words, layer: Folded):
+def _forward(epsilon: float, machine: Machine, words, layer: FoldedProjection):
     return _words_to_sentence(epsilon, machine, words, layer), (words, layer)
 
 
@@ -198,11 +198,11 @@ def _backward(epsilon: float, machine: Machine, saved, gradients):
         [PerSentence(words), PerSentence(passed), PerSentence(gradient, axis=0)],
         [*matrices, in_every_lane(layer.proj_bias), in_every_lane(layer.norm2_scale)],
         [PerSentence(jax.ShapeDtypeStruct(words.shape, words.dtype))],
-        sums=Folded(layer.proj.shape, of_vector, of_vector, of_vector),
+        sums=FoldedProjection(layer.proj.shape, of_vector, of_vector, of_vector),
         flops=6 * sentences * layer.proj.size,
         machine=machine,
     )
-    return dwords, Folded(dproj, *(vector.sum(1, keepdims=True) for vector in dvectors))
+    return dwords, FoldedProjection(dproj, *(vector.sum(1, keepdims=True) for vector in dvectors))
 
 
 _words_to_sentence.defvjp(_forward, _backward)
