@@ -78,7 +78,7 @@ def test_the_command_writes_stablehlo_for_a_process_without_this_project(tmp_pat
         small_model,
         pytest.param(small_pyramid, marks=pytest.mark.slow),
         pytest.param(
-            lambda: small_model(name="tnt_s_legacy_patch16_224", squeeze_excitation=True), marks=pytest.mark.slow
+            lambda: small_model(name="tnt_s_legacy_patch16_224", squeeze_excitation=True), marks=pytest.mark.nightly
         ),
     ],
     ids=["official", "pyramid", "legacy"],
@@ -380,7 +380,7 @@ def test_the_tolerance_holds_for_photographs_as_well(tmp_path):
     assert report["kept_in_float32"] == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_convolutions_of_a_pyramid_are_in_eight_bits_as_well(tmp_path):
     import onnx
 

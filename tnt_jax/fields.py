@@ -51,8 +51,9 @@ def changes_of(kind: type, others: dict[str, tuple[Any, Any]], doc: str) -> type
         made = dataclasses.field(default=default, metadata=field.metadata)
         fields.append((field.name, Annotated[hint, Doc(texts.get(field.name, ""))], made))
     name = kind.__name__.replace("Config", "Changes")
-    namespace = {"__doc__": doc, "__module__": kind.__module__}
-    return dataclasses.make_dataclass(name, fields, frozen=True, namespace=namespace)
+    changes = dataclasses.make_dataclass(name, fields, frozen=True, namespace={"__doc__": doc})
+    changes.__module__ = kind.__module__  # where pickle finds it; from Python 3.12 on a namespace cannot say so
+    return changes
 
 
 def _docstrings(kind: type) -> dict[str, str]:

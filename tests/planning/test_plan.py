@@ -144,7 +144,7 @@ def test_a_card_is_described_to_the_compiler(topology):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--plan", "v9x:2x4"], "libtpu knows no topology 'v9x:2x4'"),
+        pytest.param(["--plan", "v9x:2x4"], "libtpu knows no topology 'v9x:2x4'", marks=pytest.mark.nightly),
         (["--plan", "v5e:2x4", "--batch-size", "100"], "batch_size 100 cannot be divided among 8 devices"),
     ],
 )

@@ -72,16 +72,13 @@ def test_a_kind_is_located_and_loads_as_the_same_model(kind, everywhere, made):
     assert (again.config.num_classes, again.config.outer_dim) == (4, 12)
 
 
-# The others differ from one of these in how they are written, which the test above knows.
-WHOLE = ("folder", "me/digits@v1", "ADDRESS/tnt.pth", "tnt.safetensors")
+# The others differ from one of these in how they are found, which the test above knows.
+WHOLE = ("me/digits@v1", "ADDRESS/tnt.pth", "run")
 
 
 @pytest.mark.parametrize(
     "kind",
-    [
-        pytest.param(kind, marks=pytest.mark.slow if kind in (*WHOLE, "run") else pytest.mark.nightly)
-        for kind in (*KINDS, "run")
-    ],
+    [pytest.param(kind, marks=pytest.mark.slow if kind in WHOLE else pytest.mark.nightly) for kind in (*KINDS, "run")],
 )
 def test_every_command_takes_it(kind, everywhere, made, tmp_path, monkeypatch):
     if kind == "run":

@@ -60,8 +60,8 @@ def test_with_a_key_for_each_image_none_depends_on_the_others():
     keys = jax.random.split(jax.random.key(1), 6)
     call = nnx.jit(lambda images, keys: model(images, keys))
     whole = call(images, keys)
-    for chosen in (np.array([0]), np.array([5, 2])):
-        np.testing.assert_allclose(call(images[chosen], keys[chosen]), whole[chosen], atol=1e-5)
+    chosen = np.array([5, 2])
+    np.testing.assert_allclose(call(images[chosen], keys[chosen]), whole[chosen], atol=1e-5)
     assert not np.allclose(call(images, keys[::-1]), whole, atol=1e-3)
 
 
