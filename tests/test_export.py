@@ -180,7 +180,7 @@ def test_stablehlo_in_bfloat16_is_compared_with_the_equations_in_bfloat16(tmp_pa
     ("white", "kind", "black_and_white"),
     [(4095, np.uint16, (0, 4095)), (1, np.float32, (-1000.0, 1000.0)), (None, np.uint16, (0, 65535))],
 )
-@pytest.mark.parametrize("format", ["onnx", "stablehlo"])
+@pytest.mark.parametrize("format", ["onnx", pytest.param("stablehlo", marks=pytest.mark.slow)])
 def test_a_file_takes_the_samples_that_the_model_was_trained_on(format, white, kind, black_and_white, tmp_path):
     """What predict.py makes of the same array, black and white being different pictures."""
     import onnxruntime
