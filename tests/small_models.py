@@ -34,4 +34,4 @@ def random_model(**fields):
 
 
 def _random(rng, path, shape):
-    return abs(rng.normal(size=shape)) + 0.5 if path.endswith(".norm.var") else rng.normal(size=shape)
+    return abs(rng.normal(size=shape)) + 0.5 if path.endswith(".var") else rng.normal(size=shape)

@@ -72,11 +72,11 @@ class ModelConfig:
     """The way to compute the inner transformers, and what goes with it between sentences: a kernel on TPUs (pallas),
     attention in C on CPUs (auto, native) and cuDNN's on GPUs (cuda). auto is what is fastest on the platform; the
     results are the same. cuda has not run on a GPU yet, and auto does not choose it: docs/gpus.md."""
-    head: Literal["class", "linear", "mlp", "retinanet", "detr", "detr_unpooled"] = "class"
+    head: Literal["class", "linear", "mlp", "mlp_words", "retinanet", "detr", "detr_unpooled"] = "class"
     """The last part: class is one map of the class token (PyramidTNT: of the mean), for the image. For every pixel
-    linear is Segmenter's head over the last sentences, mlp SegFormer's over maps of four scales. For boxes there are
-    retinanet, and detr, which is for a TNT; detr_unpooled is as transformers has it, without what the paper puts before
-    it: the norm, and the mean over 2 x 2 sentences."""
+    linear is Segmenter's head over the last sentences, mlp SegFormer's over maps of four scales, and mlp_words has the
+    words of a TNT too. For boxes there are retinanet, and detr, which is for a TNT; detr_unpooled is as transformers
+    has it, without what the paper puts before it: the norm, and the mean over 2 x 2 sentences."""
 
 
 ModelChanges = changes_of(

@@ -10,7 +10,7 @@ from flax import nnx
 from small_models import small_model, small_pyramid
 
 from tnt_jax.models.adapting import adapt
-from tnt_jax.models.heads import map_blocks, resized
+from tnt_jax.models.heads import map_blocks, map_of_words, resized
 from tnt_jax.models.variants import model_config, with_changes
 from tnt_jax.storage.folder import model_from_parameters, model_parameters
 
@@ -28,7 +28,25 @@ def test_the_maps_are_of_every_quarter_of_the_depth(depth):
     assert map_blocks(model_config("ptnt_s_patch16_256")) == (1, 9, 13, 15)
 
 
-@pytest.mark.parametrize("head", ["linear", "mlp"])
+def test_words_lie_where_they_are_in_the_image():
+    rows, columns, side = 2, 3, 4
+    places = jnp.arange(rows * side * columns * side).reshape(rows, side, columns, side).transpose(0, 2, 1, 3)
+    words = places.reshape(1, rows, columns, side * side, 1)
+    found = map_of_words(words)
+    np.testing.assert_array_equal(found.ravel(), np.arange(found.size))
+    assert found.shape == (1, rows * side, columns * side, 1)
+
+
+def test_without_its_words_the_head_is_the_one_that_has_none():
+    model = small_model(head="mlp_words", image_size=(32, 48), depth=2, num_classes=5)
+    of_mlp = {name: value for name, value in model_parameters(model).items() if "decoder.word_" not in name}
+    plain = model_from_parameters(dataclasses.replace(model.config, head="mlp"), of_mlp)
+    assert float(abs(model(IMAGES) - plain(IMAGES)).max()) > 1e-3
+    model.decoder.word_linear.kernel[...] = jnp.zeros_like(model.decoder.word_linear.kernel[...])
+    np.testing.assert_allclose(model(IMAGES), plain(IMAGES), atol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp", pytest.param("mlp_words", marks=pytest.mark.slow)])
 def test_logits_are_of_every_pixel_and_every_parameter_learns(head):
     model = small_model(head=head, image_size=(32, 48), depth=2, num_classes=5)
     graph, params, rest = nnx.split(model, nnx.Param, ...)

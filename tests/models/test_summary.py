@@ -60,6 +60,7 @@ def test_macs_are_the_published_ones_and_those_of_the_program(name):
     [
         ("tnt_s_patch16_224", "linear", (64, 96)),
         ("tnt_s_patch16_224", "mlp", (64, 80)),
+        pytest.param("tnt_s_patch16_224", "mlp_words", (64, 80), marks=pytest.mark.slow),
         ("ptnt_ti_patch16_192", "mlp", (64, 96)),
     ],
 )

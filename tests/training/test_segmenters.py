@@ -54,14 +54,15 @@ def few(tmp_path_factory):
     scope="module",
     params=[
         pytest.param("mlp", marks=pytest.mark.slow),
-        *(pytest.param(head, marks=pytest.mark.nightly) for head in ("linear", "pyramid")),
+        *(pytest.param(head, marks=pytest.mark.nightly) for head in ("linear", "mlp_words", "pyramid")),
     ],
 )
 def finished(request, few, tmp_path_factory):
     """A run of each head; `mlp` of a TNT and of a PyramidTNT."""
-    model = dataclasses.replace(SMALL, head="linear") if request.param == "linear" else SMALL
     if request.param == "pyramid":
         model = dataclasses.replace(SMALL_PYRAMID, head="mlp")
+    else:
+        model = dataclasses.replace(SMALL, head=request.param)
     config = run_of(tmp_path_factory.mktemp(request.param) / "run", few, model)
     train(config)
     return config
@@ -235,7 +236,7 @@ def test_windows_say_the_same_where_one_is_enough_and_cover_large_images(finishe
     [
         (
             {"model": ModelChanges("tnt_s_patch16_224")},
-            r"model\.head is class, and must be linear or mlp for data\.task segmentation",
+            r"model\.head is class, and must be linear or mlp or mlp_words for data\.task segmentation",
         ),
         ({"data": {"task": "single_label"}}, r"model\.head is mlp, and must be class for data\.task single_label"),
         (
@@ -283,6 +284,13 @@ def test_digits_in_scenes_are_found_well(tmp_path):
     assert learned(tmp_path, {"train": 4000, "val": 300}) >= 0.8
 
 
-def test_a_pyramid_has_no_linear_head():
-    with pytest.raises(InputError, match="head is linear, which gives the classes of a patch from its last sentence"):
-        tnt_jax.create_model("ptnt_ti_patch16_192", head="linear")
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        ("linear", "head is linear, which gives the classes of a patch from its last sentence"),
+        ("mlp_words", "head mlp_words reads the words of a TNT's last block"),
+    ],
+)
+def test_a_pyramid_has_no_head_of_a_tnt(head, message):
+    with pytest.raises(InputError, match=message):
+        tnt_jax.create_model("ptnt_ti_patch16_192", head=head)

@@ -3,11 +3,12 @@
 `linear` is Segmenter's (arXiv 2105.05633): the classes of a patch from its last sentence, one linear map.
 `mlp` is SegFormer's (arXiv 2105.15203): four maps, each brought to one width and to the size of the finest, fused by a
 linear map with batch norm. Of a TNT they are the blocks 3, 6, 9 and 12 through `FeaturePyramid`, of a PyramidTNT its
-four stages.
+four stages. `mlp_words` adds the words of the last block of a TNT to them, which no other network has.
 Either's last map is the model's `head`, as that of a classifier is; logits are brought to the size of the image,
 bilinear.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -24,11 +25,12 @@ from tnt_jax.models.features import FeaturePyramid
 from tnt_jax.models.functions import Keys, dropout, split_key
 from tnt_jax.models.layers import BatchNorm, LayerNorm, Linear, Rngs
 from tnt_jax.models.pyramid_tnt import PyramidTNT, stage_grids
-from tnt_jax.models.tnt import TNT, grid_size, make_head
+from tnt_jax.models.tnt import TNT, grid_size, make_head, words_per_side
 
 DECODER_DIM = 256
 """Channels of the fused map at most, as of SegFormer-B0 and B1; a narrower network has its own width."""
 Maps = Float[Array, "batch _rows _columns _channels"]
+MLPS = ("mlp", "mlp_words")
 
 
 def resized(
@@ -62,7 +64,7 @@ def map_dims(config: ModelConfig) -> tuple[int, ...]:
 
 def decoder_dim(config: ModelConfig) -> int:
     """Channels of what the last map of the head takes."""
-    return min(DECODER_DIM, map_dims(config)[-1]) if config.head == "mlp" else map_dims(config)[-1]
+    return min(DECODER_DIM, map_dims(config)[-1]) if config.head in MLPS else map_dims(config)[-1]
 
 
 def map_blocks(config: ModelConfig) -> tuple[int, ...]:
@@ -80,6 +82,8 @@ def check_head(config: ModelConfig) -> None:
             "head is linear, which gives the classes of a patch from its last sentence: a PyramidTNT has one for 64 x "
             "64 pixels; take head mlp"
         )
+    if config.head == "mlp_words" and config.architecture == "pyramid":
+        raise InputError("head mlp_words reads the words of a TNT's last block; a PyramidTNT has few there: take mlp")
 
 
 class MlpDecoder(nnx.Module):
@@ -91,12 +95,14 @@ class MlpDecoder(nnx.Module):
         self.fuse = Linear(4 * dim, dim, use_bias=False, config=config, rngs=rngs)
         self.norm = BatchNorm(dim, config=config, rngs=rngs)
 
-    def __call__(self, maps: Sequence[Maps], key: Keys | None = None) -> Maps:
-        """With a key batch norm trains."""
+    def __call__(self, maps: Sequence[Maps], key: Keys | None = None, detail: Maps | None = None) -> Maps:
+        """With a key batch norm trains; `detail` is added to what is fused of the maps."""
         size = maps[0].shape[1:3]
         wide = [resized(linear(each), size) for linear, each in zip(self.linears, maps, strict=True)]
-        fused = self.norm(self.fuse(jnp.concatenate(wide[::-1], axis=-1)), training=key is not None)
-        return dropout(nnx.relu(fused), self.drop_rate, key)
+        fused = self.fuse(jnp.concatenate(wide[::-1], axis=-1))
+        if detail is not None:
+            fused = fused + resized(detail, size)
+        return dropout(nnx.relu(self.norm(fused, training=key is not None)), self.drop_rate, key)
 
 
 class Decoder(nnx.Module):
@@ -111,14 +117,41 @@ class Decoder(nnx.Module):
         self.pyramid = None if config.architecture == "pyramid" else FeaturePyramid(config, rngs=rngs)
         self.mlp = MlpDecoder(dims, decoder_dim(config), config=config, rngs=rngs)
 
-    def __call__(self, maps: Sequence[Maps], last: LayerNorm, key: Keys | None = None) -> Maps:
+    def __call__(
+        self, maps: Sequence[Maps], last: LayerNorm, key: Keys | None = None, detail: Maps | None = None
+    ) -> Maps:
         maps = [norm(each) for norm, each in zip([*self.norms, last], maps, strict=True)]
-        return self.mlp(maps if self.pyramid is None else self.pyramid(maps, key), key)
+        return self.mlp(maps if self.pyramid is None else self.pyramid(maps, key), key, detail)
+
+
+def map_of_words(
+    words: Float[Array, "batch rows columns words channels"],
+) -> Float[Array, "batch word_rows word_columns channels"]:
+    """Each word where it lies in the image."""
+    batch, rows, columns, count, channels = words.shape
+    side = math.isqrt(count)
+    squares = words.reshape(batch, rows, columns, side, side, channels)
+    return squares.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * side, columns * side, channels)
+
+
+class WordDecoder(Decoder):
+    """`Decoder` with the words of the last block, normalised, through a linear map of their own."""
+
+    def __init__(self, dims: Sequence[int], *, config: ModelConfig, rngs: Rngs):
+        super().__init__(dims, config=config, rngs=rngs)
+        self.word_norm = LayerNorm(config.inner_dim, config=config, rngs=rngs)
+        self.word_linear = Linear(config.inner_dim, decoder_dim(config), use_bias=False, config=config, rngs=rngs)
+
+    def __call__(self, maps: Sequence[tuple[Maps, Array]], last: LayerNorm, key: Keys | None = None) -> Maps:
+        """`maps` are pairs, of `forward_intermediates(words=True)`."""
+        detail = self.word_linear(self.word_norm(map_of_words(maps[-1][1])))
+        return super().__call__([each for each, _ in maps], last, key, detail)
 
 
 DETECTORS = ("retinanet", "detr", "detr_unpooled")
 DECODERS = {
     "mlp": Decoder,
+    "mlp_words": WordDecoder,
     "retinanet": detectors.RetinaNet,
     "detr": detectors.Detr,
     "detr_unpooled": detectors.Detr,
@@ -156,7 +189,7 @@ class _Dense:
         else:
             blocks_key, decoder_key = split_key(key, 2)
             blocks = map_blocks(self.config)
-            found = self.forward_intermediates(images, blocks, key=blocks_key)
+            found = self.forward_intermediates(images, blocks, words=self.config.head == "mlp_words", key=blocks_key)
             of_block = dict(zip(sorted(set(blocks)), found, strict=True))
             found = self.decoder([of_block[block] for block in blocks], self.norm, decoder_key)
         found = found.astype(jnp.float32)
@@ -221,4 +254,6 @@ def head_macs(config: ModelConfig) -> int:
         # Of the transposed convolutions 1 + 4 and 1 times the grid, of the 3x3 convolution nine times a quarter of it.
         pyramid = dims[0] ** 2 * (4 * (1 + 4 + 1) * rows * columns + 9 * places[3])
     linears = sum(count * each * dim for count, each in zip(places, dims, strict=True))
+    if config.head == "mlp_words":
+        linears += rows * columns * words_per_side(config) ** 2 * config.inner_dim * dim
     return pyramid + linears + places[0] * (4 * dim * dim + dim * config.num_classes)

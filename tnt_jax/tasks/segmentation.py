@@ -138,7 +138,7 @@ class Segmentation(task.DenseTask):
     name = "segmentation"
     noun = "classes"
     told = "masks"
-    heads = ("linear", "mlp")
+    heads = ("linear", "mlp", "mlp_words")
     metrics = METRICS
     losses = ("cross_entropy_dice", "pixel_cross_entropy")
     settings = ("data.ignore",)
