@@ -99,17 +99,15 @@ def step_of(config, devices):
     return dense_runs.step_of(config, 10, images, labels, devices)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "head", ["detr", *(pytest.param(head, marks=pytest.mark.nightly) for head in ("retinanet", "detr_unpooled"))]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("head", ["detr", "retinanet", "detr_unpooled"])
 def test_a_step_is_the_same_on_several_devices(head, few, tmp_path):
     model = dataclasses.replace(SMALL, head=head, drop_path_rate=0.0)
     config = run_of(tmp_path, few, model, optimizer=OptimizerConfig(name="sgd", learning_rate=1e-3, warmup_epochs=0))
     assert_same_step(step_of(config, 1), step_of(config, 4))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_bfloat16_trains(few, tmp_path):
     model = dataclasses.replace(SMALL, dtype="bfloat16", param_dtype="bfloat16")
     loss, _ = step_of(run_of(tmp_path, few, model, loss=LossConfig("detection_giou")), 1)
