@@ -10,7 +10,8 @@ from flax import nnx
 from small_models import small_model, small_pyramid
 
 from tnt_jax.models.adapting import adapt
-from tnt_jax.models.heads import map_blocks, map_of_words, resized
+from tnt_jax.models.heads import map_blocks, resized
+from tnt_jax.models.tnt import map_of_words
 from tnt_jax.models.variants import model_config, with_changes
 from tnt_jax.storage.folder import model_from_parameters, model_parameters
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from tnt_jax.config import InputError
 from tnt_jax.evaluation.capture import Observed, observe
 from tnt_jax.models.pyramid_tnt import SPATIAL_REDUCTION, key_grid, stage_grids
-from tnt_jax.models.tnt import grid_size, words_per_side
+from tnt_jax.models.tnt import grid_size, map_of_words, words_per_side
 from tnt_jax.models.variants import Model, with_formulation
 
 Images = Float[Array | np.ndarray, "batch height width channels"]
@@ -235,9 +235,7 @@ def _on_words(model: Model, words: Array, place: Place) -> Array:
 
 def _tiled(words: Array, grid: tuple[int, int]) -> Array:
     """(batch, patches, words) as the words lie in the image."""
-    batch, side = len(words), math.isqrt(words.shape[-1])
-    maps = words.reshape(batch, *grid, side, side).transpose(0, 1, 3, 2, 4)
-    return maps.reshape(batch, grid[0] * side, grid[1] * side)
+    return map_of_words(words.reshape(len(words), *grid, -1, 1))[..., 0]
 
 
 def _divided(sentences: Array, words: Array) -> Array:

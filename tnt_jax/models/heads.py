@@ -8,7 +8,6 @@ Either's last map is the model's `head`, as that of a classifier is; logits are 
 bilinear.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -25,7 +24,7 @@ from tnt_jax.models.features import FeaturePyramid
 from tnt_jax.models.functions import Keys, dropout, split_key
 from tnt_jax.models.layers import BatchNorm, LayerNorm, Linear, Rngs
 from tnt_jax.models.pyramid_tnt import PyramidTNT, stage_grids
-from tnt_jax.models.tnt import TNT, grid_size, make_head, words_per_side
+from tnt_jax.models.tnt import TNT, grid_size, make_head, map_of_words, words_per_side
 
 DECODER_DIM = 256
 """Channels of the fused map at most, as of SegFormer-B0 and B1; a narrower network has its own width."""
@@ -122,16 +121,6 @@ class Decoder(nnx.Module):
     ) -> Maps:
         maps = [norm(each) for norm, each in zip([*self.norms, last], maps, strict=True)]
         return self.mlp(maps if self.pyramid is None else self.pyramid(maps, key), key, detail)
-
-
-def map_of_words(
-    words: Float[Array, "batch rows columns words channels"],
-) -> Float[Array, "batch word_rows word_columns channels"]:
-    """Each word where it lies in the image."""
-    batch, rows, columns, count, channels = words.shape
-    side = math.isqrt(count)
-    squares = words.reshape(batch, rows, columns, side, side, channels)
-    return squares.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * side, columns * side, channels)
 
 
 class WordDecoder(Decoder):

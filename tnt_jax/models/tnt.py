@@ -7,6 +7,7 @@ words-to-sentence projection of every block, and nowhere else.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,16 @@ def to_patches(
     # Pixels and channels of a row are one axis: three channels alone would fill no register.
     x = x.reshape(batch, height // size, size, width // size, size * channels)
     return x.transpose(0, 1, 3, 2, 4).reshape(-1, size, size, channels)
+
+
+def map_of_words(
+    words: Float[Array, "batch rows columns words channels"],
+) -> Float[Array, "batch word_rows word_columns channels"]:
+    """Each word where it lies in the image."""
+    batch, rows, columns, count, channels = words.shape
+    side = math.isqrt(count)
+    squares = words.reshape(batch, rows, columns, side, side, channels)
+    return squares.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * side, columns * side, channels)
 
 
 class WordEmbedding(nnx.Module):
