@@ -19,7 +19,7 @@ def get_config() -> TrainConfig:
     return TrainConfig(
         run_dir="runs/ade20k_tnt_s",
         init_from="tnt_s_patch16_224",
-        model=ModelChanges("tnt_s_patch16_224", image_size=512, num_classes=150, head="mlp"),
+        model=ModelChanges("tnt_s_patch16_224", image_size=512, num_classes=150, head="mlp", head_drop_rate=0.1),
         data=DataConfig.plain(
             "masks:ADEChallengeData2016",
             task="segmentation",

@@ -19,7 +19,9 @@ def get_config() -> TrainConfig:
     return TrainConfig(
         run_dir="runs/coco_detr_tnt_s",
         init_from="tnt_s_patch16_224",
-        model=ModelChanges("tnt_s_patch16_224", image_size=640, num_classes=80, head="detr", dtype="bfloat16"),
+        model=ModelChanges(
+            "tnt_s_patch16_224", image_size=640, num_classes=80, head="detr", head_drop_rate=0.1, dtype="bfloat16"
+        ),
         data=DataConfig.plain(
             "coco:data/coco",
             task="detection",

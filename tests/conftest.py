@@ -3,6 +3,7 @@
 import atexit
 import ctypes
 import gc
+import importlib.metadata
 import os
 import pathlib
 import re
@@ -18,6 +19,8 @@ flags = os.environ.get("XLA_FLAGS", "")
 if "xla_backend_optimization_level" not in flags:
     devices = os.environ.get("DEVICES", "4")
     flags += f" --xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
+    if importlib.metadata.version("jaxlib").startswith("0.10."):  # JAX 0.12 does not know the flag, and ends
+        flags += " --xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = flags
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tnt_jax_tests_")

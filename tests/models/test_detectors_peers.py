@@ -244,13 +244,8 @@ def of_transformers(theirs, maps, labels):
     return torch.cat([logits, boxes], -1).transpose(0, 1), loss, each
 
 
-@pytest.fixture
-def without_dropout(monkeypatch):
-    monkeypatch.setattr("tnt_jax.models.detectors.DROP_RATE", 0.0)
-
-
 @pytest.mark.parametrize("counts", [(3, 1), (0, 2), (6, 12)])
-def test_detr_its_losses_and_gradients_are_transformers(counts, detrs, without_dropout):
+def test_detr_its_losses_and_gradients_are_transformers(counts, detrs):
     ours, theirs = detrs
     rng = np.random.default_rng(sum(counts))
     maps = rng.standard_normal((2, 5, 3, 64)).astype(np.float32)
@@ -282,8 +277,20 @@ def test_detr_its_losses_and_gradients_are_transformers(counts, detrs, without_d
             np.testing.assert_allclose(mine.get_value() / largest, gradient / largest, rtol=0, atol=1e-4, err_msg=name)
 
 
-def test_the_last_layer_alone_is_said_without_a_key(detrs, without_dropout):
+def test_the_last_layer_alone_is_said_without_a_key(detrs):
     ours, _ = detrs
     maps = jnp.ones((1, 2, 2, 64))
     last = ours.of_map(maps, jax.random.key(0))[:, -1]
     np.testing.assert_allclose(ours.of_map(maps)[:, 0], last, rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_is_in_training_and_where_it_is_asked_for_alone():
+    dropped, without = (
+        Detr((64,) * 4, config=dataclasses.replace(CONFIG, head="detr", drop_rate=0.5, **rate), rngs=nnx.Rngs(0))
+        for rate in ({"head_drop_rate": 0.1}, {})
+    )
+    maps = jnp.ones((1, 2, 2, 64))
+    np.testing.assert_array_equal(dropped.of_map(maps), without.of_map(maps))
+    of_seeds = [dropped.of_map(maps, jax.random.key(seed)) for seed in (0, 1)]
+    assert np.abs(of_seeds[0] - of_seeds[1]).max(axis=(0, 2, 3)).min() > 0.01
+    np.testing.assert_array_equal(*(without.of_map(maps, jax.random.key(seed)) for seed in (0, 1)))

@@ -13,7 +13,7 @@ TIMM = {
     "tnt_b_patch16_224": (87.585, 72.370, 46.930, 33.713, 32.200),
 }
 TIMM_DATA = ("imagenet-real", "imagenet-v2", "imagenet-r", "imagenet-sketch", "imagenet-a")
-HOW_COMPUTED = ("dtype", "param_dtype", "remat", "drop_rate", "attn_drop_rate", "drop_path_rate")
+HOW_COMPUTED = ("dtype", "param_dtype", "remat", "drop_rate", "attn_drop_rate", "drop_path_rate", "head_drop_rate")
 
 
 def published(config: ModelConfig, data: str) -> dict[str, float]:

@@ -17,7 +17,7 @@ from tnt_jax.models.variants import abstract_model
 
 # What of a configuration says nothing of the parameters, or what `adapt` knows how to change.
 _FREE = {"name", "image_size", "in_channels", "num_classes", "drop_rate", "attn_drop_rate", "drop_path_rate"}
-_FREE |= {"dtype", "param_dtype", "remat", "inner", "head"}
+_FREE |= {"dtype", "param_dtype", "remat", "inner", "head", "head_drop_rate"}
 
 
 def adapt(

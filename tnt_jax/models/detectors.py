@@ -33,7 +33,7 @@ ANCHOR_SIZE = 4
 """In strides of the level (arXiv 1708.02002, section 4)."""
 PRIOR = 0.01
 """The chance of a class before anything was learned."""
-LAYERS, QUERIES, HEAD_DIM, MLP_RATIO, DROP_RATE = 6, 100, 32, 8, 0.1
+LAYERS, QUERIES, HEAD_DIM, MLP_RATIO = 6, 100, 32, 8
 """Of DETR (arXiv 2005.12872); 256 channels have 8 heads and 2048 between the linear maps."""
 DETRS = ("detr", "detr_unpooled")
 Maps = Float[Array, "batch rows columns channels"]
@@ -198,7 +198,7 @@ class CrossAttention(nnx.Module):
 
     def __init__(self, dim: int, *, config: ModelConfig, rngs: Rngs):
         make = functools.partial(Linear, dim, dim, config=config, rngs=rngs)
-        self.num_heads = dim // HEAD_DIM
+        self.num_heads, self.drop_rate = dim // HEAD_DIM, config.head_drop_rate
         self.q, self.k, self.v = (make(kernel_init=OF_ATTENTION) for _ in range(3))
         self.proj = make(kernel_init=OF_TRANSFORMER)
 
@@ -208,7 +208,7 @@ class CrossAttention(nnx.Module):
             for linear, tokens in ((self.q, queries), (self.k, keys), (self.v, values))
         )
         logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
-        weights = dropout(jax.nn.softmax(logits), DROP_RATE, key).astype(v.dtype)
+        weights = dropout(jax.nn.softmax(logits), self.drop_rate, key).astype(v.dtype)
         return self.proj(jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(*queries.shape[:2], -1))
 
 
@@ -220,7 +220,7 @@ class EncoderLayer(nnx.Module):
         norm, attention = (
             functools.partial(each, dim, config=config, rngs=rngs) for each in (LayerNorm, CrossAttention)
         )
-        self.attn, self.norm1 = attention(), norm()
+        self.attn, self.norm1, self.drop_rate = attention(), norm(), config.head_drop_rate
         self.cross, self.norm2 = (attention(), norm()) if has_cross else (None, None)
         make = functools.partial(Linear, kernel_init=OF_TRANSFORMER, config=config, rngs=rngs)
         self.fc1, self.fc2 = make(dim, MLP_RATIO * dim), make(MLP_RATIO * dim, dim)
@@ -231,12 +231,12 @@ class EncoderLayer(nnx.Module):
     ) -> Array:
         keys = split_key(key, 6)
         own = x + positions
-        x = self.norm1(x + dropout(self.attn(own, own, x, keys[0]), DROP_RATE, keys[1]))
+        x = self.norm1(x + dropout(self.attn(own, own, x, keys[0]), self.drop_rate, keys[1]))
         if self.cross is not None:
             found = self.cross(x + positions, memory + places, memory, keys[2])
-            x = self.norm2(x + dropout(found, DROP_RATE, keys[3]))
-        hidden = dropout(nnx.relu(self.fc1(x)), DROP_RATE, keys[4])
-        return self.norm3(x + dropout(self.fc2(hidden), DROP_RATE, keys[5]))
+            x = self.norm2(x + dropout(found, self.drop_rate, keys[3]))
+        hidden = dropout(nnx.relu(self.fc1(x)), self.drop_rate, keys[4])
+        return self.norm3(x + dropout(self.fc2(hidden), self.drop_rate, keys[5]))
 
 
 class Detr(nnx.Module):

@@ -89,7 +89,7 @@ class MlpDecoder(nnx.Module):
     """Four maps to one (SegFormer's decode head without its last map, transformers' `SegformerDecodeHead`)."""
 
     def __init__(self, dims: Sequence[int], dim: int, *, config: ModelConfig, rngs: Rngs):
-        self.drop_rate = config.drop_rate
+        self.drop_rate = config.head_drop_rate
         self.linears = nnx.List([Linear(each, dim, config=config, rngs=rngs) for each in dims])
         self.fuse = Linear(4 * dim, dim, use_bias=False, config=config, rngs=rngs)
         self.norm = BatchNorm(dim, config=config, rngs=rngs)

@@ -193,8 +193,7 @@ SIZES = tuple(
     field.name
     for field in dataclasses.fields(ModelConfig)
     if field.name not in ("name", "image_size", "in_channels", "num_classes", "dtype", "param_dtype", "remat", "inner")
-    and field.name != "head"
-    and not field.name.startswith(("drop_", "attn_drop_"))
+    and not field.name.startswith(("drop_", "attn_drop_", "head"))
 )
 """The fields that say which network it is, whatever it is fed and however it is computed."""
 
