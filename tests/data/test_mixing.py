@@ -123,7 +123,7 @@ def test_targets_are_probabilities():
         np.testing.assert_allclose(targets.sum(axis=1), 1, atol=1e-5)
 
 
-@pytest.mark.parametrize("batch", [256, pytest.param(1024, marks=pytest.mark.slow), 300])
+@pytest.mark.parametrize("batch", [256, pytest.param(300, marks=pytest.mark.slow)])
 def test_groups_of_128_are_mixed_each_with_a_draw_of_its_own_and_inside_itself(batch):
     data = dataclasses.replace(PLAIN, mixup=0.8, cutmix=1.0)
     images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (batch, 8, 8, 1), dtype=np.uint8))

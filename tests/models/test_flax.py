@@ -246,7 +246,7 @@ PARTS = ["qkv", "proj", "fc1", "fc2", "words"]
         ("LoRALinear", "tnt", "words"),
         *(pytest.param("LoRALinear", "tnt", part, marks=pytest.mark.nightly) for part in PARTS[:-1]),
         *(
-            pytest.param("LoRA", "tnt", part, marks=pytest.mark.slow if part in ("qkv", "fc2") else pytest.mark.nightly)
+            pytest.param("LoRA", "tnt", part, marks=pytest.mark.slow if part == "fc2" else pytest.mark.nightly)
             for part in PARTS
         ),
         *(pytest.param("LoRA", "pyramid", part, marks=pytest.mark.nightly) for part in PARTS),

@@ -89,7 +89,7 @@ def call_kernel(layer, words, *, key):
     ("channels", "heads", "words", "norm", "dtype"),
     [
         (24, 4, 16, LayerNorm, "float32"),
-        (24, 4, 16, LayerNorm, "bfloat16"),
+        pytest.param(24, 4, 16, LayerNorm, "bfloat16", marks=pytest.mark.slow),
         (12, 2, 16, LayerNorm, "float32"),  # TNT-Ti
         (40, 4, 4, LayerNorm, "float32"),  # TNT-B with four words
         (10, 2, 16, PatchNorm, "float32"),
@@ -362,7 +362,7 @@ def test_without_a_c_compiler_the_reference_is_run(monkeypatch, caplog):
     assert "could not be compiled" in caplog.text
 
 
-@pytest.mark.parametrize("formulation", ["feature_major", "pallas"])
+@pytest.mark.parametrize("formulation", ["feature_major", pytest.param("pallas", marks=pytest.mark.slow)])
 def test_a_tpu_program_is_made_of_it(formulation):
     """Lowered for a TPU without one: what reaches the compiler is the kernel, or none."""
     layer = make_layer(formulation, 24, 4, dtype="bfloat16")

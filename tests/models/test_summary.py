@@ -126,7 +126,15 @@ ABLATIONS = {
 } | {f"table 7, {heads} heads": ({"inner_heads": heads}, 23.8, 5.2) for heads in (1, 2, 4, 6, 8)}
 
 
-@pytest.mark.parametrize("row", ABLATIONS)
+# Between two others that differ from it in a number.
+BETWEEN = ("table 5, TNT-S-2", "table 5, TNT-S-3", "table 6, sentence", "table 6, word") + tuple(
+    f"table 7, {heads} heads" for heads in (2, 4, 6)
+)
+
+
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, marks=pytest.mark.slow if row in BETWEEN else ()) for row in ABLATIONS]
+)
 def test_rows_of_the_papers_tables_are_configurations(row):
     changes, millions, giga_macs = ABLATIONS[row]
     config = model_config("tnt_s_patch16_224", **changes)

@@ -84,6 +84,7 @@ runpy.run_path("train.py", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_run_that_is_killed_goes_on_and_ends_as_if_nothing_had_happened(finished, tmp_path):
     config, _ = finished
     arguments = ["--run-dir", str(tmp_path / "run"), "--config", config_file(tmp_path)]

@@ -11,7 +11,6 @@ import pytest
 import rich.console
 from commands import ROOT
 from small_runs import metrics_of, tiny_run
-from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from tnt_jax.models.variants import complete
 from tnt_jax.training import report as report_module
@@ -20,6 +19,8 @@ from tnt_jax.training.report import METRICS_FILE, Report, _TensorBoard
 
 def events_in(folder):
     """The events of all files, in the order of their files."""
+    from tensorboardX.proto.event_pb2 import Event  # which imports PyTorch, in every worker that collects this file
+
     found = []
     for path in sorted((folder / "tensorboard").iterdir()):
         content, at = path.read_bytes(), 0
@@ -36,7 +37,7 @@ def test_every_value_is_there_as_soon_as_it_is_written_also_when_the_clock_jumps
         monkeypatch.setattr(time, "time", lambda step=step: 1e9 + (-1) ** step * 3e6)
         log.write("train", step, {"loss": step / 2, "epoch": 1.0})
     events = events_in(tmp_path)
-    assert (events[1].session_log.status, events[1].step) == (SessionLog.START, 8)
+    assert (events[1].session_log.status, events[1].step) == (events[1].session_log.START, 8)
     values = [(event.step, each.tag, each.simple_value) for event in events for each in event.summary.value]
     assert values == [(step, "train/loss", step / 2) for step in range(50)]
     log.close()

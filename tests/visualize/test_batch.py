@@ -30,6 +30,7 @@ def test_the_picture_shows_originals_and_what_is_fed(flags, tmp_path):
     assert picture.std() > 10
 
 
+@pytest.mark.slow
 def test_another_step_shows_other_images(flags, tmp_path):
     pictures = []
     for step in (0, 0, 1):
