@@ -13,12 +13,16 @@ import types
 
 import pytest
 
+# Three workers share two cores, which the threads of a library would burn by waiting for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Users run on several devices; DEVICES=3 is the second leg. What is compiled here runs for a moment: it is compiled
 # quickly.
 flags = os.environ.get("XLA_FLAGS", "")
 if "xla_backend_optimization_level" not in flags:
     devices = os.environ.get("DEVICES", "4")
     flags += f" --xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
+    flags += " --xla_cpu_multi_thread_eigen=false"
     if importlib.metadata.version("jaxlib").startswith("0.10."):  # JAX 0.12 does not know the flag, and ends
         flags += " --xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = flags

@@ -34,7 +34,10 @@ def test_the_bias_of_pairs_is_resized_as_pytorch_resizes_pictures(new):
     np.testing.assert_allclose(resize_position_bias(bias, old, new), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.nightly if name.startswith("ptnt") else ()) for name in SIZES],
+)
 def test_the_same_picture_in_every_channel_gives_the_same(name, tmp_path):
     colours = tnt_jax.create_model(name, num_classes=3, **SIZES[name])
     tnt_jax.save_model(colours, tmp_path / "m")

@@ -1,6 +1,7 @@
 """Detectors beside torchvision's RetinaNet and transformers' DETR: outputs, losses, gradients of the same weights."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -244,6 +245,14 @@ def of_transformers(theirs, maps, labels):
     return torch.cat([logits, boxes], -1).transpose(0, 1), loss, each
 
 
+@nnx.jit
+@functools.partial(nnx.value_and_grad, has_aux=True)
+def loss_and_gradients(model, maps, labels):
+    logits = model.of_map(maps, jax.random.key(0))
+    of_classes, l1, of_hull = set_losses(logits, labels)
+    return (of_classes + 5 * l1 + 2 * of_hull).sum(), (logits, of_classes, l1, of_hull)
+
+
 @pytest.mark.parametrize("counts", [(3, 1), (0, 2), (6, 12)])
 def test_detr_its_losses_and_gradients_are_transformers(counts, detrs):
     ours, theirs = detrs
@@ -258,12 +267,7 @@ def test_detr_its_losses_and_gradients_are_transformers(counts, detrs):
     expected, total, each = of_transformers(theirs, maps, centred)
     total.backward()
 
-    def loss(model):
-        logits = model.of_map(jnp.asarray(maps), jax.random.key(0))
-        of_classes, l1, of_hull = set_losses(logits, labels)
-        return (of_classes + 5 * l1 + 2 * of_hull).sum(), (logits, of_classes, l1, of_hull)
-
-    (found, (logits, *losses)), gradients = nnx.jit(nnx.value_and_grad(loss, has_aux=True))(ours)
+    (found, (logits, *losses)), gradients = loss_and_gradients(ours, maps, labels)
     np.testing.assert_allclose(logits, expected.detach(), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found, total.item(), rtol=1e-5)
     for index in range(LAYERS):

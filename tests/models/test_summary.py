@@ -132,7 +132,7 @@ BETWEEN |= {f"table 7, {heads} heads" for heads in (2, 4, 6)}
 
 
 @pytest.mark.parametrize(
-    "row", [pytest.param(row, marks=pytest.mark.slow if row in BETWEEN else ()) for row in ABLATIONS]
+    "row", [pytest.param(row, marks=pytest.mark.nightly if row in BETWEEN else ()) for row in ABLATIONS]
 )
 def test_rows_of_the_papers_tables_are_configurations(row):
     changes, millions, giga_macs = ABLATIONS[row]

@@ -38,7 +38,7 @@ from tnt_jax.tasks.detection import MOST_BOXES
 from tnt_jax.training.loop import train
 from tnt_jax.training.run import Run
 
-SMALL = dataclasses.replace(dense_runs.SMALL, head="retinanet")
+SMALL = dataclasses.replace(dense_runs.SMALL, head="retinanet", head_drop_rate=0.1)
 
 
 def run_of(folder, source, model=SMALL, **changes):
@@ -47,10 +47,11 @@ def run_of(folder, source, model=SMALL, **changes):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def two_layers():
-    """DETR with 2 + 2 layers, which are compiled in a third of the time."""
+def few_layers():
+    """DETR with 2 + 2 layers, RetinaNet with one convolution before the last: a third of the time to compile."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(detectors, "LAYERS", 2)
+        patch.setattr(detectors, "CONVS", 1)
         yield
 
 

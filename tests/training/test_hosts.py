@@ -171,7 +171,7 @@ LOST = "raise jax.errors.JaxRuntimeError('UNAVAILABLE: the TPU worker is not rea
         pytest.param(1, LOST, (75,), "UNAVAILABLE: the TPU worker is not", marks=pytest.mark.nightly),
         pytest.param(0, LOST, (75,), "UNAVAILABLE: the TPU worker is not", marks=pytest.mark.nightly),
         pytest.param(1, "raise ValueError('a bug')", (1,), f"process 1 on {HERE}: a bug", marks=pytest.mark.nightly),
-        (0, "raise ValueError('a bug')", (1,), f"process 0 on {HERE}: a bug"),
+        pytest.param(0, "raise ValueError('a bug')", (1,), f"process 0 on {HERE}: a bug", marks=pytest.mark.nightly),
     ],
 )
 def test_no_process_outlives_another(who, happens, codes, message, tmp_path):
@@ -399,7 +399,7 @@ def test_processes_that_read_other_data_do_not_train_together(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.nightly)])
 def test_a_signal_to_one_process_that_compiles_ends_all_at_once(number, tmp_path):
     code = """
 import runpy, sys, time

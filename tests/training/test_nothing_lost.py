@@ -174,7 +174,7 @@ run.to_devices = slowly
     assert_ended_as(config, finished)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_that_is_killed_in_an_epoch_without_end_goes_on_from_minutes_ago(tmp_path):
     flags = ["--run-dir", tmp_path / "run", "--config", config_file(tmp_path), "--data.source", "synthetic:200000"]
     flags += ["--batch-size", "8", "--checkpoint-every-minutes", "0.02", "--log-every-steps", "1"]

@@ -25,7 +25,7 @@ from tnt_jax.models.tnt import grid_size
 
 DIM = 256
 """Channels of a head at most; a narrower network has its own width."""
-LEVELS = 5
+LEVELS, CONVS = 5, 4
 ASPECTS, SCALES = (0.5, 1.0, 2.0), (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
 ANCHORS = len(ASPECTS) * len(SCALES)
 """At each place."""
@@ -100,11 +100,11 @@ def anchors_of(shapes: Sequence[tuple[int, int]], image_size: tuple[int, int]) -
 
 
 class Tower(nnx.Module):
-    """Four convolutions and a last one, over every map (RetinaNet's subnets)."""
+    """`CONVS` convolutions and a last one, over every map (RetinaNet's subnets)."""
 
     def __init__(self, dim: int, outputs: int, *, bias: float, config: ModelConfig, rngs: Rngs):
         make = functools.partial(conv, dim, size=3, std=0.01, config=config, rngs=rngs)
-        self.convs = nnx.List([make(dim) for _ in range(4)])
+        self.convs = nnx.List([make(dim) for _ in range(CONVS)])
         self.last = make(outputs, bias=bias)
 
     def __call__(self, maps: Maps) -> Float[Array, "batch rows columns outputs"]:
@@ -315,4 +315,4 @@ def detector_macs(config: ModelConfig) -> int:
     while len(shapes) < LEVELS:
         shapes.append([-(-side // 2) for side in shapes[-1]])
         total += math.prod(shapes[-1]) * 9 * dim * dim
-    return total + sum(map(math.prod, shapes)) * 9 * dim * (8 * dim + outputs)
+    return total + sum(map(math.prod, shapes)) * 9 * dim * (2 * CONVS * dim + outputs)

@@ -27,7 +27,8 @@ RECORDS = {
     "huawei_ptnt_ti": ("huawei", "ptnt_ti_patch16_192"),
     "huawei_ptnt_s": ("huawei", "ptnt_s_patch16_256"),
 }
-LONG = {"mmpretrain_tnt_s", "huawei_ptnt_s"}  # of an architecture whose other record everybody compares with
+# Of an architecture whose other record everybody compares with.
+LATER = {"mmpretrain_tnt_s": pytest.mark.slow, "huawei_ptnt_s": pytest.mark.nightly}
 
 
 compiled_blocks = {kind: nnx.jit(kind.__call__) for kind in (tnt.Block, pyramid_tnt.Block)}
@@ -68,9 +69,7 @@ def returned_by_blocks(model, images):
             yield state
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in RECORDS]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=LATER.get(name, ())) for name in RECORDS])
 def test_every_block_and_the_logits_are_those_of_the_published_code(name):
     arrays, images, layout, config, parameters = converted(name)
     assert (layout, config.name) == RECORDS[name]
@@ -86,10 +85,7 @@ def test_every_block_and_the_logits_are_those_of_the_published_code(name):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [
-        name if name in ("huawei_tnt_s", "huawei_ptnt_ti") else pytest.param(name, marks=pytest.mark.nightly)
-        for name in RECORDS
-    ],
+    [name if name == "huawei_ptnt_ti" else pytest.param(name, marks=pytest.mark.nightly) for name in RECORDS],
 )
 def test_bfloat16_has_the_same_most_likely_class(name):
     """Up to its own rounding, 1 to 2.5% of the largest logit; one record's two best classes are only 2.3% apart."""
