@@ -78,8 +78,8 @@ class ModelConfig:
     words of a TNT too. For boxes there are retinanet, and detr, which is for a TNT; detr_unpooled is as transformers
     has it, without what the paper puts before it: the norm, and the mean over 2 x 2 sentences."""
     head_drop_rate: float = setting(0.0, least=0, below=1)
-    """Dropout of a head: of mlp before its last map, of detr in all of its layers. Their authors take 0.1; with little
-    data DETR does far better without (docs/detection.md)."""
+    """Dropout of a head: of mlp and mlp_words before their last map, of detr in all of its layers; others have none.
+    SegFormer's and DETR's authors take 0.1; with little data DETR does far better without (docs/detection.md)."""
 
 
 ModelChanges = changes_of(

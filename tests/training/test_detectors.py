@@ -38,7 +38,7 @@ from tnt_jax.tasks.detection import MOST_BOXES
 from tnt_jax.training.loop import train
 from tnt_jax.training.run import Run
 
-SMALL = dataclasses.replace(dense_runs.SMALL, head="retinanet", head_drop_rate=0.1)
+SMALL = dataclasses.replace(dense_runs.SMALL, head="retinanet")
 
 
 def run_of(folder, source, model=SMALL, **changes):
@@ -71,6 +71,8 @@ def few(tmp_path_factory):
 def finished(request, few, tmp_path_factory):
     """A run of each head; `retinanet` of a TNT and of a PyramidTNT."""
     model = dataclasses.replace(SMALL, head="retinanet" if request.param == "pyramid" else request.param)
+    if request.param == "detr":
+        model = dataclasses.replace(model, head_drop_rate=0.1)
     if request.param == "pyramid":
         model = dataclasses.replace(SMALL_PYRAMID, head="retinanet")
     config = run_of(tmp_path_factory.mktemp(request.param) / "run", few, model)
@@ -232,6 +234,8 @@ def test_without_the_evaluator_the_run_does_not_start(few, tmp_path, monkeypatch
     [
         ("ptnt_ti_patch16_192", {"head": "detr"}, "head detr reads the sentences of a TNT"),
         ("tnt_ti_patch16_224", {"head": "detr", "outer_dim": 48}, "heads of 32 channels, and outer_dim is 48"),
+        ("tnt_ti_patch16_224", {"head_drop_rate": 0.1}, "head_drop_rate is 0.1, and head class has no dropout"),
+        ("tnt_ti_patch16_224", {"head": "retinanet", "head_drop_rate": 0.1}, "head retinanet has no dropout"),
     ],
 )
 def test_a_head_that_a_network_cannot_have(name, changes, message):

@@ -76,6 +76,11 @@ def map_blocks(config: ModelConfig) -> tuple[int, ...]:
 def check_head(config: ModelConfig) -> None:
     """Raises InputError for a head that the network cannot have."""
     detectors.check_detector(config)
+    if config.head_drop_rate and config.head not in (*MLPS, *detectors.DETRS):
+        raise InputError(
+            f"head_drop_rate is {config.head_drop_rate:g}, and head {config.head} has no dropout: leave it at 0; "
+            "drop_rate is that of the blocks"
+        )
     if config.head == "linear" and config.architecture == "pyramid":
         raise InputError(
             "head is linear, which gives the classes of a patch from its last sentence: a PyramidTNT has one for 64 x "
