@@ -1,5 +1,6 @@
 """Detectors beside torchvision's RetinaNet and transformers' DETR: outputs, losses, gradients of the same weights."""
 
+import copy
 import dataclasses
 import functools
 
@@ -15,7 +16,8 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou, generalized_box_iou
 
-from tnt_jax.models.detectors import LAYERS, QUERIES, Detr, RetinaNet, anchors_of
+from tnt_jax.models import detectors
+from tnt_jax.models.detectors import LAYERS, Detr, RetinaNet, anchors_of
 from tnt_jax.models.variants import model_config
 from tnt_jax.tasks.boxes import giou, iou
 from tnt_jax.tasks.detection_losses import anchor_losses, set_losses
@@ -166,16 +168,19 @@ def test_detr_begins_as_its_authors_do():
 
 @pytest.fixture(scope="module")
 def detrs():
-    """Ours, and transformers' with the same weights."""
-    ours = Detr((64,) * 4, config=dataclasses.replace(CONFIG, head="detr"), rngs=nnx.Rngs(0))
+    """Ours, and transformers' with the same weights; with 20 queries fewer numbers are at an edge."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(detectors, "QUERIES", 20)
+        ours = Detr((64,) * 4, config=dataclasses.replace(CONFIG, head="detr"), rngs=nnx.Rngs(0))
     given = {"backbone": "tnt_s_patch16_224", "out_indices": [11], "use_pretrained_backbone": False}
     backbone = transformers.TimmBackboneConfig(**given)
     config = transformers.DetrConfig(
         backbone_config=backbone, num_labels=CLASSES, d_model=64, encoder_attention_heads=2, decoder_attention_heads=2,
-        encoder_ffn_dim=512, decoder_ffn_dim=512, num_queries=QUERIES,
+        encoder_ffn_dim=512, decoder_ffn_dim=512, num_queries=20,
     )  # fmt: skip
     torch.manual_seed(0)
     theirs = transformers.DetrForObjectDetection(config).eval()
+    theirs.model.backbone = torch.nn.Identity()  # ours is compared elsewhere
     theirs.model.input_projection = torch.nn.Conv2d(64, 64, 1)
     with torch.no_grad():
         for parameter in theirs.parameters():
@@ -185,8 +190,7 @@ def detrs():
                 parameter.mul_(2)
         theirs.model.query_position_embeddings.weight.normal_(std=2)
     for name, tensor in theirs.state_dict().items():
-        if not name.startswith("model.backbone"):
-            fill(*ours_of(ours, name, tensor))
+        fill(*ours_of(ours, name, tensor))
     return ours, theirs
 
 
@@ -245,6 +249,26 @@ def of_transformers(theirs, maps, labels):
     return torch.cat([logits, boxes], -1).transpose(0, 1), loss, each
 
 
+def distance(gradient, expected):
+    """The largest difference, as a share of the largest number."""
+    return float(abs(gradient - expected).max() / max(1e-3, abs(expected).max()))
+
+
+def nearby_gradients(theirs, maps, labels):
+    """Gradients with weights that differ by a little more than rounding, which is the processor's: it may match another
+    query to a box, or bring what enters a ReLU to the other side of 0."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        near = copy.deepcopy(theirs)
+        with torch.no_grad():
+            for parameter in near.parameters():
+                parameter.mul_(1 + 3e-7 * torch.randn_like(parameter))
+        near.zero_grad()
+        aside = 1e-5 * torch.randn(maps.shape).numpy()
+        of_transformers(near, maps + aside, labels)[1].backward()
+        yield [parameter.grad for parameter in near.parameters() if parameter.grad is not None]
+
+
 @nnx.jit
 @functools.partial(nnx.value_and_grad, has_aux=True)
 def loss_and_gradients(model, maps, labels):
@@ -257,12 +281,16 @@ def loss_and_gradients(model, maps, labels):
 def test_detr_its_losses_and_gradients_are_transformers(counts, detrs):
     ours, theirs = detrs
     rng = np.random.default_rng(sum(counts))
-    maps = rng.standard_normal((2, 5, 3, 64)).astype(np.float32)
     labels, given = some_targets(rng, counts, rows=12)
     centred = [
         (torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], 1), classes)
         for boxes, classes in given
     ]
+    steady = False
+    while not steady:
+        maps = rng.standard_normal((2, 5, 3, 64)).astype(np.float32)
+        first, *others = nearby_gradients(theirs, maps, centred)
+        steady = all(distance(*each) <= 1e-4 for other in others for each in zip(first, other, strict=True))
     theirs.zero_grad()
     expected, total, each = of_transformers(theirs, maps, centred)
     total.backward()
@@ -275,10 +303,8 @@ def test_detr_its_losses_and_gradients_are_transformers(counts, detrs):
         for mine, name in zip(losses, ("loss_ce", "loss_bbox", "loss_giou"), strict=True):
             np.testing.assert_allclose(mine[index], each[name + end].item(), rtol=1e-5, atol=1e-6)
     for name, parameter in theirs.named_parameters():
-        if not name.startswith("model.backbone"):
-            mine, gradient = ours_of(gradients, name, parameter.grad)
-            largest = max(1e-3, float(gradient.abs().max()))
-            np.testing.assert_allclose(mine.get_value() / largest, gradient / largest, rtol=0, atol=1e-4, err_msg=name)
+        mine, gradient = ours_of(gradients, name, parameter.grad.numpy())
+        assert distance(mine.get_value(), gradient) <= 1e-4, name
 
 
 def test_the_last_layer_alone_is_said_without_a_key(detrs):
