@@ -6,7 +6,7 @@ PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 # Three for two cores: tests of several processes and of servers wait half of their time.
 PYTEST = .venv/bin/python -m pytest -n 3 --dist loadfile
 
-.PHONY: digits test check nightly mutants resolve install test-gpu test-demo docs lint clean
+.PHONY: digits test check nightly mutants resolve install test-gpu test-page test-demo docs lint clean
 
 digits: .venv/.installed
 	.venv/bin/python train.py
@@ -55,10 +55,10 @@ test-gpu: .venv-gpu/.installed
 docs: .venv/.installed-dev
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet --strict --site-dir build/site
 
-# Needs chromium, chromedriver (Debian: chromium-driver) and npm. Gradio asks for an older Pillow and works with ours,
-# which comes after it.
-test-demo: .venv-demo/.installed .venv/.installed-dev
+# Both need chromium and chromedriver (Debian: chromium-driver), the page of export.py npm as well.
+test-page: .venv/.installed-dev
 	.venv/bin/python -m pytest -m demo tests/test_web_page.py
+test-demo: .venv-demo/.installed
 	.venv-demo/bin/python -m pytest -m demo tests/test_demo.py
 
 lint: .venv/.installed-test
@@ -80,17 +80,19 @@ lint: .venv/.installed-test
 	$(PIP) -r requirements-dev.txt
 	@touch $@
 
+# Environments of their own borrow the rest.
+LEND = $(PYTHON) -m venv $(@D) && .venv/bin/python -c 'import site; print(site.getsitepackages()[0])' > \
+	$$($(@D)/bin/python -c 'import site; print(site.getsitepackages()[0])')/lent.pth
 .venv-gpu/.installed: .venv/.installed-dev
-	$(PYTHON) -m venv .venv-gpu
-	.venv/bin/python -c 'import site; print(site.getsitepackages()[0])' > \
-		$$(.venv-gpu/bin/python -c 'import site; print(site.getsitepackages()[0])')/lent.pth
-	.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check -e '.[plan-gpu]'
+	$(LEND)
+	$(PIP:.venv/%=$(@D)/%) -e '.[plan-gpu]'
 	@touch $@
 
-.venv-demo/.installed: pyproject.toml requirements.txt
-	$(PYTHON) -m venv .venv-demo
-	.venv-demo/bin/python -m pip install --quiet --disable-pip-version-check gradio==6.31.0 'pytest>=9.2,<10' 'selenium>=4.30,<4.52'
-	.venv-demo/bin/python -m pip install --quiet --disable-pip-version-check -e .
+# The package last: gradio asks for an older Pillow and works with ours.
+.venv-demo/.installed: .venv/.installed-dev
+	$(LEND)
+	$(PIP:.venv/%=$(@D)/%) gradio==6.31.0
+	$(PIP:.venv/%=$(@D)/%) -e .
 	@touch $@
 
 clean:
