@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -249,3 +250,20 @@ def test_who_was_stopped_while_another_took_the_folder_is_told(elsewhere):
         while not lost and time.monotonic() < deadline:
             time.sleep(0.05)
     assert "process 7 on other has taken" in lost[0]
+
+
+def test_a_beat_on_its_way_does_not_come_back_after_the_run(tmp_path, monkeypatch):
+    begun, write = threading.Event(), lock.write_text
+
+    def slowly(path, text):
+        if '"beat": 1' in text:
+            begun.set()
+            time.sleep(0.3)
+        write(path, text)
+
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.5)
+    monkeypatch.setattr(lock, "write_text", slowly)
+    with RunLock(tmp_path, print, print):
+        assert begun.wait(30)
+    time.sleep(0.6)
+    assert not (tmp_path / lock.HOLDER_FILE).exists()

@@ -59,11 +59,13 @@ class RunLock:
         except BaseException:
             self._close_file()
             raise
-        threading.Thread(target=self._keep, daemon=True).start()
+        self._keeper = threading.Thread(target=self._keep, daemon=True)
+        self._keeper.start()
         return self
 
     def __exit__(self, *exception) -> None:
         self._ended.set()
+        self._keeper.join(BEAT_SECONDS)  # a beat on its way would come back after it was removed
         if self._holder().get("token") == self._me["token"]:
             with contextlib.suppress(OSError):
                 (self._folder / HOLDER_FILE).unlink()
