@@ -255,8 +255,8 @@ def distance(gradient, expected):
 
 
 def nearby_gradients(theirs, maps, labels):
-    """Gradients with weights that differ by a little more than rounding, which is the processor's: it may match another
-    query to a box, or bring what enters a ReLU to the other side of 0."""
+    """Gradients of weights and maps that differ by little more than rounding, which is the processor's: it may match
+    another query to a box, or bring what enters a ReLU to the other side of 0."""
     for seed in range(5):
         torch.manual_seed(seed)
         near = copy.deepcopy(theirs)
