@@ -2,7 +2,9 @@
 PYTHON ?= python3
 # The Python of the newest JAX; `make install PYTHON=$(NEWEST)` is `make digits test` on it, in a folder of its own.
 NEWEST ?= python3.13
-PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
+# Modules are compiled when they are first imported, of PyTorch and transformers few; so Python has to keep what it compiles.
+PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 # Three for two cores: tests of several processes and of servers wait half of their time.
 PYTEST = .venv/bin/python -m pytest -n 3 --dist loadfile
 

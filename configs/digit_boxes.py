@@ -31,9 +31,9 @@ def get_config() -> TrainConfig:
             head="retinanet",
         ),
         data=DataConfig.plain("coco:data/scenes", task="detection", label_smoothing=0.0),
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_epochs=0.1, ema_decay=0.98, clip_norm=1.0),
-        batch_size=32,
-        epochs=8,
+        optimizer=OptimizerConfig(name="muon", learning_rate=5e-3, warmup_epochs=0.1, ema_decay=0.98, clip_norm=1.0),
+        batch_size=16,
+        epochs=4,
         eval_every_epochs=2,
         log_every_steps=20,
     )

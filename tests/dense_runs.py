@@ -1,6 +1,9 @@
 """Small runs on scenes of digits, for the tasks whose labels move with the pixels of their image."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import commands
 import jax
@@ -8,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small_runs import check_program
+from small_runs import check_program, history
 
 import tnt_jax
 from benchmarks.scenes import write
@@ -108,3 +111,11 @@ def run(script, *arguments):
     code, out, err = commands.run(script, *arguments)
     assert code == 0, err
     return out
+
+
+def learned(name, source, run_dir, *arguments):
+    """The last scores of `configs/NAME.py` on scenes whose digits were never trained on, as its user runs it."""
+    command = [sys.executable, "train.py", "--config", name, "--data.source", source, "--run-dir", run_dir, *arguments]
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": ""}
+    subprocess.run(list(map(str, command)), cwd=commands.ROOT, env=environment, check=True, capture_output=True)
+    return history(run_dir)[-1]
