@@ -3,11 +3,12 @@
     python benchmarks/scenes.py data/scenes
     python train.py --config configs/digit_scenes.py
 
-Reached: 84.3% mIoU over the background and ten digits of the 300 test scenes, 82.9 to 85.5 (averaged weights, seed 0),
-in three to four minutes of a processor; 76% of the validation scenes after the first epoch.
+Reached: 90.3% mIoU over the background and ten digits of the 300 test scenes, 89.4 to 91.1 (averaged weights, seed 0),
+in two minutes of a processor; 84% of the validation scenes after the first epoch.
 
 Every scene is 64 x 64 pixels and seen as 16 patches, so that a digit lies in four of them; the head gives logits every
-four pixels. With patches of 8 pixels a network learns what a digit is only after many times as many scenes.
+four pixels. With smaller patches a network needs more scenes to learn what a digit is. With AdamW (learning rate 3e-3, batches of
+32) three epochs reached 84.3%.
 """
 
 from tnt_jax.config import DataConfig, ModelChanges, OptimizerConfig, TrainConfig

@@ -247,22 +247,12 @@ def test_digits_in_scenes_are_found(tmp_path):
     assert learned("digit_boxes", f"coco:{tmp_path}/scenes", tmp_path / "run", "--epochs", 1)["ema_ap50"] >= 0.75
 
 
-@pytest.fixture(scope="module")
-def well(tmp_path_factory):
-    """All scenes, and what a RetinaNet finds in them."""
-    folder = tmp_path_factory.mktemp("scenes")
-    write(folder / "scenes", {"train": 4000, "val": 300})
-    return folder, learned("digit_boxes", f"coco:{folder}/scenes", folder / "retinanet")
+DETR = ("detr", "--optimizer.learning-rate", 2e-3, "--optimizer.ema-decay", 0.99, "--epochs", 12)
 
 
 @pytest.mark.nightly
-def test_digits_in_scenes_are_found_well(well):
-    assert well[1]["ema_ap50"] >= 0.9
-
-
-@pytest.mark.nightly
-def test_digits_in_scenes_are_found_well_by_detr(well):
-    """From the blocks of a RetinaNet, with the epochs that it needs."""
-    folder, _ = well
-    detr = ("--model.head", "detr", "--init-from", folder / "retinanet")
-    assert learned("digit_boxes", f"coco:{folder}/scenes", folder / "detr", *detr)["ema_ap50"] >= 0.85
+@pytest.mark.parametrize("head", [("retinanet",), DETR], ids=["retinanet", "detr"])
+def test_digits_in_scenes_are_found_well(head, tmp_path):
+    write(tmp_path / "scenes", {"train": 4000, "val": 300})
+    scores = learned("digit_boxes", f"coco:{tmp_path}/scenes", tmp_path / "run", "--model.head", *head)
+    assert scores["ema_ap50"] >= 0.9

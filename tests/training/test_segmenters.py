@@ -269,7 +269,11 @@ def test_digits_in_scenes_are_found(tmp_path):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("head", [("mlp",), ("linear", "--model.patch-size", 4, "--epochs", 5)], ids=["mlp", "linear"])
+@pytest.mark.parametrize(
+    "head",
+    [("mlp",), ("linear", "--model.patch-size", 4, "--epochs", 6, "--optimizer.clip-norm", 1)],
+    ids=["mlp", "linear"],
+)
 def test_digits_in_scenes_are_found_well(head, tmp_path):
     write(tmp_path / "scenes", {"train": 4000, "val": 300})
     scores = learned("digit_scenes", f"masks:{tmp_path}/scenes", tmp_path / "run", "--model.head", *head)
