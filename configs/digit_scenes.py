@@ -7,8 +7,8 @@ Reached: 90.3% mIoU over the background and ten digits of the 300 test scenes, 8
 in two minutes of a processor; 84% of the validation scenes after the first epoch.
 
 Every scene is 64 x 64 pixels and seen as 16 patches, so that a digit lies in four of them; the head gives logits every
-four pixels. With smaller patches a network needs more scenes to learn what a digit is. With AdamW (learning rate 3e-3, batches of
-32) three epochs reached 84.3%.
+four pixels. With smaller patches a network needs more scenes to learn what a digit is. With AdamW (learning rate 3e-3,
+batches of 32) three epochs reached 84.3%.
 """
 
 from tnt_jax.config import DataConfig, ModelChanges, OptimizerConfig, TrainConfig
