@@ -483,6 +483,7 @@ time.time = lambda: truth() + next(looks) % 2 * 60 * 86400"""
 FULL_DISK = """
 import resource
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+sys.dont_write_bytecode = True  # a compiled module would be cut short without a word
 resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))"""
 
 
