@@ -275,8 +275,8 @@ def test_run_folder_that_cannot_be_written(tmp_path):
         train(tiny_run(tmp_path / "file" / "run"))
 
 
-# A disk on which no file may be larger than this: the logs fit, a checkpoint does not, into however many files Orbax puts
-# it. Python would cut a compiled module short without a word.
+# A disk on which no file may be larger than this: the logs fit, a checkpoint does not, into however many files Orbax
+# puts it. Python would cut a compiled module short without a word.
 FULL = """
 import resource, runpy, sys
 sys.dont_write_bytecode = True
